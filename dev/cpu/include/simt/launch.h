@@ -1,0 +1,151 @@
+// Kernel launches: configuration checks, blocks over OpenMP threads, the profile.
+#pragma once
+#include <omp.h>
+
+#include <algorithm>
+#include <map>
+#include <tuple>
+#include <type_traits>
+
+#include "block.h"
+#include "memory.h"
+
+namespace simt {
+
+// ---- the profile -----------------------------------------------------------------------------------
+
+struct Profile { double seconds = 0; uint64_t calls = 0, threads = 0, switches = 0; };
+inline std::map<std::string, Profile>& profiles() { static auto* m = new std::map<std::string, Profile>; return *m; }
+
+inline void print_profile() {
+    std::vector<std::pair<std::string, Profile>> rows(profiles().begin(), profiles().end());
+    std::sort(rows.begin(), rows.end(), [](auto& a, auto& b) { return a.second.seconds > b.second.seconds; });
+    double total = 0;
+    for (auto& r : rows) total += r.second.seconds;
+    fprintf(stderr, "simt: profile, %.3f s in kernels\n%10s %7s %9s %13s %13s  %s\n", total, "ms", "%", "calls", "threads", "switches", "kernel");
+    for (auto& [name, p] : rows)
+        fprintf(stderr, "%10.2f %6.1f%% %9llu %13llu %13llu  %s\n", p.seconds * 1e3, 100 * p.seconds / total, (unsigned long long)p.calls,
+                (unsigned long long)p.threads, (unsigned long long)p.switches, name.c_str());
+}
+inline void add_to_profile(const std::string& name, double seconds, uint64_t threads, uint64_t switches) {
+    static bool at_exit = !atexit(print_profile);
+    (void)at_exit;
+    Profile& p = profiles()[name];
+    p.seconds += seconds;
+    p.calls++;
+    p.threads += threads;
+    p.switches += switches;
+}
+
+// ---- launching -------------------------------------------------------------------------------------
+
+struct Config {                        // what stands between <<< and >>>
+    dim3 grid, block;
+    size_t dynamic_shared;
+    Config(dim3 grid, dim3 block, size_t dynamic_shared = 0, cudaStream_t = nullptr)
+        : grid(grid), block(block), dynamic_shared(dynamic_shared) {}
+};
+
+constexpr size_t kSharedDefault = 48 * 1024, kSharedOptIn = 99 * 1024;   // the latter as on sm_86 and sm_89
+inline std::map<const void*, size_t> dynamic_shared_limit;   // by cudaFuncSetAttribute
+inline uint64_t launch_count = 0;
+
+// The address of the kernel, if its name alone determines it: not for a template whose arguments are deduced.
+struct AddressOf {
+    template <class R, class... A> const void* operator()(R (*f)(A...)) const { return (const void*)f; }
+};
+template <class L> const void* kernel_address(const L& lambda) {
+    if constexpr (std::is_invocable_v<const L&, AddressOf>) return lambda(AddressOf{});
+    else return nullptr;
+}
+
+inline size_t largest_dynamic_shared(const void* kernel) {
+    size_t most = kSharedDefault;
+    for (auto& [address, bytes] : dynamic_shared_limit)
+        if (!kernel || address == kernel) most = std::max(most, bytes);
+    return most;
+}
+
+// The same limits, and the same error codes, as a GPU's. The reason goes to stderr, since the code says little.
+inline cudaError_t check_config(const char* kernel, Site site, const Config& c, size_t shared_limit) {
+    auto refuse = [&](cudaError_t code, const char* format, unsigned long long a, unsigned long long b, unsigned long long d) {
+        fprintf(stderr, "simt: launch of %s at %s:%d refused: ", kernel, site.file, site.line);
+        fprintf(stderr, format, a, b, d);
+        fprintf(stderr, " (%s)\n", cudaGetErrorName(code));
+        return set_error(code);
+    };
+    const dim3 &g = c.grid, &b = c.block;
+    if ((uint64_t)g.x * g.y * g.z == 0) return refuse(cudaErrorInvalidConfiguration, "an empty grid (%llu,%llu,%llu)", g.x, g.y, g.z);
+    if ((uint64_t)b.x * b.y * b.z == 0) return refuse(cudaErrorInvalidConfiguration, "an empty block (%llu,%llu,%llu)", b.x, b.y, b.z);
+    if (g.x > 0x7fffffffu || g.y > 65535 || g.z > 65535)
+        return refuse(cudaErrorInvalidConfiguration, "a grid of (%llu,%llu,%llu); the most is (2147483647,65535,65535)", g.x, g.y, g.z);
+    if (b.x > 1024 || b.y > 1024 || b.z > 64 || (uint64_t)b.x * b.y * b.z > 1024)
+        return refuse(cudaErrorInvalidConfiguration, "a block of (%llu,%llu,%llu); the most is 1024 threads, 64 in z", b.x, b.y, b.z);
+    if (c.dynamic_shared > shared_limit)
+        return refuse(cudaErrorInvalidValue, "%llu bytes of dynamic shared memory; this kernel may have %llu, and up to %llu after "
+                      "cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)", c.dynamic_shared, shared_limit, kSharedOptIn);
+    return cudaSuccess;
+}
+
+// A launch over OpenMP threads costs some microseconds, more than many small grids take in all. So each
+// place of launch remembers what a block cost there, and only what looks worth it is shared out.
+// Blocks have no order among themselves on a GPU either, so this cannot change a correct program's results.
+constexpr double kWorthSharing = 20e-6;     // seconds
+constexpr int kMaxOsThreads = 16;           // each may map 1,024 stacks, and Linux allows a process 65,530 mappings
+
+inline void run_grid(const Launch& launch, double* seconds_per_block) {
+    const int64_t blocks = (int64_t)launch.grid.x * launch.grid.y * launch.grid.z;
+    // block number i to run -> its place in the grid; in priority order (i * step + first) mod blocks, any permutation
+    int64_t step = 1, first = 0;
+    if (options.order == kReverse) step = -1, first = blocks - 1;
+    if (options.order == kPriority) {
+        uint64_t random = mix(options.seed ^ mix(~launch.number));
+        first = random % blocks;
+        step = mix(random) % blocks + 1;
+        while (std::__gcd(step, blocks) != 1) step++;
+        step %= blocks;
+    }
+    uint64_t switches = 0;
+    auto run = [&](int64_t i) {
+        uint64_t before = worker ? worker->switches : 0;
+        run_block(launch, ((__int128)i * step + first) % blocks);
+        return worker->switches - before;
+    };
+    double start = seconds();
+    int64_t done = 0;
+    int os_threads = std::min({(int64_t)omp_get_max_threads(), (int64_t)kMaxOsThreads, blocks});
+    if (os_threads > 1 && *seconds_per_block == 0) {     // the first time here: try it out
+        while (done < blocks && seconds() - start < kWorthSharing) switches += run(done++);
+        *seconds_per_block = (seconds() - start) / done;
+    }
+    if (*seconds_per_block * (blocks - done) < kWorthSharing || omp_in_parallel()) os_threads = 1;
+    if (os_threads == 1)
+        for (int64_t i = done; i < blocks; i++) switches += run(i);
+    else {
+#pragma omp parallel for schedule(dynamic) num_threads(os_threads) reduction(+ : switches)
+        for (int64_t i = done; i < blocks; i++) switches += run(i);
+    }
+    double elapsed = seconds() - start;
+    *seconds_per_block = elapsed * os_threads / blocks;
+    if (options.profile) add_to_profile(launch.kernel, elapsed, (uint64_t)blocks * launch.block.x * launch.block.y * launch.block.z, switches);
+}
+
+// What cu2cpp.py makes of kernel<<<config>>>(arguments): `call` calls the kernel, `address` yields its
+// address. The kernel is called through a pointer to a function that knows the arguments' types.
+template <class Call, class Address, class... Arguments>
+void launch(const char* kernel, const char* file, int line, const Config& c, const Call& call, const Address& address, const Arguments&... arguments) {
+    static double seconds_per_block = 0;
+    if (worker && worker->current) die_in_kernel("a kernel launches the kernel %s: the CPU backend cannot do that", kernel);
+    size_t limit = largest_dynamic_shared(kernel_address(address));
+    if (check_config(kernel, {file, line}, c, limit) != cudaSuccess) return;
+    last_kernel = kernel;
+    auto kernel_and_arguments = std::tuple<const Call&, std::decay_t<const Arguments>...>(call, arguments...);
+    auto run = [](const void* p) {
+        std::apply([](const Call& call, const auto&... arguments) { call(arguments...); }, *(const decltype(kernel_and_arguments)*)p);
+    };
+    size_t with_static = limit > kSharedDefault ? kSharedOptIn : kSharedDefault;
+    Launch l = {kernel, {file, line}, c.grid, c.block, c.dynamic_shared, with_static, launch_count++, run, &kernel_and_arguments};
+    run_grid(l, &seconds_per_block);
+}
+
+}  // namespace simt

@@ -1,0 +1,111 @@
+// Options from the environment, and how the backend reports an error.
+//
+// Options are environment variables and not compile flags, so that one binary can be run in every
+// thread order: what is checked is the very program that was built.
+#pragma once
+#include <errno.h>
+#include <stdarg.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+#if defined(__SANITIZE_ADDRESS__)
+#define SIMT_ASAN 1
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+// Fibers outlive the program on purpose, and a trainer that ends need not free: leaks are no error.
+extern "C" inline __attribute__((used)) const char* __asan_default_options() { return "detect_leaks=0"; }
+#else
+#define SIMT_ASAN 0
+#define ASAN_POISON_MEMORY_REGION(p, n) ((void)(p), (void)(n))
+#define ASAN_UNPOISON_MEMORY_REGION(p, n) ((void)(p), (void)(n))
+#endif
+
+namespace simt {
+
+struct Site { const char* file; int line; };     // a place in the source
+
+// The order in which the threads of a block (and the blocks of a grid) run between barriers.
+enum Order {
+    kForward,   // lowest thread first
+    kReverse,   // highest thread first
+    kPriority,  // random priorities for warps and lanes, and the highest that can run always runs. This finds
+                // more missing barriers than a fresh random choice at every switch would, because a thread
+                // that is favoured, or starved, stays so over many barriers.
+};
+
+struct Options {
+    Order order = kForward;       // SIMT_ORDER=forward|reverse|priority
+    uint64_t seed = 1;            // SIMT_SEED=n, for priority
+    bool poison = true;           // SIMT_POISON=0|1: fill fresh device and shared memory with NaN
+    bool profile = false;         // SIMT_PROFILE=1: a table of kernels at exit
+    bool report = false;          // SIMT_REPORT=1: one line with the memory peak at exit
+    size_t device_memory = 0;     // SIMT_MEMORY=bytes, K, M or G: how much the pretended device has
+};
+
+[[noreturn]] inline void bad_option(const char* name, const char* value, const char* allowed) {
+    fprintf(stderr, "simt error: %s=%s: must be %s\n", name, value, allowed);
+    exit(2);
+}
+
+inline uint64_t number_option(const char* name, uint64_t otherwise, uint64_t most, const char* allowed, bool suffix = false) {
+    const char* value = getenv(name);
+    if (!value) return otherwise;
+    char* end;
+    errno = 0;
+    unsigned long long n = strtoull(value, &end, 10);
+    int shift = suffix && *end ? *end == 'K' ? 10 : *end == 'M' ? 20 : *end == 'G' ? 30 : 0 : 0;
+    if (shift) end++;
+    if (*value < '0' || *value > '9' || *end || errno || n > most >> shift) bad_option(name, value, allowed);
+    return (uint64_t)n << shift;
+}
+
+inline Options read_options() {
+    Options o;
+    if (const char* order = getenv("SIMT_ORDER")) {
+        if (!strcmp(order, "forward")) o.order = kForward;
+        else if (!strcmp(order, "reverse")) o.order = kReverse;
+        else if (!strcmp(order, "priority")) o.order = kPriority;
+        else bad_option("SIMT_ORDER", order, "forward, reverse or priority");
+    }
+    o.seed = number_option("SIMT_SEED", 1, UINT64_MAX, "a whole number");
+    o.poison = number_option("SIMT_POISON", 1, 1, "0 or 1");
+    o.profile = number_option("SIMT_PROFILE", 0, 1, "0 or 1");
+    o.report = number_option("SIMT_REPORT", 0, 1, "0 or 1");
+    o.device_memory = number_option("SIMT_MEMORY", (uint64_t)sysconf(_SC_PHYS_PAGES) * sysconf(_SC_PAGESIZE), INT64_MAX,
+                                    "a number of bytes, or a number followed by K, M or G", true);
+    return o;
+}
+inline const Options options = read_options();
+
+// An error that a program cannot go on after. What the program printed so far comes out first.
+[[noreturn]] inline __attribute__((format(printf, 1, 2))) void die(const char* format, ...) {
+    fflush(stdout);
+    va_list args;
+    va_start(args, format);
+    fputs("simt error: ", stderr);
+    vfprintf(stderr, format, args);
+    fputc('\n', stderr);
+    va_end(args);
+    abort();
+}
+
+inline double seconds() {
+    timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec + 1e-9 * t.tv_nsec;
+}
+
+// splitmix64: the random numbers of the priority order depend on seed, launch and block alone,
+// so a run can be repeated with any number of OpenMP threads.
+inline uint64_t mix(uint64_t x) {
+    x += 0x9e3779b97f4a7c15u;
+    x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9u;
+    x = (x ^ x >> 27) * 0x94d049bb133111ebu;
+    return x ^ x >> 31;
+}
+
+}  // namespace simt

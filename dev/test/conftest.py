@@ -1,0 +1,30 @@
+"""pytest's hooks and fixtures; `make test` ends with the line that is printed here."""
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from helpers import Lab  # noqa: E402
+
+
+@pytest.fixture
+def lab(tmp_path):
+    """A folder of its own, in which the trainer runs."""
+    return Lab(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def shared_lab(tmp_path_factory):
+    """One for a whole file of tests, for those that only compare logs."""
+    return Lab(tmp_path_factory.mktemp("lab"))
+
+
+def pytest_unconfigure(config):
+    terminal = config.pluginmanager.get_plugin("terminalreporter")
+    if terminal is None or hasattr(config, "workerinput"):
+        return
+    count = {kind: len(terminal.stats.get(kind, [])) for kind in ("passed", "xpassed", "failed", "error", "skipped", "xfailed")}
+    print(f"{count['passed']} passed, {count['failed'] + count['error'] + count['xpassed']} failed, "
+          f"{count['skipped'] + count['xfailed']} skipped", flush=True)

@@ -1,0 +1,265 @@
+"""What the tests share: running the built programs, and writing their files.
+
+The writers and readers here use struct and nothing of the project, so that a mistake in the
+trainer's or prepro's idea of a format cannot hide behind the same mistake here.
+"""
+import functools
+import json
+import os
+import random
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+FIXTURES = ROOT / "dev/test/fixtures"
+
+# ----------------------------------------------------------------------------
+# programs, as `make variants` leaves them
+
+
+@functools.lru_cache(None)
+def nvcc():
+    there = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    return there if os.access(there, os.X_OK) else None
+
+
+@functools.lru_cache(None)
+def gpu():
+    try:
+        done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60)
+    except OSError:
+        return False
+    return done.stdout.startswith("GPU")
+
+
+def program(variant, name="train_gpt2"):
+    """The path of a built program. What this machine cannot build is a skip, what was not built a failure."""
+    if variant.startswith(("nvcc", "gpu")) and not nvcc():
+        pytest.skip("nvcc is not installed")
+    if variant.startswith("gpu") and not gpu():
+        pytest.skip("no GPU is visible")
+    path = ROOT / "build" / variant / name
+    if not path.exists():
+        pytest.fail(f"{path} was not built: make variants", pytrace=False)
+    return path
+
+
+def environment(**extra):
+    """Ours, without what would change a program behind a test's back."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("SIMT_", "OMP_", "MAKE", "MFLAGS"))}
+    env.update({k: str(v) for k, v in extra.items()})
+    return env
+
+
+def execute(*command, cwd, env=None, timeout=120, before=None):
+    """Runs a program to its end; before() is called in the new process first."""
+    done = subprocess.run([str(c) for c in command], cwd=cwd, env=environment(**(env or {})), timeout=timeout, preexec_fn=before,
+                          stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return SimpleNamespace(status=done.returncode, out=done.stdout.decode(errors="replace"), err=done.stderr.decode(errors="replace"))
+
+
+# ----------------------------------------------------------------------------
+# token files
+
+def header(*values):
+    return struct.pack("<256i", *values, *[0] * (256 - len(values)))
+
+
+def write_tokens(path, ids, bits=16, magic=None, version=None, count=None, cut=0):
+    """A token file; magic, version and count can be told to lie, and cut bytes be missing at its end."""
+    default_magic, default_version, letter = {16: (20240520, 1, "H"), 32: (20240801, 7, "I")}[bits]
+    body = struct.pack(f"<{len(ids)}{letter}", *ids)
+    Path(path).write_bytes((header(magic or default_magic, version or default_version, len(ids) if count is None else count)
+                            + body)[:1024 + len(body) - cut])
+
+
+def write_tokenizer(path, tokens, eot):
+    Path(path).write_bytes(header(20240328, 2, len(tokens), eot) + b"".join(bytes([len(t)]) + t for t in tokens))
+
+
+def words(n, vocab=257, seed=1):
+    """n tokens that a model can learn something about: a few words of letters, in random order."""
+    rng = random.Random(seed)
+    vocabulary = [bytes(rng.choices(b"etaoinshrdlu", k=rng.randint(2, 6))) + b" " for _ in range(20)]
+    text = b""
+    while len(text) < n:
+        text += rng.choice(vocabulary)
+    return [c % vocab for c in text[:n]]
+
+
+# ----------------------------------------------------------------------------
+# models
+
+SLOTS = ["wte", "wpe", "ln1w", "ln1b", "qkvw", "qkvb", "attprojw", "attprojb", "ln2w", "ln2b",
+         "fcw", "fcb", "fcprojw", "fcprojb", "lnfw", "lnfb"]
+MATRICES = ["wte", "wpe", "qkvw", "attprojw", "fcw", "fcprojw"]
+
+
+def padded(V):
+    return (V + 127) // 128 * 128
+
+
+class Shape:
+    """Sizes of a GPT-2; size() is what -e takes."""
+
+    def __init__(self, L=2, H=2, C=32, T=32, V=257):
+        self.L, self.H, self.C, self.T, self.V, self.Vp = L, H, C, T, V, padded(V)
+
+    def size(self):
+        return f"gpt2:L{self.L},H{self.H},C{self.C},T{self.T},V{self.V}"
+
+    def counts(self):
+        """Elements of each tensor, in the order of the file."""
+        L, C = self.L, self.C
+        return dict(zip(SLOTS, [self.Vp * C, self.T * C, L * C, L * C, L * 3 * C * C, L * 3 * C, L * C * C, L * C,
+                                L * C, L * C, L * 4 * C * C, L * 4 * C, L * 4 * C * C, L * C, C, C]))
+
+    def header(self, version):
+        return header(20240326, version, self.T, self.V, self.L, self.H, self.C, self.Vp)
+
+
+def to_bf16(values):
+    """float32 values to the upper 16 bits, to nearest, ties to even."""
+    bits = struct.unpack(f"<{len(values)}I", struct.pack(f"<{len(values)}f", *values))
+    return [(b + 0x7FFF + (b >> 16 & 1)) >> 16 for b in bits]
+
+
+def from_bf16(bits):
+    return list(struct.unpack(f"<{len(bits)}f", struct.pack(f"<{len(bits)}I", *[b << 16 for b in bits])))
+
+
+def random_model(shape, seed=1, std=0.08):
+    """{name: values}, in float32 that bf16 can hold, so that both versions of the file say the same."""
+    rng = random.Random(seed)
+    tensors = {name: from_bf16(to_bf16([rng.gauss(1 if name in ("ln1w", "ln2w", "lnfw") else 0, std) for _ in range(n)]))
+               for name, n in shape.counts().items()}
+    for i in range(shape.V * shape.C, shape.Vp * shape.C):
+        tensors["wte"][i] = 0.0
+    return tensors
+
+
+def model_bytes(shape, tensors, version):
+    flat = [x for name in SLOTS for x in tensors[name]]
+    body = struct.pack(f"<{len(flat)}f", *flat) if version == 3 else struct.pack(f"<{len(flat)}H", *to_bf16(flat))
+    return shape.header(version) + body
+
+
+def write_model(path, shape, tensors, version=3):
+    Path(path).write_bytes(model_bytes(shape, tensors, version))
+
+
+def read_model(path, shape):
+    """{name: values} after checking what any model of this shape must be. Values are as stored, widened to float."""
+    data = Path(path).read_bytes()
+    head = struct.unpack("<256i", data[:1024])
+    version = head[1]
+    assert head[:8] == (20240326, version, shape.T, shape.V, shape.L, shape.H, shape.C, shape.Vp)
+    total = sum(shape.counts().values())
+    assert len(data) == 1024 + total * {3: 4, 5: 2}[version]
+    if version == 3:
+        flat = list(struct.unpack(f"<{total}f", data[1024:]))
+    else:
+        flat = from_bf16(struct.unpack(f"<{total}H", data[1024:]))
+    tensors, at = {}, 0
+    for name, n in shape.counts().items():
+        tensors[name] = flat[at:at + n]
+        at += n
+    return tensors
+
+
+# ----------------------------------------------------------------------------
+# training
+
+LONG = {  # alias: long option
+    "-i": "--train-data", "-j": "--val-data", "-e": "--model", "-o": "--out", "-b": "--batch", "-t": "--seq-len", "-d": "--total-batch",
+    "-x": "--steps", "-k": "--schedule", "-l": "--lr", "-u": "--warmup", "-q": "--final-lr-fraction", "-c": "--weight-decay",
+    "-sl": "--skip-loss-z", "-sg": "--skip-grad-z", "-v": "--val-every", "-m": "--val-batches", "-s": "--sample-every",
+    "-g": "--sample-tokens", "-a": "--overfit", "-f": "--tf32", "-w": "--master-weights", "-ge": "--gelu-fusion", "-z": "--zero",
+    "-r": "--recompute", "-n": "--checkpoint-every", "-nk": "--keep", "-y": "--resume"}
+
+# a run of a second or less; "None" leaves an option out
+SMALL = {"--train-data": "train.bin", "--val-data": "val.bin", "--model": Shape().size(), "--batch": 2, "--seq-len": 32, "--steps": 4,
+         "--lr": 1e-3, "--val-every": 0, "--sample-every": 0}
+
+
+def options(*given):
+    """SMALL's options with those given in their place, as typed: options("--steps", 3) or options("-x", 3)."""
+    merged, flags, given = {name: (name, value) for name, value in SMALL.items()}, [], list(given)
+    while given:
+        typed = given.pop(0)
+        if "=" in typed or typed == "--estimate":
+            flags.append(typed)
+            continue
+        value = given.pop(0)
+        merged[LONG.get(typed, typed)] = (typed, value)
+    return [str(x) for pair in merged.values() if pair[1] is not None for x in pair] + flags
+
+
+def no_constant(name):
+    raise ValueError(f"{name} is not JSON")
+
+
+def read_log(path):
+    """The lines of a --log file, each checked to be JSON (which has no NaN)."""
+    with open(path) as f:
+        return [json.loads(line, parse_constant=no_constant) for line in f]
+
+
+class Lab:
+    """A folder with train.bin, val.bin and tokenizer.bin in it, in which the trainer runs."""
+
+    def __init__(self, folder, tokens=4000):
+        self.folder, self.runs = folder, 0
+        write_tokens(folder / "train.bin", words(tokens))
+        write_tokens(folder / "val.bin", words(1000, seed=2))
+        write_tokenizer(folder / "tokenizer.bin", [bytes([i]) for i in range(256)] + [b"<|endoftext|>"], 256)
+
+    def path(self, name):
+        return self.folder / name
+
+    def run(self, *arguments, variant="cpu-bf16", status=0, **how):
+        """Exactly these arguments."""
+        done = execute(program(variant), *arguments, cwd=self.folder, **how)
+        assert status is None or done.status == status, \
+            f"{' '.join(map(str, arguments))}\nexit status {done.status}, expected {status}\n{done.out[-3000:]}\n{done.err[-3000:]}"
+        return done
+
+    def train(self, *given, **how):
+        """SMALL's arguments and these. The result has the log: .log all lines, .steps, .losses, .vals, .done."""
+        self.runs += 1
+        name = f"log{self.runs}.jsonl"
+        result = self.run(*options("--log", name, *given), **how)
+        result.log = read_log(self.path(name)) if self.path(name).exists() else []
+        result.steps = [line for line in result.log if "train_loss" in line]
+        result.losses = [line["train_loss"] for line in result.steps]
+        result.vals = [line["val_loss"] for line in result.log if "val_loss" in line]
+        result.done = result.log[-1] if result.log and result.log[-1].get("done") else None
+        return result
+
+    def files(self, folder):
+        """{name: bytes} of what is in a folder."""
+        where = self.path(folder)
+        return {p.name: p.read_bytes() for p in sorted(where.iterdir())} if where.exists() else {}
+
+
+def learned(result):
+    """What two runs that compute the same have in common: the log without its clock."""
+    clock = ("ms", "tokens_per_s", "mfu")
+    return [{k: v for k, v in line.items() if k not in clock} for line in result.log]
+
+
+def close(a, b, tolerance):
+    """Two lists of numbers, or two numbers, to a relative tolerance."""
+    return a == pytest.approx(b, rel=tolerance, abs=0)
+
+
+def says(message, *parts):
+    """Every part stands in a message, whatever its line breaks."""
+    flat = " ".join(message.split())
+    missing = [p for p in parts if str(p) not in flat]
+    assert not missing, f"expected {missing} in: {message}"

@@ -1,0 +1,348 @@
+"""The command line: each option and its alias, what is refused and how, --estimate, memory, Ctrl-C, the log."""
+import json
+import re
+import signal
+import subprocess
+import time
+
+import pytest
+
+from helpers import LONG, SMALL, Lab, Shape, environment, learned, options, program, random_model, read_model, says, write_model, write_tokens, words
+
+NAN = float("nan")
+
+
+@pytest.fixture(scope="module")
+def base(shared_lab):
+    return learned(shared_lab.train("--seed", 7))
+
+
+# ----------------------------------------------------------------------------
+# options
+
+# alias, a value, and whether this value changes what the log says of a run of four steps
+ALIASES = [
+    ("-i", "other.bin", True), ("-j", "other.bin", True), ("-e", "gpt2:L1,H2,C32,T32,V257", True), ("-b", 1, True), ("-t", 16, True),
+    ("-d", 128, True), ("-x", 2, True), ("-k", "wsd", True), ("-l", 3e-3, True), ("-u", 3, True), ("-q", 0.1, True), ("-c", 0.5, True),
+    ("-sl", 3.0, False), ("-sg", 3.0, False), ("-v", 2, True), ("-m", 1, True), ("-s", 2, False), ("-g", 5, False), ("-a", 1, True),
+    ("-f", 0, False), ("-w", 0, True), ("-ge", 2, False), ("-z", 0, False), ("-r", 2, False), ("-n", 2, False), ("-nk", 1, False),
+    ("-y", 0, False), ("-o", "out", False)]
+NEEDS = {"-j": ["-v", 2], "-m": ["-v", 2], "-q": ["-x", 4], "-k": ["-q", 0.0], "-g": ["-s", 2], "-n": ["-o", "out"], "-nk": ["-o", "out", "-n", 1],
+         "-y": ["-o", "out"]}
+
+
+def test_every_alias_is_tried():
+    assert {alias for alias, _, _ in ALIASES} == set(LONG)
+
+
+@pytest.mark.parametrize("alias, value, changes", ALIASES, ids=[a[0] for a in ALIASES])
+def test_alias_means_the_same(tmp_path, alias, value, changes):
+    seen = []
+    for name in (alias, LONG[alias], None):
+        folder = tmp_path / str(name)
+        folder.mkdir()
+        lab = Lab(folder)
+        write_tokens(folder / "other.bin", words(3000, seed=5))
+        result = lab.train(*NEEDS.get(alias, []), *([name, value] if name else []))
+        text = [line for line in result.out.splitlines() if not re.search(r"\bms\b|\bfree\b", line)]  # no clock, nor what others use
+        seen.append((learned(result), lab.files("out"), text))
+    by_alias, by_name, without = seen
+    assert by_alias == by_name
+    if changes:
+        assert by_alias[0] != without[0]
+    if alias in ("-o", "-n", "-nk"):
+        assert by_alias[1].keys() != without[1].keys()
+    if alias in ("-s", "-g"):
+        assert by_alias[2] != without[2]
+
+
+@pytest.mark.parametrize("given", [["--seed", 8], ["--seed", 7, "--grad-clip", 1e-9]], ids=["seed", "grad-clip"])
+def test_options_without_alias(shared_lab, base, given):
+    assert learned(shared_lab.train(*given)) != base
+
+
+def test_help(lab):
+    for option in ("-h", "--help"):
+        text = lab.run(option).out
+        for long in [*LONG.values(), "--seed", "--loss-chunks", "--grad-clip", "--log", "--estimate", "--top-k", "--temperature", "--tokenizer"]:
+            assert re.search(rf"{long}\b", text), f"{option} does not mention {long}"
+        for alias in LONG:
+            assert re.search(rf"(?<![\w-]){alias}\b", text), f"{option} does not mention {alias}"
+
+
+def test_hellaswag_switch(shared_lab, base):
+    assert learned(shared_lab.train("--seed", 7, "-h", "0")) == base
+    done = shared_lab.run(*options(), "-h", "1", status=2)
+    says(done.err, "-h 1")
+
+
+# ----------------------------------------------------------------------------
+# what is refused
+
+BAD = [
+    ("--bogus", "1"), ("-Q", "1"), ("--batches", "2"), ("nonsense",), ("-",), ("--",), ("-bb", "2"),
+    ("-b",), ("--steps",), ("--log",),
+    ("-b", "0"), ("-b", "-1"), ("--batch", "two"), ("-b", "1.5"), ("-b", "2x"), ("-b", ""), ("-b", "99999999999999999999"), ("-b", "1e3"),
+    ("-t", "0"), ("-t", "-32"), ("--seq-len", "x"), ("-d", "0"), ("-d", "-64"), ("-x", "-1"), ("--steps", "ten"),
+    ("-l", "-1e-3"), ("--lr", "nan"), ("-l", "inf"), ("-l", "fast"), ("-l", "1e999"), ("-l", "0x"),
+    ("-k", "cosinus"), ("--schedule", ""), ("-u", "-1"), ("--warmup", "0.5"), ("-q", "-0.1"), ("-q", "x"), ("--final-lr-fraction", "nan"),
+    ("-c", "-0.1"), ("--weight-decay", "nan"), ("-sl", "-1"), ("--skip-loss-z", "x"), ("-sg", "-1"), ("--skip-grad-z", "nan"),
+    ("-v", "-1"), ("--val-every", "x"), ("-m", "-1"), ("--val-batches", "x"), ("-s", "-1"), ("-g", "-1"), ("--sample-tokens", "x"),
+    ("-a", "2"), ("--overfit", "yes"), ("-f", "2"), ("--tf32", "-1"), ("-w", "2"), ("--master-weights", "on"), ("-ge", "3"), ("--gelu-fusion", "-1"),
+    ("-z", "2"), ("--zero", "-1"), ("-r", "3"), ("--recompute", "-1"), ("-n", "-1"), ("--checkpoint-every", "x"), ("-nk", "-1"), ("--keep", "x"),
+    ("-y", "2"), ("--resume", "x"), ("--seed", "x"), ("--seed", "1.5"), ("--loss-chunks", "0"), ("--loss-chunks", "-1"), ("--loss-chunks", "many"),
+    ("--grad-clip", "-1"), ("--grad-clip", "nan"), ("--top-k", "-1"), ("--top-k", "x"), ("--temperature", "-1"), ("--temperature", "nan"),
+    ("-e", "gpt2:d13"), ("-e", "gpt2:H2,C32,T32,V257"), ("-e", "gpt2:L0,H2,C32,T32,V257"), ("-e", "gpt2:L2,H3,C32,T32,V257"),
+    ("-e", "gpt2:L2,H2,C32,T32,V257,X1"), ("-e", "gpt2:L2,H2,C32,T32,Vx"), ("-e", "gpt2:L2,L2,H2,C32,T32,V257"), ("-e", "gpt2:"),
+    ("-e", "gpt2:L-2,H2,C32,T32,V257"), ("-e", "gpt2:L99999999999,H2,C32,T32,V257"), ("--estimate=xml",), ("-h", "2"),
+]
+
+
+@pytest.mark.parametrize("arguments", BAD, ids=["_".join(a) for a in BAD])
+def test_refused(shared_lab, arguments):
+    usual = options(arguments[0], None) if arguments[0] in LONG or arguments[0] in SMALL else options()
+    done = shared_lab.run(*usual, *arguments, status=2)
+    message = done.err.strip()
+    assert "\n" not in message, f"expected one line, found {message}"
+    says(message, arguments[0])
+    if len(arguments) > 1 and arguments[0] in [*LONG, *LONG.values()]:
+        says(message, arguments[1])
+
+
+CONTRADICTIONS = [  # options by their alias, and what else the message must name
+    (["-d", "100"], ["64"]),       # not a multiple of batch times sequence
+    (["-d", "32"], ["64"]),        # less than one batch
+    (["-t", "64"], ["32"]),        # the model has 32 positions
+    (["-y", "1"], ["--out"]),
+    (["-n", "2"], ["--out"]),
+    (["-nk", "2"], ["--out"]),
+    (["-u", "5"], ["4"]),          # a warmup longer than the run
+    (["--loss-chunks", "65"], ["64"]),
+]
+
+
+@pytest.mark.parametrize("long", [False, True], ids=["alias", "long"])
+@pytest.mark.parametrize("given, named", CONTRADICTIONS, ids=[" ".join(g) for g, _ in CONTRADICTIONS])
+def test_contradiction(shared_lab, given, named, long):
+    name, value = given
+    typed = LONG.get(name, name) if long else name
+    done = shared_lab.run(*options(name, None), typed, value, status=2)
+    assert "\n" not in done.err.strip()
+    says(done.err, f"{typed} {value}", *named)
+
+
+@pytest.mark.parametrize("name, value", [("-r", "3"), ("-k", "cosinus"), ("-e", "gpt2:d13"), ("-e", "gpt2:L2,H3,C32,T32,V257"), ("-l", "x")])
+def test_messages_quote_the_option_as_typed(shared_lab, name, value):
+    for typed in (name, LONG[name]):
+        done = shared_lab.run(*options(name, None), typed, value, status=2)
+        says(done.err, f"{typed} {value}")
+    done = shared_lab.run(*options(name, None), f"{LONG[name]}={value}", status=2)
+    says(done.err, LONG[name], value)
+
+
+# ----------------------------------------------------------------------------
+# periods and the log
+
+def test_zero_means_never(lab):
+    result = lab.train("-v", 0, "-s", 0, "-n", 0, "-o", "out")
+    assert result.vals == [] and len(result.losses) == 4
+    assert lab.files("out") == {}
+
+
+def test_validation_steps(lab):
+    result = lab.train("-v", 2, "-x", 5)
+    assert [line["step"] for line in result.log if "val_loss" in line] == [0, 2, 4, 5]
+    result = lab.train("-v", 100, "-x", 3)
+    assert [line["step"] for line in result.log if "val_loss" in line] == [0, 3]
+
+
+def test_no_steps_only_looks(lab):
+    result = lab.train("-x", 0, "-v", 10, "-s", 10)
+    assert result.losses == [] and len(result.vals) == 1 and result.done["steps"] == 0
+
+
+def test_one_epoch_by_default(lab):
+    write_tokens(lab.path("train.bin"), words(64 * 7 + 1))
+    assert len(lab.train("-x", None).losses) == 7
+
+
+def test_log(lab):
+    result = lab.train("-v", 2, "-s", 2)
+    assert result.log[-1] is result.done and set(result.done) >= {"done", "steps", "peak_bytes", "estimate_bytes"}
+    assert result.done["done"] is True and result.done["steps"] == 4
+    first = result.steps[0]["step"]
+    assert first in (0, 1) and [line["step"] for line in result.steps] == list(range(first, first + 4))
+    for line in result.steps:
+        assert set(line) >= {"step", "train_loss", "grad_norm", "lr", "ms", "tokens_per_s", "mfu"}
+        assert 0 < line["train_loss"] < 20 and 0 < line["grad_norm"] and line["lr"] == pytest.approx(1e-3)
+        assert line["ms"] > 0 and line["tokens_per_s"] == pytest.approx(64 / line["ms"] * 1000, rel=0.01)
+    assert all(set(line) >= {"step", "val_loss"} for line in result.log if "val_loss" in line)
+
+
+def test_a_step_is_a_line(lab):
+    out = lab.train().out
+    assert len(re.findall(r"^.*\bloss\b.*\bms\b.*$", out, re.M)) == 4, out
+
+
+# ----------------------------------------------------------------------------
+# --estimate and memory
+
+KINDS = {"param", "grad", "optimizer", "saved", "scratch", "workspace"}
+
+
+def estimate(lab, *given, **how):
+    done = lab.run("--estimate=json", *given, **how)
+    plan = json.loads(done.out)
+    assert set(plan) >= {"total_bytes", "rows"}
+    for row in plan["rows"]:
+        assert set(row) >= {"name", "dtype", "shape", "bytes", "kind", "scope"}
+        assert row["kind"] in KINDS and row["scope"] in ("layer", "model") and row["bytes"] >= 0
+    assert len({row["name"] for row in plan["rows"]}) == len(plan["rows"])
+    assert sum(row["bytes"] for row in plan["rows"]) == plan["total_bytes"]
+    return plan
+
+
+@pytest.fixture
+def nothing(tmp_path):
+    """A folder without any data."""
+    lab = Lab(tmp_path)
+    for name in ("train.bin", "val.bin", "tokenizer.bin"):
+        lab.path(name).unlink()
+    return lab
+
+
+def test_estimate_text(nothing):
+    out = nothing.run("--estimate", "-e", "d12", "-b", 4, "-t", 256).out
+    plan = estimate(nothing, "-e", "d12", "-b", 4, "-t", 256)
+    for row in plan["rows"]:
+        assert re.search(rf"^\s*{re.escape(row['name'])}\b", out, re.M), f"no line for {row['name']} in\n{out}"
+    says(out.lower(), "total", "free")
+    assert list(nothing.folder.iterdir()) == []
+
+
+# what a layer keeps, in units of B*T*C bf16 elements: the contract
+@pytest.mark.parametrize("recompute, units", [(0, 16), (1, 12), (2, 10)])
+def test_estimate_of_124m(nothing, recompute, units):
+    B, T, L, C = 64, 1024, 12, 768
+    plan = estimate(nothing, "-e", "d12", "-b", B, "-t", T, "-r", recompute)
+    saved = sum(row["bytes"] for row in plan["rows"] if row["kind"] == "saved" and row["scope"] == "layer")
+    assert saved / (L * B * T * C * 2) == pytest.approx(units, rel=0.015)
+    params = sum(row["bytes"] for row in plan["rows"] if row["kind"] == "param")
+    assert params == 2 * (124439808 + (50304 - 50257) * 768)
+    logits = [row for row in plan["rows"] if row["name"] == "logits"]
+    assert len(logits) == 1 and logits[0]["bytes"] < 400e6  # never the 6.6 GB of all rows
+    assert not any(row["shape"][-2:] == [T, T] for row in plan["rows"])
+
+
+@pytest.mark.parametrize("variant", ["cpu-bf16", "cpu-fp32"])
+@pytest.mark.parametrize("mode", [
+    "-r 0", "-r 1", "-r 2", "-w 0", "-d 256", "--loss-chunks 1", "--loss-chunks 3", "-ge 1", "-ge 2", "-v 2 -s 2", "-b 1 -t 7", "-v 2 -m 3 -t 20"])
+def test_estimate_is_the_truth(shared_lab, mode, variant):
+    result = shared_lab.train(*mode.split(), variant=variant, env={"SIMT_REPORT": 1})
+    peak = int(re.search(r"simt: peak (\d+) bytes, now (\d+) bytes", result.err)[1])
+    plan = estimate(shared_lab, *[x for x in options(*mode.split())], variant=variant)
+    assert plan["total_bytes"] == result.done["estimate_bytes"] == result.done["peak_bytes"] == peak
+
+
+def test_everything_is_freed(shared_lab):
+    result = shared_lab.train(env={"SIMT_REPORT": 1})
+    assert re.search(r"now 0 bytes", result.err), result.err
+
+
+def test_modes_take_what_they_say(shared_lab):
+    def total(*given):
+        return estimate(shared_lab, *options(*given))["total_bytes"]
+    assert total("-r", 0) > total("-r", 1) > total("-r", 2)
+    assert total("-w", 1) > total("-w", 0)
+    assert total("-b", 4) > total("-b", 2)
+    assert total("-d", 128) > total("-d", 64)  # fp32 accumulators
+    assert total("--loss-chunks", 1) > total("--loss-chunks", 2) > total("--loss-chunks", 4)
+
+
+@pytest.mark.parametrize("fits", [1, 8, 32])
+def test_batch_auto(shared_lab, fits):
+    def need(batch):
+        return estimate(shared_lab, *options("-b", batch))["total_bytes"]
+    memory = {"SIMT_MEMORY": (need(fits) + need(2 * fits)) // 2}
+    result = shared_lab.train("-b", "auto", "-x", 1, env=memory)
+    assert result.done["peak_bytes"] == need(fits)
+    assert estimate(shared_lab, *options("-b", "auto"), env=memory)["total_bytes"] == need(fits)
+
+
+def test_batch_auto_when_nothing_fits(shared_lab):
+    done = shared_lab.run(*options("-b", "auto"), status=1, env={"SIMT_MEMORY": 100000})
+    says(done.err, "memory")
+
+
+def test_out_of_memory(shared_lab):
+    given = options("-b", 16)
+    plan = estimate(shared_lab, *given)
+    done = shared_lab.run(*given, status=1, env={"SIMT_MEMORY": plan["total_bytes"] // 2})
+    largest = sorted(plan["rows"], key=lambda row: -row["bytes"])
+    assert largest[2]["bytes"] > largest[3]["bytes"], "this test wants three clear winners"
+    says(done.err, "out of memory", "--batch", *[row["name"] for row in largest[:3]])
+
+
+# ----------------------------------------------------------------------------
+# Ctrl-C
+
+def interrupted(lab, *given):
+    """Starts a long run, presses Ctrl-C after its third step, and waits for the end."""
+    log = lab.path("log.jsonl")
+    process = subprocess.Popen([program("cpu-bf16"), *options("-x", 100000, "--log", "log.jsonl", *given)], cwd=lab.folder,
+                               env=environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        for _ in range(600):
+            if log.exists() and log.read_bytes().count(b"train_loss") >= 3:
+                break
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    return process.returncode, [json.loads(line) for line in log.read_text().splitlines()], err.decode()
+
+
+def test_ctrl_c_writes_a_checkpoint(lab):
+    status, log, err = interrupted(lab, "-o", "out")
+    assert status == 130, err
+    steps = sum("train_loss" in line for line in log)
+    assert steps < 100000 and log[-1]["done"] is False and log[-1]["steps"] == steps
+    assert set(lab.files("out")) == {f"model_{steps:08d}.bin", f"state_{steps:08d}_00000.bin", f"DONE_{steps:08d}"}
+    assert len(lab.train("-o", "out", "-y", 1, "-x", steps + 2).losses) == 2
+
+
+def test_ctrl_c_without_a_folder(lab):
+    status, log, err = interrupted(lab)
+    assert status == 130, err
+    assert log[-1]["done"] is False
+
+
+# ----------------------------------------------------------------------------
+# steps that are not finite
+
+def poisoned(lab):
+    shape = Shape()
+    tensors = random_model(shape)
+    tensors["lnfb"][3] = NAN
+    write_model(lab.path("nan.bin"), shape, tensors)
+    return shape, tensors
+
+
+@pytest.mark.parametrize("variant, w", [("cpu-fp32", 1), ("cpu-bf16", 1), ("cpu-bf16", 0)])
+def test_a_step_that_is_not_finite_changes_nothing(lab, variant, w):
+    shape, tensors = poisoned(lab)
+    result = lab.train("-e", "nan.bin", "-x", 5, "-c", 0.1, "-w", w, "-o", "out", variant=variant)
+    assert len(result.steps) == 5
+    after = read_model(lab.path("out/model_00000005.bin"), shape)
+    for name, values in tensors.items():
+        assert [repr(x) for x in after[name]] == [repr(x) for x in values], name
+
+
+def test_ten_in_a_row_end_the_run(lab):
+    poisoned(lab)
+    result = lab.train("-e", "nan.bin", "-x", 50, status=3)
+    assert len(result.steps) == 10
+    assert "rate" in result.err and "resume" in result.err

@@ -1,0 +1,374 @@
+"""Files: what the trainer writes is llm.c's layout to the byte, and what is wrong with a file it reads is said."""
+import math
+import os
+import resource
+import shutil
+import struct
+import subprocess
+
+import pytest
+
+from helpers import (MATRICES, Shape, header, learned, model_bytes, options, padded, random_model, read_model, says, to_bf16,
+                     write_model, write_tokens, words)
+
+VERSIONS = {"cpu-fp32": 3, "cpu-bf16": 5}  # what each build writes
+
+
+# ----------------------------------------------------------------------------
+# models that the trainer writes
+
+def crc32c(data):
+    table = []
+    for i in range(256):
+        for _ in range(8):
+            i = i >> 1 ^ (0x82F63B78 if i & 1 else 0)
+        table.append(i)
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc = crc >> 8 ^ table[(crc ^ byte) & 0xFF]
+    return crc ^ 0xFFFFFFFF
+
+
+@pytest.mark.parametrize("variant", VERSIONS)
+@pytest.mark.parametrize("V", [257, 300, 384])
+def test_written_model_has_the_layout(lab, variant, V):
+    shape = Shape(L=2, H=2, C=32, T=32, V=V)
+    lab.train("-e", shape.size(), "-x", 1, "-c", 0.1, "-o", "out", variant=variant)
+    data = lab.path("out/model_00000001.bin").read_bytes()
+    C, L, width = 32, 2, {3: 4, 5: 2}[VERSIONS[variant]]
+    elements = padded(V) * C + 32 * C + L * (2 * C + 3 * C * C + 3 * C + C * C + C + 2 * C + 4 * C * C + 4 * C + 4 * C * C + C) + 2 * C
+    assert len(data) == 1024 + elements * width
+    head = struct.unpack("<256i", data[:1024])
+    assert head[:8] == (20240326, VERSIONS[variant], 32, V, L, 2, C, padded(V))
+    assert [i for i in range(8, 256) if head[i] and i not in (200, 201)] == []
+    if head[201]:
+        assert head[200] & 0xFFFFFFFF == crc32c(data[1024:])
+    wte = read_model(lab.path("out/model_00000001.bin"), shape)["wte"]
+    assert not any(wte[V * C:]), "rows of the padding are 0, after a step with weight decay too"
+
+
+@pytest.mark.parametrize("variant", VERSIONS)
+def test_initialisation(lab, variant):
+    shape = Shape(L=3, H=4, C=64, T=64, V=257)
+    lab.train("-e", shape.size(), "-x", 1, "-l", 0, "-o", "out", variant=variant)
+    tensors = read_model(lab.path("out/model_00000001.bin"), shape)
+    tensors["wte"] = tensors["wte"][:shape.V * shape.C]
+    for name, values in tensors.items():
+        if name in MATRICES:
+            std = 0.02 / math.sqrt(2 * shape.L) if name in ("attprojw", "fcprojw") else 0.02
+            mean = sum(values) / len(values)
+            assert abs(mean) < 5 * std / math.sqrt(len(values)), name
+            assert math.sqrt(sum((x - mean) ** 2 for x in values) / len(values)) == pytest.approx(std, rel=0.05), name
+            assert 2 * std < max(values) < 6 * std and 2 * std < -min(values) < 6 * std, name
+            assert len(set(values)) > len(values) / 64, name
+        else:
+            assert set(values) == {1.0 if name in ("ln1w", "ln2w", "lnfw") else 0.0}, name
+    layer = len(tensors["qkvw"]) // shape.L
+    assert tensors["qkvw"][:layer] != tensors["qkvw"][layer:2 * layer]
+
+
+# ----------------------------------------------------------------------------
+# models that it did not write
+
+@pytest.mark.parametrize("variant", VERSIONS)
+def test_a_model_of_an_independent_writer_loads(lab, variant):
+    """Both versions, into both builds; a rate of 0 writes back what was read."""
+    shape = Shape(L=2, H=2, C=32, T=48, V=257)
+    tensors = random_model(shape)
+    seen = []
+    for version in (3, 5):
+        write_model(lab.path(f"v{version}.bin"), shape, tensors, version)
+        result = lab.train("-e", f"v{version}.bin", "-x", 1, "-l", 0, "-v", 1, "-o", f"out{version}", variant=variant)
+        written = lab.path(f"out{version}/model_00000001.bin").read_bytes()
+        assert written[1024:] == model_bytes(shape, tensors, VERSIONS[variant])[1024:]
+        seen.append(learned(result))
+    assert seen[0] == seen[1]  # the values are such that bf16 holds them
+
+
+def test_a_model_with_wider_values_is_rounded_to_nearest(lab):
+    shape = Shape(L=1, H=1, C=32, T=32, V=257)
+    tensors = {name: [x * 1.001 for x in values] for name, values in random_model(shape).items()}
+    write_model(lab.path("wide.bin"), shape, tensors, 3)
+    lab.train("-e", "wide.bin", "-x", 1, "-l", 0, "-o", "out", variant="cpu-bf16")
+    body = lab.path("out/model_00000001.bin").read_bytes()[1024:]
+    flat = [x for values in tensors.values() for x in values]
+    assert list(struct.unpack(f"<{len(flat)}H", body)) == to_bf16(flat)
+
+
+def reference_loss(shape, tensors, ids):
+    """The mean loss of one sequence, from the definition of GPT-2, with numpy in float64."""
+    np = pytest.importorskip("numpy")
+    C, NH, L, T = shape.C, shape.H, shape.L, len(ids) - 1
+    p = {name: np.array(values) for name, values in tensors.items()}
+
+    def norm(x, w, b):
+        return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * w + b
+
+    def softmax(x):
+        e = np.exp(x - x.max(-1, keepdims=True))
+        return e / e.sum(-1, keepdims=True)
+
+    wte = p["wte"].reshape(shape.Vp, C)[:shape.V]
+    x = wte[ids[:-1]] + p["wpe"].reshape(shape.T, C)[:T]
+    for l in range(L):
+        def w(name, *size):
+            n = math.prod(size)
+            return p[name][l * n:(l + 1) * n].reshape(size)
+        y = norm(x, w("ln1w", C), w("ln1b", C)) @ w("qkvw", 3 * C, C).T + w("qkvb", 3 * C)
+        q, k, v = (part.reshape(T, NH, C // NH).transpose(1, 0, 2) for part in np.split(y, 3, axis=1))
+        scores = q @ k.transpose(0, 2, 1) / math.sqrt(C // NH)
+        scores[:, np.triu(np.ones((T, T), bool), 1)] = -np.inf
+        x = x + (softmax(scores) @ v).transpose(1, 0, 2).reshape(T, C) @ w("attprojw", C, C).T + w("attprojb", C)
+        y = norm(x, w("ln2w", C), w("ln2b", C)) @ w("fcw", 4 * C, C).T + w("fcb", 4 * C)
+        y = 0.5 * y * (1 + np.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y ** 3)))
+        x = x + y @ w("fcprojw", C, 4 * C).T + w("fcprojb", C)
+    logits = norm(x, p["lnfw"], p["lnfb"]) @ wte.T
+    return -np.log(softmax(logits)[np.arange(T), ids[1:]]).mean()
+
+
+@pytest.mark.parametrize("variant, tolerance", [("cpu-fp32", 1e-5), ("cpu-bf16", 1e-2)])
+def test_the_layout_means_what_it_says(lab, variant, tolerance):
+    """A random model's loss on one sequence, against the definition: each tensor is where it should be, with its axes."""
+    shape = Shape(L=2, H=2, C=32, T=48, V=257)
+    tensors = random_model(shape, std=0.2)
+    ids = words(shape.T + 1, seed=9)
+    write_model(lab.path("m.bin"), shape, tensors)
+    write_tokens(lab.path("one.bin"), ids)
+    result = lab.train("-e", "m.bin", "-i", "one.bin", "-b", 1, "-t", shape.T, "-x", 1, variant=variant)
+    assert result.losses[0] == pytest.approx(reference_loss(shape, tensors, ids), rel=tolerance)
+
+
+# ----------------------------------------------------------------------------
+# tokens
+
+def test_32_bit_tokens(lab):
+    ids = words(2000)
+    write_tokens(lab.path("t16.bin"), ids, bits=16)
+    write_tokens(lab.path("t32.bin"), ids, bits=32)
+    assert learned(lab.train("-i", "t16.bin")) == learned(lab.train("-i", "t32.bin"))
+
+
+def test_ids_beyond_16_bits(lab):
+    """A vocabulary of 70,000: ids that 16 bits would fold back are told apart."""
+    write_tokens(lab.path("high.bin"), [65536 + x for x in words(300)], bits=32)
+    write_tokens(lab.path("low.bin"), words(300), bits=32)
+    size = ["-e", "gpt2:L1,H1,C16,T16,V70000", "-t", 16, "-b", 1, "-x", 2]
+    assert lab.train("-i", "high.bin", *size).losses != lab.train("-i", "low.bin", *size).losses
+
+
+def epochs(lab, pattern, seed, steps, **how):
+    """Losses with weights that stay as they are, one sequence a step: each window of the data shows as its own loss."""
+    return lab.train("-i", pattern, "-e", "still.bin", "-l", 0, "-b", 1, "-x", steps, "--seed", seed, **how).losses
+
+
+def test_shards(lab):
+    """An epoch sees each window of each shard once; the order depends on the seed and changes with the epoch."""
+    shape = Shape()
+    write_model(lab.path("still.bin"), shape, random_model(shape, std=0.3))
+    alone = []
+    for i in range(3):
+        write_tokens(lab.path(f"shard_{i}.bin"), words(4 * 32 + 1, seed=20 + i))
+        alone += epochs(lab, f"shard_{i}.bin", 1, None)
+    assert len(set(alone)) == 12
+    one = epochs(lab, "shard_*.bin", 1, 24)
+    assert sorted(one[:12]) == sorted(alone) and sorted(one[12:]) == sorted(alone)
+    assert one[:12] != one[12:]
+    assert len(epochs(lab, "shard_*.bin", 1, None)) == 12
+    orders = {tuple(epochs(lab, "shard_*.bin", seed, 12)) for seed in range(1, 6)}
+    assert len(orders) > 1 and all(sorted(order) == sorted(alone) for order in orders)
+
+
+def test_validation_sees_the_same_each_time(lab):
+    result = lab.train("-v", 1, "-l", 0, "-m", 3)
+    assert len(result.vals) == 5 and len(set(result.vals)) == 1
+
+
+# ----------------------------------------------------------------------------
+# bad input
+
+def model_with(**lies):
+    """A model file whose header lies; the body is that of the truth."""
+    shape = Shape()
+    data = bytearray(model_bytes(shape, random_model(shape), 3))
+    for slot, value in lies.items():
+        struct.pack_into("<i", data, 4 * int(slot[1:]), value)
+    return bytes(data)
+
+
+BAD_MODELS = {
+    "magic": (lambda: model_with(s0=20240803), ["20240326", "20240803"]),
+    "version": (lambda: model_with(s1=4), ["version", "4"]),
+    "empty": (lambda: b"", ["0"]),
+    "half a header": (lambda: model_with()[:500], ["500"]),
+    "header alone": (lambda: model_with()[:1024], []),
+    "cut": (lambda: model_with()[:-1], []),
+    "longer": (lambda: model_with() + b"\0", []),
+    "fp32 body with bf16 header": (lambda: model_with(s1=5), []),
+    "maxT": (lambda: model_with(s2=33), []),
+    "maxT of 0": (lambda: model_with(s2=0), []),
+    "V over Vp": (lambda: model_with(s3=385), ["385"]),
+    "V negative": (lambda: model_with(s3=-257), ["-257"]),
+    "L of 0": (lambda: model_with(s4=0), []),
+    "L too large": (lambda: model_with(s4=3), []),
+    "heads of 0": (lambda: model_with(s5=0), []),
+    "heads that do not divide": (lambda: model_with(s5=5), ["5"]),
+    "C negative": (lambda: model_with(s6=-32), ["-32"]),
+    "Vp negative": (lambda: model_with(s7=-384), ["-384"]),
+    "32 bits overflow": (lambda: model_with(s2=2**27, s6=32), []),
+    "64 bits overflow": (lambda: model_with(s2=2**31 - 1, s3=2**31 - 1, s4=2**31 - 1, s6=2**31 - 2, s5=2, s7=2**31 - 1), []),
+    "a token file": (lambda: header(20240520, 1, 10) + b"\0" * 20, ["20240520"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD_MODELS)
+def test_bad_model(lab, name):
+    make, named = BAD_MODELS[name]
+    lab.path("bad.bin").write_bytes(make())
+    done = lab.run(*options("-e", "bad.bin", "-o", "out"), status=1, env={"SIMT_MEMORY": 10**9})
+    says(done.err, "bad.bin", "expected", "found", *named)
+    assert not any(name.endswith(".bin") for name in lab.files("out"))
+
+
+BAD_TOKENS = {
+    "magic": (dict(magic=20240521), ["20240520", "20240521"]),
+    "version": (dict(version=2), ["version", "2"]),
+    "cut": (dict(cut=2), ["9024", "9022"]),
+    "cut inside of a token": (dict(cut=1), ["9024", "9023"]),
+    "count too large": (dict(count=4001), ["4001"]),
+    "count too small": (dict(count=3999), ["3999"]),
+    "count of 0": (dict(count=0), ["0"]),
+    "count negative": (dict(count=-1), []),
+    "half a header": (dict(cut=8000 + 100), ["924"]),
+    "empty": (dict(cut=8000 + 1024), ["0"]),
+}
+
+
+@pytest.mark.parametrize("option", ["-i", "-j"])
+@pytest.mark.parametrize("name", BAD_TOKENS)
+def test_bad_tokens(lab, name, option):
+    how, named = BAD_TOKENS[name]
+    write_tokens(lab.path("bad.bin"), words(4000), **how)
+    done = lab.run(*options(option, "bad.bin", "-v", 1), status=1)
+    says(done.err, "bad.bin", "expected", "found", "prepro/", *named)
+
+
+@pytest.mark.parametrize("bits", [16, 32])
+@pytest.mark.parametrize("option", ["-i", "-j"])
+@pytest.mark.parametrize("where", [0, 40, 2000, 3999])
+def test_id_beyond_the_vocabulary(lab, option, bits, where):
+    ids = words(4000)
+    ids[where] = 257
+    write_tokens(lab.path("bad.bin"), ids, bits=bits)
+    done = lab.run(*options(option, "bad.bin", "-v", 1, "-x", None), status=1)
+    says(done.err, "bad.bin", "257", "256", "prepro/")
+
+
+def test_32_bit_id_that_is_negative_as_an_int(lab):
+    ids = words(4000)
+    ids[7] = 2**32 - 1
+    write_tokens(lab.path("bad.bin"), ids, bits=32)
+    says(lab.run(*options("-i", "bad.bin"), status=1).err, "bad.bin", "4294967295")
+
+
+@pytest.mark.parametrize("option", ["-i", "-j"])
+@pytest.mark.parametrize("pattern", ["none.bin", "none_*.bin", "empty/*.bin", "empty", "no/folder.bin"])
+def test_missing_data(lab, option, pattern):
+    lab.path("empty").mkdir()
+    done = lab.run(*options(option, pattern, "-v", 1), status=1)
+    says(done.err, pattern)
+    if pattern != "empty":
+        says(done.err, "prepro/text.py")
+
+
+@pytest.mark.parametrize("option", ["-i", "-j"])
+def test_a_batch_larger_than_the_shard(lab, option):
+    write_tokens(lab.path("short.bin"), words(64))  # a batch of 2 x 32 takes one more
+    done = lab.run(*options(option, "short.bin", "-v", 1), status=1)
+    says(done.err, "short.bin", "64", "-b", "-t")
+    write_tokens(lab.path("short.bin"), words(65))
+    lab.train(option, "short.bin", "-v", 1, "-x", 2)
+
+
+def test_a_bad_shard_among_good_ones(lab):
+    for i in range(3):
+        write_tokens(lab.path(f"shard_{i}.bin"), words(1000), cut=10 * (i == 2))
+    says(lab.run(*options("-i", "shard_*.bin", "-x", 1), status=1).err, "shard_2.bin")
+
+
+@pytest.mark.parametrize("model", ["none.bin", "no/model.bin", "empty"])
+def test_missing_model(lab, model):
+    lab.path("empty").mkdir()
+    assert model in lab.run(*options("-e", model), status=1).err
+
+
+def test_damaged_tokenizer(lab):
+    good = lab.path("tokenizer.bin").read_bytes()
+    for bad in (good[:-3], header(20240328, 9, 257, 256) + good[1024:], header(1, 2, 257, 256) + good[1024:], good[:100]):
+        lab.path("bad.bin").write_bytes(bad)
+        done = lab.run(*options("--tokenizer", "bad.bin", "-s", 2), status=1)
+        says(done.err, "bad.bin", "expected")
+
+
+def test_without_a_tokenizer_ids_are_printed(lab):
+    lab.path("tokenizer.bin").unlink()
+    assert len(lab.train("-s", 2).losses) == 4
+
+
+# ----------------------------------------------------------------------------
+# places that cannot be written to. Tests may run as root, for whom every folder is writable, so: not a folder.
+
+@pytest.mark.parametrize("place", ["train.bin/out", "train.bin", "/proc/none/out", "/dev/null/out"])
+def test_a_folder_that_cannot_be(lab, place):
+    done = lab.run(*options("-o", place, "--log", "log.jsonl"), status=1)
+    says(done.err, place)
+    log = lab.path("log.jsonl")
+    assert not log.exists() or b"train_loss" not in log.read_bytes(), "it is said before the first step"
+
+
+@pytest.mark.parametrize("place", ["train.bin/log", "none/log.jsonl", "/dev/full"])
+def test_a_log_that_cannot_be(lab, place):
+    says(lab.run(*options("--log", place), status=1).err, place)
+
+
+def small_disk(size):
+    """A file of ours can grow to this many bytes and no further, as on a full disk."""
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+@pytest.mark.parametrize("culprit, fraction", [("model", 0), ("model", 0.5), ("model", 0.999), ("state", 0.5), ("state", 0.999)])
+def test_full_disk(lab, culprit, fraction):
+    """The limit strikes in the model, or in the state, which is larger."""
+    lab.train("-x", 2, "-o", "whole")
+    name = {"model": "model_00000002.bin", "state": "state_00000002_00000.bin"}[culprit]
+    limit = int(len(lab.files("whole")[name]) * fraction)
+    done = lab.run(*options("-x", 2, "-o", "out"), status=1, before=small_disk(limit))
+    says(done.err, name)
+    assert set(lab.files("out")) <= {"model_00000002.bin"} - {name}, "only what is whole has its name, and the rest is gone"
+
+
+def test_full_disk_loses_nothing(lab):
+    """A checkpoint that fails leaves the one before it whole."""
+    straight = lab.train("-x", 6, "-n", 6, "-o", "straight")
+    lab.train("-x", 2, "-n", 2, "-o", "out")
+    before = lab.files("out")
+    lab.run(*options("-x", 6, "-n", 4, "-nk", 1, "-o", "out", "-y", 1), status=1, before=small_disk(20000))
+    after = lab.files("out")
+    assert {name: after.get(name) for name in before} == before
+    assert learned(lab.train("-x", 6, "-n", 6, "-o", "out", "-y", 1))[:4] == learned(straight)[2:6]
+    assert lab.files("out")["model_00000006.bin"] == lab.files("straight")["model_00000006.bin"]
+
+
+def test_full_tmpfs(lab):
+    """The same with a disk that is really full, where we may mount one."""
+    disk = lab.path("disk")
+    disk.mkdir()
+    mounted = shutil.which("mount") and os.geteuid() == 0 and subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True).returncode == 0
+    if not mounted:
+        pytest.skip("cannot mount a tmpfs")
+    try:
+        done = lab.run(*options("-x", 1, "-o", "disk"), status=1)
+        says(done.err, "model_00000001.bin")
+        assert list(lab.files("disk")) == []
+    finally:
+        subprocess.run(["umount", disk], check=True)

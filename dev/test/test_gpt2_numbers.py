@@ -1,0 +1,61 @@
+"""test_gpt2 against PyTorch's numbers, in both precisions, in each order of threads, and with sanitizers."""
+import struct
+
+import pytest
+
+from helpers import FIXTURES, execute, program
+
+PAIRS = ["gpt2_c96", "gpt2_hs64"]
+
+
+def check(variant, pair, status=0, state=None, cwd=FIXTURES, **env):
+    done = execute(program(variant, "test_gpt2"), FIXTURES / f"{pair}.bin", state or FIXTURES / f"{pair}_state.bin", cwd=cwd, env=env, timeout=400)
+    assert done.status == status, done.out[-4000:] + done.err[-4000:]
+    return done
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("variant", ["cpu-bf16", "cpu-fp32", "gpu-bf16", "gpu-fp32"])
+def test_numbers(variant, pair, tmp_path):
+    check(variant, pair, cwd=tmp_path)
+
+
+@pytest.mark.parametrize("order, seed", [("reverse", 0), ("priority", 1)])
+@pytest.mark.parametrize("variant", ["cpu-bf16", "cpu-fp32"])
+def test_orders(variant, order, seed, tmp_path):
+    check(variant, "gpt2_c96", cwd=tmp_path, SIMT_ORDER=order, SIMT_SEED=seed)
+
+
+@pytest.mark.parametrize("variant", ["san-bf16", "san-fp32"])
+def test_sanitized(variant, tmp_path):
+    check(variant, "gpt2_c96", cwd=tmp_path, SIMT_POISON=1)
+
+
+# offsets into gpt2_c96_state.bin, whose batch is 2 x 40 and vocabulary 301
+TOKENS = 2 * 2 * 40 * 4
+LOGITS = 2 * 40 * 301 * 4
+
+
+@pytest.mark.parametrize("what, offset", [("logits", 1024 + TOKENS), ("loss", 1024 + TOKENS + LOGITS), ("a gradient", 1024 + TOKENS + LOGITS + 4),
+                                          ("the last AdamW step", -4)])
+def test_a_wrong_number_fails(what, offset, tmp_path):
+    data = bytearray((FIXTURES / "gpt2_c96_state.bin").read_bytes())
+    n = 40 * 301 if what == "logits" else 96 if what == "a gradient" else 1  # of logits a half, of wte's gradient a row
+    at = offset % len(data)
+    values = struct.unpack_from(f"<{n}f", data, at)
+    struct.pack_into(f"<{n}f", data, at, *[1.1 * x + 0.1 for x in values])
+    (tmp_path / "wrong.bin").write_bytes(data)
+    for variant in ("cpu-fp32", "cpu-bf16"):
+        done = check(variant, "gpt2_c96", state=tmp_path / "wrong.bin", status=1, cwd=tmp_path)
+        assert "nan" not in done.out.lower()
+
+
+def test_what_is_not_there_is_said(tmp_path):
+    for pair in ((tmp_path / "none.bin", FIXTURES / "gpt2_c96_state.bin"), (FIXTURES / "gpt2_c96.bin", tmp_path / "none.bin")):
+        done = execute(program("cpu-fp32", "test_gpt2"), *pair, cwd=tmp_path)
+        assert done.status == 1 and "none.bin" in done.err
+
+
+def test_a_state_of_another_model_is_refused(tmp_path):
+    done = execute(program("cpu-fp32", "test_gpt2"), FIXTURES / "gpt2_c96.bin", FIXTURES / "gpt2_hs64_state.bin", cwd=tmp_path)
+    assert done.status == 1 and "gpt2_hs64_state.bin" in done.err

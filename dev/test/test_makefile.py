@@ -1,0 +1,184 @@
+"""The Makefile, on a program of one line in place of the trainer; and the rule that a trainer is one file."""
+import os
+import re
+import shutil
+import time
+
+import pytest
+
+from helpers import ROOT, execute
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """The Makefile, the CPU backend, and two programs that build in no time. make() runs there."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    shutil.copytree(ROOT / "dev/cpu", tmp_path / "dev/cpu", ignore=shutil.ignore_patterns("test", "__pycache__"))
+    (tmp_path / "train_gpt2.cu").write_text("#ifndef FP32\n#define FP32 0\n#endif\n#include <stdio.h>\n"
+                                            "#ifndef TESTING\nint main() { printf(\"fp32 %d\\n\", FP32); }\n#endif\n")
+    (tmp_path / "test_gpt2.cu").write_text("#define TESTING\n#include \"train_gpt2.cu\"\nint main() { printf(\"test\\n\"); }\n")
+
+    def make(*arguments, status=0):
+        done = execute("make", *arguments, cwd=tmp_path, timeout=200)
+        assert status is None or done.status == status, done.out + done.err
+        return done
+    make.folder = tmp_path
+    return make
+
+
+def says(tree, program):
+    return execute(tree.folder / program, cwd=tree.folder).out.strip()
+
+
+def up_to_date(tree, *arguments):
+    """make -q: 0 if there is nothing to do, 1 if there is."""
+    return {0: True, 1: False}[tree("-q", *arguments, status=None).status]
+
+
+def test_help(tree):
+    text = tree().out
+    assert text == tree("help").out and not list(tree.folder.glob("build*"))
+    for target in re.findall(r"^\.PHONY: (.*)", (ROOT / "Makefile").read_text(), re.M):
+        for word in re.findall(r"\b(setup|setup-test|demo|test|twins|clean)\b", target):
+            assert re.search(rf"make {word}\b", text), word
+    for flag in ("PRECISION", "CPU", "ARCH", "BUILD", "SAN", "MULTI_GPU", "PTXAS", "NVCC", "NVCCFLAGS", "CXXFLAGS", "TEXT"):
+        assert re.search(rf"^ *{flag}=", text, re.M), flag
+
+
+def test_builds_and_rebuilds(tree):
+    flags = ["train_gpt2", "CPU=1"]
+    assert not up_to_date(tree, *flags)
+    tree(*flags)
+    assert says(tree, "train_gpt2") == "fp32 0"
+    assert up_to_date(tree, *flags)
+    for changed in (["PRECISION=FP32"], ["CXXFLAGS=-DX='\"a, b\"'"], ["SAN=1"]):
+        assert not up_to_date(tree, *flags, *changed), changed
+    tree(*flags, "PRECISION=FP32")
+    assert says(tree, "train_gpt2") == "fp32 1"
+    assert up_to_date(tree, *flags, "PRECISION=FP32") and not up_to_date(tree, *flags)
+    for source in ("train_gpt2.cu", "dev/cpu/cu2cpp.py"):
+        now = time.time() + 5
+        os.utime(tree.folder / source, (now, now))
+        assert not up_to_date(tree, *flags, "PRECISION=FP32"), source
+        tree(*flags, "PRECISION=FP32")
+        os.utime(tree.folder / "train_gpt2", (now + 5, now + 5))
+
+
+def test_a_change_of_the_trainer_rebuilds_its_test(tree):
+    flags = ["test_gpt2", "CPU=1"]
+    tree(*flags)
+    assert up_to_date(tree, *flags) and says(tree, "test_gpt2") == "test"
+    now = time.time() + 5
+    os.utime(tree.folder / "train_gpt2.cu", (now, now))
+    assert not up_to_date(tree, *flags)
+
+
+def test_variants_side_by_side(tree):
+    before = set(tree.folder.iterdir())
+    tree("-j2", "train_gpt2", "test_gpt2", "CPU=1", "BUILD=one")
+    tree("train_gpt2", "CPU=1", "BUILD=two/deep/", "PRECISION=FP32")
+    assert says(tree, "one/train_gpt2") == "fp32 0" and says(tree, "two/deep/train_gpt2") == "fp32 1"
+    assert set(tree.folder.iterdir()) - before == {tree.folder / "one", tree.folder / "two"}
+    assert up_to_date(tree, "train_gpt2", "test_gpt2", "CPU=1", "BUILD=one")
+
+
+def test_a_build_that_fails_leaves_no_old_program(tree):
+    tree("train_gpt2", "CPU=1")
+    (tree.folder / "train_gpt2.cu").write_text("int main() { return wrong; }\n")
+    now = time.time() + 5
+    os.utime(tree.folder / "train_gpt2.cu", (now, now))
+    assert "train_gpt2.cu:1" in tree("train_gpt2", "CPU=1", status=2).err
+    assert not (tree.folder / "train_gpt2").exists()
+
+
+@pytest.mark.parametrize("flag, allowed", [
+    ("PRECISION=FP16", "BF16 or FP32"), ("PRECISION=", "BF16 or FP32"), ("PRECISION=BF16 FP32", "BF16 or FP32"), ("PRECISION=fp32", "BF16 or FP32"),
+    ("CPU=2", "0 or 1"), ("SAN=yes", "0 or 1"), ("MULTI_GPU=2", "0 or 1"), ("PTXAS=v", "0 or 1"),
+    ("BUILD=.", "a folder of its own"), ("PRECISON=FP32", "PRECISION"), ("ARCHS=90", "ARCH")])
+def test_bad_flags(tree, flag, allowed):
+    done = tree("train_gpt2", flag, status=2)
+    assert flag.split("=")[0] in done.err and allowed in done.err
+    assert not (tree.folder / "train_gpt2").exists()
+
+
+@pytest.mark.parametrize("flags, named", [
+    (["CPU=0", "SAN=1"], "SAN=1"), (["CPU=1", "PTXAS=1"], "PTXAS=1"), (["CPU=0", "ARCH=sm_90"], "ARCH=sm_90"), (["CPU=0", "ARCH=8.0"], "ARCH=8.0")])
+def test_flags_that_contradict(tree, flags, named):
+    assert named in tree("train_gpt2", *flags, status=2).err
+
+
+def test_without_nvcc_it_says_what_to_install(tree):
+    assert "CUDA Toolkit" in tree("train_gpt2", "CPU=0", "NVCC=", status=2).err
+
+
+def commands(tree, *arguments):
+    return tree("-n", *arguments).out
+
+
+def test_gpu_commands(tree):
+    """What nvcc would be called with; needs no nvcc."""
+    default = commands(tree, "train_gpt2", "CPU=0", "NVCC=nvcc", "ARCH=80 89 90")
+    for part in ("-O3", "-std=c++17", "-lineinfo", "--threads 0", "code=sm_80", "code=sm_89", "code=sm_90", "-lcublas", "-lcublasLt"):
+        assert part in default, part
+    assert "use_fast_math" not in default and "FP32" not in default
+    one = commands(tree, "train_gpt2", "CPU=0", "NVCC=nvcc", "ARCH=90", "PRECISION=FP32", "PTXAS=1", "NVCCFLAGS=-DMORE")
+    assert "sm_80" not in one and "--threads" not in one
+    assert "-DFP32=1" in one and "-Xptxas -v" in one and "-DMORE" in one
+
+
+@pytest.fixture
+def machine(tree, monkeypatch):
+    """Pretends to have GPUs of these compute capabilities."""
+    def pretend(*capabilities):
+        folder = tree.folder / "bin"
+        folder.mkdir(exist_ok=True)
+        lines = "\n".join(f"GPU {i}: NVIDIA" for i, _ in enumerate(capabilities)) or "No devices were found"
+        script = f"#!/bin/sh\ncase $1 in -L) echo '{lines}';; *) echo '" + "\n".join(capabilities) + "';; esac\n"
+        (folder / "nvidia-smi").write_text(script)
+        (folder / "nvidia-smi").chmod(0o755)
+        monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    return pretend
+
+
+def test_a_visible_gpu_decides(tree, machine):
+    machine("9.0", "9.0")
+    chosen = commands(tree, "train_gpt2", "NVCC=nvcc")
+    assert "nvcc -O3" in chosen and chosen.count("-gencode arch=compute_90,code=sm_90") >= 1 and "sm_80" not in chosen
+    assert "g++" in commands(tree, "train_gpt2", "CPU=1")
+    machine("8.9", "12.0")
+    chosen = commands(tree, "train_gpt2", "NVCC=nvcc")
+    assert "code=sm_89" in chosen and "code=sm_120" in chosen
+
+
+def test_without_a_gpu_it_says_so(tree, machine):
+    machine()
+    assert "No GPU is visible" in tree("train_gpt2", "NVCC=nvcc").out
+    assert (tree.folder / "build/train_gpt2.cpp").exists()
+    machine()
+    blind = commands(tree, "train_gpt2", "CPU=0", "NVCC=nvcc")
+    for part in ("code=sm_80", "code=sm_89", "code=sm_90", "code=compute_90"):
+        assert part in blind
+    assert "No GPU" not in tree("train_gpt2", "CPU=1", "BUILD=quiet").out
+
+
+def test_clean(tree):
+    tree("train_gpt2", "CPU=1")
+    tree("clean")
+    assert not (tree.folder / "build").exists() and not (tree.folder / "train_gpt2").exists()
+    assert (tree.folder / "train_gpt2.cu").exists()
+
+
+# ----------------------------------------------------------------------------
+
+@pytest.mark.parametrize("trainer", sorted(ROOT.glob("train_*.cu")), ids=lambda path: path.name)
+def test_a_trainer_is_one_file(trainer):
+    included = re.findall(r'^\s*#\s*include\s*(.*)', trainer.read_text(), re.M)
+    assert included and [name for name in included if not name.startswith("<")] == []
+    names = {p.name for folder in ("dev", "prepro") for p in (ROOT / folder).rglob("*") if p.suffix in (".h", ".cuh") and "cpu" not in p.parts}
+    assert not names & {name.strip("<>") for name in included}
+
+
+def test_continuous_integration():
+    """.ci/run is make test."""
+    script = ROOT / ".ci/run"
+    assert os.access(script, os.X_OK) and "make test" in script.read_text()

@@ -1,0 +1,42 @@
+"""What nvcc says of the trainers: no warning, and no kernel that spills registers. Compiled here, run nowhere."""
+import re
+
+import pytest
+
+from helpers import ROOT, execute, nvcc, program
+
+pytestmark = pytest.mark.skipif(not nvcc(), reason="nvcc is not installed")
+TARGETS = {"sm_80", "sm_89", "sm_90"}
+
+
+def build_log(variant, name):
+    program(variant, name)
+    return (ROOT / f"build/{variant}/{name}.log").read_text()
+
+
+@pytest.mark.parametrize("variant", ["nvcc-bf16", "nvcc-fp32"])
+@pytest.mark.parametrize("name", ["train_gpt2", "test_gpt2"])
+def test_no_kernel_spills(variant, name):
+    log = build_log(variant, name)
+    kernels = re.findall(r"Compiling entry function '(\w+)' for '(sm_\d+\w*)'", log)
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    entries = len(re.findall(r"__global__", (ROOT / "train_gpt2.cu").read_text()))
+    assert {target for _, target in kernels} == TARGETS
+    assert len(kernels) >= 3 * 0.8 * entries, "fewer kernels than the source has: is this log whole?"
+    assert len(spills) >= len(kernels)
+    assert [s for s in spills if s != ("0", "0")] == [], [line for line in log.splitlines() if "spill" in line and " 0 bytes spill stores" not in line]
+
+
+@pytest.mark.parametrize("variant", ["nvcc-bf16", "nvcc-fp32"])
+@pytest.mark.parametrize("name", ["train_gpt2", "test_gpt2"])
+def test_no_warning(variant, name):
+    log = build_log(variant, name)
+    assert [line for line in log.splitlines() if re.search(r"warning|error", line, re.I)] == []
+
+
+def test_the_plain_command(tmp_path):
+    """The file alone, in an empty folder, with the command that its first lines and the README give."""
+    (tmp_path / "train_gpt2.cu").write_bytes((ROOT / "train_gpt2.cu").read_bytes())
+    done = execute(nvcc(), "-O3", "-std=c++17", "-arch=sm_90", "train_gpt2.cu", "-lcublas", "-lcublasLt", "-o", "train_gpt2", cwd=tmp_path, timeout=300)
+    assert (done.status, done.out, done.err) == (0, "", "")
+    assert (tmp_path / "train_gpt2").exists()

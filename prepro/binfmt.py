@@ -1,0 +1,342 @@
+"""The .bin files of the trainers: readers and writers (numpy and the standard library only).
+
+    python3 prepro/binfmt.py FILE...        says what each file is, after checking it
+
+    import binfmt
+    binfmt.write_tokens("data/train.bin", ids, vocab=257)
+    config, tensors = binfmt.read_model("model.bin")
+
+Everything is little-endian behind a header of 256 int32, in llm.c's format. A reader believes
+nothing before it is checked: magic, version, and each size against the size the file really has.
+A writer works under a temporary name, so that a file under its final name is always whole.
+"""
+import contextlib
+import os
+import re
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+
+HEADER_BYTES = 256 * 4
+MODEL_MAGIC, STATE_MAGIC, TOKENIZER_MAGIC = 20240326, 20240327, 20240328
+TOKENS = {16: (20240520, 1, "<u2"), 32: (20240801, 7, "<u4")}  # bits: magic, version, dtype
+MODEL_VERSIONS = {3: "<f4", 5: "<u2"}  # fp32; bf16 as its upper 16 bits
+MAX_COUNT = 2**31 - 1  # counts stand in an int32
+
+
+class Error(Exception):
+    """What went wrong, in a message for people: the file, what was expected, what was found."""
+
+
+# ----------------------------------------------------------------------------
+# writing: all or nothing
+
+@contextlib.contextmanager
+def atomic(*paths):
+    """Yields one open file per path; they get their names together, or none of them does.
+
+    Every file is on the disk (fsync) before the first is renamed, because a full disk or a file
+    size limit may show only then. The temporary name ends in .tmp: a glob for *.bin never meets it.
+    """
+    temporary = [f"{path}.{os.getpid()}.tmp" for path in paths]
+    files = []
+    try:
+        for name in temporary:
+            files.append(open(name, "wb"))
+        yield files
+        for f in files:
+            f.flush()
+            os.fsync(f.fileno())
+            f.close()
+        for name, path in zip(temporary, paths):
+            os.replace(name, path)
+        for folder in {os.path.dirname(os.path.abspath(path)) for path in paths}:
+            fd = os.open(folder, os.O_RDONLY)  # the names themselves live in the folder
+            os.fsync(fd)
+            os.close(fd)
+    finally:
+        for f in files:
+            with contextlib.suppress(OSError):  # close() flushes, and may fail once more
+                f.close()
+        for name in temporary:
+            with contextlib.suppress(OSError):
+                os.unlink(name)
+
+
+def _header(*values):
+    header = np.zeros(256, "<i4")
+    header[: len(values)] = values
+    return header.tobytes()
+
+
+# ----------------------------------------------------------------------------
+# reading: checked before believed
+
+def _read_header(path, kind, versions):
+    """versions: {magic: set of versions}. Returns the header as a list of int and the body's size."""
+    try:
+        size = os.path.getsize(path)
+        with open(path, "rb") as f:
+            raw = f.read(HEADER_BYTES)
+    except OSError as e:
+        raise Error(f"{path}: cannot read it: {e.strerror}") from None
+    if len(raw) < HEADER_BYTES:
+        raise Error(f"{path}: expected a {kind} with a header of {HEADER_BYTES} bytes, "
+                          f"found {size} bytes in all; write the file again")
+    header = [int(v) for v in np.frombuffer(raw, "<i4")]
+    if header[0] not in versions:
+        wanted = " or ".join(map(str, versions))
+        raise Error(f"{path}: expected a {kind} (magic {wanted}), found magic {header[0]}"
+                          f"{_guess(header[0])}; is it the right file?")
+    if header[1] not in versions[header[0]]:
+        wanted = " or ".join(map(str, sorted(versions[header[0]])))
+        raise Error(f"{path}: expected {kind} version {wanted}, found version {header[1]}")
+    return header, size - HEADER_BYTES
+
+
+def _guess(magic):
+    kinds = {MODEL_MAGIC: "a GPT-2 model", STATE_MAGIC: "a debug state", TOKENIZER_MAGIC: "a tokenizer",
+             20240520: "16-bit tokens", 20240801: "32-bit tokens", 20240803: "a Llama model",
+             20240527: "a run's state"}
+    return f", which is {kinds[magic]}" if magic in kinds else ""
+
+
+def _check_body(path, what, expected, found):
+    if expected != found:
+        raise Error(f"{path}: expected {expected} bytes behind the header ({what}), found {found}; "
+                          "the file is damaged or cut short: write it again")
+
+
+# ----------------------------------------------------------------------------
+# tokens
+
+def token_bits(vocab):
+    return 16 if vocab <= 65536 else 32
+
+
+def put_tokens(f, ids, vocab):
+    """Writes tokens to an open file, 16 bits each where the vocabulary fits."""
+    magic, version, dtype = TOKENS[token_bits(vocab)]
+    if not 0 < len(ids) <= MAX_COUNT:
+        raise Error(f"{f.name}: a token file holds 1 to {MAX_COUNT} tokens, not {len(ids)}")
+    if int(ids.min()) < 0 or int(ids.max()) >= vocab:
+        raise Error(f"{f.name}: ids run from {ids.min()} to {ids.max()}, the vocabulary from 0 to {vocab - 1}")
+    f.write(_header(magic, version, len(ids)))
+    f.write(memoryview(np.ascontiguousarray(ids, dtype)).cast("B"))
+
+
+def write_tokens(path, ids, vocab):
+    with atomic(path) as (f,):
+        put_tokens(f, np.asarray(ids), vocab)
+
+
+def read_tokens(path, vocab=None):
+    """The ids, mapped and not loaded; with vocab given, each id is checked against it."""
+    versions = {magic: {version} for magic, version, _ in TOKENS.values()}
+    header, body = _read_header(path, "token file", versions)
+    dtype = np.dtype(next(d for magic, _, d in TOKENS.values() if magic == header[0]))
+    count = header[2]
+    if count <= 0:
+        raise Error(f"{path}: expected at least one token, found a count of {count}")
+    _check_body(path, f"{count} tokens of {dtype.itemsize} bytes", count * dtype.itemsize, body)
+    ids = np.memmap(path, dtype, "r", HEADER_BYTES, (count,))
+    if vocab is not None and int(ids.max()) >= vocab:
+        raise Error(f"{path}: expected ids below {vocab}, found {int(ids.max())} at position "
+                          f"{int(ids.argmax())}; the file was made with another tokenizer")
+    return ids
+
+
+# ----------------------------------------------------------------------------
+# tokenizer: what each id prints
+
+def put_tokenizer(f, tokens, eot):
+    if not 0 <= eot < len(tokens):
+        raise Error(f"{f.name}: end-of-text id {eot} is outside of the vocabulary of {len(tokens)}")
+    for i, token in enumerate(tokens):
+        if not 0 < len(token) < 256:  # one byte for the length, and llm.c refuses 0
+            raise Error(f"{f.name}: a token has 1 to 255 bytes, but token {i} has {len(token)}")
+    f.write(_header(TOKENIZER_MAGIC, 2, len(tokens), eot))
+    f.write(b"".join(bytes([len(token)]) + token for token in tokens))
+
+
+def write_tokenizer(path, tokens, eot):
+    with atomic(path) as (f,):
+        put_tokenizer(f, tokens, eot)
+
+
+def read_tokenizer(path):
+    """Returns a list of bytes, one per id, and the end-of-text id."""
+    header, body_size = _read_header(path, "tokenizer", {TOKENIZER_MAGIC: {2}})
+    count, eot = header[2], header[3]
+    if not 0 < count <= body_size // 2:  # a token takes two bytes at least
+        raise Error(f"{path}: expected {count} tokens, found {body_size} bytes for them")
+    if not 0 <= eot < count:
+        raise Error(f"{path}: expected an end-of-text id below {count}, found {eot}")
+    with open(path, "rb") as f:
+        f.seek(HEADER_BYTES)
+        body = f.read()
+    tokens, at = [], 0
+    for i in range(count):
+        end = at + 1 + (body[at] if at < len(body) else 0)
+        if at >= len(body) or end > len(body) or end == at + 1:
+            raise Error(f"{path}: expected {count} tokens of 1 to 255 bytes, found a bad one at id {i}; "
+                              "the file is damaged or cut short: write it again")
+        tokens.append(body[at + 1:end])
+        at = end
+    _check_body(path, f"{count} tokens", at, len(body))
+    return tokens, eot
+
+
+# ----------------------------------------------------------------------------
+# GPT-2 models
+
+@dataclass(frozen=True)
+class Config:
+    L: int      # layers
+    NH: int     # heads
+    C: int      # channels
+    maxT: int   # positions
+    V: int      # vocabulary
+    Vp: int     # vocabulary with padding: rows of wte
+
+    @staticmethod
+    def parse(text):
+        """'L2,H3,C96,T48,V301', with or without a leading 'gpt2:'."""
+        items = re.sub("^gpt2:", "", text).split(",")
+        found = {item[:1]: int(item[1:]) for item in items if re.fullmatch(r"[LHCTV][1-9]\d{0,8}", item)}
+        if set(found) != set("LHCTV") or len(items) != 5:
+            raise Error(f"{text}: expected layers, heads, channels, positions, vocabulary as in L2,H3,C96,T48,V301")
+        if found["C"] % found["H"]:
+            raise Error(f"{text}: {found['C']} channels do not divide into {found['H']} heads")
+        V = found["V"]
+        return Config(found["L"], found["H"], found["C"], found["T"], V, -(-V // 128) * 128)
+
+    def shapes(self):
+        """The 16 tensors in the order of the file; weights are (out, in), L is the layer."""
+        L, C = self.L, self.C
+        return {
+            "wte": (self.Vp, C), "wpe": (self.maxT, C),
+            "ln1w": (L, C), "ln1b": (L, C),
+            "qkvw": (L, 3 * C, C), "qkvb": (L, 3 * C),
+            "attprojw": (L, C, C), "attprojb": (L, C),
+            "ln2w": (L, C), "ln2b": (L, C),
+            "fcw": (L, 4 * C, C), "fcb": (L, 4 * C),
+            "fcprojw": (L, C, 4 * C), "fcprojb": (L, C),
+            "lnfw": (C,), "lnfb": (C,),
+        }
+
+    def count(self):
+        C = self.C  # python's integers: a header's sizes cannot overflow here
+        return (self.Vp + self.maxT) * C + self.L * (12 * C * C + 13 * C) + 2 * C
+
+
+def to_bf16(x):
+    """float32 -> the upper 16 bits, to nearest, ties to even; a NaN stays one."""
+    bits = np.ascontiguousarray(x, "<f4").view("<u4")
+    rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
+    return np.where(np.isnan(x), (bits >> 16) | 0x40, rounded).astype("<u2")
+
+
+def from_bf16(u):
+    return (u.astype("<u4") << 16).view("<f4")
+
+
+def write_model(path, config, tensors, version=3):
+    with atomic(path) as (f,):
+        f.write(_header(MODEL_MAGIC, version, config.maxT, config.V, config.L, config.NH, config.C, config.Vp))
+        for name, shape in config.shapes().items():
+            tensor = np.asarray(tensors[name], "<f4")
+            if tensor.shape != shape:
+                raise Error(f"{path}: expected {name} of shape {shape}, found {tensor.shape}")
+            f.write((to_bf16(tensor) if version == 5 else tensor).tobytes())
+
+
+def read_model(path):
+    """Returns a Config and {name: float32 array}; version 5 is widened."""
+    header, body = _read_header(path, "GPT-2 model", {MODEL_MAGIC: set(MODEL_VERSIONS)})
+    maxT, V, L, NH, C, Vp = header[2:8]
+    config = Config(L, NH, C, maxT, V, Vp)
+    if min(maxT, V, L, NH, C) <= 0 or Vp < V or C % NH:
+        raise Error(f"{path}: expected positive sizes, Vp of at least V, and C a multiple of NH; found {config}")
+    dtype = np.dtype(MODEL_VERSIONS[header[1]])
+    _check_body(path, f"{config}", config.count() * dtype.itemsize, body)
+    tensors = {}
+    with open(path, "rb") as f:
+        f.seek(HEADER_BYTES)
+        for name, shape in config.shapes().items():
+            raw = np.fromfile(f, dtype, int(np.prod(shape))).reshape(shape)
+            tensors[name] = from_bf16(raw) if header[1] == 5 else raw
+    return config, tensors
+
+
+# ----------------------------------------------------------------------------
+# debug states: what a model must compute
+
+def write_state(path, config, x, y, logits, loss, grads, losses):
+    """x, y (B,T); logits (B,T,V); grads as a model's tensors; losses: one per AdamW step."""
+    B, T = x.shape
+    with atomic(path) as (f,):
+        f.write(_header(STATE_MAGIC, 2, B, T, len(losses)))
+        for ids in (x, y):
+            f.write(np.asarray(ids, "<i4").tobytes())
+        f.write(np.asarray(logits, "<f4").reshape(B, T, config.V).tobytes())
+        f.write(np.asarray([loss], "<f4").tobytes())
+        for name, shape in config.shapes().items():
+            f.write(np.asarray(grads[name], "<f4").reshape(shape).tobytes())
+        f.write(np.asarray(losses, "<f4").tobytes())
+
+
+def read_state(path, config):
+    """Returns {"x", "y", "logits", "loss", "grads": {name: array}, "losses"}."""
+    header, body = _read_header(path, "debug state", {STATE_MAGIC: {2}})
+    B, T, n = header[2:5]
+    if B <= 0 or not 0 < T <= config.maxT or n < 0:
+        raise Error(f"{path}: expected B > 0, T of 1 to {config.maxT} and a count of losses, "
+                          f"found B={B} T={T} n={n}; was it made for this model?")
+    BT = B * T
+    expected = 4 * (2 * BT + BT * config.V + 1 + config.count() + n)
+    _check_body(path, f"B={B} T={T} n={n} with {config}", expected, body)
+    state = {}
+    with open(path, "rb") as f:
+        f.seek(HEADER_BYTES)
+        for name in "xy":
+            state[name] = np.fromfile(f, "<i4", BT).reshape(B, T)
+            if state[name].min() < 0 or state[name].max() >= config.V:
+                raise Error(f"{path}: expected ids from 0 to {config.V - 1} in {name}, "
+                                  f"found {state[name].min()} to {state[name].max()}")
+        state["logits"] = np.fromfile(f, "<f4", BT * config.V).reshape(B, T, config.V)
+        state["loss"] = np.fromfile(f, "<f4", 1)[0]
+        state["grads"] = {name: np.fromfile(f, "<f4", int(np.prod(shape))).reshape(shape)
+                          for name, shape in config.shapes().items()}
+        state["losses"] = np.fromfile(f, "<f4", n)
+    return state
+
+
+# ----------------------------------------------------------------------------
+
+def describe(path):
+    header, body = _read_header(path, "file of ours", {
+        **{magic: {version} for magic, version, _ in TOKENS.values()},
+        MODEL_MAGIC: set(MODEL_VERSIONS), TOKENIZER_MAGIC: {2}, STATE_MAGIC: {2}})
+    if header[0] == MODEL_MAGIC:
+        config, _ = read_model(path)
+        return f"GPT-2 model, {'bf16' if header[1] == 5 else 'fp32'}, {config.count()} parameters, {config}"
+    if header[0] == TOKENIZER_MAGIC:
+        tokens, eot = read_tokenizer(path)
+        return f"tokenizer, {len(tokens)} tokens, end of text {eot} {tokens[eot]}"
+    if header[0] == STATE_MAGIC:  # its size depends on a model that is not named here
+        return f"debug state, B={header[2]} T={header[3]} n={header[4]}, {body} bytes"
+    ids = read_tokens(path)
+    return f"tokens, {ids.dtype.itemsize * 8} bit, {len(ids)} of them, ids {ids.min()} to {ids.max()}"
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+        print(__doc__)
+        sys.exit(len(sys.argv) < 2)
+    for argument in sys.argv[1:]:
+        try:
+            print(f"{argument}: {describe(argument)}")
+        except Error as e:
+            sys.exit(str(e))

@@ -1,0 +1,361 @@
+/*
+Checks train_gpt2.cu, whole, against numbers that a PyTorch program written from the paper made (prepro/reference.py).
+
+    make test_gpt2 && ./test_gpt2                     the two fixtures of dev/test/fixtures
+    ./test_gpt2 MODEL.bin STATE.bin                   any other pair
+    options: --tf32 1 (default 0)                     exit status 0 if everything is within its bar
+
+For each pair: logits, loss, the gradient of every parameter tensor, and the losses of AdamW steps; the same gradients again
+in every way in which the trainer can be told to compute them (micro-batches, recompute levels, chunks of the loss, GELU in
+cuBLASLt's epilogue); and a run that is saved halfway and resumed, which must equal the uninterrupted one bit for bit.
+
+The measure is ||ours - reference|| / ||reference|| over a whole tensor, and for gradients the cosine between the two.
+*/
+#define TESTING
+#include "train_gpt2.cu"
+
+// bf16 keeps 8 bits of mantissa, so one rounding is off by up to 2^-9 = 0.002; a few dozen of them lie between the input and
+// the gradient of the first layer. fp32 rounds at 6e-8; its bars leave room for sums of a few thousand terms.
+constexpr float LOGITS_BAR = kFP32 ? 1e-5f : 2e-2f;
+constexpr float LOSS_BAR = kFP32 ? 1e-4f : 2e-2f;
+constexpr float GRAD_BAR = kFP32 ? 1e-4f : 8e-2f;
+constexpr float COSINE_BAR = kFP32 ? 0.999999f : 0.997f;
+constexpr float SAME_BAR = kFP32 ? 1e-5f : 2e-2f;   // the same gradients, computed in another order
+
+int checks = 0, failures = 0;
+
+void report(bool fine, const char* format, ...) {
+    va_list args;
+    va_start(args, format);
+    printf("  %s ", fine ? "ok  " : "FAIL");
+    vprintf(format, args);
+    va_end(args);
+    printf("\n");
+    checks++;
+    failures += !fine;
+}
+
+struct Difference {
+    double relative, cosine;
+};
+Difference difference(const float* ours, const float* reference, size_t n) {
+    double diff = 0, ref = 0, own = 0, dot = 0;
+    for (size_t i = 0; i < n; i++) {
+        double a = ours[i], b = reference[i];
+        diff += (a - b) * (a - b);
+        ref += b * b;
+        own += a * a;
+        dot += a * b;
+    }
+    // a NaN anywhere ends here as NaN, and no comparison with a bar is true of it
+    return {ref > 0 ? sqrt(diff / ref) : sqrt(diff), ref > 0 && own > 0 ? dot / sqrt(ref * own) : (ref == own ? 1.0 : 0.0)};
+}
+
+// What reference.py knows about one batch.
+struct Reference {
+    int B, T;
+    std::vector<int> x, y;        // (B, T)
+    std::vector<float> logits;    // (B, T, V)
+    float loss;
+    std::vector<float> grads;     // all parameters, in the model's layout
+    std::vector<float> losses;    // of AdamW steps on this batch, each before its update
+};
+template <class T>
+void read_values(FILE* f, std::vector<T>& out, size_t n) {
+    out.resize(n);
+    if (fread(out.data(), sizeof(T), n, f) != n) fail("the debug state could not be read to its end");
+}
+Reference read_reference(const char* path, const GPT2Config& c) {
+    const char* remedy = "make one with: python3 prepro/reference.py";
+    int32_t h[HEADER_INTS];
+    FILE* f = open_with_header(path, h, 20240327, "a debug state", remedy);
+    Reference r;
+    r.B = h[2];
+    r.T = h[3];
+    if (h[1] != 2 || r.B < 1 || r.T < 1 || r.T > c.maxT || h[4] < 0 || (int64_t)r.B * r.T > 1 << 24)
+        fail("%s: expected a debug state of version 2 with T up to %d, found version %d, B %d, T %d, %d losses; %s", path, c.maxT, h[1], r.B, r.T, h[4], remedy);
+    size_t BT = (size_t)r.B * r.T, n = param_count(c);
+    size_t expected = HEADER_BYTES + 4 * (2 * BT + BT * c.V + 1 + n + h[4]);
+    if (file_size(f) != expected) fail("%s: expected %zu bytes for this model, found %zu; is it the state of another model? %s", path, expected, file_size(f), remedy);
+    read_values(f, r.x, BT);
+    read_values(f, r.y, BT);
+    for (const std::vector<int>* ids : {&r.x, &r.y})
+        for (int id : *ids)
+            if (id < 0 || id >= c.V) fail("%s: token %d is not in the vocabulary of %d", path, id, c.V);
+    read_values(f, r.logits, BT * c.V);
+    std::vector<float> loss;
+    read_values(f, loss, 1);
+    r.loss = loss[0];
+    read_values(f, r.grads, n);
+    read_values(f, r.losses, h[4]);
+    fclose(f);
+    return r;
+}
+
+// A model on the device, with the host's side of its token buffer.
+struct Bench {
+    GPT2 g = {};
+    int* host = nullptr;
+
+    Bench(const char* model, const Plan& plan) {
+        g.config = gpt2_read_config(model);
+        g.plan = plan;
+        g.seed = 1337;
+        cudaCheck(cudaStreamCreate(&g.stream));
+        gpt2_allocate(g);
+        gpt2_load(g, model);
+        cudaCheck(cudaMallocHost((void**)&host, token_ints((size_t)plan.B * plan.T, g.config.V) * sizeof(int)));
+    }
+    ~Bench() {
+        cudaCheck(cudaFreeHost(host));
+        table_free(g.table);
+        cudaCheck(cudaStreamDestroy(g.stream));
+    }
+    int upload(const Reference& r, int micro) {   // micro-batch `micro` of the reference's batch
+        int BT = g.plan.B * g.plan.T;
+        cudaCheck(cudaStreamSynchronize(g.stream));   // host is written to again
+        std::copy_n(r.x.begin() + (size_t)micro * BT, BT, host);
+        std::copy_n(r.y.begin() + (size_t)micro * BT, BT, host + BT);
+        return tokens_upload(g.tokens, host, BT, g.config.V, g.stream);
+    }
+    // forward, loss and backward over all micro-batches; returns the mean loss
+    float gradients(const Reference& r) {
+        for (int micro = 0; micro < g.plan.micro_batches; micro++) {
+            int buckets = upload(r, micro);
+            gpt2_forward(g, g.plan.B, g.plan.T);
+            gpt2_loss(g, g.plan.B, g.plan.T, true, micro == 0);
+            gpt2_backward(g, g.plan.B, g.plan.T, buckets, micro == 0);
+        }
+        float sum;
+        cudaCheck(cudaMemcpyAsync(&sum, &g.state->loss_sum, sizeof sum, cudaMemcpyDeviceToHost, g.stream));
+        cudaCheck(cudaStreamSynchronize(g.stream));
+        return sum / ((float)r.B * r.T);
+    }
+    std::vector<float> read_gradients() {   // all, as floats, in the model's layout
+        std::vector<float> all;
+        for (int p = 0; p < NUM_PARAMS; p++) {
+            size_t n = param_shape(g.config, p).elements();
+            std::vector<char> raw(n * dtype_size(g.grad[p].type));
+            cudaCheck(cudaMemcpy(raw.data(), g.grad[p].p, raw.size(), cudaMemcpyDeviceToHost));
+            for (size_t i = 0; i < n; i++) all.push_back(g.grad[p].type == F32 ? ((float*)raw.data())[i] : (float)((__nv_bfloat16*)raw.data())[i]);
+        }
+        return all;
+    }
+    std::vector<char> read_params() {
+        std::vector<char> all;
+        for (int p = 0; p < NUM_PARAMS; p++) {
+            size_t bytes = param_shape(g.config, p).elements() * sizeof(floatX);
+            all.resize(all.size() + bytes);
+            cudaCheck(cudaMemcpy(all.data() + all.size() - bytes, g.param[p], bytes, cudaMemcpyDeviceToHost));
+        }
+        return all;
+    }
+};
+
+// Compares every tensor's gradient. In a long list only the worst is printed, unless it fails.
+void check_gradients(const char* what, const GPT2Config& c, const std::vector<float>& ours, const std::vector<float>& reference, float bar, float cosine_bar, bool list) {
+    size_t at = 0;
+    double worst = 0, worst_cosine = 1;
+    const char* worst_name = "";
+    bool fine = true;
+    for (int p = 0; p < NUM_PARAMS; p++) {
+        ParamShape s = param_shape(c, p);
+        Difference d = difference(ours.data() + at, reference.data() + at, s.elements());
+        at += s.elements();
+        bool ok = d.relative <= bar && d.cosine >= cosine_bar;
+        if (list || !ok) report(ok, "%s d_%-9s relative %.2e (bar %.0e)  cosine %.6f", what, s.name, d.relative, bar, d.cosine);
+        fine = fine && ok;
+        if (!(d.relative <= worst)) worst = d.relative, worst_name = s.name;
+        worst_cosine = std::min(worst_cosine, d.cosine);
+    }
+    if (!list) report(fine, "%s: worst relative %.2e (bar %.0e, %s), worst cosine %.6f", what, worst, bar, worst_name, worst_cosine);
+}
+
+void check_against_reference(const char* model, const Reference& r) {
+    const Plan plain = {r.B, r.T, 1, true, 0, true, 1};
+    std::vector<float> base;
+    {
+        Bench t(model, plain);
+        const GPT2Config& c = t.g.config;
+        t.upload(r, 0);
+        gpt2_forward(t.g, r.B, r.T);
+        gpt2_loss(t.g, r.B, r.T, false, true);
+        std::vector<floatX> raw((size_t)r.B * r.T * c.Vp);
+        cudaCheck(cudaStreamSynchronize(t.g.stream));
+        cudaCheck(cudaMemcpy(raw.data(), t.g.logits, raw.size() * sizeof(floatX), cudaMemcpyDeviceToHost));
+        std::vector<float> logits;
+        for (size_t row = 0; row < (size_t)r.B * r.T; row++)
+            for (int v = 0; v < c.V; v++) logits.push_back((float)raw[row * c.Vp + v]);
+        Difference d = difference(logits.data(), r.logits.data(), logits.size());
+        report(d.relative <= LOGITS_BAR, "logits      relative %.2e (bar %.0e)", d.relative, LOGITS_BAR);
+        float loss = t.gradients(r);
+        report(fabsf(loss - r.loss) <= LOSS_BAR * fabsf(r.loss), "loss        %.6f, reference %.6f (bar %.0e)", loss, r.loss, LOSS_BAR);
+        base = t.read_gradients();
+        check_gradients("gradient", c, base, r.grads, GRAD_BAR, COSINE_BAR, true);
+    }
+
+    struct Way {
+        const char* name;
+        Plan plan;
+        int gelu_fusion;
+    };
+    std::vector<Way> ways = {
+        {"--recompute 1", {r.B, r.T, 1, true, 1, true, 1}, 0},
+        {"--recompute 2", {r.B, r.T, 1, true, 2, true, 1}, 0},
+        {"--loss-chunks 3", {r.B, r.T, 1, true, 0, true, 3}, 0},
+        {"--gelu-fusion 1", {r.B, r.T, 1, true, 0, true, 1}, 1},
+        {"--gelu-fusion 2, --recompute 1", {r.B, r.T, 1, true, 1, true, 1}, 2},
+    };
+    if (r.B > 1) {
+        ways.push_back({"a micro-batch for each sequence", {1, r.T, r.B, true, 0, true, 1}, 0});
+        ways.push_back({"micro-batches, --recompute 2, --loss-chunks 2", {1, r.T, r.B, true, 2, true, 2}, 0});
+    }
+    for (const Way& way : ways) {
+        matmul_state.gelu_fusion = way.gelu_fusion;
+        Bench t(model, way.plan);
+        float loss = t.gradients(r);
+        std::vector<float> grads = t.read_gradients();
+        report(fabsf(loss - r.loss) <= LOSS_BAR * fabsf(r.loss), "%s: loss %.6f", way.name, loss);
+        check_gradients((std::string(way.name) + " against the plain way").c_str(), t.g.config, grads, base, SAME_BAR, COSINE_BAR, false);
+        check_gradients((std::string(way.name) + " against the reference").c_str(), t.g.config, grads, r.grads, GRAD_BAR, COSINE_BAR, false);
+        // a second time into the same gradients: what is left from a step before must not show
+        t.gradients(r);
+        report(t.read_gradients() == grads, "%s: again, bit-equal", way.name);
+    }
+    matmul_state.gelu_fusion = 0;
+
+    Bench t(model, plain);
+    Hyper h;
+    h.lr = 1e-4f;
+    h.beta2 = 0.999f;
+    h.weight_decay = 0.01f;
+    std::vector<float> losses;
+    for (size_t step = 0; step < r.losses.size(); step++) {
+        losses.push_back(t.gradients(r));
+        gpt2_update(t.g, h, r.B * r.T, step);
+    }
+    for (size_t step = 0; step < losses.size(); step++)
+        report(fabsf(losses[step] - r.losses[step]) <= LOSS_BAR * r.losses[step], "AdamW step %2zu: loss %.6f, reference %.6f", step, losses[step], r.losses[step]);
+    // Losses on one batch fall a little in any case; what the steps gained must agree too.
+    if (losses.size() > 1) {
+        double ours = losses.front() - losses.back(), theirs = r.losses.front() - r.losses.back();
+        double room = (kFP32 ? 1e-3 : 0.1) * fabs(theirs) + (kFP32 ? 1e-5 : 1e-2) * fabs(r.losses.front());
+        report(fabs(ours - theirs) <= room, "%zu steps gain %.6f, reference %.6f", losses.size() - 1, ours, theirs);
+    }
+}
+
+// 10 steps on end, and 5, a checkpoint, a new process' worth of everything, 5: equal to the bit, with and without master
+// weights, over the end of an epoch.
+void check_resume(const char* model, const Reference& r) {
+    char folder[] = "/tmp/test_gpt2.XXXXXX";
+    if (mkdtemp(folder) == nullptr) fail("cannot make a folder under /tmp: %s", strerror(errno));
+    const GPT2Config c = gpt2_read_config(model);
+    const int T = std::min(r.T, 16);
+    const std::string tokens = std::string(folder) + "/tokens.bin";
+    {
+        const int count = 7 * 2 * T + 3;   // three and a half steps an epoch
+        int32_t h[HEADER_INTS] = {20240520, 1, count};
+        std::vector<uint16_t> ids(count);
+        for (int i = 0; i < count; i++) ids[i] = (uint16_t)(hash64(7, 0, i) % c.V);
+        AtomicFile f(tokens);
+        f.write(h, sizeof h);
+        f.write(ids.data(), ids.size() * sizeof(uint16_t));
+        f.commit();
+    }
+    Hyper h;
+    h.lr = 1e-3f;
+    h.grad_clip = 1.0f;
+    h.skip_grad_z = 3;
+    for (bool master : {true, false}) {
+        auto steps = [&](Bench& t, Loader& data, RunState& run, int n) {
+            for (int i = 0; i < n; i++) {
+                for (int micro = 0; micro < t.g.plan.micro_batches; micro++) {
+                    int BT = t.g.plan.B * t.g.plan.T;
+                    cudaCheck(cudaStreamSynchronize(t.g.stream));
+                    loader_next(data, t.host, t.host + BT);
+                    int buckets = tokens_upload(t.g.tokens, t.host, BT, c.V, t.g.stream);
+                    gpt2_forward(t.g, t.g.plan.B, t.g.plan.T);
+                    gpt2_loss(t.g, t.g.plan.B, t.g.plan.T, true, micro == 0);
+                    gpt2_backward(t.g, t.g.plan.B, t.g.plan.T, buckets, micro == 0);
+                }
+                gpt2_update(t.g, h, t.g.plan.B * t.g.plan.T, run.step++);
+            }
+            run.epoch = data.epoch;
+            run.shard = data.shard;
+            run.window = data.window;
+        };
+        const Plan plan = {2, T, 2, true, 1, master, 1};
+        std::vector<char> straight, resumed;
+        {
+            Bench t(model, plan);
+            Loader data;
+            RunState run;
+            loader_open(data, "-i", tokens.c_str(), 2, T, c.V, true, t.g.seed);
+            steps(t, data, run, 10);
+            straight = t.read_params();
+            loader_close(data);
+        }
+        {
+            Bench t(model, plan);
+            Loader data;
+            RunState run;
+            loader_open(data, "-i", tokens.c_str(), 2, T, c.V, true, t.g.seed);
+            steps(t, data, run, 5);
+            cudaCheck(cudaStreamSynchronize(t.g.stream));
+            checkpoint_save(t.g, run, folder, 0);
+            loader_close(data);
+        }
+        {
+            Bench t(checkpoint_path(folder, "model", 5).c_str(), plan);
+            t.g.seed = 0;   // the state file must bring it
+            Loader data;
+            RunState run = state_load(t.g, checkpoint_path(folder, "state", 5));
+            loader_open(data, "-i", tokens.c_str(), 2, T, c.V, true, t.g.seed);
+            loader_seek(data, run.epoch, run.shard, run.window);
+            steps(t, data, run, 5);
+            resumed = t.read_params();
+            loader_close(data);
+        }
+        report(straight == resumed, "%s: 5 steps, a checkpoint, 5 steps are bit-equal to 10 steps", master ? "master weights" : "no master weights");
+        for (const char* kind : {"model", "state", "DONE"}) unlink(checkpoint_path(folder, kind, 5).c_str());
+    }
+    unlink(tokens.c_str());
+    rmdir(folder);
+}
+
+int main(int argc, char** argv) {
+    program_name = "test_gpt2";
+    matmul_state.tf32 = false;   // it keeps 10 bits of mantissa, which is not what an fp32 build is compared for
+    std::vector<std::string> files;
+    for (int i = 1; i < argc; i++) {
+        std::string arg = argv[i];
+        if (arg == "--tf32" || arg == "-f") {
+            if (i + 1 >= argc || (strcmp(argv[i + 1], "0") != 0 && strcmp(argv[i + 1], "1") != 0)) fail_usage("%s: expected 0 or 1", arg.c_str());
+            matmul_state.tf32 = argv[++i][0] == '1';
+        } else if (arg == "-h" || arg == "--help") {
+            printf("usage: test_gpt2 [--tf32 0|1] [MODEL.bin STATE.bin]   (without files: the fixtures in dev/test/fixtures)\n");
+            return 0;
+        } else if (arg[0] == '-') {
+            fail_usage("%s: no such option; usage: test_gpt2 [--tf32 0|1] [MODEL.bin STATE.bin]", arg.c_str());
+        } else {
+            files.push_back(arg);
+        }
+    }
+    if (files.empty())
+        files = {"dev/test/fixtures/gpt2_c96.bin", "dev/test/fixtures/gpt2_c96_state.bin", "dev/test/fixtures/gpt2_hs64.bin", "dev/test/fixtures/gpt2_hs64_state.bin"};
+    if (files.size() % 2) fail_usage("%s: expected pairs, MODEL.bin and then its STATE.bin", files.back().c_str());
+    int devices = 0;
+    if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) fail("no GPU is visible; make test_gpt2 CPU=1 builds for the CPU");
+    cublasCheck(cublasLtCreate(&matmul_state.handle));
+
+    for (size_t i = 0; i < files.size(); i += 2) {
+        GPT2Config c = gpt2_read_config(files[i].c_str());
+        gpt2_check_config(c, files[i].c_str());
+        Reference r = read_reference(files[i + 1].c_str(), c);
+        printf("%s: L %d, NH %d, C %d, V %d; B %d, T %d; %s\n", files[i].c_str(), c.L, c.NH, c.C, c.V, r.B, r.T, dtype_name(FLOATX));
+        check_against_reference(files[i].c_str(), r);
+        check_resume(files[i].c_str(), r);
+    }
+    printf("%d passed, %d failed\n", checks - failures, failures);
+    return failures ? 1 : 0;
+}

@@ -1,0 +1,2856 @@
+/*
+GPT-2 in one file: training and fine-tuning in CUDA C, with every layer's forward and backward written out.
+
+    make train_gpt2                                              # or, on one GPU and nothing but the CUDA Toolkit:
+    nvcc -O3 -std=c++17 -arch=sm_90 train_gpt2.cu -lcublas -lcublasLt -o train_gpt2
+    ./train_gpt2 -e gpt2:L4,H4,C128,T64,V257 -i data/train.bin -j data/val.bin -b 16 -t 64
+    ./train_gpt2 --estimate -e d12 -b 64 -t 1024                 # what it would take, before anything is allocated
+    ./train_gpt2 --help
+
+The sections stand in the order in which one would teach them; start at section 6's gpt2_forward if you know the parts.
+
+    1. numbers and errors        floatX, 16-byte accesses, warp sums, cudaCheck
+    2. what an activation keeps  GELU, and the pair of functions through which backward sees what forward kept
+    3. layers                    embedding, norm, matmul, attention, activation, loss: each forward, then backward
+    4. optimizer                 gradient norm, the verdict on a step, AdamW
+    5. many GPUs                 NCCL, optimizer sharding
+    6. the model                 configuration, the tensor table (the ledger), forward, loss, backward, update
+    7. files                     tokens, checkpoints, logs, text
+    8. main                      the command line and the loop
+
+Shapes in comments: B batch, T time, C channels, NH heads, HS = C / NH head size, V vocabulary, Vp the vocabulary padded to a
+multiple of 128, L layers. All matrices are row-major; a weight is (out, in) as in PyTorch. Nothing here uses a float atomic
+and every sum has one fixed order, so two runs with one seed are equal to the bit.
+
+Sections between "==== twin" marks stand in train_llama.cu too, byte for byte (make twins).
+*/
+// ==== twin: numbers and errors
+// ---------------------------------------------------------------------------------------------------------------------
+// 1. numbers and errors
+
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <glob.h>
+#include <math.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <numeric>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include <cublasLt.h>
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+#include <nvtx3/nvToolsExt.h>
+
+#ifdef MULTI_GPU
+#include <mpi.h>
+#include <nccl.h>
+#endif
+
+#ifndef FP32
+#define FP32 0   // make PRECISION=FP32 sets it to 1
+#endif
+constexpr bool kFP32 = FP32;
+
+// The type of weights, activations and (with one micro-batch a step) gradients. Arithmetic is always fp32.
+using floatX = std::conditional_t<kFP32, float, __nv_bfloat16>;
+enum DType { F32, BF16, I32, BYTE };
+constexpr DType FLOATX = kFP32 ? F32 : BF16;
+inline size_t dtype_size(DType t) { return t == BF16 ? 2 : t == BYTE ? 1 : 4; }
+inline const char* dtype_name(DType t) { return t == F32 ? "fp32" : t == BF16 ? "bf16" : t == I32 ? "int32" : "byte"; }
+inline cudaDataType_t cuda_dtype(DType t) { return t == F32 ? CUDA_R_32F : CUDA_R_16BF; }
+
+const char* program_name = "train_gpt2";
+
+// Every fatal message leaves through here: what was expected, what was found, what to do next. Status 1 is a run that could
+// not go on, 2 a command line that makes no sense, 3 a loss that is no longer a number.
+[[noreturn]] void fail_status(int status, const char* format, va_list args) {
+    fflush(stdout);
+    fprintf(stderr, "%s: ", program_name);
+    vfprintf(stderr, format, args);
+    fputc('\n', stderr);
+    fflush(stderr);
+#ifdef MULTI_GPU
+    int started = 0;
+    MPI_Initialized(&started);
+    if (started) MPI_Abort(MPI_COMM_WORLD, status);   // or the other ranks would wait for us for ever
+#endif
+    exit(status);
+}
+[[noreturn]] __attribute__((format(printf, 1, 2))) void fail(const char* format, ...) {
+    va_list args;
+    va_start(args, format);
+    fail_status(1, format, args);
+}
+[[noreturn]] __attribute__((format(printf, 1, 2))) void fail_usage(const char* format, ...) {
+    va_list args;
+    va_start(args, format);
+    fail_status(2, format, args);
+}
+
+void cuda_check(cudaError_t error, const char* file, int line) {
+    if (error == cudaSuccess) return;
+    fail("%s:%d: CUDA says \"%s\" (an error of an earlier asynchronous call shows late: CUDA_LAUNCH_BLOCKING=1 finds its line)",
+         file, line, cudaGetErrorString(error));
+}
+#define cudaCheck(call) cuda_check((call), __FILE__, __LINE__)
+
+inline int ceil_div(size_t a, size_t b) { return (int)((a + b - 1) / b); }
+
+// A GPU reaches its memory bandwidth with 16 bytes a thread and access: 8 bf16 values or 4 floats. Kernels read such a
+// vector, widen it to fp32, compute, and round once when they store.
+constexpr int VEC = 16 / sizeof(floatX);
+struct alignas(16) Vec { floatX x[VEC]; };
+struct Floats {
+    float x[VEC];
+    __device__ float& operator[](int i) { return x[i]; }
+    __device__ float operator[](int i) const { return x[i]; }
+};
+__device__ inline Floats widen(const Vec& v) {
+    Floats f;
+#pragma unroll
+    for (int i = 0; i < VEC; i++) f[i] = (float)v.x[i];
+    return f;
+}
+__device__ inline Vec narrow(const Floats& f) {
+    Vec v;
+#pragma unroll
+    for (int i = 0; i < VEC; i++) v.x[i] = (floatX)f[i];
+    return v;
+}
+__device__ inline Floats load(const floatX* p) { return widen(*reinterpret_cast<const Vec*>(p)); }
+__device__ inline void store(floatX* p, const Floats& f) { *reinterpret_cast<Vec*>(p) = narrow(f); }
+
+constexpr unsigned ALL_LANES = 0xffffffffu;
+__device__ inline float warp_sum(float x) {   // every lane gets the same bits: the butterfly adds in one order for all
+#pragma unroll
+    for (int o = 16; o > 0; o >>= 1) x += __shfl_xor_sync(ALL_LANES, x, o);
+    return x;
+}
+__device__ inline float warp_max(float x) {
+#pragma unroll
+    for (int o = 16; o > 0; o >>= 1) x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, o));
+    return x;
+}
+// The sum over a block of 256 threads, valid in thread 0. `shared` has a slot for each of the 8 warps.
+__device__ inline float block_sum_256(float x, float* shared) {
+    x = warp_sum(x);
+    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
+    __syncthreads();
+    float sum = 0;
+    if (threadIdx.x == 0)
+        for (int w = 0; w < 8; w++) sum += shared[w];
+    return sum;
+}
+
+// A gradient is floatX when a step is one micro-batch and fp32 when it is a sum of several: bf16 sums lose up to a third of
+// their value at a thousand terms. So its type is known only at run time, and travels with the pointer.
+struct Grad {
+    void* p;
+    DType type;
+    Grad operator+(size_t elements) const { return {(char*)p + elements * dtype_size(type), type}; }
+};
+__device__ inline float grad_load(Grad g, size_t i) {
+    return g.type == F32 ? ((const float*)g.p)[i] : (float)((const __nv_bfloat16*)g.p)[i];
+}
+__device__ inline void grad_store(Grad g, size_t i, float value, bool accumulate) {
+    if (accumulate) value += grad_load(g, i);
+    if (g.type == F32) ((float*)g.p)[i] = value;
+    else ((__nv_bfloat16*)g.p)[i] = (__nv_bfloat16)value;
+}
+
+// Random numbers without a state: a hash of (seed, stream, index) gives the same bits in whatever order threads run, and
+// after a resume. The mixing steps are splitmix64's (Steele et al., OOPSLA 2014).
+__host__ __device__ inline uint64_t hash64(uint64_t seed, uint64_t stream, uint64_t index) {
+    uint64_t z = seed * 0x9e3779b97f4a7c15ull + stream * 0xbf58476d1ce4e5b9ull + index * 0xd1342543de82ef95ull + 0x632be59bd9b4e019ull;
+    for (int round = 0; round < 2; round++) {
+        z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
+        z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
+        z ^= z >> 31;
+    }
+    return z;
+}
+__host__ __device__ inline float hash_uniform(uint64_t h) { return ((uint32_t)(h >> 40) + 0.5f) * (1.0f / 16777216.0f); }   // in (0, 1)
+
+// Stochastic rounding: add random bits below the ones bf16 keeps, then cut. The expectation is the value itself, so that
+// updates far below one bf16 step still move a weight, on average. NaN and infinities pass unharmed.
+__device__ inline floatX round_stochastic(float x, uint32_t random) {
+    if constexpr (kFP32) {
+        return x;
+    } else {
+        uint32_t bits = __float_as_uint(x);
+        if ((bits & 0x7f800000u) == 0x7f800000u) return __float2bfloat16_rn(x);
+        return __ushort_as_bfloat16((unsigned short)((bits + (random & 0xffffu)) >> 16));
+    }
+}
+
+struct NvtxRange {   // names a stretch of the timeline in Nsight Systems
+    explicit NvtxRange(const char* name) { nvtxRangePushA(name); }
+    NvtxRange(const char* name, int layer) { nvtxRangePushA((name + std::string(" ") + std::to_string(layer)).c_str()); }
+    ~NvtxRange() { nvtxRangePop(); }
+};
+// ==== end twin
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 2. what an activation keeps
+//
+// Backward of y = GELU(x) needs h'(x) for every element and nothing else. What forward keeps so that h'(x) can be had is a
+// decision of its own: the exact trainer keeps x. load_act is the one place that turns what was kept into h'(x), and
+// load_norm (section 3) the one place that turns what a norm kept into z; a mode that keeps less changes those two.
+
+// GPT-2's GELU is the tanh form 0.5 x (1 + tanh(u)), u = sqrt(2/pi) (x + 0.044715 x^3). Since 0.5 (1 + tanh(u)) is the
+// sigmoid of 2u, it is x * sigmoid(2u): one exponential, and no cancellation where tanh is near -1.
+constexpr float GELU_SCALE = 0.79788456080286536f;   // sqrt(2/pi)
+constexpr float GELU_CUBIC = 0.044715f;
+__device__ inline float gelu_gate(float x) {
+    float u = GELU_SCALE * (x + GELU_CUBIC * x * x * x);
+    return 1.0f / (1.0f + expf(-2.0f * u));
+}
+__device__ inline float gelu(float x) { return x * gelu_gate(x); }
+__device__ inline float gelu_derivative(float x) {
+    float s = gelu_gate(x);
+    float du = GELU_SCALE * (1.0f + 3.0f * GELU_CUBIC * x * x);
+    return s + x * s * (1.0f - s) * 2.0f * du;
+}
+// h'(x) for elements [i, i + VEC) of the activation's input, from what forward kept of it.
+__device__ inline Floats load_act(const floatX* kept, size_t i) {
+    Floats x = load(kept + i);
+#pragma unroll
+    for (int k = 0; k < VEC; k++) x[k] = gelu_derivative(x[k]);
+    return x;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 3. layers
+// ---- embedding
+
+// out[b,t,:] = wte[token[b,t],:] + wpe[t,:], one vector a thread
+__global__ void embedding_forward_kernel(floatX* out, const int* tokens, const floatX* wte, const floatX* wpe, size_t n, int T, int C) {
+    size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC;
+    if (i >= n) return;
+    size_t bt = i / C;
+    int c = (int)(i % C);
+    Floats e = load(wte + (size_t)tokens[bt] * C + c);
+    Floats p = load(wpe + (bt % T) * C + c);
+#pragma unroll
+    for (int k = 0; k < VEC; k++) e[k] += p[k];
+    store(out + i, e);
+}
+
+void embedding_forward(floatX* out,         // (B, T, C)
+                       const int* tokens,   // (B, T)
+                       const floatX* wte,   // (Vp, C)
+                       const floatX* wpe,   // (maxT, C)
+                       int B, int T, int C, cudaStream_t stream) {
+    size_t n = (size_t)B * T * C;
+    embedding_forward_kernel<<<ceil_div(n, 256 * VEC), 256, 0, stream>>>(out, tokens, wte, wpe, n, T, C);
+    cudaCheck(cudaGetLastError());
+}
+
+// Many positions add to one row of dwte. Atomics would add them in the order of arrival, which differs from run to run. So
+// the host sorts the positions by token (TokenBatch, section 7) and a block owns one token: its 8 warps take every eighth
+// position, and their sums are added in warp order.
+__global__ void embedding_backward_wte_kernel(Grad dwte, const floatX* dout, const int* positions, const int* bucket_token,
+                                              const int* bucket_start, int C) {
+    __shared__ float partial[8][32 * VEC];
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    int c = (blockIdx.y * 32 + lane) * VEC;
+    int first = bucket_start[blockIdx.x], end = bucket_start[blockIdx.x + 1];
+    Floats sum = {};
+    if (c < C) {
+        for (int i = first + warp; i < end; i += 8) {
+            Floats d = load(dout + (size_t)positions[i] * C + c);
+#pragma unroll
+            for (int k = 0; k < VEC; k++) sum[k] += d[k];
+        }
+    }
+#pragma unroll
+    for (int k = 0; k < VEC; k++) partial[warp][lane * VEC + k] = sum[k];
+    __syncthreads();
+    size_t row = (size_t)bucket_token[blockIdx.x] * C;
+    for (int j = threadIdx.x; j < 32 * VEC; j += 256) {
+        int channel = blockIdx.y * 32 * VEC + j;
+        if (channel >= C) continue;
+        float total = 0;
+        for (int w = 0; w < 8; w++) total += partial[w][j];
+        grad_store(dwte, row + channel, total, true);   // the lm-head has written dwte before
+    }
+}
+
+// dwpe[t,:] (+)= sum over b of dout[b,t,:]
+__global__ void embedding_backward_wpe_kernel(Grad dwpe, const floatX* dout, int B, int T, int C, bool accumulate) {
+    size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC;   // element of (T, C)
+    if (i >= (size_t)T * C) return;
+    Floats sum = {};
+    for (int b = 0; b < B; b++) {
+        Floats d = load(dout + (size_t)b * T * C + i);
+#pragma unroll
+        for (int k = 0; k < VEC; k++) sum[k] += d[k];
+    }
+#pragma unroll
+    for (int k = 0; k < VEC; k++) grad_store(dwpe, i + k, sum[k], accumulate);
+}
+
+void embedding_backward(Grad dwte,                // (Vp, C), added to: tied to the lm-head, whose gradient is there already
+                        Grad dwpe,                // (maxT, C); rows from T on are never touched
+                        const floatX* dout,       // (B, T, C)
+                        const int* positions,     // (B*T) indices into (B,T), sorted by token, ascending within one
+                        const int* bucket_token,  // (buckets) the tokens that occur
+                        const int* bucket_start,  // (buckets + 1) where each one's positions begin
+                        int buckets, bool accumulate, int B, int T, int C, cudaStream_t stream) {
+    dim3 grid(buckets, ceil_div(C, 32 * VEC));
+    embedding_backward_wte_kernel<<<grid, 256, 0, stream>>>(dwte, dout, positions, bucket_token, bucket_start, C);
+    cudaCheck(cudaGetLastError());
+    embedding_backward_wpe_kernel<<<ceil_div((size_t)T * C, 256 * VEC), 256, 0, stream>>>(dwpe, dout, B, T, C, accumulate);
+    cudaCheck(cudaGetLastError());
+}
+
+// ==== twin: column sums
+// ---- column sums: the gradients of biases, gamma and beta
+//
+// Each is a sum over the B*T rows of a tensor. Columns go to lanes and rows to warps, so reads are whole lines; a block sums
+// a slice of the rows, and a second kernel adds the slices in order. How many slices there are depends on the shape alone,
+// never on the GPU, and so do the bits of the result.
+constexpr int COLSUM_SLICES = 64;
+inline int colsum_slices(int rows) { return std::clamp(rows / 64, 1, COLSUM_SLICES); }
+// floats of scratch that sums over a tensor of `columns` columns take: two sums (gamma, beta) at most
+inline size_t colsum_scratch(size_t columns) { return 2 * columns * COLSUM_SLICES; }
+
+// z = (x - mean) * rstd for elements [i, i + VEC) of a row, from what the norm kept.
+__device__ inline Floats load_norm(const floatX* kept, size_t i, float mean, float rstd) {
+    Floats x = load(kept + i);
+#pragma unroll
+    for (int k = 0; k < VEC; k++) x[k] = (x[k] - mean) * rstd;
+    return x;
+}
+
+// Without NORM: partial[slice, c] = sum over the slice's rows of dout. With it also partial2[slice, c] = sum of dout * z.
+template <bool NORM>
+__global__ void colsum_kernel(float* partial, float* partial2, const floatX* dout, const floatX* inp, const float* mean,
+                              const float* rstd, int rows, int columns) {
+    __shared__ float shared[8][32 * VEC];
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    int c = (blockIdx.x * 32 + lane) * VEC;
+    int slice = blockIdx.y, slices = gridDim.y;
+    int first = (int)((size_t)rows * slice / slices), end = (int)((size_t)rows * (slice + 1) / slices);
+    Floats sum = {}, sum2 = {};
+    if (c < columns) {
+        for (int r = first + warp; r < end; r += 8) {
+            size_t i = (size_t)r * columns + c;
+            Floats d = load(dout + i);
+#pragma unroll
+            for (int k = 0; k < VEC; k++) sum[k] += d[k];
+            if constexpr (NORM) {
+                Floats z = load_norm(inp, i, mean[r], rstd[r]);
+#pragma unroll
+                for (int k = 0; k < VEC; k++) sum2[k] += d[k] * z[k];
+            }
+        }
+    }
+    for (int which = 0; which < (NORM ? 2 : 1); which++) {
+        if (which) __syncthreads();   // the first sum has been read
+#pragma unroll
+        for (int k = 0; k < VEC; k++) shared[warp][lane * VEC + k] = which ? sum2[k] : sum[k];
+        __syncthreads();
+        float* out = which ? partial2 : partial;
+        for (int j = threadIdx.x; j < 32 * VEC; j += 256) {
+            int column = blockIdx.x * 32 * VEC + j;
+            if (column >= columns) continue;
+            float total = 0;
+            for (int w = 0; w < 8; w++) total += shared[w][j];
+            out[(size_t)slice * columns + column] = total;
+        }
+    }
+}
+
+__global__ void colsum_finish_kernel(Grad out, const float* partial, int slices, int columns, bool accumulate) {
+    int c = blockIdx.x * blockDim.x + threadIdx.x;
+    if (c >= columns) return;
+    float total = 0;
+    for (int s = 0; s < slices; s++) total += partial[(size_t)s * columns + c];
+    grad_store(out, c, total, accumulate);
+}
+
+void bias_backward(Grad dbias,           // (OC)
+                   float* scratch,       // colsum_scratch(OC) floats
+                   const floatX* dout,   // (rows, OC)
+                   bool accumulate, int rows, int OC, cudaStream_t stream) {
+    int slices = colsum_slices(rows);
+    dim3 grid(ceil_div(OC, 32 * VEC), slices);
+    colsum_kernel<false><<<grid, 256, 0, stream>>>(scratch, nullptr, dout, nullptr, nullptr, nullptr, rows, OC);
+    cudaCheck(cudaGetLastError());
+    colsum_finish_kernel<<<ceil_div(OC, 128), 128, 0, stream>>>(dbias, scratch, slices, OC, accumulate);
+    cudaCheck(cudaGetLastError());
+}
+// ==== end twin
+
+// ---- norm
+//
+// y = gamma * z + beta with z = (x - mean) * rstd over the C channels of a row (Ba et al., arXiv 1607.06450), fused with the
+// residual addition before it: x = inp + add. A warp owns a row, so the sums need no barrier. A lane comes back twice to the
+// elements that it read; they wait in shared memory, each written and read by one lane alone.
+
+constexpr float NORM_EPS = 1e-5f;
+// warps (rows) a block, so that the rows fit the 48 KB of shared memory that every GPU gives without asking
+inline int norm_warps(int C) { return (int)std::clamp(48 * 1024 / ((size_t)C * sizeof(floatX)), (size_t)1, (size_t)4); }
+
+__global__ void layernorm_forward_kernel(floatX* residual, floatX* out, float* mean, float* rstd, const floatX* inp, const floatX* add,
+                                         const floatX* gamma, const floatX* beta, int rows, int C) {
+    extern __shared__ Vec norm_rows[];
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    int row = blockIdx.x * (blockDim.x / 32) + warp;
+    if (row >= rows) return;
+    Vec* x = norm_rows + (size_t)warp * (C / VEC);
+    size_t base = (size_t)row * C;
+    float sum = 0;
+    for (int c = lane * VEC; c < C; c += 32 * VEC) {
+        Floats f = load(inp + base + c);
+        if (add != nullptr) {
+            Floats a = load(add + base + c);
+#pragma unroll
+            for (int k = 0; k < VEC; k++) f[k] += a[k];
+        }
+        Vec rounded = narrow(f);   // what is stored is what is normalised: a recompute from the stored x gives equal bits
+        if (residual != nullptr) *reinterpret_cast<Vec*>(residual + base + c) = rounded;
+        x[c / VEC] = rounded;
+        f = widen(rounded);
+#pragma unroll
+        for (int k = 0; k < VEC; k++) sum += f[k];
+    }
+    float mu = warp_sum(sum) / C;
+    float square = 0;   // of the deviations: E[x^2] - E[x]^2 would cancel
+    for (int c = lane * VEC; c < C; c += 32 * VEC) {
+        Floats f = widen(x[c / VEC]);
+#pragma unroll
+        for (int k = 0; k < VEC; k++) square += (f[k] - mu) * (f[k] - mu);
+    }
+    float rs = rsqrtf(warp_sum(square) / C + NORM_EPS);
+    for (int c = lane * VEC; c < C; c += 32 * VEC) {
+        Floats f = widen(x[c / VEC]), g = load(gamma + c), b = load(beta + c);
+#pragma unroll
+        for (int k = 0; k < VEC; k++) f[k] = g[k] * ((f[k] - mu) * rs) + b[k];
+        store(out + base + c, f);
+    }
+    if (lane == 0) {
+        mean[row] = mu;
+        rstd[row] = rs;
+    }
+}
+
+void layernorm_forward(floatX* residual,     // (rows, C) out: inp + add; null to drop it
+                       floatX* out,          // (rows, C)
+                       float* mean,          // (rows)
+                       float* rstd,          // (rows)
+                       const floatX* inp,    // (rows, C)
+                       const floatX* add,    // (rows, C) or null
+                       const floatX* gamma,  // (C)
+                       const floatX* beta,   // (C)
+                       int rows, int C, cudaStream_t stream) {
+    int warps = norm_warps(C);
+    layernorm_forward_kernel<<<ceil_div(rows, warps), warps * 32, warps * C * sizeof(floatX), stream>>>(residual, out, mean, rstd, inp,
+                                                                                                      add, gamma, beta, rows, C);
+    cudaCheck(cudaGetLastError());
+}
+
+// dx = rstd * (dz - mean(dz) - z * mean(dz * z)), dz = dout * gamma. Added to the gradient of the residual stream that goes
+// around the norm, in place.
+__global__ void layernorm_backward_kernel(floatX* dresidual, const floatX* dout, const floatX* inp, const float* mean, const float* rstd,
+                                          const floatX* gamma, bool accumulate, int rows, int C) {
+    int lane = threadIdx.x % 32;
+    int row = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
+    if (row >= rows) return;
+    size_t base = (size_t)row * C;
+    float mu = mean[row], rs = rstd[row];
+    float sum = 0, sum_z = 0;
+    for (int c = lane * VEC; c < C; c += 32 * VEC) {
+        Floats d = load(dout + base + c), g = load(gamma + c), z = load_norm(inp, base + c, mu, rs);
+#pragma unroll
+        for (int k = 0; k < VEC; k++) {
+            float dz = d[k] * g[k];
+            sum += dz;
+            sum_z += dz * z[k];
+        }
+    }
+    sum = warp_sum(sum) / C;
+    sum_z = warp_sum(sum_z) / C;
+    for (int c = lane * VEC; c < C; c += 32 * VEC) {
+        Floats d = load(dout + base + c), g = load(gamma + c), z = load_norm(inp, base + c, mu, rs);
+        Floats dx = {};
+        if (accumulate) dx = load(dresidual + base + c);
+#pragma unroll
+        for (int k = 0; k < VEC; k++) dx[k] += rs * (d[k] * g[k] - sum - z[k] * sum_z);
+        store(dresidual + base + c, dx);
+    }
+}
+
+void layernorm_backward(floatX* dresidual,    // (rows, C), added to if accumulate_residual
+                        Grad dgamma,          // (C)
+                        Grad dbeta,           // (C)
+                        float* scratch,       // colsum_scratch(C) floats
+                        const floatX* dout,   // (rows, C)
+                        const floatX* inp,    // (rows, C)
+                        const float* mean,    // (rows)
+                        const float* rstd,    // (rows)
+                        const floatX* gamma,  // (C)
+                        bool accumulate_residual, bool accumulate, int rows, int C, cudaStream_t stream) {
+    layernorm_backward_kernel<<<ceil_div(rows, 8), 256, 0, stream>>>(dresidual, dout, inp, mean, rstd, gamma, accumulate_residual, rows, C);
+    cudaCheck(cudaGetLastError());
+    int slices = colsum_slices(rows);
+    float* scratch2 = scratch + (size_t)slices * C;
+    colsum_kernel<true><<<dim3(ceil_div(C, 32 * VEC), slices), 256, 0, stream>>>(scratch, scratch2, dout, inp, mean, rstd, rows, C);
+    cudaCheck(cudaGetLastError());
+    colsum_finish_kernel<<<ceil_div(C, 128), 128, 0, stream>>>(dbeta, scratch, slices, C, accumulate);
+    cudaCheck(cudaGetLastError());
+    colsum_finish_kernel<<<ceil_div(C, 128), 128, 0, stream>>>(dgamma, scratch2, slices, C, accumulate);
+    cudaCheck(cudaGetLastError());
+}
+
+// ==== twin: matmul
+// ---- matmul, by cuBLASLt
+//
+// cuBLASLt thinks in columns. A row-major (R, K) matrix is its column-major (K, R) one, so we ask it for the transpose of
+// what we want: D^T = op(A) op(B). Finding the algorithm for a shape takes tens of microseconds, so it is asked once a shape.
+
+constexpr size_t MATMUL_WORKSPACE = 32u << 20;   // bytes; what NVIDIA recommends for Hopper
+struct Matmul {
+    cublasLtHandle_t handle = nullptr;
+    void* workspace = nullptr;    // MATMUL_WORKSPACE bytes
+    bool tf32 = false;            // fp32 builds: let the tensor cores round inputs to 10 bits of mantissa
+    int gelu_fusion = 0;          // 0: kernels of our own; 1: GELU in the forward's epilogue; 2: and in the backward's
+    int queries = 0;              // heuristic queries so far
+} matmul_state;
+
+struct MatmulPlan {
+    // what the plan is for
+    int m, n, k, align;
+    bool trans_a, trans_b;
+    DType out;
+    cublasLtEpilogue_t epilogue;
+    // what cuBLASLt made of it
+    cublasLtMatmulDesc_t desc;
+    cublasLtMatrixLayout_t A, B, D;
+    cublasLtMatmulAlgo_t algo;
+};
+
+void cublas_check(cublasStatus_t status, const char* file, int line) {
+    if (status != CUBLAS_STATUS_SUCCESS) fail("%s:%d: cuBLASLt says status %d", file, line, (int)status);
+}
+#define cublasCheck(call) cublas_check((call), __FILE__, __LINE__)
+
+MatmulPlan& matmul_plan(int m, int n, int k, int align, bool trans_a, bool trans_b, DType out, cublasLtEpilogue_t epilogue) {
+    static std::vector<MatmulPlan> plans;   // a dozen or two: a linear search is free beside a launch
+    for (MatmulPlan& p : plans)
+        if (p.m == m && p.n == n && p.k == k && p.align == align && p.trans_a == trans_a && p.trans_b == trans_b && p.out == out && p.epilogue == epilogue)
+            return p;
+    MatmulPlan p = {m, n, k, align, trans_a, trans_b, out, epilogue, {}, {}, {}, {}, {}};
+    cublasComputeType_t compute = kFP32 && matmul_state.tf32 ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F;
+    cublasCheck(cublasLtMatmulDescCreate(&p.desc, compute, CUDA_R_32F));
+    cublasOperation_t ta = trans_a ? CUBLAS_OP_T : CUBLAS_OP_N, tb = trans_b ? CUBLAS_OP_T : CUBLAS_OP_N;
+    cublasCheck(cublasLtMatmulDescSetAttribute(p.desc, CUBLASLT_MATMUL_DESC_TRANSA, &ta, sizeof ta));
+    cublasCheck(cublasLtMatmulDescSetAttribute(p.desc, CUBLASLT_MATMUL_DESC_TRANSB, &tb, sizeof tb));
+    cublasCheck(cublasLtMatmulDescSetAttribute(p.desc, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof epilogue));
+    cudaDataType_t bias_type = cuda_dtype(FLOATX);
+    cublasCheck(cublasLtMatmulDescSetAttribute(p.desc, CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, &bias_type, sizeof bias_type));
+    int64_t aux_ld = m;
+    if (epilogue == CUBLASLT_EPILOGUE_GELU_AUX_BIAS || epilogue == CUBLASLT_EPILOGUE_DGELU)
+        cublasCheck(cublasLtMatmulDescSetAttribute(p.desc, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, &aux_ld, sizeof aux_ld));
+    cublasCheck(cublasLtMatrixLayoutCreate(&p.A, cuda_dtype(FLOATX), trans_a ? k : m, trans_a ? m : k, trans_a ? k : m));
+    cublasCheck(cublasLtMatrixLayoutCreate(&p.B, cuda_dtype(FLOATX), trans_b ? n : k, trans_b ? k : n, trans_b ? n : k));
+    cublasCheck(cublasLtMatrixLayoutCreate(&p.D, cuda_dtype(out), m, n, m));
+
+    cublasLtMatmulPreference_t preference;
+    cublasCheck(cublasLtMatmulPreferenceCreate(&preference));
+    size_t workspace = MATMUL_WORKSPACE;
+    cublasCheck(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace, sizeof workspace));
+    uint32_t bytes = align;   // cuBLASLt would assume 256: a pointer into the middle of a tensor may have less
+    for (auto which : {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
+                       CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES})
+        cublasCheck(cublasLtMatmulPreferenceSetAttribute(preference, which, &bytes, sizeof bytes));
+    cublasLtMatmulHeuristicResult_t found;
+    int count = 0;
+    cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(matmul_state.handle, p.desc, p.A, p.B, p.D, p.D, preference, 1, &found, &count);
+    matmul_state.queries++;
+    if (status != CUBLAS_STATUS_SUCCESS || count == 0)
+        fail("cuBLASLt has no algorithm for a matmul of m %d, n %d, k %d, output %s, epilogue %d (status %d)%s", m, n, k, dtype_name(out),
+             (int)epilogue, (int)status, matmul_state.gelu_fusion ? "; --gelu-fusion 0 asks less of it" : "");
+    cublasCheck(cublasLtMatmulPreferenceDestroy(preference));
+    p.algo = found.algo;
+    plans.push_back(p);
+    return plans.back();
+}
+
+// D (n, m) = op(A) op(B), row-major as we see D; A and B as cuBLASLt sees them. beta 1 adds to D.
+void matmul(void* D, DType out, const floatX* A, const floatX* B, int m, int n, int k, bool trans_a, bool trans_b, bool accumulate,
+            cudaStream_t stream, cublasLtEpilogue_t epilogue = CUBLASLT_EPILOGUE_DEFAULT, const void* bias = nullptr, const void* aux = nullptr) {
+    uintptr_t bits = (uintptr_t)D | (uintptr_t)A | (uintptr_t)B | 256;
+    MatmulPlan& p = matmul_plan(m, n, k, (int)(bits & -bits), trans_a, trans_b, out, epilogue);
+    if (bias) cublasCheck(cublasLtMatmulDescSetAttribute(p.desc, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof bias));
+    if (aux) cublasCheck(cublasLtMatmulDescSetAttribute(p.desc, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, &aux, sizeof aux));
+    float alpha = 1, beta = accumulate ? 1 : 0;
+    cublasCheck(cublasLtMatmul(matmul_state.handle, p.desc, &alpha, A, p.A, B, p.B, &beta, D, p.D, D, p.D, &p.algo,
+                               matmul_state.workspace, MATMUL_WORKSPACE, stream));
+}
+
+// out = inp W^T + bias
+void matmul_forward(floatX* out,           // (rows, OC)
+                    const floatX* inp,     // (rows, C)
+                    const floatX* weight,  // (OC, C)
+                    const floatX* bias,    // (OC) or null
+                    int rows, int C, int OC, cudaStream_t stream) {
+    matmul(out, FLOATX, weight, inp, OC, rows, C, true, false, false, stream, bias ? CUBLASLT_EPILOGUE_BIAS : CUBLASLT_EPILOGUE_DEFAULT, bias);
+}
+
+// dinp = dout W
+void matmul_backward_input(floatX* dinp,          // (rows, C)
+                           const floatX* dout,    // (rows, OC)
+                           const floatX* weight,  // (OC, C)
+                           int rows, int C, int OC, cudaStream_t stream) {
+    matmul(dinp, FLOATX, weight, dout, C, rows, OC, false, false, false, stream);
+}
+
+// dW (+)= dout^T inp
+void matmul_backward_weight(Grad dweight,        // (OC, C)
+                            const floatX* dout,  // (rows, OC)
+                            const floatX* inp,   // (rows, C)
+                            bool accumulate, int rows, int C, int OC, cudaStream_t stream) {
+    matmul(dweight.p, dweight.type, inp, dout, C, OC, rows, false, true, accumulate, stream);
+}
+// ==== end twin
+
+// ==== twin: attention
+// ---- attention
+//
+// Causal attention that stores no T x T tensor (flash attention: Dao et al., arXiv 2205.14135): the softmax over keys is
+// built up tile by tile with a running maximum and sum (Milakov and Gimelshein, arXiv 1805.02867), and backward recomputes
+// the scores from q, k and one number per row, lse = log(sum_j exp(s_j)).
+//
+// This is the plain-arithmetic version. A thread keeps 32 channels of its row in registers, so G = 1, 2 or 4 neighbouring
+// threads share a row of a head of up to 32, 64 or 128 channels; a tile of the other side lies in shared memory, from where
+// all rows of the block read the same line at once (a broadcast). Nothing is permuted: q, k and v are read where the
+// matmul left them, in rows of (B, T, 3C), and the gradients are written to rows of the same form.
+
+constexpr int ATT_ROWS = 64;       // rows a block
+constexpr int ATT_TILE = 16;       // rows of the other side in shared memory at a time
+constexpr int ATT_CHANNELS = 32;   // channels a thread
+constexpr int ATT_PITCH = ATT_CHANNELS + 4;   // floats between the shares of two threads: 32 would be the same bank
+
+template <int G>
+using AttTile = float[ATT_TILE][G][ATT_PITCH];
+
+// Sum over the G threads of a row. Every lane of the warp takes part.
+template <int G>
+__device__ inline float att_row_sum(float x) {
+#pragma unroll
+    for (int o = 1; o < G; o <<= 1) x += __shfl_xor_sync(ALL_LANES, x, o);
+    return x;
+}
+__device__ inline float att_dot(const float* a, const float* b) {   // over ATT_CHANNELS, in 8 sums that do not wait for each other
+    float sum[8] = {};
+#pragma unroll
+    for (int c = 0; c < ATT_CHANNELS; c += 8)
+#pragma unroll
+        for (int i = 0; i < 8; i++) sum[i] += a[c + i] * b[c + i];
+    return ((sum[0] + sum[4]) + (sum[1] + sum[5])) + ((sum[2] + sum[6]) + (sum[3] + sum[7]));
+}
+__device__ inline void att_add(float* a, float factor, const float* b) {   // a += factor * b
+#pragma unroll
+    for (int c = 0; c < ATT_CHANNELS; c++) a[c] += factor * b[c];
+}
+// This thread's 32 channels of one row; zeros past the head's size and for a row that is not there.
+__device__ inline void att_load_row(float* out, const floatX* row, int g, int HS, bool there) {
+#pragma unroll
+    for (int c = 0; c < ATT_CHANNELS; c += VEC) {
+        Floats f = {};
+        if (there && g * ATT_CHANNELS + c < HS) f = load(row + g * ATT_CHANNELS + c);
+#pragma unroll
+        for (int i = 0; i < VEC; i++) out[c + i] = f[i];
+    }
+}
+__device__ inline void att_store_row(floatX* row, const float* x, int g, int HS, float factor) {
+#pragma unroll
+    for (int c = 0; c < ATT_CHANNELS; c += VEC) {
+        if (g * ATT_CHANNELS + c >= HS) continue;
+        Floats f;
+#pragma unroll
+        for (int i = 0; i < VEC; i++) f[i] = x[c + i] * factor;
+        store(row + g * ATT_CHANNELS + c, f);
+    }
+}
+// Rows [t0, t0 + ATT_TILE) of one head into shared memory, zeros where there is nothing. The whole block takes part.
+template <int G>
+__device__ inline void att_load_tile(AttTile<G>& tile, const floatX* head, size_t stride, int t0, int T, int HS) {
+    for (int i = threadIdx.x * VEC; i < ATT_TILE * G * ATT_CHANNELS; i += blockDim.x * VEC) {
+        int r = i / (G * ATT_CHANNELS), c = i % (G * ATT_CHANNELS);
+        Floats f = {};
+        if (t0 + r < T && c < HS) f = load(head + (size_t)(t0 + r) * stride + c);
+#pragma unroll
+        for (int k = 0; k < VEC; k++) tile[r][c / ATT_CHANNELS][c % ATT_CHANNELS + k] = f[k];
+    }
+}
+// Where a block and a thread of the three kernels below stand: head, row, share of the row.
+template <int G>
+struct AttPlace {
+    int b, h, first, row, g, warp_first, warp_last;
+    __device__ AttPlace(int T, int NH) {
+        int row_blocks = (T + ATT_ROWS - 1) / ATT_ROWS;
+        int bh = blockIdx.x / row_blocks;
+        b = bh / NH;
+        h = bh % NH;
+        first = blockIdx.x % row_blocks * ATT_ROWS;
+        row = first + threadIdx.x / G;
+        g = threadIdx.x % G;
+        // A tile that is masked for every row of interest is skipped. With G > 1 the warp must decide as one, for its shuffles.
+        warp_first = G == 1 ? row : first + (int)(threadIdx.x & ~31u) / G;
+        warp_last = G == 1 ? row : first + (int)(threadIdx.x | 31u) / G;
+    }
+};
+
+template <int G>
+__global__ void __launch_bounds__(ATT_ROWS * G, 1)
+attention_forward_kernel(floatX* out, float* lse, const floatX* qkv, int T, int NH, int HS, float scale) {
+    __shared__ AttTile<G> k_tile, v_tile;
+    AttPlace<G> at(T, NH);
+    int C = NH * HS;
+    size_t stride = 3 * (size_t)C;
+    const floatX* head = qkv + at.b * T * stride + at.h * HS;   // q of row 0; k and v stand C and 2C further
+    float q[ATT_CHANNELS], o[ATT_CHANNELS] = {};
+    att_load_row(q, head + at.row * stride, at.g, HS, at.row < T);
+    float max = -INFINITY, sum = 0;
+    int end = min(at.first + ATT_ROWS, T);
+    for (int t0 = 0; t0 < end; t0 += ATT_TILE) {
+        __syncthreads();   // the tile before has been used
+        att_load_tile<G>(k_tile, head + C, stride, t0, T, HS);
+        att_load_tile<G>(v_tile, head + 2 * C, stride, t0, T, HS);
+        __syncthreads();
+        if (t0 > at.warp_last) continue;
+        float s[ATT_TILE], tile_max = max;
+#pragma unroll
+        for (int j = 0; j < ATT_TILE; j++) {
+            s[j] = att_row_sum<G>(att_dot(q, k_tile[j][at.g])) * scale;
+            if (t0 + j > at.row) s[j] = -INFINITY;
+            tile_max = fmaxf(tile_max, s[j]);
+        }
+        float shrink = expf(max - tile_max);   // what was summed so far was relative to the old maximum
+        max = tile_max;
+        sum *= shrink;
+#pragma unroll
+        for (int c = 0; c < ATT_CHANNELS; c++) o[c] *= shrink;
+#pragma unroll
+        for (int j = 0; j < ATT_TILE; j++) {
+            float p = expf(s[j] - max);
+            sum += p;
+            att_add(o, p, v_tile[j][at.g]);
+        }
+    }
+    if (at.row >= T) return;
+    att_store_row(out + ((size_t)at.b * T + at.row) * C + at.h * HS, o, at.g, HS, 1.0f / sum);
+    if (at.g == 0) lse[(size_t)(at.b * NH + at.h) * T + at.row] = max + logf(sum);
+}
+
+// Backward, first half: rows are queries. With p = exp(s - lse), dp = dout v^T and delta = sum_c dout * out,
+// ds = p (dp - delta) and dq = scale * ds k. delta is kept for the other half.
+template <int G>
+__global__ void __launch_bounds__(ATT_ROWS * G, 1)
+attention_backward_dq_kernel(floatX* dqkv, float* delta, const floatX* dout, const floatX* qkv, const floatX* out, const float* lse, int T,
+                             int NH, int HS, float scale) {
+    __shared__ AttTile<G> k_tile, v_tile;
+    AttPlace<G> at(T, NH);
+    int C = NH * HS;
+    size_t stride = 3 * (size_t)C;
+    const floatX* head = qkv + at.b * T * stride + at.h * HS;
+    bool there = at.row < T;
+    size_t out_row = ((size_t)at.b * T + at.row) * C + at.h * HS;
+    size_t stat = (size_t)(at.b * NH + at.h) * T + at.row;
+    float q[ATT_CHANNELS], d[ATT_CHANNELS], dq[ATT_CHANNELS];
+    att_load_row(q, out + out_row, at.g, HS, there);   // q's registers hold out for a moment
+    att_load_row(d, dout + out_row, at.g, HS, there);
+    float row_delta = att_row_sum<G>(att_dot(q, d));
+    if (there && at.g == 0) delta[stat] = row_delta;
+    att_load_row(q, head + at.row * stride, at.g, HS, there);
+    float row_lse = there ? lse[stat] : 0;
+#pragma unroll
+    for (int c = 0; c < ATT_CHANNELS; c++) dq[c] = 0;
+    int end = min(at.first + ATT_ROWS, T);
+    for (int t0 = 0; t0 < end; t0 += ATT_TILE) {
+        __syncthreads();
+        att_load_tile<G>(k_tile, head + C, stride, t0, T, HS);
+        att_load_tile<G>(v_tile, head + 2 * C, stride, t0, T, HS);
+        __syncthreads();
+        if (t0 > at.warp_last) continue;
+#pragma unroll 2
+        for (int j = 0; j < ATT_TILE; j++) {
+            float s = att_row_sum<G>(att_dot(q, k_tile[j][at.g])) * scale;
+            float dp = att_row_sum<G>(att_dot(d, v_tile[j][at.g]));
+            float p = t0 + j > at.row ? 0.0f : expf(s - row_lse);
+            att_add(dq, p * (dp - row_delta), k_tile[j][at.g]);
+        }
+    }
+    if (there) att_store_row(dqkv + ((size_t)at.b * T + at.row) * stride + at.h * HS, dq, at.g, HS, scale);
+}
+
+// Second half: rows are keys, and the tiles are the queries that see them. dv = p^T dout, dk = scale * ds^T q. Every sum
+// belongs to one thread, so nothing is added atomically; the price is that the scores are computed a second time.
+template <int G>
+__global__ void __launch_bounds__(ATT_ROWS * G, 1)
+attention_backward_dkv_kernel(floatX* dqkv, const floatX* dout, const floatX* qkv, const float* lse, const float* delta, int T, int NH,
+                              int HS, float scale) {
+    __shared__ AttTile<G> q_tile, d_tile;
+    __shared__ float lse_tile[ATT_TILE], delta_tile[ATT_TILE];
+    AttPlace<G> at(T, NH);
+    int C = NH * HS;
+    size_t stride = 3 * (size_t)C;
+    const floatX* head = qkv + at.b * T * stride + at.h * HS;
+    const floatX* dout_head = dout + (size_t)at.b * T * C + at.h * HS;
+    size_t stat = (size_t)(at.b * NH + at.h) * T;
+    bool there = at.row < T;
+    float k[ATT_CHANNELS], v[ATT_CHANNELS], dk[ATT_CHANNELS] = {}, dv[ATT_CHANNELS] = {};
+    att_load_row(k, head + C + at.row * stride, at.g, HS, there);
+    att_load_row(v, head + 2 * C + at.row * stride, at.g, HS, there);
+    for (int t0 = at.first; t0 < T; t0 += ATT_TILE) {   // queries before the block's first key see none of its keys
+        __syncthreads();
+        att_load_tile<G>(q_tile, head, stride, t0, T, HS);
+        att_load_tile<G>(d_tile, dout_head, C, t0, T, HS);
+        if (threadIdx.x < ATT_TILE) {
+            bool query = t0 + (int)threadIdx.x < T;
+            lse_tile[threadIdx.x] = query ? lse[stat + t0 + threadIdx.x] : 0;
+            delta_tile[threadIdx.x] = query ? delta[stat + t0 + threadIdx.x] : 0;
+        }
+        __syncthreads();
+        if (t0 + ATT_TILE <= at.warp_first) continue;
+#pragma unroll 2
+        for (int i = 0; i < ATT_TILE; i++) {
+            float s = att_row_sum<G>(att_dot(q_tile[i][at.g], k)) * scale;
+            float dp = att_row_sum<G>(att_dot(d_tile[i][at.g], v));
+            bool sees = t0 + i >= at.row && t0 + i < T;
+            float p = sees ? expf(s - lse_tile[i]) : 0.0f;
+            att_add(dv, p, d_tile[i][at.g]);
+            att_add(dk, p * (dp - delta_tile[i]), q_tile[i][at.g]);
+        }
+    }
+    if (!there) return;
+    floatX* row = dqkv + ((size_t)at.b * T + at.row) * stride + at.h * HS;
+    att_store_row(row + C, dk, at.g, HS, scale);
+    att_store_row(row + 2 * C, dv, at.g, HS, 1.0f);
+}
+
+template <int G>
+void attention_forward_launch(floatX* out, float* lse, const floatX* qkv, int B, int T, int NH, int HS, cudaStream_t stream) {
+    int blocks = B * NH * ceil_div(T, ATT_ROWS);
+    attention_forward_kernel<G><<<blocks, ATT_ROWS * G, 0, stream>>>(out, lse, qkv, T, NH, HS, 1.0f / sqrtf((float)HS));
+    cudaCheck(cudaGetLastError());
+}
+
+void attention_forward(floatX* out,        // (B, T, C)
+                       float* lse,         // (B, NH, T), natural logarithm
+                       const floatX* qkv,  // (B, T, 3C): q, k, v of all heads
+                       int B, int T, int C, int NH, cudaStream_t stream) {
+    int HS = C / NH;
+    if (HS <= 32) attention_forward_launch<1>(out, lse, qkv, B, T, NH, HS, stream);
+    else if (HS <= 64) attention_forward_launch<2>(out, lse, qkv, B, T, NH, HS, stream);
+    else attention_forward_launch<4>(out, lse, qkv, B, T, NH, HS, stream);
+}
+
+template <int G>
+void attention_backward_launch(floatX* dqkv, float* delta, const floatX* dout, const floatX* qkv, const floatX* out, const float* lse, int B,
+                               int T, int NH, int HS, cudaStream_t stream) {
+    int blocks = B * NH * ceil_div(T, ATT_ROWS);
+    float scale = 1.0f / sqrtf((float)HS);
+    attention_backward_dq_kernel<G><<<blocks, ATT_ROWS * G, 0, stream>>>(dqkv, delta, dout, qkv, out, lse, T, NH, HS, scale);
+    cudaCheck(cudaGetLastError());
+    attention_backward_dkv_kernel<G><<<blocks, ATT_ROWS * G, 0, stream>>>(dqkv, dout, qkv, lse, delta, T, NH, HS, scale);
+    cudaCheck(cudaGetLastError());
+}
+
+void attention_backward(floatX* dqkv,        // (B, T, 3C)
+                        float* delta,        // (B, NH, T) scratch
+                        const floatX* dout,  // (B, T, C)
+                        const floatX* qkv,   // (B, T, 3C)
+                        const floatX* out,   // (B, T, C)
+                        const float* lse,    // (B, NH, T)
+                        int B, int T, int C, int NH, cudaStream_t stream) {
+    int HS = C / NH;
+    if (HS <= 32) attention_backward_launch<1>(dqkv, delta, dout, qkv, out, lse, B, T, NH, HS, stream);
+    else if (HS <= 64) attention_backward_launch<2>(dqkv, delta, dout, qkv, out, lse, B, T, NH, HS, stream);
+    else attention_backward_launch<4>(dqkv, delta, dout, qkv, out, lse, B, T, NH, HS, stream);
+}
+// ==== end twin
+
+// ---- activation
+
+__global__ void gelu_forward_kernel(floatX* out, const floatX* inp, size_t n) {
+    size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC;
+    if (i >= n) return;
+    Floats x = load(inp + i);
+#pragma unroll
+    for (int k = 0; k < VEC; k++) x[k] = gelu(x[k]);
+    store(out + i, x);
+}
+
+void gelu_forward(floatX* out,        // (n)
+                  const floatX* inp,  // (n)
+                  size_t n, cudaStream_t stream) {
+    gelu_forward_kernel<<<ceil_div(n, 256 * VEC), 256, 0, stream>>>(out, inp, n);
+    cudaCheck(cudaGetLastError());
+}
+
+__global__ void gelu_backward_kernel(floatX* d, const floatX* kept, size_t n) {
+    size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC;
+    if (i >= n) return;
+    Floats g = load(d + i), slope = load_act(kept, i);
+#pragma unroll
+    for (int k = 0; k < VEC; k++) g[k] *= slope[k];
+    store(d + i, g);
+}
+
+void gelu_backward(floatX* d,           // (n) in: gradient of the output, out: of the input
+                   const floatX* kept,  // (n) what forward kept
+                   size_t n, cudaStream_t stream) {
+    gelu_backward_kernel<<<ceil_div(n, 256 * VEC), 256, 0, stream>>>(d, kept, n);
+    cudaCheck(cudaGetLastError());
+}
+
+// out = GELU(inp W^T + bias), keeping what is before the GELU. The epilogue saves a pass over (rows, OC).
+void matmul_gelu_forward(floatX* out,           // (rows, OC)
+                         floatX* before,        // (rows, OC)
+                         const floatX* inp,     // (rows, C)
+                         const floatX* weight,  // (OC, C)
+                         const floatX* bias,    // (OC)
+                         int rows, int C, int OC, cudaStream_t stream) {
+    if (matmul_state.gelu_fusion >= 1) {
+        matmul(out, FLOATX, weight, inp, OC, rows, C, true, false, false, stream, CUBLASLT_EPILOGUE_GELU_AUX_BIAS, bias, before);
+    } else {
+        matmul_forward(before, inp, weight, bias, rows, C, OC, stream);
+        gelu_forward(out, before, (size_t)rows * OC, stream);
+    }
+}
+
+// dbefore = (dout W) * GELU'(before): the gradient of the matmul behind a GELU, taken back through it
+void matmul_gelu_backward(floatX* dbefore,       // (rows, C)
+                          const floatX* dout,    // (rows, OC)
+                          const floatX* weight,  // (OC, C)
+                          const floatX* kept,    // (rows, C)
+                          int rows, int C, int OC, cudaStream_t stream) {
+    if (matmul_state.gelu_fusion >= 2) {
+        matmul(dbefore, FLOATX, weight, dout, C, rows, OC, false, false, false, stream, CUBLASLT_EPILOGUE_DGELU, nullptr, kept);
+    } else {
+        matmul_backward_input(dbefore, dout, weight, rows, C, OC, stream);
+        gelu_backward(dbefore, kept, (size_t)rows * C, stream);
+    }
+}
+
+// ==== twin: loss
+// ---- loss
+//
+// Softmax and cross-entropy of a row of logits, and their gradient in place: dlogits = (softmax - onehot(target)) * dloss.
+// A warp owns a row: one pass for the maximum and the sum together, a second that writes. Padded columns [V, Vp) take no
+// part, and their gradient is 0.
+__global__ void classifier_kernel(floatX* logits, float* losses, const int* targets, float dloss, bool train, int rows, int V, int Vp) {
+    int lane = threadIdx.x % 32;
+    int row = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
+    if (row >= rows) return;
+    floatX* x = logits + (size_t)row * Vp;
+    int target = targets[row];
+    float max = -INFINITY, sum = 0, target_logit = 0;
+    for (int c = lane * VEC; c < V; c += 32 * VEC) {
+        Floats f = load(x + c);
+        float vec_max = max;
+#pragma unroll
+        for (int k = 0; k < VEC; k++) {
+            if (c + k >= V) f[k] = -INFINITY;
+            if (c + k == target) target_logit = f[k];
+            vec_max = fmaxf(vec_max, f[k]);
+        }
+        if (vec_max > max) {
+            sum *= expf(max - vec_max);
+            max = vec_max;
+        }
+#pragma unroll
+        for (int k = 0; k < VEC; k++) sum += expf(f[k] - max);
+    }
+    float row_max = warp_max(max);
+    // A lane without columns has max = -inf and sum = 0. A lane with only -inf columns gave exp(-inf - -inf) = NaN, rightly.
+    sum = warp_sum(max == row_max ? sum : sum * expf(max - row_max));
+    target_logit = warp_sum(target_logit);   // the other lanes hold 0
+    if (lane == 0) losses[row] = logf(sum) + row_max - target_logit;
+    if (!train) return;
+    float scale = 1.0f / sum;
+    for (int c = lane * VEC; c < Vp; c += 32 * VEC) {
+        Floats f = load(x + c);
+#pragma unroll
+        for (int k = 0; k < VEC; k++) {
+            float p = expf(f[k] - row_max) * scale;
+            f[k] = c + k < V ? (p - (c + k == target ? 1.0f : 0.0f)) * dloss : 0.0f;
+        }
+        store(x + c, f);
+    }
+}
+
+void classifier(floatX* logits,      // (rows, Vp); out, if train: their gradient
+                float* losses,       // (rows), nats
+                const int* targets,  // (rows)
+                float dloss, bool train, int rows, int V, int Vp, cudaStream_t stream) {
+    classifier_kernel<<<ceil_div(rows, 4), 128, 0, stream>>>(logits, losses, targets, dloss, train, rows, V, Vp);
+    cudaCheck(cudaGetLastError());
+}
+
+__global__ void loss_sum_kernel(float* sum, const float* losses, bool accumulate, int n) {
+    __shared__ float shared[8];
+    float x = 0;
+    for (int i = threadIdx.x; i < n; i += 256) x += losses[i];
+    x = block_sum_256(x, shared);
+    if (threadIdx.x == 0) *sum = accumulate ? *sum + x : x;
+}
+
+void loss_sum(float* sum,           // (1)
+              const float* losses,  // (n)
+              bool accumulate, int n, cudaStream_t stream) {
+    loss_sum_kernel<<<1, 256, 0, stream>>>(sum, losses, accumulate, n);
+    cudaCheck(cudaGetLastError());
+}
+// ==== end twin
+
+// ==== twin: optimizer
+// ---------------------------------------------------------------------------------------------------------------------
+// 4. optimizer
+//
+// Three kernels a step, each over all tensors at once: squares of the gradients, the verdict, AdamW. Nothing in between goes
+// to the host: the verdict (by what factor to clip, whether to skip the step) stays on the device, and AdamW reads it there.
+
+constexpr int MAX_PARAMS = 16;
+constexpr int OPT_BLOCK = 2048;   // elements a block of 256 threads takes
+
+// What the optimizer sees of one parameter tensor (or of this rank's share of it). Fits in a kernel's arguments.
+struct OptTensor {
+    floatX* param;        // (n)
+    Grad grad;            // (n)
+    float *m, *v;         // (n)
+    float* master;        // (n) or null
+    size_t n, offset;     // offset: where this rank's share begins in the whole tensor
+    float decay;          // weight decay: 2-D tensors alone
+    float norm_weight;    // 1, or 0 where another rank counts this tensor into the norm
+    unsigned first_block; // of this tensor in the launch
+};
+struct OptTable {
+    OptTensor t[MAX_PARAMS];
+    int count;
+    unsigned blocks;
+};
+__device__ inline int opt_tensor_of_block(const OptTable& table, unsigned block) {
+    int t = 0;
+    while (t + 1 < table.count && table.t[t + 1].first_block <= block) t++;
+    return t;
+}
+
+__global__ void square_sum_kernel(float* partial, OptTable table) {
+    __shared__ float shared[8];
+    const OptTensor& t = table.t[opt_tensor_of_block(table, blockIdx.x)];
+    size_t first = (size_t)(blockIdx.x - t.first_block) * OPT_BLOCK;
+    float sum = 0;
+    for (int k = threadIdx.x; k < OPT_BLOCK; k += 256) {
+        size_t i = first + k;
+        if (i >= t.n) break;
+        float g = grad_load(t.grad, i);
+        sum += g * g;
+    }
+    sum = block_sum_256(sum * t.norm_weight, shared);
+    if (threadIdx.x == 0) partial[blockIdx.x] = sum;
+}
+
+__global__ void partial_sum_kernel(float* sum, const float* partial, unsigned n) {
+    __shared__ float shared[8];
+    float x = 0;
+    for (unsigned i = threadIdx.x; i < n; i += 256) x += partial[i];
+    x = block_sum_256(x, shared);
+    if (threadIdx.x == 0) *sum = x;
+}
+
+// The last values of the loss and of the gradient norm, to tell an outlier by its distance from their mean in standard
+// deviations. Kept on the device, where the decision falls, and in checkpoints.
+constexpr int HISTORY = 128;
+struct History {
+    float value[2][HISTORY];   // [0] loss, [1] gradient norm
+    int count;                 // values ever pushed
+};
+// The verdict on a step, made on the device.
+struct Verdict {
+    float loss, grad_norm;     // mean over the step's tokens; before clipping
+    float loss_z, grad_z;      // NaN until HISTORY steps have been seen
+    float clip;                // AdamW multiplies gradients by this
+    int skip;                  // 1: this step changes nothing
+};
+struct StepState {
+    float loss_sum;            // over the step's micro-batches
+    float square_sum;          // of all gradients
+    Verdict verdict;
+    History history;
+};
+
+__global__ void verdict_kernel(StepState* s, float loss_scale, float grad_clip, float skip_loss_z, float skip_grad_z) {
+    Verdict v;
+    v.loss = s->loss_sum * loss_scale;
+    v.grad_norm = sqrtf(s->square_sum);
+    bool finite = isfinite(v.loss) && isfinite(v.grad_norm);
+    History& h = s->history;
+    float z[2] = {NAN, NAN}, now[2] = {v.loss, v.grad_norm};
+    if (h.count >= HISTORY) {
+        for (int w = 0; w < 2; w++) {
+            float mean = 0, var = 0;
+            for (int i = 0; i < HISTORY; i++) mean += h.value[w][i];
+            mean /= HISTORY;
+            for (int i = 0; i < HISTORY; i++) var += (h.value[w][i] - mean) * (h.value[w][i] - mean);
+            z[w] = var > 0 ? (now[w] - mean) / sqrtf(var / HISTORY) : 0.0f;
+        }
+    }
+    if (finite) {   // one NaN would poison every mean to come
+        for (int w = 0; w < 2; w++) h.value[w][h.count % HISTORY] = now[w];
+        h.count = h.count + 1 == 2 * HISTORY ? HISTORY : h.count + 1;   // only its remainder and "full" matter
+    }
+    v.loss_z = z[0];
+    v.grad_z = z[1];
+    // A limit of 0 is no limit. A comparison with NaN is false, so an unknown z skips nothing.
+    v.skip = !finite || (skip_loss_z > 0 && v.loss_z > skip_loss_z) || (skip_grad_z > 0 && v.grad_z > skip_grad_z);
+    v.clip = grad_clip > 0 && v.grad_norm > grad_clip ? grad_clip / v.grad_norm : 1.0f;
+    s->verdict = v;
+}
+
+// AdamW (Loshchilov and Hutter, arXiv 1711.05101). With a master copy the fp32 value is what is trained and the weight its
+// nearest bf16; without one the weight itself is rounded stochastically.
+struct AdamW {
+    float lr, beta1, beta2, eps;
+    float correction1, correction2;   // 1 - beta^t, t counting the updates that were made
+    uint64_t seed, step;
+};
+__global__ void adamw_kernel(OptTable table, const Verdict* verdict, AdamW a) {
+    if (verdict->skip) return;
+    float clip = verdict->clip;
+    int which = opt_tensor_of_block(table, blockIdx.x);
+    const OptTensor& t = table.t[which];
+    size_t first = (size_t)(blockIdx.x - t.first_block) * OPT_BLOCK;
+    for (int k = threadIdx.x; k < OPT_BLOCK; k += 256) {
+        size_t i = first + k;
+        if (i >= t.n) return;
+        float g = grad_load(t.grad, i) * clip;
+        float m = a.beta1 * t.m[i] + (1 - a.beta1) * g;
+        float v = a.beta2 * t.v[i] + (1 - a.beta2) * g * g;
+        t.m[i] = m;
+        t.v[i] = v;
+        float old = t.master != nullptr ? t.master[i] : (float)t.param[i];
+        float next = old - a.lr * ((m / a.correction1) / (sqrtf(v / a.correction2) + a.eps) + t.decay * old);
+        if (t.master != nullptr) {
+            t.master[i] = next;
+            t.param[i] = (floatX)next;
+        } else {
+            t.param[i] = round_stochastic(next, (uint32_t)hash64(a.seed, a.step * MAX_PARAMS + which, t.offset + i));
+        }
+    }
+}
+
+// Normal random values (Box and Muller's) for a tensor that training starts from.
+__global__ void init_normal_kernel(floatX* param, size_t n, float std, uint64_t seed, int which) {
+    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= n) return;
+    float u1 = hash_uniform(hash64(seed, 2 * which, i)), u2 = hash_uniform(hash64(seed, 2 * which + 1, i));
+    param[i] = (floatX)(std * sqrtf(-2.0f * logf(u1)) * cosf(6.2831853f * u2));
+}
+__global__ void init_constant_kernel(floatX* param, size_t n, float value) {
+    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < n) param[i] = (floatX)value;
+}
+// ==== end twin
+
+// ==== twin: many GPUs
+// ---------------------------------------------------------------------------------------------------------------------
+// 5. many GPUs
+//
+// One process a GPU, launched by mpirun; every rank holds the whole model and its own part of the batch. After backward the
+// gradients are summed over the ranks. With --zero 1 (Rajbhandari et al., arXiv 1910.02054, stage 1) a rank receives only
+// the sum of its share, keeps AdamW's state for that share alone, and the updated shares are gathered into everybody's
+// weights. A program built without MULTI_GPU=1 is a world of one rank, and the functions below do nothing.
+
+struct World {
+    int rank = 0, size = 1, local_rank = 0;
+    bool sharded = false;   // --zero 1
+#ifdef MULTI_GPU
+    ncclComm_t nccl = nullptr;
+#endif
+} world;
+
+// A tensor of n elements is shared out if that works evenly; else every rank updates all of it.
+inline bool world_shards(size_t n) { return world.sharded && world.size > 1 && n % world.size == 0; }
+inline size_t shard_size(size_t n) { return world_shards(n) ? n / world.size : n; }
+inline size_t shard_offset(size_t n) { return world_shards(n) ? n / world.size * world.rank : 0; }
+
+#ifdef MULTI_GPU
+void nccl_check(ncclResult_t result, const char* file, int line) {
+    if (result != ncclSuccess) fail("%s:%d: NCCL says \"%s\" (NCCL_DEBUG=INFO tells more)", file, line, ncclGetErrorString(result));
+}
+#define ncclCheck(call) nccl_check((call), __FILE__, __LINE__)
+#endif
+
+void world_init(int* argc, char*** argv) {
+#ifdef MULTI_GPU
+    MPI_Init(argc, argv);
+    MPI_Comm_rank(MPI_COMM_WORLD, &world.rank);
+    MPI_Comm_size(MPI_COMM_WORLD, &world.size);
+    MPI_Comm local;   // the ranks on this machine, to give each a GPU of its own
+    MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, world.rank, MPI_INFO_NULL, &local);
+    MPI_Comm_rank(local, &world.local_rank);
+    MPI_Comm_free(&local);
+#else
+    (void)argc;
+    (void)argv;
+    const char* ranks = getenv("OMPI_COMM_WORLD_SIZE");
+    if (ranks != nullptr && atoi(ranks) > 1)
+        fail("mpirun started %s processes, but this program was built for one and each would train alone; "
+             "build with: make %s MULTI_GPU=1", ranks, program_name);
+#endif
+}
+void world_connect() {   // after cudaSetDevice
+#ifdef MULTI_GPU
+    ncclUniqueId id;
+    if (world.rank == 0) ncclCheck(ncclGetUniqueId(&id));
+    MPI_Bcast(&id, sizeof id, MPI_BYTE, 0, MPI_COMM_WORLD);
+    ncclCheck(ncclCommInitRank(&world.nccl, world.size, id, world.rank));
+#endif
+}
+void world_end() {
+#ifdef MULTI_GPU
+    if (world.nccl != nullptr) ncclCheck(ncclCommDestroy(world.nccl));
+    MPI_Finalize();
+#endif
+}
+void world_barrier() {
+#ifdef MULTI_GPU
+    MPI_Barrier(MPI_COMM_WORLD);
+#endif
+}
+bool world_any(bool mine) {   // did it happen on any rank? (Ctrl-C, an error)
+#ifdef MULTI_GPU
+    int in = mine, out = 0;
+    MPI_Allreduce(&in, &out, 1, MPI_INT, MPI_MAX, MPI_COMM_WORLD);
+    return out != 0;
+#else
+    return mine;
+#endif
+}
+double world_sum(double mine) {   // of a number on the host
+#ifdef MULTI_GPU
+    double out = 0;
+    MPI_Allreduce(&mine, &out, 1, MPI_DOUBLE, MPI_SUM, MPI_COMM_WORLD);
+    return out;
+#else
+    return mine;
+#endif
+}
+void world_sum_float(float* x, cudaStream_t stream) {   // of one float on the device, in place
+#ifdef MULTI_GPU
+    if (world.size > 1) ncclCheck(ncclAllReduce(x, x, 1, ncclFloat, ncclSum, world.nccl, stream));
+#else
+    (void)x;
+    (void)stream;
+#endif
+}
+// Sums a gradient over the ranks, in place: of all of it, or of this rank's share only.
+void world_reduce_gradient(Grad g, size_t n, cudaStream_t stream) {
+#ifdef MULTI_GPU
+    if (world.size == 1) return;
+    ncclDataType_t type = g.type == F32 ? ncclFloat : ncclBfloat16;
+    if (world_shards(n)) ncclCheck(ncclReduceScatter(g.p, (g + shard_offset(n)).p, shard_size(n), type, ncclSum, world.nccl, stream));
+    else ncclCheck(ncclAllReduce(g.p, g.p, n, type, ncclSum, world.nccl, stream));
+#else
+    (void)g;
+    (void)n;
+    (void)stream;
+#endif
+}
+void world_gather_param(floatX* param, size_t n, cudaStream_t stream) {
+#ifdef MULTI_GPU
+    if (world_shards(n))
+        ncclCheck(ncclAllGather(param + shard_offset(n), param, shard_size(n), kFP32 ? ncclFloat : ncclBfloat16, world.nccl, stream));
+#else
+    (void)param;
+    (void)n;
+    (void)stream;
+#endif
+}
+void world_group(bool begin) {   // NCCL runs what stands between as one launch
+#ifdef MULTI_GPU
+    if (world.size > 1) ncclCheck(begin ? ncclGroupStart() : ncclGroupEnd());
+#else
+    (void)begin;
+#endif
+}
+// ==== end twin
+
+// ==== twin: tensor table
+// ---------------------------------------------------------------------------------------------------------------------
+// 6. the model
+// ---- the tensor table
+//
+// Every tensor on the device is a row of one table. The ledger prints the table, --estimate adds it up, and allocation walks
+// it: so what is announced and what is taken cannot differ.
+
+enum Kind { PARAM, GRAD, OPTIMIZER, SAVED, SCRATCH, WORKSPACE };
+enum Scope { LAYER, MODEL };
+const char* KIND_NAME[] = {"param", "grad", "optimizer", "saved", "scratch", "workspace"};
+const char* SCOPE_NAME[] = {"layer", "model"};
+
+struct Row {
+    std::string name;
+    DType dtype;
+    std::vector<size_t> shape;   // a row of scope LAYER counts all layers: L stands first
+    Kind kind;
+    Scope scope;
+    void** where;                // the pointer to set
+    const char* shrink;          // what a person short of memory can do about it
+    std::string alias_of;        // the row whose storage this one reuses at another time; it then costs nothing
+
+    size_t elements() const { return std::accumulate(shape.begin(), shape.end(), (size_t)1, std::multiplies<size_t>()); }
+    size_t bytes() const { return alias_of.empty() ? elements() * dtype_size(dtype) : 0; }
+    std::string shape_text(const char* separator) const {
+        std::string s;
+        for (size_t i = 0; i < shape.size(); i++) s += (i ? separator : "") + std::to_string(shape[i]);
+        return s;
+    }
+};
+using Table = std::vector<Row>;
+
+size_t table_bytes(const Table& table) {
+    size_t sum = 0;
+    for (const Row& r : table) sum += r.bytes();
+    return sum;
+}
+
+// What cudaMalloc was asked for: now, and at most.
+size_t device_bytes = 0, device_peak = 0;
+
+void table_allocate(Table& table) {
+    for (Row& r : table) {
+        *r.where = nullptr;
+        if (!r.alias_of.empty() || r.bytes() == 0) continue;
+        cudaError_t error = cudaMalloc(r.where, r.bytes());
+        if (error == cudaErrorMemoryAllocation) {
+            cudaGetLastError();   // it would come up again at the next launch
+            std::vector<const Row*> largest;
+            for (const Row& row : table) largest.push_back(&row);
+            std::sort(largest.begin(), largest.end(), [](const Row* a, const Row* b) { return a->bytes() > b->bytes(); });
+            std::string text;
+            for (size_t i = 0; i < 3 && i < largest.size(); i++) {
+                char line[256];
+                snprintf(line, sizeof line, "\n    %-12s %10.1f MiB   %s", largest[i]->name.c_str(), largest[i]->bytes() / 1048576.0, largest[i]->shrink);
+                text += line;
+            }
+            size_t free_bytes = 0, total = 0;
+            cudaMemGetInfo(&free_bytes, &total);
+            fail("out of memory: the plan takes %.1f MiB, the device had room for %.1f MiB of it (%.1f MiB in all).\n"
+                 "  The three largest tensors, and what makes each smaller:%s\n"
+                 "  --estimate prints the whole plan without a GPU; --batch auto takes the largest batch that fits.",
+                 table_bytes(table) / 1048576.0, (device_bytes + free_bytes) / 1048576.0, total / 1048576.0, text.c_str());
+        }
+        cudaCheck(error);
+        device_bytes += r.bytes();
+        device_peak = std::max(device_peak, device_bytes);
+    }
+    for (Row& r : table) {
+        if (r.alias_of.empty()) continue;
+        for (const Row& other : table)
+            if (other.name == r.alias_of) *r.where = *other.where;
+    }
+}
+void table_free(Table& table) {
+    for (Row& r : table) {
+        if (r.alias_of.empty() && *r.where != nullptr) {
+            cudaCheck(cudaFree(*r.where));
+            device_bytes -= r.bytes();
+        }
+        *r.where = nullptr;
+    }
+    table.clear();
+}
+
+// What one layer keeps for its backward, in units of B*T*C elements: the number by which memory modes are compared.
+double table_units(const Table& table, size_t layers, size_t BTC) {
+    size_t bytes = 0;
+    for (const Row& r : table)
+        if (r.kind == SAVED && r.scope == LAYER) bytes += r.bytes();
+    return (double)bytes / (layers * BTC * sizeof(floatX));
+}
+
+// The ledger. Short: without the rows of parameters, gradients and optimizer state, five for each parameter tensor.
+void table_print(const Table& table, size_t layers, size_t BTC, const char* mode, bool full) {
+    printf("%-14s %-6s %-22s %12s  %s\n", "tensor", "type", "shape", "MiB", "kind, scope");
+    for (const Row& r : table) {
+        if (!full && r.kind <= OPTIMIZER) continue;
+        std::string note = r.alias_of.empty() ? "" : ", in " + r.alias_of;
+        printf("%-14s %-6s %-22s %12.2f  %s, %s%s\n", r.name.c_str(), dtype_name(r.dtype), r.shape_text(" x ").c_str(), r.bytes() / 1048576.0,
+               KIND_NAME[r.kind], SCOPE_NAME[r.scope], note.c_str());
+    }
+    for (int k = PARAM; k <= WORKSPACE; k++) {
+        size_t bytes = 0;
+        for (const Row& r : table)
+            if (r.kind == k) bytes += r.bytes();
+        if (bytes) printf("%-44s %12.2f\n", KIND_NAME[k], bytes / 1048576.0);
+    }
+    printf("%-44s %12.2f\n", "total", table_bytes(table) / 1048576.0);
+    double units = table_units(table, layers, BTC);
+    if (units > 0) printf("kept for backward per layer: %.2f units of B*T*C %s elements (%s)\n", units, dtype_name(FLOATX), mode);
+}
+
+void table_print_json(const Table& table) {
+    printf("{\"total_bytes\": %zu, \"rows\": [", table_bytes(table));
+    for (size_t i = 0; i < table.size(); i++) {
+        const Row& r = table[i];
+        printf("%s\n  {\"name\": \"%s\", \"dtype\": \"%s\", \"shape\": [%s], \"bytes\": %zu, \"kind\": \"%s\", \"scope\": \"%s\"", i ? "," : "", r.name.c_str(),
+               dtype_name(r.dtype), r.shape_text(", ").c_str(), r.bytes(), KIND_NAME[r.kind], SCOPE_NAME[r.scope]);
+        if (!r.alias_of.empty()) printf(", \"alias_of\": \"%s\"", r.alias_of.c_str());
+        printf("}");
+    }
+    printf("\n]}\n");
+}
+// ==== end twin
+
+// ---- configuration and parameters
+
+struct GPT2Config {
+    int maxT;   // longest sequence: rows of wpe
+    int V;      // vocabulary
+    int Vp;     // padded to a multiple of 128, so that every matmul on it is aligned
+    int L;      // layers
+    int NH;     // heads
+    int C;      // channels
+};
+
+// The 16 parameter tensors, in the order of the checkpoint file.
+enum Param { WTE, WPE, LN1W, LN1B, QKVW, QKVB, ATTPROJW, ATTPROJB, LN2W, LN2B, FCW, FCB, FCPROJW, FCPROJB, LNFW, LNFB, NUM_PARAMS };
+struct ParamShape {
+    const char* name;
+    size_t layers;       // L, or 1 for the tensors outside the blocks
+    size_t rows, cols;   // (out, in) of a weight; cols 0: a vector
+    size_t per_layer() const { return rows * (cols ? cols : 1); }
+    size_t elements() const { return layers * per_layer(); }
+};
+ParamShape param_shape(const GPT2Config& c, int p) {
+    size_t L = c.L, C = c.C;
+    const ParamShape shapes[NUM_PARAMS] = {
+        {"wte", 1, (size_t)c.Vp, C}, {"wpe", 1, (size_t)c.maxT, C},
+        {"ln1w", L, C, 0}, {"ln1b", L, C, 0},
+        {"qkvw", L, 3 * C, C}, {"qkvb", L, 3 * C, 0},
+        {"attprojw", L, C, C}, {"attprojb", L, C, 0},
+        {"ln2w", L, C, 0}, {"ln2b", L, C, 0},
+        {"fcw", L, 4 * C, C}, {"fcb", L, 4 * C, 0},
+        {"fcprojw", L, C, 4 * C}, {"fcprojb", L, C, 0},
+        {"lnfw", 1, C, 0}, {"lnfb", 1, C, 0},
+    };
+    return shapes[p];
+}
+size_t param_count(const GPT2Config& c) {
+    size_t n = 0;
+    for (int p = 0; p < NUM_PARAMS; p++) n += param_shape(c, p).elements();
+    return n;
+}
+
+// How a run uses memory.
+struct Plan {
+    int B, T;             // one micro-batch on one GPU
+    int micro_batches;    // whose gradients are summed into one step
+    bool training;        // false: one layer's activations serve all layers, and there are no gradients
+    int recompute;        // 0: keep all; 1: compute GELU again in backward; 2: the norms as well
+    bool master;          // fp32 copies of bf16 weights
+    int loss_chunks;      // 0: chunks of about 256 MB of logits
+};
+inline int plan_chunk_rows(const Plan& p, int Vp) {
+    size_t rows = (size_t)p.B * p.T;
+    size_t chunks = p.loss_chunks;
+    if (chunks == 0) chunks = ceil_div(rows * Vp * sizeof(floatX), (size_t)256 << 20);
+    return ceil_div(rows, std::min(chunks, rows));
+}
+
+struct GPT2 {
+    GPT2Config config;
+    Plan plan;
+    Table table;
+    // parameters and what training keeps for each (gradients and the rest are null where a run does not need them)
+    floatX* param[NUM_PARAMS];
+    Grad grad[NUM_PARAMS];
+    float* m[NUM_PARAMS];        // (shard_size), as are the next two
+    float* v[NUM_PARAMS];
+    float* master[NUM_PARAMS];
+    // what forward keeps for backward, per layer
+    floatX* ln1;        // (L, B, T, C)   -r 2: null, one buffer work_ln for all
+    float* ln1_mean;    // (L, B, T)
+    float* ln1_rstd;    // (L, B, T)
+    floatX* qkv;        // (L, B, T, 3C)
+    floatX* atty;       // (L, B, T, C)
+    float* lse;         // (L, B, NH, T)
+    floatX* resid_mid;  // (L, B, T, C)   the stream after attention
+    floatX* ln2;        // (L, B, T, C)   -r 2: null
+    float* ln2_mean;    // (L, B, T)
+    float* ln2_rstd;    // (L, B, T)
+    floatX* fch;        // (L, B, T, 4C)  before GELU
+    floatX* fch_gelu;   // (L, B, T, 4C)  -r 1, 2: null, work_4c
+    floatX* resid_out;  // (L, B, T, C)   the stream after the block
+    // and once
+    floatX* encoded;    // (B, T, C)
+    float* lnf_mean;    // (B, T)
+    float* lnf_rstd;    // (B, T)
+    // buffers that come and go
+    floatX* work_c;     // (B, T, C)      a matmul's output on its way into the stream; gradients of that shape
+    floatX* lnf;        // (B, T, C)      in work_c: the final norm's output, then, chunk by chunk, its gradient
+    floatX* work_4c;    // (B, T, 4C)     GELU's output where it is not kept; gradients of fch and qkv
+    floatX* work_ln;    // (B, T, C)      -r 2: a norm's output
+    floatX* dresid;     // (B, T, C)      gradient of the residual stream
+    float* delta;       // (B, NH, T)     attention's backward
+    floatX* logits;     // (chunk, Vp)    never more than a chunk; then their gradient
+    float* losses;      // (B, T)
+    float* colsum;      // partial sums of bias and norm gradients
+    float* squares;     // partial sums of squared gradients
+    int* tokens;        // inputs, targets, and the inputs sorted: see TokenBatch
+    StepState* state;   // loss, norm, verdict
+    void* workspace;    // cuBLASLt's
+    cudaStream_t stream;
+    uint64_t seed;
+    int updates;        // AdamW steps taken; skipped ones do not count
+};
+
+// inputs (BT), targets (BT), positions (BT), bucket_token (cap), bucket_start (cap + 1); see TokenBatch
+inline size_t token_cap(size_t BT, int V) { return std::min(BT, (size_t)V); }
+inline size_t token_ints(size_t BT, int V) { return 3 * BT + 2 * token_cap(BT, V) + 1; }
+
+OptTable gpt2_opt_table(const GPT2& g, float weight_decay) {
+    OptTable t = {};
+    for (int p = 0; p < NUM_PARAMS; p++) {
+        ParamShape s = param_shape(g.config, p);
+        size_t n = s.elements(), offset = shard_offset(n);
+        bool counts = !world.sharded || world_shards(n) || world.rank == 0;
+        t.t[p] = {g.param[p] + offset, g.grad[p] + offset, g.m[p], g.v[p], g.master[p], shard_size(n), offset, s.cols ? weight_decay : 0.0f,
+                  counts ? 1.0f : 0.0f, t.blocks};
+        t.blocks += ceil_div(shard_size(n), OPT_BLOCK);
+    }
+    t.count = NUM_PARAMS;
+    return t;
+}
+
+unsigned opt_blocks(const GPT2Config& c) {
+    unsigned blocks = 0;
+    for (int p = 0; p < NUM_PARAMS; p++) blocks += ceil_div(shard_size(param_shape(c, p).elements()), OPT_BLOCK);
+    return blocks;
+}
+
+// The table of a run. Nothing is allocated here.
+Table gpt2_table(GPT2& g) {
+    const GPT2Config& c = g.config;
+    const Plan& plan = g.plan;
+    size_t B = plan.B, T = plan.T, C = c.C, NH = c.NH, BT = B * T;
+    size_t L = plan.training ? c.L : 1;   // without a backward one layer's tensors serve them all
+    Table table;
+    auto row = [&](const std::string& name, auto** where, DType dtype, std::vector<size_t> shape, Kind kind, Scope scope, const char* shrink,
+                   const char* alias_of = "") {
+        *where = nullptr;
+        table.push_back({name, dtype, std::move(shape), kind, scope, (void**)where, shrink, alias_of});
+    };
+    const char* smaller = "a smaller model (-e)";
+    const char* batch = "--batch (halving it halves this; --total-batch keeps the step's size)";
+    const char* chunks = "--loss-chunks";
+    const char* recompute1 = plan.recompute < 1 ? "--recompute 1" : batch;
+    const char* recompute2 = plan.recompute < 2 ? "--recompute 2" : batch;
+
+    auto param_row = [&](const char* prefix, int p, auto** where, DType dtype, bool sharded, Kind kind, const char* shrink) {
+        ParamShape s = param_shape(c, p);
+        Scope scope = p == WTE || p == WPE || p == LNFW || p == LNFB ? MODEL : LAYER;
+        std::vector<size_t> shape;
+        if (sharded && world_shards(s.elements())) {
+            shape = {shard_size(s.elements())};
+        } else {
+            if (scope == LAYER) shape.push_back(s.layers);
+            shape.push_back(s.rows);
+            if (s.cols) shape.push_back(s.cols);
+        }
+        row(std::string(prefix) + s.name, where, dtype, shape, kind, scope, shrink);
+    };
+    for (int p = 0; p < NUM_PARAMS; p++) param_row("", p, &g.param[p], FLOATX, false, PARAM, smaller);
+    for (int p = 0; p < NUM_PARAMS; p++) {
+        // wte's gradient is a sum over chunks of the loss in any case
+        g.grad[p] = {nullptr, plan.micro_batches > 1 || p == WTE ? F32 : FLOATX};
+        g.m[p] = g.v[p] = g.master[p] = nullptr;
+        if (!plan.training) continue;
+        param_row("d_", p, &g.grad[p].p, g.grad[p].type, false, GRAD, plan.micro_batches > 1 ? "one micro-batch a step (--total-batch)" : smaller);
+        param_row("m_", p, &g.m[p], F32, true, OPTIMIZER, "--zero 1 on several GPUs");
+        param_row("v_", p, &g.v[p], F32, true, OPTIMIZER, "--zero 1 on several GPUs");
+        if (plan.master && !kFP32) param_row("master_", p, &g.master[p], F32, true, OPTIMIZER, "--master-weights 0");
+    }
+
+    g.ln1 = g.ln2 = g.fch_gelu = g.work_ln = g.dresid = nullptr;
+    g.delta = g.colsum = g.squares = nullptr;
+    Kind kept = plan.training ? SAVED : SCRATCH;
+    if (plan.recompute < 2) row("ln1", &g.ln1, FLOATX, {L, B, T, C}, kept, LAYER, recompute2);
+    row("ln1_mean", &g.ln1_mean, F32, {L, B, T}, kept, LAYER, batch);
+    row("ln1_rstd", &g.ln1_rstd, F32, {L, B, T}, kept, LAYER, batch);
+    row("qkv", &g.qkv, FLOATX, {L, B, T, 3 * C}, kept, LAYER, batch);
+    row("atty", &g.atty, FLOATX, {L, B, T, C}, kept, LAYER, batch);
+    row("lse", &g.lse, F32, {L, B, NH, T}, kept, LAYER, batch);
+    row("resid_mid", &g.resid_mid, FLOATX, {L, B, T, C}, kept, LAYER, batch);
+    if (plan.recompute < 2) row("ln2", &g.ln2, FLOATX, {L, B, T, C}, kept, LAYER, recompute2);
+    row("ln2_mean", &g.ln2_mean, F32, {L, B, T}, kept, LAYER, batch);
+    row("ln2_rstd", &g.ln2_rstd, F32, {L, B, T}, kept, LAYER, batch);
+    row("fch", &g.fch, FLOATX, {L, B, T, 4 * C}, kept, LAYER, batch);
+    if (plan.recompute < 1) row("fch_gelu", &g.fch_gelu, FLOATX, {L, B, T, 4 * C}, kept, LAYER, recompute1);
+    row("resid_out", &g.resid_out, FLOATX, {L, B, T, C}, kept, LAYER, batch);
+    row("encoded", &g.encoded, FLOATX, {B, T, C}, kept, MODEL, batch);
+    row("lnf_mean", &g.lnf_mean, F32, {B, T}, kept, MODEL, batch);
+    row("lnf_rstd", &g.lnf_rstd, F32, {B, T}, kept, MODEL, batch);
+
+    row("work_c", &g.work_c, FLOATX, {B, T, C}, SCRATCH, MODEL, batch);
+    row("lnf", &g.lnf, FLOATX, {B, T, C}, SCRATCH, MODEL, batch, "work_c");
+    if (plan.recompute >= 1 || plan.training) row("work_4c", &g.work_4c, FLOATX, {B, T, 4 * C}, SCRATCH, MODEL, batch);
+    else g.work_4c = nullptr;
+    if (plan.recompute >= 2) row("work_ln", &g.work_ln, FLOATX, {B, T, C}, SCRATCH, MODEL, batch);
+    row("logits", &g.logits, FLOATX, {(size_t)plan_chunk_rows(plan, c.Vp), (size_t)c.Vp}, SCRATCH, MODEL, chunks);
+    row("losses", &g.losses, F32, {B, T}, SCRATCH, MODEL, batch);
+    if (plan.training) {
+        row("dresid", &g.dresid, FLOATX, {B, T, C}, SCRATCH, MODEL, batch);
+        row("delta", &g.delta, F32, {B, NH, T}, SCRATCH, MODEL, batch);
+        row("colsum", &g.colsum, F32, {colsum_scratch(4 * C)}, SCRATCH, MODEL, smaller);
+        row("squares", &g.squares, F32, {opt_blocks(c)}, SCRATCH, MODEL, smaller);
+    }
+    row("tokens", &g.tokens, I32, {token_ints(BT, c.V)}, SCRATCH, MODEL, batch);
+    row("step_state", &g.state, BYTE, {sizeof(StepState)}, OPTIMIZER, MODEL, smaller);
+    row("workspace", &g.workspace, BYTE, {MATMUL_WORKSPACE}, WORKSPACE, MODEL, smaller);
+    return table;
+}
+
+std::string gpt2_mode(const Plan& plan) {
+    std::string s = "exact, --recompute " + std::to_string(plan.recompute);
+    if (!kFP32) s += plan.master ? ", fp32 master weights" : ", no master weights";
+    return s;
+}
+
+// Allocates what the plan needs. Weights are garbage afterwards: gpt2_init or a checkpoint fills them.
+void gpt2_allocate(GPT2& g) {
+    g.table = gpt2_table(g);
+    table_allocate(g.table);
+    matmul_state.workspace = g.workspace;
+    if (matmul_state.handle == nullptr) cublasCheck(cublasLtCreate(&matmul_state.handle));
+    cudaCheck(cudaMemsetAsync(g.state, 0, sizeof(StepState), g.stream));
+    for (int p = 0; p < NUM_PARAMS; p++) {
+        size_t n = param_shape(g.config, p).elements();
+        if (g.m[p]) cudaCheck(cudaMemsetAsync(g.m[p], 0, shard_size(n) * sizeof(float), g.stream));
+        if (g.v[p]) cudaCheck(cudaMemsetAsync(g.v[p], 0, shard_size(n) * sizeof(float), g.stream));
+    }
+    // positions from T on have no gradient, ever; all other gradients are written before they are read
+    if (g.grad[WPE].p) cudaCheck(cudaMemsetAsync(g.grad[WPE].p, 0, param_shape(g.config, WPE).elements() * dtype_size(g.grad[WPE].type), g.stream));
+    g.updates = 0;
+}
+
+__global__ void widen_kernel(float* out, const floatX* inp, size_t n) {
+    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < n) out[i] = (float)inp[i];
+}
+// Master weights as their bf16 weights are: for a model whose file had no more than that.
+void gpt2_master_from_params(GPT2& g) {
+    for (int p = 0; p < NUM_PARAMS; p++) {
+        size_t n = param_shape(g.config, p).elements();
+        if (g.master[p] == nullptr) continue;
+        widen_kernel<<<ceil_div(shard_size(n), 256), 256, 0, g.stream>>>(g.master[p], g.param[p] + shard_offset(n), shard_size(n));
+        cudaCheck(cudaGetLastError());
+    }
+}
+
+// GPT-2's initialisation: weights from N(0, 0.02), the projections that add to the residual stream smaller by sqrt(2L),
+// because 2L of them add up; biases 0, gammas 1, padding rows of wte 0.
+void gpt2_init(GPT2& g) {
+    for (int p = 0; p < NUM_PARAMS; p++) {
+        ParamShape s = param_shape(g.config, p);
+        size_t n = s.elements(), drawn = s.cols == 0 ? 0 : p == WTE ? (size_t)g.config.V * g.config.C : n;
+        float std = p == ATTPROJW || p == FCPROJW ? 0.02f / sqrtf(2.0f * g.config.L) : 0.02f;
+        if (drawn) init_normal_kernel<<<ceil_div(drawn, 256), 256, 0, g.stream>>>(g.param[p], drawn, std, g.seed, p);
+        cudaCheck(cudaGetLastError());
+        float constant = p == LN1W || p == LN2W || p == LNFW ? 1.0f : 0.0f;
+        if (n > drawn) init_constant_kernel<<<ceil_div(n - drawn, 256), 256, 0, g.stream>>>(g.param[p] + drawn, n - drawn, constant);
+        cudaCheck(cudaGetLastError());
+    }
+    gpt2_master_from_params(g);
+}
+
+// ---- forward: the paper's figure, left to right
+
+// From g.tokens' inputs to the final norm's output, g.lnf. B and T may be smaller than the plan's.
+void gpt2_forward(GPT2& g, int B, int T) {
+    NvtxRange range("forward");
+    const int C = g.config.C, NH = g.config.NH, L = g.config.L, BT = B * T;
+    const size_t BTC = (size_t)BT * C, stats = BT;
+    cudaStream_t stream = g.stream;
+
+    embedding_forward(g.encoded, g.tokens, g.param[WTE], g.param[WPE], B, T, C, stream);
+    floatX* ln1 = g.ln1 ? g.ln1 : g.work_ln;
+    layernorm_forward(nullptr, ln1, g.ln1_mean, g.ln1_rstd, g.encoded, nullptr, g.param[LN1W], g.param[LN1B], BT, C, stream);
+    const floatX* residual = g.encoded;
+
+    for (int l = 0; l < L; l++) {
+        NvtxRange layer_range("forward layer", l);
+        const size_t s = g.plan.training ? l : 0;   // which slot of the kept tensors is this layer's
+        auto W = [&](int p) { return (const floatX*)g.param[p] + l * param_shape(g.config, p).per_layer(); };
+        floatX* qkv = g.qkv + s * 3 * BTC;
+        floatX* atty = g.atty + s * BTC;
+        floatX* resid_mid = g.resid_mid + s * BTC;
+        floatX* ln2 = g.ln2 ? g.ln2 + s * BTC : g.work_ln;
+        floatX* fch = g.fch + s * 4 * BTC;
+        floatX* fch_gelu = g.fch_gelu ? g.fch_gelu + s * 4 * BTC : g.work_4c;
+        floatX* resid_out = g.resid_out + s * BTC;
+
+        matmul_forward(qkv, ln1, W(QKVW), W(QKVB), BT, C, 3 * C, stream);
+        attention_forward(atty, g.lse + s * NH * stats, qkv, B, T, C, NH, stream);
+        matmul_forward(g.work_c, atty, W(ATTPROJW), W(ATTPROJB), BT, C, C, stream);
+        layernorm_forward(resid_mid, ln2, g.ln2_mean + s * stats, g.ln2_rstd + s * stats, residual, g.work_c, W(LN2W), W(LN2B), BT, C, stream);
+        matmul_gelu_forward(fch_gelu, fch, ln2, W(FCW), W(FCB), BT, C, 4 * C, stream);
+        matmul_forward(g.work_c, fch_gelu, W(FCPROJW), W(FCPROJB), BT, 4 * C, C, stream);
+
+        // the second residual addition, fused with the norm that comes next: the following layer's first, or the last of all
+        if (l + 1 < L) {
+            const size_t next = g.plan.training ? l + 1 : 0;
+            ln1 = g.ln1 ? g.ln1 + next * BTC : g.work_ln;
+            const floatX *gamma = W(LN1W) + C, *beta = W(LN1B) + C;
+            layernorm_forward(resid_out, ln1, g.ln1_mean + next * stats, g.ln1_rstd + next * stats, resid_mid, g.work_c, gamma, beta, BT, C, stream);
+        } else {
+            layernorm_forward(resid_out, g.lnf, g.lnf_mean, g.lnf_rstd, resid_mid, g.work_c, g.param[LNFW], g.param[LNFB], BT, C, stream);
+        }
+        residual = resid_out;
+    }
+}
+
+// ---- loss: the lm-head, softmax and cross-entropy over chunks of rows
+//
+// Logits are (B*T, Vp), the largest tensor of a small model. A row's loss needs no other row, so a chunk of rows goes all
+// the way (logits, loss, their gradient, and from it the gradients of wte and lnf) before the next one reuses its storage.
+// Nothing is computed twice. The gradient of a chunk of lnf overwrites the chunk itself, which nobody needs any more.
+void gpt2_loss(GPT2& g, int B, int T, bool train, bool first_micro_batch) {
+    NvtxRange range("loss");
+    const int C = g.config.C, V = g.config.V, Vp = g.config.Vp, BT = B * T;
+    const int* targets = g.tokens + BT;
+    const int chunk = std::min(plan_chunk_rows(g.plan, Vp), BT);
+    const float dloss = 1.0f / ((float)BT * g.plan.micro_batches * world.size);
+    for (int r = 0; r < BT; r += chunk) {
+        int rows = std::min(chunk, BT - r);
+        floatX* lnf = g.lnf + (size_t)r * C;
+        matmul_forward(g.logits, lnf, g.param[WTE], nullptr, rows, C, Vp, g.stream);
+        classifier(g.logits, g.losses + r, targets + r, dloss, train, rows, V, Vp, g.stream);
+        if (!train) continue;
+        matmul_backward_weight(g.grad[WTE], g.logits, lnf, !(first_micro_batch && r == 0), rows, C, Vp, g.stream);
+        matmul_backward_input(lnf, g.logits, g.param[WTE], rows, C, Vp, g.stream);
+    }
+    loss_sum(&g.state->loss_sum, g.losses, train && !first_micro_batch, BT, g.stream);
+}
+
+// ---- backward: the figure, right to left. `first` writes gradients, later micro-batches add to them.
+
+void gpt2_backward(GPT2& g, int B, int T, int buckets, bool first) {
+    NvtxRange range("backward");
+    const int C = g.config.C, NH = g.config.NH, L = g.config.L, BT = B * T;
+    const size_t BTC = (size_t)BT * C, stats = BT;
+    const bool add = !first;
+    cudaStream_t stream = g.stream;
+
+    // g.lnf holds the gradient of the final norm's output since gpt2_loss
+    layernorm_backward(g.dresid, g.grad[LNFW], g.grad[LNFB], g.colsum, g.lnf, g.resid_out + (L - 1) * BTC, g.lnf_mean, g.lnf_rstd,
+                       g.param[LNFW], false, add, BT, C, stream);
+    for (int l = L - 1; l >= 0; l--) {
+        NvtxRange layer_range("backward layer", l);
+        auto W = [&](int p) { return (const floatX*)g.param[p] + l * param_shape(g.config, p).per_layer(); };
+        auto G = [&](int p) { return g.grad[p] + l * param_shape(g.config, p).per_layer(); };
+        const floatX* residual = l == 0 ? g.encoded : g.resid_out + (l - 1) * BTC;
+        const floatX* resid_mid = g.resid_mid + l * BTC;
+        const floatX* qkv = g.qkv + l * 3 * BTC;
+        const floatX* atty = g.atty + l * BTC;
+        const floatX* fch = g.fch + l * 4 * BTC;
+        float *ln1_mean = g.ln1_mean + l * stats, *ln1_rstd = g.ln1_rstd + l * stats;
+        float *ln2_mean = g.ln2_mean + l * stats, *ln2_rstd = g.ln2_rstd + l * stats;
+
+        // What forward did not keep is computed again, by the same kernels from the same bits. work_4c holds GELU's output
+        // until the weight gradient has used it; then the gradient of the matmul's input takes its place.
+        const floatX* fch_gelu = g.fch_gelu ? g.fch_gelu + l * 4 * BTC : g.work_4c;
+        if (!g.fch_gelu) gelu_forward(g.work_4c, fch, 4 * BTC, stream);
+        bias_backward(G(FCPROJB), g.colsum, g.dresid, add, BT, C, stream);
+        matmul_backward_weight(G(FCPROJW), g.dresid, fch_gelu, add, BT, 4 * C, C, stream);
+        floatX* dfch = g.work_4c;
+        matmul_gelu_backward(dfch, g.dresid, W(FCPROJW), fch, BT, 4 * C, C, stream);
+
+        const floatX* ln2 = g.ln2 ? g.ln2 + l * BTC : g.work_ln;
+        if (!g.ln2) layernorm_forward(nullptr, g.work_ln, ln2_mean, ln2_rstd, resid_mid, nullptr, W(LN2W), W(LN2B), BT, C, stream);
+        bias_backward(G(FCB), g.colsum, dfch, add, BT, 4 * C, stream);
+        matmul_backward_weight(G(FCW), dfch, ln2, add, BT, C, 4 * C, stream);
+        matmul_backward_input(g.work_c, dfch, W(FCW), BT, C, 4 * C, stream);
+        layernorm_backward(g.dresid, G(LN2W), G(LN2B), g.colsum, g.work_c, resid_mid, ln2_mean, ln2_rstd, W(LN2W), true, add, BT, C, stream);
+
+        bias_backward(G(ATTPROJB), g.colsum, g.dresid, add, BT, C, stream);
+        matmul_backward_weight(G(ATTPROJW), g.dresid, atty, add, BT, C, C, stream);
+        matmul_backward_input(g.work_c, g.dresid, W(ATTPROJW), BT, C, C, stream);
+        floatX* dqkv = g.work_4c;
+        attention_backward(dqkv, g.delta, g.work_c, qkv, atty, g.lse + l * NH * stats, B, T, C, NH, stream);
+
+        const floatX* ln1 = g.ln1 ? g.ln1 + l * BTC : g.work_ln;
+        if (!g.ln1) layernorm_forward(nullptr, g.work_ln, ln1_mean, ln1_rstd, residual, nullptr, W(LN1W), W(LN1B), BT, C, stream);
+        bias_backward(G(QKVB), g.colsum, dqkv, add, BT, 3 * C, stream);
+        matmul_backward_weight(G(QKVW), dqkv, ln1, add, BT, C, 3 * C, stream);
+        matmul_backward_input(g.work_c, dqkv, W(QKVW), BT, C, 3 * C, stream);
+        layernorm_backward(g.dresid, G(LN1W), G(LN1B), g.colsum, g.work_c, residual, ln1_mean, ln1_rstd, W(LN1W), true, add, BT, C, stream);
+    }
+    const int* positions = g.tokens + 2 * (size_t)BT;
+    const int* bucket_token = positions + BT;
+    const int* bucket_start = bucket_token + token_cap(BT, g.config.V);
+    embedding_backward(g.grad[WTE], g.grad[WPE], g.dresid, positions, bucket_token, bucket_start, buckets, add, B, T, C, stream);
+}
+
+// ---- update
+
+struct Hyper {
+    float lr, beta1 = 0.9f, beta2 = 0.95f, eps = 1e-8f, weight_decay = 0, grad_clip = 0, skip_loss_z = 0, skip_grad_z = 0;
+};
+
+// One optimizer step from the gradients of `micro_batches` micro-batches of B*T tokens. Returns the verdict: the only moment
+// of a step at which the host waits for the device.
+Verdict gpt2_update(GPT2& g, const Hyper& h, int BT, uint64_t step) {
+    NvtxRange range("update");
+    world_group(true);
+    for (int p = 0; p < NUM_PARAMS; p++) world_reduce_gradient(g.grad[p], param_shape(g.config, p).elements(), g.stream);
+    world_group(false);
+
+    OptTable table = gpt2_opt_table(g, h.weight_decay);
+    square_sum_kernel<<<table.blocks, 256, 0, g.stream>>>(g.squares, table);
+    cudaCheck(cudaGetLastError());
+    partial_sum_kernel<<<1, 256, 0, g.stream>>>(&g.state->square_sum, g.squares, table.blocks);
+    cudaCheck(cudaGetLastError());
+    world_sum_float(&g.state->loss_sum, g.stream);
+    if (world.sharded) world_sum_float(&g.state->square_sum, g.stream);
+    float loss_scale = 1.0f / ((float)BT * g.plan.micro_batches * world.size);
+    verdict_kernel<<<1, 1, 0, g.stream>>>(g.state, loss_scale, h.grad_clip, h.skip_loss_z, h.skip_grad_z);
+    cudaCheck(cudaGetLastError());
+
+    int t = g.updates + 1;
+    AdamW a = {h.lr, h.beta1, h.beta2, h.eps, (float)(1 - pow(h.beta1, t)), (float)(1 - pow(h.beta2, t)), g.seed, step};
+    adamw_kernel<<<table.blocks, 256, 0, g.stream>>>(table, &g.state->verdict, a);
+    cudaCheck(cudaGetLastError());
+    world_group(true);
+    for (int p = 0; p < NUM_PARAMS; p++) world_gather_param(g.param[p], param_shape(g.config, p).elements(), g.stream);
+    world_group(false);
+
+    Verdict verdict;
+    cudaCheck(cudaMemcpyAsync(&verdict, &g.state->verdict, sizeof verdict, cudaMemcpyDeviceToHost, g.stream));
+    cudaCheck(cudaStreamSynchronize(g.stream));
+    if (!verdict.skip) g.updates++;
+    return verdict;
+}
+
+// Matmul operations of one token, forward and backward: 6 per weight that multiplies, and attention's two products over T/2
+// keys on average, three times.
+double gpt2_flops_per_token(const GPT2Config& c, int T) {
+    double weights = (double)c.V * c.C;
+    for (int p = 0; p < NUM_PARAMS; p++)
+        if (p != WTE && p != WPE && param_shape(c, p).cols) weights += (double)param_shape(c, p).elements();
+    return 6.0 * weights + 6.0 * c.L * c.C * (double)T;
+}
+
+// ==== twin: files
+// ---------------------------------------------------------------------------------------------------------------------
+// 7. files
+//
+// Formats are llm.c's, little-endian, with a header of 256 int32. A reader believes nothing: it compares magic, version and
+// every size with the file's real size before it allocates. A writer writes to a temporary name and renames when all is on
+// the disk, so that a name always stands for a whole file.
+
+constexpr int HEADER_INTS = 256;
+constexpr size_t HEADER_BYTES = HEADER_INTS * sizeof(int32_t);
+
+size_t file_size(FILE* f) {
+    struct stat s;
+    return fstat(fileno(f), &s) == 0 ? (size_t)s.st_size : 0;
+}
+bool is_folder(const char* path) {
+    struct stat s;
+    return stat(path, &s) == 0 && S_ISDIR(s.st_mode);
+}
+bool file_exists(const std::string& path) { return access(path.c_str(), F_OK) == 0; }
+std::string folder_of(const std::string& path) {
+    size_t slash = path.rfind('/');
+    return slash == std::string::npos ? "." : slash == 0 ? "/" : path.substr(0, slash);
+}
+
+// Opens a file with one of our headers. `remedy` ends every message: what to run to get a good one.
+FILE* open_with_header(const char* path, int32_t* header, int magic, const char* what, const char* remedy) {
+    if (is_folder(path)) fail("%s is a folder; expected %s; %s", path, what, remedy);
+    FILE* f = fopen(path, "rb");
+    if (f == nullptr) fail("cannot open %s (%s): %s; %s", path, what, strerror(errno), remedy);
+    if (fread(header, 1, HEADER_BYTES, f) != HEADER_BYTES)
+        fail("%s: expected %s with a header of %zu bytes, found a file of %zu bytes; %s", path, what, HEADER_BYTES, file_size(f), remedy);
+    if (header[0] != magic) fail("%s: expected %s (magic %d), found magic %d; %s", path, what, magic, header[0], remedy);
+    return f;
+}
+
+class AtomicFile {
+    std::string path, temporary;
+    FILE* file;
+
+    [[noreturn]] void give_up(const char* doing) {
+        int error = errno;
+        if (file != nullptr) fclose(file);
+        unlink(temporary.c_str());
+        fail("cannot %s %s: %s; nothing was left under that name%s", doing, path.c_str(), strerror(error),
+             error == ENOSPC || error == EFBIG || error == EDQUOT ? "; free some space or give another --out, then resume with -y 1" : "");
+    }
+
+public:
+    explicit AtomicFile(const std::string& path) : path(path), temporary(path + ".tmp"), file(fopen(temporary.c_str(), "wb")) {
+        if (file == nullptr) give_up("create");
+    }
+    AtomicFile(const AtomicFile&) = delete;
+    void write(const void* data, size_t bytes) {
+        if (fwrite(data, 1, bytes, file) != bytes) give_up("write");
+    }
+    void commit() {
+        if (fflush(file) != 0 || fsync(fileno(file)) != 0) give_up("write");
+        FILE* f = file;
+        file = nullptr;
+        if (fclose(f) != 0) give_up("write");
+        if (rename(temporary.c_str(), path.c_str()) != 0) give_up("rename to");
+        int folder = open(folder_of(path).c_str(), O_RDONLY);   // the new name is on the disk only when its folder is
+        if (folder >= 0) {
+            fsync(folder);
+            close(folder);
+        }
+    }
+};
+
+// Device memory to a file and back, through a buffer of 16 MB.
+constexpr size_t STAGING = (size_t)16 << 20;
+void write_device(AtomicFile& f, const void* device, size_t bytes, std::vector<char>& staging) {
+    staging.resize(STAGING);
+    for (size_t i = 0; i < bytes; i += STAGING) {
+        size_t n = std::min(STAGING, bytes - i);
+        cudaCheck(cudaMemcpy(staging.data(), (const char*)device + i, n, cudaMemcpyDeviceToHost));
+        f.write(staging.data(), n);
+    }
+}
+void read_device(FILE* f, const char* path, void* device, size_t bytes, std::vector<char>& staging) {
+    staging.resize(STAGING);
+    for (size_t i = 0; i < bytes; i += STAGING) {
+        size_t n = std::min(STAGING, bytes - i);
+        if (fread(staging.data(), 1, n, f) != n) fail("%s: could not be read to its end: %s", path, strerror(errno));
+        cudaCheck(cudaMemcpy((char*)device + i, staging.data(), n, cudaMemcpyHostToDevice));
+    }
+}
+
+// ---- tokens
+//
+// A shard is a header and ids of 16 or 32 bits. Training cuts a shard into windows of T + 1 tokens (the last one of each is
+// the first of the next: a target, then an input) and takes them in an order shuffled anew in every epoch, as it does the
+// shards. Both orders are functions of the seed and the epoch, so a position in them is three numbers.
+
+const char* TOKENS_REMEDY = "make one with: python3 prepro/text.py FILE --out data";
+
+struct Shard {
+    std::string path;
+    size_t tokens;
+    int bytes_per_token;
+    bool ids_checked;
+};
+
+struct Loader {
+    std::vector<Shard> shards;
+    int B = 0, T = 0, V = 0;
+    bool shuffle = false;
+    uint64_t seed = 0;
+    // position: windows already taken from the shard that stands at `shard` in this epoch's order
+    size_t epoch = 0, shard = 0, window = 0;
+    // the open shard
+    std::vector<uint32_t> shard_order, window_order;
+    const char* map = nullptr;
+    size_t map_bytes = 0;
+
+    size_t windows(const Shard& s) const { return (s.tokens - 1) / T; }
+    size_t batch_windows() const { return (size_t)B * world.size; }
+    size_t batches_per_epoch() const {
+        size_t n = 0;
+        for (const Shard& s : shards) n += windows(s) / batch_windows();
+        return n;
+    }
+};
+
+std::vector<uint32_t> shuffled(size_t n, bool shuffle, uint64_t seed, uint64_t stream) {
+    std::vector<uint32_t> order(n);
+    std::iota(order.begin(), order.end(), 0u);
+    if (shuffle)   // Fisher and Yates
+        for (size_t i = n; i > 1; i--) std::swap(order[i - 1], order[hash64(seed, stream, i) % i]);
+    return order;
+}
+
+void loader_open_shard(Loader& d) {
+    if (d.map != nullptr) munmap((void*)d.map, d.map_bytes);
+    if (d.shard == 0 || d.shard_order.empty()) d.shard_order = shuffled(d.shards.size(), d.shuffle, d.seed, 2 * d.epoch + (1ull << 40));
+    Shard& s = d.shards[d.shard_order[d.shard]];
+    d.window_order = shuffled(d.windows(s), d.shuffle, d.seed, ((d.epoch * d.shards.size() + d.shard) << 1) + 1 + (1ull << 41));
+    d.map_bytes = HEADER_BYTES + s.tokens * s.bytes_per_token;
+    int fd = open(s.path.c_str(), O_RDONLY);
+    struct stat st;
+    if (fd < 0 || fstat(fd, &st) != 0 || (size_t)st.st_size != d.map_bytes)
+        fail("%s: was a file of %zu bytes when this run began, and is no more", s.path.c_str(), d.map_bytes);
+    void* map = mmap(nullptr, d.map_bytes, PROT_READ, MAP_SHARED, fd, 0);
+    if (map == MAP_FAILED) fail("cannot map %s: %s", s.path.c_str(), strerror(errno));
+    close(fd);
+    d.map = (const char*)map;
+    if (s.ids_checked) return;
+    for (size_t i = 0; i < s.tokens; i++) {   // once a shard: an id beyond wte would read whatever lies behind it
+        uint32_t id = s.bytes_per_token == 2 ? ((const uint16_t*)(d.map + HEADER_BYTES))[i] : ((const uint32_t*)(d.map + HEADER_BYTES))[i];
+        if (id >= (uint32_t)d.V)
+            fail("%s: token %zu has id %u, but the model's vocabulary is %d (expected ids 0 to %d); "
+                 "make the tokens with the model's tokenizer (prepro/text.py --tokenizer), or take a model with V%u or more (-e gpt2:...,V%u)",
+                 s.path.c_str(), i, id, d.V, d.V - 1, id + 1, id + 1);
+    }
+    s.ids_checked = true;
+}
+
+void loader_seek(Loader& d, size_t epoch, size_t shard, size_t window) {
+    d.epoch = epoch;
+    d.shard = shard;
+    d.window = window;
+    d.shard_order.clear();
+    loader_open_shard(d);
+}
+
+// `option` is named in messages: -i or -j.
+void loader_open(Loader& d, const char* option, const char* pattern, int B, int T, int V, bool shuffle, uint64_t seed) {
+    d.B = B;
+    d.T = T;
+    d.V = V;
+    d.shuffle = shuffle;
+    d.seed = seed;
+    if (is_folder(pattern)) fail("%s %s is a folder; expected a token file or a quoted pattern like '%s/*.bin'", option, pattern, pattern);
+    glob_t found;
+    if (glob(pattern, 0, nullptr, &found) != 0 || found.gl_pathc == 0)
+        fail("%s %s: no such file, and no file matches it as a pattern; %s", option, pattern, TOKENS_REMEDY);
+    for (size_t i = 0; i < found.gl_pathc; i++) {   // glob sorts, so every rank and every run sees one order
+        const char* path = found.gl_pathv[i];
+        if (is_folder(path)) continue;
+        int32_t h[HEADER_INTS];
+        FILE* f = fopen(path, "rb");
+        if (f == nullptr) fail("cannot open %s (tokens): %s; %s", path, strerror(errno), TOKENS_REMEDY);
+        size_t size = file_size(f);
+        if (fread(h, 1, HEADER_BYTES, f) != HEADER_BYTES)
+            fail("%s: expected tokens with a header of %zu bytes, found a file of %zu bytes; %s", path, HEADER_BYTES, size, TOKENS_REMEDY);
+        fclose(f);
+        int bytes = h[0] == 20240520 && h[1] == 1 ? 2 : h[0] == 20240801 && h[1] == 7 ? 4 : 0;
+        if (bytes == 0)
+            fail("%s: expected tokens (magic 20240520 version 1, or magic 20240801 version 7), found magic %d version %d; %s", path, h[0], h[1], TOKENS_REMEDY);
+        size_t tokens = (uint32_t)h[2];
+        if (size != HEADER_BYTES + tokens * bytes)
+            fail("%s: its header announces %zu tokens of %d bytes, so expected a file of %zu bytes, found %zu; it is damaged or was cut off: %s", path,
+                 tokens, bytes, HEADER_BYTES + tokens * bytes, size, TOKENS_REMEDY);
+        size_t windows = tokens ? (tokens - 1) / T : 0;
+        if (windows < d.batch_windows())
+            fail("%s: its %zu tokens make %zu sequences of %d, but a batch takes %zu (%s); take a smaller -b or -t, or more text", path, tokens, windows, T,
+                 d.batch_windows(), world.size > 1 ? "B on every GPU" : "B");
+        d.shards.push_back({path, tokens, bytes, false});
+    }
+    globfree(&found);
+    if (d.shards.empty()) fail("%s %s matches only folders; expected token files; %s", option, pattern, TOKENS_REMEDY);
+    loader_seek(d, 0, 0, 0);
+}
+void loader_close(Loader& d) {
+    if (d.map != nullptr) munmap((void*)d.map, d.map_bytes);
+    d = Loader();
+}
+
+// This rank's rows of the next batch.
+void loader_next(Loader& d, int* inputs, int* targets) {   // (B, T) each
+    while (d.window + d.batch_windows() > d.window_order.size()) {   // what is left of a shard and makes no batch waits for the next epoch's order
+        d.window = 0;
+        if (++d.shard == d.shards.size()) {
+            d.shard = 0;
+            d.epoch++;
+        }
+        loader_open_shard(d);
+    }
+    const Shard& s = d.shards[d.shard_order[d.shard]];
+    for (int b = 0; b < d.B; b++) {
+        size_t first = (size_t)d.window_order[d.window + (size_t)world.rank * d.B + b] * d.T;
+        for (int t = 0; t <= d.T; t++) {
+            int id = s.bytes_per_token == 2 ? ((const uint16_t*)(d.map + HEADER_BYTES))[first + t] : (int)((const uint32_t*)(d.map + HEADER_BYTES))[first + t];
+            if (t < d.T) inputs[b * d.T + t] = id;
+            if (t > 0) targets[b * d.T + t - 1] = id;
+        }
+    }
+    d.window += d.batch_windows();
+}
+
+// A micro-batch as the device wants it: inputs, targets, and the positions of the inputs sorted by token, for the embedding's
+// backward. The host has the time: it sorts while the GPU still works on the micro-batch before. `host` is pinned memory, so
+// that the copy waits for nothing; it must stay as it is until the next synchronisation.
+int tokens_upload(int* device, int* host, int BT, int V, cudaStream_t stream) {
+    static std::vector<int> count;
+    count.assign(V + 1, 0);
+    const int* inputs = host;
+    int* positions = host + 2 * (size_t)BT;
+    int* bucket_token = positions + BT;
+    int* bucket_start = bucket_token + std::min(BT, V);
+    for (int i = 0; i < BT; i++) count[inputs[i]]++;
+    int buckets = 0, start = 0;
+    for (int token = 0; token < V; token++) {
+        if (count[token] == 0) continue;
+        bucket_token[buckets] = token;
+        bucket_start[buckets++] = start;
+        int next = start + count[token];
+        count[token] = start;
+        start = next;
+    }
+    bucket_start[buckets] = start;
+    for (int i = 0; i < BT; i++) positions[count[inputs[i]]++] = i;
+    size_t ints = (size_t)(bucket_start - host) + buckets + 1;
+    cudaCheck(cudaMemcpyAsync(device, host, ints * sizeof(int), cudaMemcpyHostToDevice, stream));
+    return buckets;
+}
+
+// ---- text
+
+struct Tokenizer {
+    std::vector<std::string> tokens;
+    int end_of_text = 0;
+};
+bool tokenizer_load(Tokenizer& t, const char* path) {
+    if (!file_exists(path)) return false;
+    const char* remedy = "prepro/text.py writes one beside its token files";
+    int32_t h[HEADER_INTS];
+    FILE* f = open_with_header(path, h, 20240328, "a tokenizer", remedy);
+    if (h[1] != 2 || h[2] <= 0 || (size_t)h[2] > file_size(f) || h[3] < 0 || h[3] >= h[2])
+        fail("%s: expected a tokenizer of version 2 whose end-of-text id is one of its tokens, found version %d, %d tokens, id %d; %s", path, h[1], h[2], h[3], remedy);
+    t.end_of_text = h[3];
+    for (int i = 0; i < h[2]; i++) {
+        int length = fgetc(f);
+        std::string s(length < 0 ? 0 : length, '\0');
+        if (length < 0 || fread(&s[0], 1, s.size(), f) != s.size()) fail("%s: expected %d tokens, the file ends within token %d; %s", path, h[2], i, remedy);
+        t.tokens.push_back(s);
+    }
+    fclose(f);
+    return true;
+}
+void print_token(const Tokenizer& t, int id) {
+    if (t.tokens.empty()) {
+        printf("%d ", id);
+    } else if (id == t.end_of_text) {
+        printf("\n");
+    } else if (id < (int)t.tokens.size()) {
+        for (unsigned char c : t.tokens[id])   // a control character could do anything to a terminal
+            if (c >= 32 ? c != 127 : c == '\n' || c == '\t') putchar(c);
+    }
+}
+
+// ---- log: one JSON object a line
+
+struct Log {
+    FILE* file = nullptr;
+    std::string path;
+};
+std::string json_number(double x) {   // JSON has no NaN
+    char s[32];
+    snprintf(s, sizeof s, "%.9g", x);
+    return isfinite(x) ? s : "null";
+}
+__attribute__((format(printf, 2, 3))) void log_line(Log& log, const char* format, ...) {
+    if (log.file == nullptr) return;
+    va_list args;
+    va_start(args, format);
+    vfprintf(log.file, format, args);
+    va_end(args);
+    fputc('\n', log.file);
+    if (fflush(log.file) != 0) fail("cannot write %s: %s", log.path.c_str(), strerror(errno));
+}
+// ==== end twin
+
+// ---- checkpoints
+
+const char* MODEL_REMEDY = "give -e a checkpoint written by train_gpt2 or prepro, or a size such as gpt2:d12";
+
+// The size of the model in a file, after checking the file against it.
+GPT2Config gpt2_read_config(const char* path) {
+    int32_t h[HEADER_INTS];
+    FILE* f = open_with_header(path, h, 20240326, "a GPT-2 model", MODEL_REMEDY);
+    if (h[1] != 3 && h[1] != 5) fail("%s: expected version 3 (fp32) or 5 (bf16), found version %d; %s", path, h[1], MODEL_REMEDY);
+    GPT2Config c = {h[2], h[3], h[7], h[4], h[5], h[6]};
+    // The limits keep every product below 2^63, so that the size below is the true one.
+    bool sane = c.maxT > 0 && c.V > 0 && c.V <= 1 << 30 && c.L > 0 && c.L <= 1 << 12 && c.NH > 0 && c.C > 0 && c.C <= 1 << 16 && c.C % c.NH == 0;
+    if (!sane || c.Vp != ceil_div(c.V, 128) * 128)
+        fail("%s: its header makes no model: T %d, V %d padded to %d (expected a multiple of 128), L %d, NH %d, C %d; %s", path, c.maxT, c.V, c.Vp, c.L, c.NH, c.C,
+             MODEL_REMEDY);
+    size_t expected = HEADER_BYTES + param_count(c) * (h[1] == 3 ? 4 : 2), size = file_size(f);
+    if (size != expected)
+        fail("%s: its header (T %d, V %d, L %d, NH %d, C %d, version %d) asks for %zu bytes, found %zu; it is damaged or was cut off; %s", path, c.maxT, c.V, c.L, c.NH, c.C,
+             h[1], expected, size, MODEL_REMEDY);
+    fclose(f);
+    return c;
+}
+
+// Weights from a file into an allocated model, in whichever of the two types the file has. Master weights get all its bits.
+void gpt2_load(GPT2& g, const char* path) {
+    int32_t h[HEADER_INTS];
+    FILE* f = open_with_header(path, h, 20240326, "a GPT-2 model", MODEL_REMEDY);
+    bool file_fp32 = h[1] == 3;
+    constexpr size_t CHUNK = (size_t)1 << 20;   // elements
+    std::vector<float> wide(CHUNK);
+    std::vector<floatX> narrow_(CHUNK);
+    std::vector<__nv_bfloat16> half(CHUNK);
+    for (int p = 0; p < NUM_PARAMS; p++) {
+        size_t n = param_shape(g.config, p).elements(), begin = shard_offset(n), end = begin + shard_size(n);
+        for (size_t i = 0; i < n; i += CHUNK) {
+            size_t k = std::min(CHUNK, n - i);
+            size_t got = file_fp32 ? fread(wide.data(), sizeof(float), k, f) : fread(half.data(), sizeof(__nv_bfloat16), k, f);
+            if (got != k) fail("%s: could not be read to its end: %s", path, strerror(errno));
+            for (size_t j = 0; j < k; j++) {
+                if (!file_fp32) wide[j] = (float)half[j];
+                narrow_[j] = (floatX)wide[j];
+            }
+            cudaCheck(cudaMemcpy(g.param[p] + i, narrow_.data(), k * sizeof(floatX), cudaMemcpyHostToDevice));
+            size_t from = std::max(i, begin), to = std::min(i + k, end);
+            if (g.master[p] != nullptr && from < to)
+                cudaCheck(cudaMemcpy(g.master[p] + (from - begin), wide.data() + (from - i), (to - from) * sizeof(float), cudaMemcpyHostToDevice));
+        }
+    }
+    fclose(f);
+}
+
+void gpt2_save(GPT2& g, const std::string& path) {
+    const GPT2Config& c = g.config;
+    int32_t h[HEADER_INTS] = {20240326, kFP32 ? 3 : 5, c.maxT, c.V, c.L, c.NH, c.C, c.Vp};
+    std::vector<char> staging;
+    AtomicFile f(path);
+    f.write(h, sizeof h);
+    for (int p = 0; p < NUM_PARAMS; p++) write_device(f, g.param[p], param_shape(c, p).elements() * sizeof(floatX), staging);
+    f.commit();
+}
+
+// Where a run stands, besides its weights: what makes 5 steps, a checkpoint and 5 steps equal to 10 steps.
+struct RunState {
+    int step = 0;               // steps done
+    int not_finite_in_row = 0;
+    size_t epoch = 0, shard = 0, window = 0;
+};
+std::string checkpoint_path(const std::string& folder, const char* kind, int step) {
+    char name[64];
+    if (strcmp(kind, "state") == 0) snprintf(name, sizeof name, "/state_%08d_%05d.bin", step, world.rank);
+    else snprintf(name, sizeof name, strcmp(kind, "model") == 0 ? "/model_%08d.bin" : "/DONE_%08d", step);
+    return folder + name;
+}
+size_t state_bytes(const GPT2& g) {
+    size_t n = 0;
+    for (int p = 0; p < NUM_PARAMS; p++) n += shard_size(param_shape(g.config, p).elements()) * sizeof(float) * (g.master[p] != nullptr ? 3 : 2);
+    return HEADER_BYTES + n + sizeof(History);
+}
+void state_save(GPT2& g, const RunState& r, const std::string& path) {
+    int32_t h[HEADER_INTS] = {20240527, 1, world.size, world.rank, g.master[0] != nullptr, 1};
+    h[6] = world.sharded;
+    h[10] = r.step;
+    memcpy(&h[20], &g.seed, 8);
+    h[22] = g.updates;
+    h[23] = r.not_finite_in_row;
+    memcpy(&h[30], &r.shard, 8);
+    memcpy(&h[32], &r.window, 8);
+    memcpy(&h[34], &r.epoch, 8);
+    std::vector<char> staging;
+    AtomicFile f(path);
+    f.write(h, sizeof h);
+    for (float** tensors : {g.m, g.v, g.master})
+        for (int p = 0; p < NUM_PARAMS; p++)
+            if (tensors[p] != nullptr) write_device(f, tensors[p], shard_size(param_shape(g.config, p).elements()) * sizeof(float), staging);
+    write_device(f, &g.state->history, sizeof(History), staging);
+    f.commit();
+}
+RunState state_load(GPT2& g, const std::string& path_text) {
+    const char* path = path_text.c_str();
+    const char* remedy = "remove this checkpoint's DONE file to resume from the one before, or start afresh with -y 0";
+    int32_t h[HEADER_INTS];
+    FILE* f = open_with_header(path, h, 20240527, "the state of a run", remedy);
+    bool master = g.master[0] != nullptr;
+    if (h[1] != 1) fail("%s: expected version 1, found %d; %s", path, h[1], remedy);
+    if (h[2] != world.size || h[3] != world.rank || h[6] != (int)world.sharded)
+        fail("%s: was written by rank %d of %d with --zero %d, this is rank %d of %d with --zero %d; resume with as many GPUs and the same --zero", path, h[3], h[2],
+             h[6], world.rank, world.size, (int)world.sharded);
+    if (h[4] != (int)master) fail("%s: was written with --master-weights %d by a %s build, expected %d; resume with the same", path, h[4], h[4] ? "bf16" : "bf16 or fp32", (int)master);
+    if (file_size(f) != state_bytes(g)) fail("%s: expected %zu bytes for this model, found %zu; it is damaged or was cut off; %s", path, state_bytes(g), file_size(f), remedy);
+    RunState r;
+    r.step = h[10];
+    memcpy(&g.seed, &h[20], 8);
+    g.updates = h[22];
+    r.not_finite_in_row = h[23];
+    memcpy(&r.shard, &h[30], 8);
+    memcpy(&r.window, &h[32], 8);
+    memcpy(&r.epoch, &h[34], 8);
+    std::vector<char> staging;
+    for (float** tensors : {g.m, g.v, g.master})
+        for (int p = 0; p < NUM_PARAMS; p++)
+            if (tensors[p] != nullptr) read_device(f, path, tensors[p], shard_size(param_shape(g.config, p).elements()) * sizeof(float), staging);
+    read_device(f, path, &g.state->history, sizeof(History), staging);
+    fclose(f);
+    return r;
+}
+
+// Steps of the whole checkpoints in a folder, ascending.
+std::vector<int> checkpoints_in(const std::string& folder) {
+    std::vector<int> steps;
+    if (DIR* dir = opendir(folder.c_str())) {
+        while (dirent* entry = readdir(dir)) {
+            int step, length = 0;
+            if (sscanf(entry->d_name, "DONE_%8d%n", &step, &length) == 1 && length == 13 && entry->d_name[length] == '\0') steps.push_back(step);
+        }
+        closedir(dir);
+    }
+    std::sort(steps.begin(), steps.end());
+    return steps;
+}
+
+// model, then every rank's state, then DONE: a run that is killed in between leaves no DONE, and resumes from the one before.
+void checkpoint_save(GPT2& g, const RunState& r, const std::string& folder, int keep) {
+    NvtxRange range("checkpoint");
+    std::string done = checkpoint_path(folder, "DONE", r.step);
+    if (world.rank == 0) {
+        unlink(done.c_str());   // a run started over may write this step again
+        gpt2_save(g, checkpoint_path(folder, "model", r.step));
+    }
+    state_save(g, r, checkpoint_path(folder, "state", r.step));
+    world_barrier();
+    if (world.rank == 0) {
+        AtomicFile f(done);
+        f.write("whole\n", 6);
+        f.commit();
+        printf("checkpoint of step %d in %s\n", r.step, folder.c_str());
+    }
+    std::vector<int> steps = checkpoints_in(folder);
+    world_barrier();
+    for (size_t i = 0; keep > 0 && i + keep < steps.size(); i++) {
+        if (world.rank == 0) unlink(checkpoint_path(folder, "DONE", steps[i]).c_str());   // first: half a checkpoint must not look whole
+        if (world.rank == 0) unlink(checkpoint_path(folder, "model", steps[i]).c_str());
+        unlink(checkpoint_path(folder, "state", steps[i]).c_str());
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 8. main
+
+// ==== twin: device and schedule
+// bf16 tensor-core peaks without sparsity, TFLOP/s, from NVIDIA's data sheets: what the MFU is a share of.
+double device_peak_flops(const cudaDeviceProp& prop) {
+    const struct { const char* name; double tflops; } known[] = {
+        {"H200", 989}, {"H100 PCIe", 756}, {"H100", 989}, {"GH200", 989}, {"B200", 2250}, {"A100", 312}, {"A800", 312}, {"H800", 989}, {"L40S", 362},
+        {"L40", 181}, {"L4", 121}, {"A40", 150}, {"A10G", 70}, {"A10", 125}, {"A6000", 155}, {"6000 Ada", 364}, {"RTX 3090", 71},
+        {"RTX 4090", 165}, {"RTX 4080", 97}, {"RTX 5090", 209}, {"RTX 5080", 113},
+    };
+    const double precision = kFP32 ? 0.5 : 1;   // TF32 runs at half the rate of bf16
+    for (auto& k : known)
+        if (strstr(prop.name, k.name)) return k.tflops * 1e12 * precision;
+    if (prop.major < 8 || strstr(prop.name, "CPU")) return 0;   // no such tensor cores: MFU has no meaning
+    int khz = 0;
+    cudaDeviceGetAttribute(&khz, cudaDevAttrClockRate, 0);
+    double per_sm_and_clock = prop.major == 8 && prop.minor == 0 ? 2048 : prop.major == 8 || prop.major == 12 ? 512 : 4096;
+    return per_sm_and_clock * prop.multiProcessorCount * khz * 1e3 * precision;
+}
+
+double now_seconds() {
+    timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec + 1e-9 * t.tv_nsec;
+}
+
+const char* SCHEDULES[] = {"cosine", "linear", "constant", "wsd"};
+// The learning rate of step 0, 1, ..., steps - 1: a linear warmup to `peak`, then down to peak * final_fraction.
+// wsd (warmup, stable, decay: Hu et al., arXiv 2404.06395) stays at the peak and falls, linearly, in the last fifth.
+float schedule_lr(const std::string& name, int step, int steps, float peak, int warmup, float final_fraction) {
+    if (step < warmup) return peak * (step + 1) / warmup;
+    if (name == "constant") return peak;
+    double from = warmup;
+    if (name == "wsd") from = std::max<double>(warmup, steps - steps / 5);
+    double done = step < from ? 0 : (step - from) / std::max(1.0, steps - from);   // 0 at the peak, 1 where the run ends
+    double share = name == "cosine" ? 0.5 * (1 + cos(M_PI * done)) : 1 - done;
+    return peak * (float)(final_fraction + (1 - final_fraction) * share);
+}
+
+volatile sig_atomic_t interrupted = 0;
+void on_interrupt(int) { interrupted = 1; }
+
+// ---- the command line: one table for parsing, for messages and for --help
+
+enum ValueType { INTEGER, REAL, TEXT, AUTO_INTEGER, HELP, ESTIMATE };
+struct Option {
+    const char* name;     // long
+    const char* alias;    // llm.c's, or ""
+    ValueType type;
+    void* value;          // int64_t, double or std::string; auto is 0
+    double low, high;     // of numbers
+    const char* usual;    // default, as help prints it
+    const char* help;
+    bool given = false;
+};
+
+void options_help(const std::vector<Option>& options) {
+    printf("usage: %s [options]      (--name VALUE or --name=VALUE)\n\n", program_name);
+    for (const Option& o : options)
+        printf("  %-4s --%-21s %s%s%s%s\n", o.alias, o.name, o.help, *o.usual ? " [" : "", o.usual, *o.usual ? "]" : "");
+}
+
+void options_parse(std::vector<Option>& options, int argc, char** argv) {
+    for (int i = 1; i < argc; i++) {
+        std::string arg = argv[i], value;
+        size_t equals = arg.compare(0, 2, "--") == 0 ? arg.find('=') : std::string::npos;
+        bool attached = equals != std::string::npos;
+        std::string name = arg.substr(0, equals);
+        if (attached) value = arg.substr(equals + 1);
+        Option* option = nullptr;
+        for (Option& o : options)
+            if (name == std::string("--") + o.name || (*o.alias && name == o.alias)) option = &o;
+        if (option == nullptr) fail_usage("%s: no such option; --help lists them", arg.c_str());
+        option->given = true;
+        if (option->type == HELP) {
+            // llm.c's -h takes 0 or 1 and switches HellaSwag's evaluation; ours alone is help
+            std::string next = i + 1 < argc && name == "-h" ? argv[i + 1] : "";
+            if (next == "0") { i++; continue; }
+            if (next == "1") fail_usage("-h 1: HellaSwag's evaluation does not exist here; allowed: -h 0, or -h alone for help");
+            options_help(options);
+            exit(0);
+        }
+        if (option->type == ESTIMATE) {
+            if (attached && value != "json") fail_usage("%s: allowed: --estimate or --estimate=json", arg.c_str());
+            *(std::string*)option->value = attached ? "json" : "text";
+            continue;
+        }
+        if (!attached) {
+            if (i + 1 >= argc) fail_usage("%s: expects a value (%s)", name.c_str(), option->help);
+            value = argv[++i];
+        }
+        if (option->type == TEXT) {
+            *(std::string*)option->value = value;
+            continue;
+        }
+        if (option->type == AUTO_INTEGER && value == "auto") {
+            *(int64_t*)option->value = 0;
+            continue;
+        }
+        char* end = nullptr;
+        errno = 0;
+        bool real = option->type == REAL;
+        double number = real ? strtod(value.c_str(), &end) : (double)strtoll(value.c_str(), &end, 10);
+        // written so that NaN is out of range
+        bool fine = !value.empty() && *end == '\0' && errno == 0 && number >= option->low && number <= option->high;
+        if (!fine) {
+            const char* allowed_auto = option->type == AUTO_INTEGER ? ", or auto" : "";
+            if (real) fail_usage("%s %s: expected a number from %g to %g", name.c_str(), value.c_str(), option->low, option->high);
+            fail_usage("%s %s: expected a whole number from %.0f to %.0f%s", name.c_str(), value.c_str(), option->low, option->high, allowed_auto);
+        }
+        if (real) *(double*)option->value = number;
+        else *(int64_t*)option->value = strtoll(value.c_str(), nullptr, 10);
+    }
+}
+// ==== end twin
+
+// "d12", "gpt2:d12" or "gpt2:L4,H4,C128,T64,V257". False if the text is none of these, and so names a file.
+bool gpt2_parse_size(const std::string& text, GPT2Config& c) {
+    std::string size = text.compare(0, 5, "gpt2:") == 0 ? text.substr(5) : text;
+    bool prefixed = size.size() != text.size();
+    const int depths[][3] = {{6, 384, 6}, {12, 768, 12}, {24, 1024, 16}, {36, 1280, 20}, {48, 1600, 25}, {60, 1920, 30}, {72, 2880, 30}, {84, 3456, 36}};
+    bool depth = size.size() > 1 && size[0] == 'd' && size.find_first_not_of("0123456789", 1) == std::string::npos;
+    if (!prefixed && !depth) return false;
+    c = {1024, 50257, 0, 0, 0, 0};   // T and V are GPT-2's unless said otherwise
+    if (depth) {
+        for (auto& d : depths)
+            if (atoi(size.c_str() + 1) == d[0]) c.L = d[0], c.C = d[1], c.NH = d[2];
+        if (c.L == 0) fail_usage("-e %s: known depths are d6 d12 d24 d36 d48 d60 d72 d84; any other size is spelled like gpt2:L4,H4,C128,T64,V257", text.c_str());
+    } else {
+        const char* p = size.c_str();
+        std::string seen;
+        while (*p) {
+            char letter = *p++, *end;
+            long value = strtol(p, &end, 10);
+            bool known = strchr("LHCTV", letter) && letter;
+            if (!known || end == p || value < 1 || value > 1 << 30 || seen.find(letter) != std::string::npos || (*end && *end != ','))
+                fail_usage("-e %s: expected sizes like gpt2:L4,H4,C128,T64,V257 (layers, heads, channels, longest sequence, vocabulary)", text.c_str());
+            seen += letter;
+            (letter == 'L' ? c.L : letter == 'H' ? c.NH : letter == 'C' ? c.C : letter == 'T' ? c.maxT : c.V) = (int)value;
+            p = *end ? end + 1 : end;
+        }
+        if (!c.L || !c.NH || !c.C) fail_usage("-e %s: L, H and C must be given, as in gpt2:L4,H4,C128,T64,V257", text.c_str());
+    }
+    c.Vp = ceil_div(c.V, 128) * 128;
+    return true;
+}
+// What the kernels can do: whole vectors in a head, and heads whose row fits the registers of 4 threads.
+void gpt2_check_config(const GPT2Config& c, const char* from) {
+    if (c.C % c.NH != 0 || c.C / c.NH % 8 != 0 || c.C / c.NH > 128 || c.C > 1 << 14 || c.L > 1 << 12)
+        fail_usage("-e %s: C %d in H %d heads makes heads of %g channels; expected a multiple of 8 up to 128 (and C up to 16384, L up to 4096)", from, c.C, c.NH, (double)c.C / c.NH);
+}
+
+// Mean loss over up to `batches` batches from the start of the validation data.
+float gpt2_validate(GPT2& g, Loader& val, int batches, int* host) {
+    const int BT = g.plan.B * g.plan.T;
+    batches = (int)std::min<size_t>(batches, val.batches_per_epoch());
+    loader_seek(val, 0, 0, 0);
+    double sum = 0;
+    for (int i = 0; i < batches; i++) {
+        loader_next(val, host, host + BT);
+        tokens_upload(g.tokens, host, BT, g.config.V, g.stream);
+        gpt2_forward(g, g.plan.B, g.plan.T);
+        gpt2_loss(g, g.plan.B, g.plan.T, false, true);
+        float loss;
+        cudaCheck(cudaMemcpyAsync(&loss, &g.state->loss_sum, sizeof loss, cudaMemcpyDeviceToHost, g.stream));
+        cudaCheck(cudaStreamSynchronize(g.stream));
+        sum += loss / BT;
+    }
+    return (float)(world_sum(sum / batches) / world.size);
+}
+
+// Prints `count` tokens after an end-of-text token. Plain: every token is a forward of all that stands before it.
+void gpt2_sample(GPT2& g, const Tokenizer& tokenizer, int count, int top_k, float temperature, uint64_t stream_id, int* host) {
+    const int V = g.config.V, Vp = g.config.Vp, C = g.config.C;
+    std::vector<int> text = {tokenizer.tokens.empty() ? V - 1 : std::min(tokenizer.end_of_text, V - 1)};
+    std::vector<floatX> row(Vp);
+    std::vector<std::pair<float, int>> best(V);
+    for (int i = 0; i < count; i++) {
+        int T = std::min((int)text.size(), g.plan.T);   // a longer text is seen through its end
+        int padded = std::min(ceil_div(T, 16) * 16, g.plan.T);   // matmul shapes are prepared once each: not one for every length
+        std::copy(text.end() - T, text.end(), host);
+        std::fill(host + T, host + padded, text[0]);   // behind the last token, where causal attention does not look
+        std::copy(host, host + padded, host + padded);
+        tokens_upload(g.tokens, host, padded, V, g.stream);
+        gpt2_forward(g, 1, padded);
+        matmul_forward(g.logits, g.lnf + (size_t)(T - 1) * C, g.param[WTE], nullptr, 1, C, Vp, g.stream);
+        cudaCheck(cudaMemcpyAsync(row.data(), g.logits, Vp * sizeof(floatX), cudaMemcpyDeviceToHost, g.stream));
+        cudaCheck(cudaStreamSynchronize(g.stream));
+
+        for (int v = 0; v < V; v++) best[v] = {(float)row[v], v};
+        int k = top_k > 0 ? std::min(top_k, V) : V;
+        std::partial_sort(best.begin(), best.begin() + k, best.end(), [](auto& a, auto& b) { return a.first > b.first || (a.first == b.first && a.second < b.second); });
+        int next = best[0].second;
+        if (temperature > 0) {   // 0 takes the likeliest
+            double sum = 0;
+            std::vector<double> p(k);
+            for (int j = 0; j < k; j++) sum += p[j] = exp((best[j].first - best[0].first) / temperature);
+            double coin = hash_uniform(hash64(g.seed, stream_id + (1ull << 42), i)) * sum;
+            for (int j = 0; j < k; j++) {
+                next = best[j].second;
+                if ((coin -= p[j]) <= 0) break;
+            }
+        }
+        text.push_back(next);
+        print_token(tokenizer, next);
+        fflush(stdout);
+    }
+    printf("\n");
+}
+
+#ifndef TESTING
+int main(int argc, char** argv) {
+    world_init(&argc, &argv);
+    std::string train_data = "data/train.bin", val_data = "data/val.bin", model_name = "gpt2:d12", out, schedule = "cosine", log_path, estimate, tokenizer_path;
+    int64_t B_arg = 4, T = 1024, total_batch = 0, steps_arg = -1, warmup = 0, val_every = 20, val_batches = 20, sample_every = 20, sample_tokens = 64, overfit = 0,
+            tf32 = 1, master = 1, gelu_fusion = 0, zero = 0, recompute = 1, checkpoint_every = 0, keep = 0, resume = 0, seed = 1337, loss_chunks = 0, top_k = 40;
+    double lr = 3e-4, final_fraction = 1.0, weight_decay = 0, skip_loss_z = 0, skip_grad_z = 0, grad_clip = 1.0, temperature = 0.8;
+    const double BIG = 2147483647;
+    std::vector<Option> options = {
+        {"train-data", "-i", TEXT, &train_data, 0, 0, "data/train.bin", "FILE or 'PATTERN': shards of tokens to train on"},
+        {"val-data", "-j", TEXT, &val_data, 0, 0, "data/val.bin", "the same, to validate on"},
+        {"tokenizer", "", TEXT, &tokenizer_path, 0, 0, "tokenizer.bin beside the training data", "FILE that turns sampled ids into text"},
+        {"model", "-e", TEXT, &model_name, 0, 0, "gpt2:d12", "a checkpoint, d12, or a size like gpt2:L4,H4,C128,T64,V257"},
+        {"out", "-o", TEXT, &out, 0, 0, "none", "DIR for checkpoints"},
+        {"batch", "-b", AUTO_INTEGER, &B_arg, 1, 1 << 20, "4", "sequences in a micro-batch on a GPU; auto: as many as fit"},
+        {"seq-len", "-t", INTEGER, &T, 1, 1 << 20, "1024", "tokens in a sequence"},
+        {"total-batch", "-d", INTEGER, &total_batch, 1, BIG, "B*T*ranks", "tokens in a step, over all micro-batches and GPUs"},
+        {"steps", "-x", INTEGER, &steps_arg, 0, BIG, "one epoch", "optimizer steps; 0 validates and samples only"},
+        {"schedule", "-k", TEXT, &schedule, 0, 0, "cosine", "of the learning rate: cosine, linear, constant, wsd"},
+        {"lr", "-l", REAL, &lr, 0, 1e9, "3e-4", "learning rate at its peak"},
+        {"warmup", "-u", INTEGER, &warmup, 0, BIG, "0", "steps in which the rate rises to its peak"},
+        {"final-lr-fraction", "-q", REAL, &final_fraction, 0, 1, "1.0", "the rate at the end, as a share of its peak"},
+        {"weight-decay", "-c", REAL, &weight_decay, 0, 1e9, "0", "of 2-D tensors"},
+        {"grad-clip", "", REAL, &grad_clip, 0, 1e30, "1.0", "largest norm of the gradient; 0: no limit"},
+        {"skip-loss-z", "-sl", REAL, &skip_loss_z, 0, 1e30, "0", "skip a step whose loss is so many deviations above the last 128; 0: never"},
+        {"skip-grad-z", "-sg", REAL, &skip_grad_z, 0, 1e30, "0", "the same for the gradient's norm"},
+        {"seed", "", INTEGER, &seed, 0, BIG, "1337", "of weights, data order, rounding and samples"},
+        {"recompute", "-r", INTEGER, &recompute, 0, 2, "1", "keep less for backward: 1: GELU, 2: and norms, are computed again"},
+        {"master-weights", "-w", INTEGER, &master, 0, 1, "1", "fp32 copies of bf16 weights; 0: stochastic rounding instead"},
+        {"loss-chunks", "", AUTO_INTEGER, &loss_chunks, 1, BIG, "auto", "parts in which logits are made; auto: near 256 MB each"},
+        {"gelu-fusion", "-ge", INTEGER, &gelu_fusion, 0, 2, "0", "GELU in cuBLASLt's epilogue: 1: forward, 2: and backward"},
+        {"tf32", "-f", INTEGER, &tf32, 0, 1, "1", "fp32 builds: tensor cores for matmuls"},
+        {"zero", "-z", INTEGER, &zero, 0, 1, "0", "several GPUs: each keeps a share of the optimizer's state"},
+        {"val-every", "-v", INTEGER, &val_every, 0, BIG, "20", "steps between validations, also at step 0 and the end; 0: never"},
+        {"val-batches", "-m", INTEGER, &val_batches, 1, BIG, "20", "batches in a validation, at most"},
+        {"sample-every", "-s", INTEGER, &sample_every, 0, BIG, "20", "steps between samples of text, also at the end; 0: never"},
+        {"sample-tokens", "-g", INTEGER, &sample_tokens, 1, 1 << 20, "64", "tokens in a sample"},
+        {"top-k", "", INTEGER, &top_k, 0, BIG, "40", "sample among the k likeliest; 0: all"},
+        {"temperature", "", REAL, &temperature, 0, 1e6, "0.8", "of sampling; 0: always the likeliest"},
+        {"overfit", "-a", INTEGER, &overfit, 0, 1, "0", "1: train on the first step's data again and again"},
+        {"checkpoint-every", "-n", INTEGER, &checkpoint_every, 0, BIG, "with --out: at the end alone", "steps between checkpoints, also at the end; 0: never"},
+        {"keep", "-nk", INTEGER, &keep, 0, BIG, "0", "the newest so many checkpoints; 0: all"},
+        {"resume", "-y", INTEGER, &resume, 0, 1, "0", "1: go on from the newest checkpoint in --out"},
+        {"log", "", TEXT, &log_path, 0, 0, "none", "FILE for one JSON object a step"},
+        {"estimate", "", ESTIMATE, &estimate, 0, 0, "", "print what the run would take on the device, and exit; =json for programs"},
+        {"help", "-h", HELP, nullptr, 0, 0, "", "this text"},
+    };
+    options_parse(options, argc, argv);
+    auto given = [&](const char* name) {
+        for (const Option& o : options)
+            if (strcmp(o.name, name) == 0) return o.given;
+        return false;
+    };
+    if (std::find(std::begin(SCHEDULES), std::end(SCHEDULES), schedule) == std::end(SCHEDULES))
+        fail_usage("--schedule %s: expected cosine, linear, constant or wsd", schedule.c_str());
+    if (resume && out.empty()) fail_usage("--resume 1: resumes from the folder of --out, and --out was not given");
+    if (given("checkpoint-every") && checkpoint_every > 0 && out.empty()) fail_usage("--checkpoint-every %lld: has nowhere to write; --out DIR was not given", (long long)checkpoint_every);
+    if (keep > 0 && out.empty()) fail_usage("--keep %lld: keeps checkpoints, and --out DIR was not given", (long long)keep);
+    const bool master_rank = world.rank == 0;
+
+    // ---- the model: of a size, of a file, or of the checkpoint that is resumed
+    GPT2 g = {};
+    g.seed = seed;
+    int resume_step = -1;
+    if (resume && estimate.empty()) {
+        std::vector<int> steps = checkpoints_in(out);
+        if (!steps.empty()) resume_step = steps.back();
+        else if (master_rank) printf("no checkpoint in %s yet: starting at step 0\n", out.c_str());
+    }
+    std::string model_file;
+    if (resume_step >= 0) model_file = checkpoint_path(out, "model", resume_step);
+    else if (!gpt2_parse_size(model_name, g.config)) model_file = model_name;
+    if (!model_file.empty()) g.config = gpt2_read_config(model_file.c_str());
+    gpt2_check_config(g.config, model_file.empty() ? model_name.c_str() : model_file.c_str());
+    if (T > g.config.maxT) fail_usage("--seq-len %lld: the model's longest sequence is %d", (long long)T, g.config.maxT);
+
+    // ---- the device. --estimate can do without.
+    int devices = 0;
+    bool have_device = cudaGetDeviceCount(&devices) == cudaSuccess && devices > 0;
+    cudaDeviceProp prop = {};
+    size_t free_bytes = 0, total_bytes = 0;
+    if (have_device) {
+        cudaCheck(cudaSetDevice(world.local_rank % devices));
+        cudaCheck(cudaGetDeviceProperties(&prop, world.local_rank % devices));
+        if (estimate.empty()) cublasCheck(cublasLtCreate(&matmul_state.handle));   // before the memory is measured: it takes some
+        cudaCheck(cudaMemGetInfo(&free_bytes, &total_bytes));
+    } else if (estimate.empty()) {
+        fail("no GPU is visible (nvidia-smi lists them); expected one, or a build for the CPU: make %s CPU=1", program_name);
+    }
+    cudaGetLastError();
+
+    // ---- the plan
+    matmul_state.tf32 = tf32;
+    matmul_state.gelu_fusion = (int)gelu_fusion;
+    world.sharded = zero;
+    g.plan = {(int)B_arg, (int)T, 1, steps_arg != 0, (int)recompute, master != 0, (int)loss_chunks};
+    auto micro_batches = [&](int64_t B) -> int64_t {   // 0 where they do not make total_batch
+        int64_t tokens = B * T * world.size;
+        return total_batch == 0 ? 1 : total_batch % tokens == 0 ? total_batch / tokens : 0;
+    };
+    if (B_arg == 0) {
+        if (!have_device) fail_usage("--batch auto: no GPU is visible whose memory could be filled; give a number");
+        for (int64_t B = 1; B <= 1 << 16 && B * T < 1 << 30; B *= 2) {
+            if (micro_batches(B) == 0) continue;
+            Plan last = g.plan;
+            g.plan.B = (int)B;
+            g.plan.micro_batches = (int)micro_batches(B);
+            size_t need = 0;
+            for (const Row& r : gpt2_table(g)) need += r.bytes() < 1 << 20 ? r.bytes() : (r.bytes() + (2 << 20) - 1) & ~(size_t)((2 << 20) - 1);   // cudaMalloc's pages
+            if (need > free_bytes - free_bytes / 100) {
+                g.plan = last;
+                break;
+            }
+        }
+        if (g.plan.B == 0) fail("--batch auto: not even one sequence of %lld tokens fits into the %.1f MiB that are free%s; --estimate -b 1 shows what takes the room",
+                                (long long)T, free_bytes / 1048576.0, total_batch ? " and divides --total-batch" : "");
+    }
+    const int B = g.plan.B, BT = B * (int)T;
+    if ((int64_t)B * T >= 1 << 30) fail_usage("--batch %d: %lld tokens in one micro-batch; expected fewer than 2^30", B, (long long)B * T);
+    if (micro_batches(B) == 0)
+        fail_usage("--total-batch %lld: expected a multiple of batch * seq-len * GPUs = %d * %lld * %d = %lld", (long long)total_batch, B, (long long)T, world.size,
+                   (long long)B * T * world.size);
+    g.plan.micro_batches = (int)micro_batches(B);
+    if (loss_chunks > BT) fail_usage("--loss-chunks %lld: a micro-batch has %d rows, so expected at most that", (long long)loss_chunks, BT);
+    const std::string mode = gpt2_mode(g.plan);
+    const size_t kept_layers = g.plan.training ? g.config.L : 1;
+    if (!estimate.empty()) {
+        Table table = gpt2_table(g);
+        if (estimate == "json") {
+            table_print_json(table);
+            return 0;
+        }
+        table_print(table, kept_layers, (size_t)BT * g.config.C, mode.c_str(), true);
+        if (!have_device) printf("no GPU is visible here, so whether this fits is for you to say\n");
+        else printf("%s has %.1f MiB, %.1f MiB of them free: this %s\n", prop.name, total_bytes / 1048576.0, free_bytes / 1048576.0,
+                    table_bytes(table) < free_bytes ? "fits" : "does not fit");
+        return 0;
+    }
+
+    // ---- data
+    Loader train, val;
+    if (g.plan.training) loader_open(train, "-i", train_data.c_str(), B, (int)T, g.config.V, true, g.seed);
+    if (val_every > 0) loader_open(val, "-j", val_data.c_str(), B, (int)T, g.config.V, false, g.seed);
+    int steps = (int)steps_arg;
+    if (steps_arg < 0) steps = (int)std::min<size_t>(train.batches_per_epoch() / g.plan.micro_batches, 1 << 30);
+    if (steps_arg < 0 && steps == 0)
+        fail("-i %s: one epoch makes %zu batches, fewer than the %d of one step; take a smaller --total-batch or give --steps", train_data.c_str(), train.batches_per_epoch(), g.plan.micro_batches);
+    if (warmup > steps && steps > 0) fail_usage("--warmup %lld: expected at most the number of steps, %d", (long long)warmup, steps);
+    Tokenizer tokenizer;
+    if (sample_every > 0) {
+        bool loaded = tokenizer_load(tokenizer, (tokenizer_path.empty() ? folder_of(train_data) + "/tokenizer.bin" : tokenizer_path).c_str());
+        if (!loaded && !tokenizer_path.empty()) fail("--tokenizer %s: no such file; prepro/text.py writes one beside its token files", tokenizer_path.c_str());
+        if (!loaded && master_rank) printf("no tokenizer.bin beside the training data: samples are printed as ids\n");
+    }
+    signal(SIGXFSZ, SIG_IGN);   // a file-size limit is then an error of write(), with a message, and not a death
+    if (!out.empty()) {
+        if (mkdir(out.c_str(), 0777) != 0 && errno != EEXIST) fail("--out %s: cannot make this folder: %s", out.c_str(), strerror(errno));
+        if (!is_folder(out.c_str())) fail("--out %s: expected a folder, found a file", out.c_str());
+        std::string probe = out + "/.writable." + std::to_string(world.rank);
+        FILE* f = fopen(probe.c_str(), "wb");   // now, and not after an hour of training
+        if (f == nullptr) fail("--out %s: cannot write into this folder: %s", out.c_str(), strerror(errno));
+        fclose(f);
+        unlink(probe.c_str());
+        if (!resume && master_rank && !checkpoints_in(out).empty())
+            fprintf(stderr, "%s: note: %s holds checkpoints of an earlier run, up to step %d; this run starts at 0 and writes beside them (-y 1 would resume)\n", program_name,
+                    out.c_str(), checkpoints_in(out).back());
+    }
+    Log log;
+    if (!log_path.empty() && master_rank) {
+        log.path = log_path;
+        log.file = fopen(log_path.c_str(), resume_step >= 0 ? "a" : "w");
+        if (log.file == nullptr) fail("--log %s: cannot open it: %s", log_path.c_str(), strerror(errno));
+    }
+
+    // ---- say what will be done, then take the memory
+    double peak_flops = device_peak_flops(prop);
+    if (master_rank) {
+        printf("device     %s x %d, %.1f MiB free of %.1f (driver, libraries and others hold %.1f)\n", prop.name, world.size, free_bytes / 1048576.0, total_bytes / 1048576.0,
+               (total_bytes - free_bytes) / 1048576.0);
+        printf("model      %s: L %d, NH %d, C %d, T %d, V %d, %.2fM parameters, %s\n", model_file.empty() ? model_name.c_str() : model_file.c_str(), g.config.L, g.config.NH, g.config.C,
+               g.config.maxT, g.config.V, param_count(g.config) / 1e6, dtype_name(FLOATX));
+        if (g.plan.training)
+            printf("step       %d sequences x %lld tokens x %d micro-batches x %d GPUs = %lld tokens; %d steps, an epoch has %zu\n", B, (long long)T, g.plan.micro_batches, world.size,
+                   (long long)BT * g.plan.micro_batches * world.size, steps, train.batches_per_epoch() / g.plan.micro_batches);
+        printf("memory     (--estimate lists parameters, gradients and optimizer state row by row)\n");
+        table_print(gpt2_table(g), kept_layers, (size_t)BT * g.config.C, mode.c_str(), false);
+        fflush(stdout);
+    }
+    cudaCheck(cudaStreamCreate(&g.stream));
+    gpt2_allocate(g);
+    const size_t estimate_bytes = table_bytes(g.table);
+    const size_t host_ints = token_ints(BT, g.config.V);
+    int* host_tokens = nullptr;   // pinned: one region a micro-batch, so that a step needs no waiting in between
+    cudaCheck(cudaMallocHost((void**)&host_tokens, host_ints * g.plan.micro_batches * sizeof(int)));
+
+    RunState run;
+    if (model_file.empty()) gpt2_init(g);
+    else gpt2_load(g, model_file.c_str());
+    cudaCheck(cudaStreamSynchronize(g.stream));
+    if (resume_step >= 0) {
+        run = state_load(g, checkpoint_path(out, "state", resume_step));
+        train.seed = g.seed;
+        loader_seek(train, run.epoch, run.shard, run.window);
+        if (master_rank) printf("resumed at step %d from %s\n", run.step, model_file.c_str());
+        if (given("seed") && (uint64_t)seed != g.seed && master_rank) printf("note: --seed %lld is not used, the run goes on with its own, %llu\n", (long long)seed, (unsigned long long)g.seed);
+    }
+    world_connect();
+
+    struct sigaction action = {};
+    action.sa_handler = on_interrupt;
+    action.sa_flags = SA_RESETHAND;   // a second Ctrl-C ends the program at once
+    sigaction(SIGINT, &action, nullptr);
+    sigaction(SIGTERM, &action, nullptr);
+
+    // ---- the loop. Step s is the s-th update: what is logged under s has seen s updates.
+    const bool terminal = isatty(STDOUT_FILENO);
+    double seconds = 0;   // of steps alone
+    int timed = 0, saved_step = -1;
+    while (true) {
+        const bool stop = world_any(interrupted), last = run.step >= steps || stop;
+        if (val_every > 0 && !stop && (last || run.step % val_every == 0)) {
+            float loss = gpt2_validate(g, val, (int)val_batches, host_tokens);
+            if (master_rank) printf("val loss %.4f at step %d\n", loss, run.step);
+            log_line(log, "{\"step\": %d, \"val_loss\": %s}", run.step, json_number(loss).c_str());
+        }
+        if (sample_every > 0 && !stop && master_rank && (last || (run.step > 0 && run.step % sample_every == 0))) {
+            printf("---- sample\n");
+            gpt2_sample(g, tokenizer, (int)sample_tokens, (int)top_k, (float)temperature, run.step, host_tokens);
+            printf("----\n");
+        }
+        bool due = stop || (given("checkpoint-every") ? checkpoint_every > 0 && (last || run.step % checkpoint_every == 0) : last);
+        if (!out.empty() && steps > 0 && due && run.step > 0 && run.step != resume_step && saved_step != run.step) {
+            run.epoch = train.epoch;
+            run.shard = train.shard;
+            run.window = train.window;
+            checkpoint_save(g, run, out, (int)keep);
+            saved_step = run.step;
+        }
+        if (last) break;
+
+        double begin = now_seconds();
+        if (overfit) loader_seek(train, 0, 0, 0);
+        for (int micro = 0; micro < g.plan.micro_batches; micro++) {
+            int* host = host_tokens + micro * host_ints;
+            loader_next(train, host, host + BT);
+            int buckets = tokens_upload(g.tokens, host, BT, g.config.V, g.stream);
+            gpt2_forward(g, B, (int)T);
+            gpt2_loss(g, B, (int)T, true, micro == 0);
+            gpt2_backward(g, B, (int)T, buckets, micro == 0);
+        }
+        Hyper h;
+        h.lr = schedule_lr(schedule, run.step, steps, (float)lr, (int)warmup, (float)final_fraction);
+        h.weight_decay = (float)weight_decay;
+        h.grad_clip = (float)grad_clip;
+        h.skip_loss_z = (float)skip_loss_z;
+        h.skip_grad_z = (float)skip_grad_z;
+        Verdict v = gpt2_update(g, h, BT, run.step);
+        run.step++;
+
+        double took = now_seconds() - begin, tokens = (double)BT * g.plan.micro_batches * world.size;
+        if (run.step > resume_step + 1 || timed) seconds += took, timed++;   // the first step prepares matmuls
+        double mfu = peak_flops > 0 ? gpt2_flops_per_token(g.config, (int)T) * tokens / took / (peak_flops * world.size) : NAN;
+        bool finite = std::isfinite(v.loss) && std::isfinite(v.grad_norm);
+        run.not_finite_in_row = finite ? 0 : run.not_finite_in_row + 1;
+        if (master_rank) {
+            char mfu_text[32] = "MFU n/a", left[32] = "";
+            if (peak_flops > 0) snprintf(mfu_text, sizeof mfu_text, "MFU %.1f%%", 100 * mfu);
+            if (terminal && timed > 0) {
+                long s = (long)(seconds / timed * (steps - run.step));
+                snprintf(left, sizeof left, " | %ld:%02ld:%02ld left", s / 3600, s / 60 % 60, s % 60);
+            }
+            printf("step %5d/%d | loss %.4f | norm %.4f | lr %.2e | %.1f ms | %.0f tok/s | %s%s\n", run.step, steps, v.loss, v.grad_norm, h.lr, took * 1e3, tokens / took, mfu_text, left);
+            if (!finite) printf("  the loss or the gradient is not finite: this step changed nothing (%d in a row)\n", run.not_finite_in_row);
+            else if (v.skip) printf("  skipped: the loss is %.1f and the gradient's norm %.1f deviations above the last %d steps\n", v.loss_z, v.grad_z, HISTORY);
+            fflush(stdout);
+            log_line(log, "{\"step\": %d, \"train_loss\": %s, \"grad_norm\": %s, \"lr\": %s, \"ms\": %.3f, \"tokens_per_s\": %.1f, \"mfu\": %s}", run.step, json_number(v.loss).c_str(),
+                     json_number(v.grad_norm).c_str(), json_number(h.lr).c_str(), took * 1e3, tokens / took, json_number(mfu).c_str());
+        }
+        if (run.not_finite_in_row >= 10) {
+            fflush(stdout);
+            fprintf(stderr, "%s: the loss or the gradient was not finite for 10 steps in a row, up to step %d. The weights are those of before. "
+                    "Lower the rate (--lr), lengthen --warmup, or resume from a checkpoint (--resume 1)\n", program_name, run.step);
+            exit(3);
+        }
+    }
+    if (master_rank) {
+        if (timed > 0) printf("%d steps, %.1f ms each on average after the first, %.0f tok/s\n", run.step, seconds / timed * 1e3, (double)BT * g.plan.micro_batches * world.size * timed / seconds);
+        printf("device memory: %zu bytes at the peak, %zu announced\n", device_peak, estimate_bytes);
+        if (interrupted) printf("interrupted after step %d%s\n", run.step, out.empty() ? "; without --out nothing was saved" : "; go on with --resume 1");
+    }
+    log_line(log, "{\"done\": %s, \"steps\": %d, \"peak_bytes\": %zu, \"estimate_bytes\": %zu}", interrupted ? "false" : "true", run.step, device_peak, estimate_bytes);
+
+    if (log.file != nullptr) fclose(log.file);
+    loader_close(train);
+    loader_close(val);
+    table_free(g.table);
+    cudaCheck(cudaFreeHost(host_tokens));
+    cublasCheck(cublasLtDestroy(matmul_state.handle));
+    cudaCheck(cudaStreamDestroy(g.stream));
+    world_end();
+    return interrupted ? 130 : 0;
+}
+#endif
