@@ -550,11 +550,19 @@ void cublas_check(cublasStatus_t status, const char* file, int line) {
 }
 #define cublasCheck(call) cublas_check((call), __FILE__, __LINE__)
 
-MatmulPlan& matmul_plan(int m, int n, int k, int align, bool trans_a, bool trans_b, DType out, cublasLtEpilogue_t epilogue) {
+void matmul_set_pointers(MatmulPlan& p, const void* bias, const void* aux) {
+    if (bias) cublasCheck(cublasLtMatmulDescSetAttribute(p.desc, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof bias));
+    if (aux) cublasCheck(cublasLtMatmulDescSetAttribute(p.desc, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, &aux, sizeof aux));
+}
+
+MatmulPlan& matmul_plan(int m, int n, int k, int align, bool trans_a, bool trans_b, DType out, cublasLtEpilogue_t epilogue, const void* bias,
+                        const void* aux) {
     static std::vector<MatmulPlan> plans;   // a dozen or two: a linear search is free beside a launch
-    for (MatmulPlan& p : plans)
-        if (p.m == m && p.n == n && p.k == k && p.align == align && p.trans_a == trans_a && p.trans_b == trans_b && p.out == out && p.epilogue == epilogue)
-            return p;
+    for (MatmulPlan& p : plans) {
+        if (p.m != m || p.n != n || p.k != k || p.align != align || p.trans_a != trans_a || p.trans_b != trans_b || p.out != out || p.epilogue != epilogue) continue;
+        matmul_set_pointers(p, bias, aux);
+        return p;
+    }
     MatmulPlan p = {m, n, k, align, trans_a, trans_b, out, epilogue, {}, {}, {}, {}, {}};
     cublasComputeType_t compute = kFP32 && matmul_state.tf32 ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F;
     cublasCheck(cublasLtMatmulDescCreate(&p.desc, compute, CUDA_R_32F));
@@ -563,10 +571,10 @@ MatmulPlan& matmul_plan(int m, int n, int k, int align, bool trans_a, bool trans
     cublasCheck(cublasLtMatmulDescSetAttribute(p.desc, CUBLASLT_MATMUL_DESC_TRANSB, &tb, sizeof tb));
     cublasCheck(cublasLtMatmulDescSetAttribute(p.desc, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof epilogue));
     cudaDataType_t bias_type = cuda_dtype(FLOATX);
-    cublasCheck(cublasLtMatmulDescSetAttribute(p.desc, CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, &bias_type, sizeof bias_type));
+    if (bias) cublasCheck(cublasLtMatmulDescSetAttribute(p.desc, CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, &bias_type, sizeof bias_type));
     int64_t aux_ld = m;
-    if (epilogue == CUBLASLT_EPILOGUE_GELU_AUX_BIAS || epilogue == CUBLASLT_EPILOGUE_DGELU)
-        cublasCheck(cublasLtMatmulDescSetAttribute(p.desc, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, &aux_ld, sizeof aux_ld));
+    if (aux) cublasCheck(cublasLtMatmulDescSetAttribute(p.desc, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, &aux_ld, sizeof aux_ld));
+    matmul_set_pointers(p, bias, aux);   // before the heuristic is asked: it looks at what an epilogue has been given
     cublasCheck(cublasLtMatrixLayoutCreate(&p.A, cuda_dtype(FLOATX), trans_a ? k : m, trans_a ? m : k, trans_a ? k : m));
     cublasCheck(cublasLtMatrixLayoutCreate(&p.B, cuda_dtype(FLOATX), trans_b ? n : k, trans_b ? k : n, trans_b ? n : k));
     cublasCheck(cublasLtMatrixLayoutCreate(&p.D, cuda_dtype(out), m, n, m));
@@ -595,10 +603,8 @@ MatmulPlan& matmul_plan(int m, int n, int k, int align, bool trans_a, bool trans
 // D (n, m) = op(A) op(B), row-major as we see D; A and B as cuBLASLt sees them. beta 1 adds to D.
 void matmul(void* D, DType out, const floatX* A, const floatX* B, int m, int n, int k, bool trans_a, bool trans_b, bool accumulate,
             cudaStream_t stream, cublasLtEpilogue_t epilogue = CUBLASLT_EPILOGUE_DEFAULT, const void* bias = nullptr, const void* aux = nullptr) {
-    uintptr_t bits = (uintptr_t)D | (uintptr_t)A | (uintptr_t)B | 256;
-    MatmulPlan& p = matmul_plan(m, n, k, (int)(bits & -bits), trans_a, trans_b, out, epilogue);
-    if (bias) cublasCheck(cublasLtMatmulDescSetAttribute(p.desc, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof bias));
-    if (aux) cublasCheck(cublasLtMatmulDescSetAttribute(p.desc, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, &aux, sizeof aux));
+    uintptr_t bits = (uintptr_t)D | (uintptr_t)A | (uintptr_t)B | (uintptr_t)aux | 256;
+    MatmulPlan& p = matmul_plan(m, n, k, (int)(bits & -bits), trans_a, trans_b, out, epilogue, bias, aux);   // lowest bit set: the common alignment
     float alpha = 1, beta = accumulate ? 1 : 0;
     cublasCheck(cublasLtMatmul(matmul_state.handle, p.desc, &alpha, A, p.A, B, p.B, &beta, D, p.D, D, p.D, &p.algo,
                                matmul_state.workspace, MATMUL_WORKSPACE, stream));
@@ -1203,6 +1209,11 @@ void nccl_check(ncclResult_t result, const char* file, int line) {
 void world_init(int* argc, char*** argv) {
 #ifdef MULTI_GPU
     MPI_Init(argc, argv);
+    atexit([] {   // --help and the like leave through exit(), and mpirun expects a farewell
+        int done = 0;
+        MPI_Finalized(&done);
+        if (!done) MPI_Finalize();
+    });
     MPI_Comm_rank(MPI_COMM_WORLD, &world.rank);
     MPI_Comm_size(MPI_COMM_WORLD, &world.size);
     MPI_Comm local;   // the ranks on this machine, to give each a GPU of its own
@@ -1229,7 +1240,6 @@ void world_connect() {   // after cudaSetDevice
 void world_end() {
 #ifdef MULTI_GPU
     if (world.nccl != nullptr) ncclCheck(ncclCommDestroy(world.nccl));
-    MPI_Finalize();
 #endif
 }
 void world_barrier() {
@@ -2347,7 +2357,7 @@ void checkpoint_save(GPT2& g, const RunState& r, const std::string& folder, int 
 // bf16 tensor-core peaks without sparsity, TFLOP/s, from NVIDIA's data sheets: what the MFU is a share of.
 double device_peak_flops(const cudaDeviceProp& prop) {
     const struct { const char* name; double tflops; } known[] = {
-        {"H200", 989}, {"H100 PCIe", 756}, {"H100", 989}, {"GH200", 989}, {"B200", 2250}, {"A100", 312}, {"A800", 312}, {"H800", 989}, {"L40S", 362},
+        {"H200", 989}, {"H100 PCIe", 756}, {"H100", 989}, {"B200", 2250}, {"A100", 312}, {"A800", 312}, {"H800", 989}, {"L40S", 362},
         {"L40", 181}, {"L4", 121}, {"A40", 150}, {"A10G", 70}, {"A10", 125}, {"A6000", 155}, {"6000 Ada", 364}, {"RTX 3090", 71},
         {"RTX 4090", 165}, {"RTX 4080", 97}, {"RTX 5090", 209}, {"RTX 5080", 113},
     };
@@ -2677,6 +2687,7 @@ int main(int argc, char** argv) {
     if (loss_chunks > BT) fail_usage("--loss-chunks %lld: a micro-batch has %d rows, so expected at most that", (long long)loss_chunks, BT);
     const std::string mode = gpt2_mode(g.plan);
     const size_t kept_layers = g.plan.training ? g.config.L : 1;
+    if (!estimate.empty() && !master_rank) return 0;
     if (!estimate.empty()) {
         Table table = gpt2_table(g);
         if (estimate == "json") {
@@ -2701,9 +2712,11 @@ int main(int argc, char** argv) {
     if (warmup > steps && steps > 0) fail_usage("--warmup %lld: expected at most the number of steps, %d", (long long)warmup, steps);
     Tokenizer tokenizer;
     if (sample_every > 0) {
-        bool loaded = tokenizer_load(tokenizer, (tokenizer_path.empty() ? folder_of(train_data) + "/tokenizer.bin" : tokenizer_path).c_str());
-        if (!loaded && !tokenizer_path.empty()) fail("--tokenizer %s: no such file; prepro/text.py writes one beside its token files", tokenizer_path.c_str());
-        if (!loaded && master_rank) printf("no tokenizer.bin beside the training data: samples are printed as ids\n");
+        const bool beside = tokenizer_path.empty();
+        if (beside) tokenizer_path = folder_of(given("train-data") || !given("val-data") ? train_data : val_data) + "/tokenizer.bin";
+        bool loaded = tokenizer_load(tokenizer, tokenizer_path.c_str());
+        if (!loaded && !beside) fail("--tokenizer %s: no such file; prepro/text.py writes one beside its token files", tokenizer_path.c_str());
+        if (!loaded && master_rank) printf("no %s: samples are printed as ids\n", tokenizer_path.c_str());
     }
     signal(SIGXFSZ, SIG_IGN);   // a file-size limit is then an error of write(), with a message, and not a death
     if (!out.empty()) {
@@ -2771,6 +2784,7 @@ int main(int argc, char** argv) {
     int timed = 0, saved_step = -1;
     while (true) {
         const bool stop = world_any(interrupted), last = run.step >= steps || stop;
+        if (stop) interrupted = 1;   // perhaps it was another rank that was told
         if (val_every > 0 && !stop && (last || run.step % val_every == 0)) {
             float loss = gpt2_validate(g, val, (int)val_batches, host_tokens);
             if (master_rank) printf("val loss %.4f at step %d\n", loss, run.step);
@@ -2816,7 +2830,7 @@ int main(int argc, char** argv) {
         bool finite = std::isfinite(v.loss) && std::isfinite(v.grad_norm);
         run.not_finite_in_row = finite ? 0 : run.not_finite_in_row + 1;
         if (master_rank) {
-            char mfu_text[32] = "MFU n/a", left[32] = "";
+            char mfu_text[32] = "MFU n/a", left[64] = "";
             if (peak_flops > 0) snprintf(mfu_text, sizeof mfu_text, "MFU %.1f%%", 100 * mfu);
             if (terminal && timed > 0) {
                 long s = (long)(seconds / timed * (steps - run.step));

@@ -158,7 +158,7 @@ inline void matmul(const Matmul& p) {
         for (int64_t i = 0; i < columns_a; i++) widen_column(p.a, a, i);
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < columns_b; i++) widen_column(p.b, b, i);
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic) nowait
         for (int64_t t = 0; t < tiles; t++) {
             int64_t z = t / (down * across), row = t % down * tile_rows, col = t / down % across * tile_cols;
             int64_t rows = std::min(tile_rows, p.m - row), cols = std::min(tile_cols, p.n - col);
@@ -173,7 +173,7 @@ inline void matmul(const Matmul& p) {
         }
 #pragma omp for schedule(static) nowait
         for (int64_t i = 0; i < (p.sum_a ? p.m : 0); i += kTile) sum_over_k(p, a, p.transpose_a, i, std::min(i + kTile, p.m));
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
         for (int64_t i = 0; i < (p.sum_b ? p.n : 0); i += kTile) sum_over_k(p, b, !p.transpose_b, i, std::min(i + kTile, p.n));
     }
     if (p.sum_rows) {

@@ -1,0 +1,118 @@
+// Work for several OS threads: parallel(n, f) calls f(0) .. f(n - 1), in no particular order.
+//
+// This began as `#pragma omp parallel for schedule(dynamic)`. But the threads of an OpenMP team all meet at
+// the end of every loop, and wait for each other there by spinning, for milliseconds. On a machine with
+// something else to do, a training step of 260 ms took 1,290 ms. Here nobody waits for a helper that has not
+// even woken up: the caller works too, and when nothing is left to begin it waits for what is under way.
+// OMP_NUM_THREADS still says how many threads there are.
+#pragma once
+#include <sched.h>
+
+#include <atomic>
+#include <condition_variable>
+#include <mutex>
+#include <thread>
+
+#include "options.h"
+
+namespace simt {
+
+constexpr int kMaxOsThreads = 16;       // each may map 1,024 stacks, and Linux allows a process 65,530 mappings
+
+inline int thread_count() {
+    static const int count = [] {
+        cpu_set_t cpus;
+        int n = sched_getaffinity(0, sizeof cpus, &cpus) == 0 ? CPU_COUNT(&cpus) : 1;
+        if (const char* value = getenv("OMP_NUM_THREADS")) {
+            n = atoi(value);
+            if (n < 1) bad_option("OMP_NUM_THREADS", value, "a positive number");
+        }
+        return n < kMaxOsThreads ? n : kMaxOsThreads;
+    }();
+    return count;
+}
+
+class Helpers {
+    static constexpr double kSpin = 20e-6;      // seconds to look for the next job before sleeping
+
+    std::mutex mutex;
+    std::condition_variable new_job, job_done;
+    std::atomic<uint64_t> jobs{0};              // counts them; a helper waits for it to change
+    bool open = false;                          // may a helper still join?
+    std::atomic<int> inside{0};                 // helpers that joined and have not left
+    void (*call)(const void*, int64_t) = nullptr;
+    const void* body = nullptr;
+    int64_t count = 0;
+    std::atomic<int64_t> next{0};
+
+    static void pause() {
+#if defined(__x86_64__)
+        __builtin_ia32_pause();
+#else
+        std::this_thread::yield();
+#endif
+    }
+    template <class Condition> static void spin_until(Condition condition) {
+        for (double end = seconds() + kSpin; seconds() < end;)
+            for (int i = 0; i < 16; i++) {
+                if (condition()) return;
+                pause();
+            }
+    }
+    void work() {
+        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) call(body, i);
+    }
+    void help() {
+        in_parallel = true;
+        for (uint64_t seen = 0;;) {
+            spin_until([&] { return jobs.load(std::memory_order_acquire) != seen; });
+            {
+                std::unique_lock<std::mutex> lock(mutex);
+                new_job.wait(lock, [&] { return jobs != seen; });
+                seen = jobs;
+                if (!open) continue;
+                inside++;
+            }
+            work();
+            std::lock_guard<std::mutex> lock(mutex);
+            if (--inside == 0) job_done.notify_one();
+        }
+    }
+
+public:
+    static inline __thread bool in_parallel;    // a loop within a loop runs on its own thread alone
+
+    Helpers() {
+        for (int i = 1; i < thread_count(); i++) std::thread([this] { help(); }).detach();
+    }
+    void run(int64_t n, void (*function)(const void*, int64_t), const void* argument) {
+        {
+            std::lock_guard<std::mutex> lock(mutex);
+            call = function, body = argument, count = n, next = 0;
+            open = true;
+            jobs++;
+        }
+        new_job.notify_all();
+        in_parallel = true;
+        work();
+        in_parallel = false;
+        {
+            std::lock_guard<std::mutex> lock(mutex);
+            open = false;
+        }
+        spin_until([&] { return inside == 0; });
+        std::unique_lock<std::mutex> lock(mutex);
+        job_done.wait(lock, [&] { return inside == 0; });
+    }
+};
+
+template <class F> void parallel(int64_t n, const F& f) {
+    if (n < 2 || thread_count() == 1 || Helpers::in_parallel) {
+        for (int64_t i = 0; i < n; i++) f(i);
+        return;
+    }
+    static Helpers* helpers = new Helpers;      // never freed: its threads run to the end of the program
+    helpers->run(n, [](const void* f, int64_t i) { (*(const F*)f)(i); }, &f);
+}
+
+}  // namespace simt
