@@ -94,7 +94,7 @@ BAD = [
     ("--grad-clip", "-1"), ("--grad-clip", "nan"), ("--top-k", "-1"), ("--top-k", "x"), ("--temperature", "-1"), ("--temperature", "nan"),
     ("-e", "gpt2:d13"), ("-e", "gpt2:H2,C32,T32,V257"), ("-e", "gpt2:L0,H2,C32,T32,V257"), ("-e", "gpt2:L2,H3,C32,T32,V257"),
     ("-e", "gpt2:L2,H2,C32,T32,V257,X1"), ("-e", "gpt2:L2,H2,C32,T32,Vx"), ("-e", "gpt2:L2,L2,H2,C32,T32,V257"), ("-e", "gpt2:"),
-    ("-e", "gpt2:L-2,H2,C32,T32,V257"), ("-e", "gpt2:L99999999999,H2,C32,T32,V257"), ("--estimate=xml",), ("-h", "2"),
+    ("-e", "gpt2:L-2,H2,C32,T32,V257"), ("-e", "gpt2:L99999999999,H2,C32,T32,V257"), ("--estimate=xml",),
 ]
 
 
@@ -259,19 +259,31 @@ def test_modes_take_what_they_say(shared_lab):
     assert total("--loss-chunks", 1) > total("--loss-chunks", 2) > total("--loss-chunks", 4)
 
 
-@pytest.mark.parametrize("fits", [1, 8, 32])
-def test_batch_auto(shared_lab, fits):
-    def need(batch):
-        return estimate(shared_lab, *options("-b", batch))["total_bytes"]
-    memory = {"SIMT_MEMORY": (need(fits) + need(2 * fits)) // 2}
-    result = shared_lab.train("-b", "auto", "-x", 1, env=memory)
-    assert result.done["peak_bytes"] == need(fits)
-    assert estimate(shared_lab, *options("-b", "auto"), env=memory)["total_bytes"] == need(fits)
+def memory_between(lab, fits, *given):
+    """The environment of a device on which this batch fits well, and twice as much does not."""
+    one, two = (estimate(lab, *given, "-b", batch)["total_bytes"] for batch in (fits, 2 * fits))
+    return one, {"SIMT_MEMORY": (one + two) // 2}
+
+
+@pytest.mark.parametrize("fits", [1, 8, 64])
+@pytest.mark.parametrize("more", [[], ["-d", 128 * 1024]], ids=["", "accumulating"])
+def test_batch_auto_of_124m(nothing, fits, more):
+    given = ["-e", "d12", "-t", 1024, *more]
+    need, memory = memory_between(nothing, fits, *given)
+    assert estimate(nothing, *given, "-b", "auto", env=memory)["total_bytes"] == need
+
+
+def test_batch_auto_trains(lab):
+    write_tokens(lab.path("train.bin"), words(20000))
+    need, memory = memory_between(lab, 256, *options("-b", None))
+    result = lab.train("-b", "auto", "-x", 1, env=memory)
+    assert result.done["peak_bytes"] == need
+    assert "256 sequences" in result.out
 
 
 def test_batch_auto_when_nothing_fits(shared_lab):
     done = shared_lab.run(*options("-b", "auto"), status=1, env={"SIMT_MEMORY": 100000})
-    says(done.err, "memory")
+    says(done.err, "--batch auto")
 
 
 def test_out_of_memory(shared_lab):

@@ -126,8 +126,9 @@ inline std::string who_waits(const Worker& w) {
         Group* g = nullptr;
         for (auto& known : groups) if (known.state == state) g = &known;
         if (!g) { groups.push_back({state, "", 0}); g = &groups.back(); }
-        if (g->count < 4 && !(warp.unstarted & bit) && (warp.alive & bit)) g->members += " " + describe(t);
-        if (g->count == 4) g->members += " ...";
+        bool known_index = (warp.alive & bit) && !(warp.unstarted & bit);
+        if (known_index && g->count < 4) g->members += " " + describe(t);
+        if (known_index && g->count == 4) g->members += " ...";
         g->count++;
     }
     std::string out;

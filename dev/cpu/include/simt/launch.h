@@ -1,7 +1,5 @@
-// Kernel launches: configuration checks, blocks over OpenMP threads, the profile.
+// Kernel launches: configuration checks, blocks over OS threads, the profile.
 #pragma once
-#include <omp.h>
-
 #include <algorithm>
 #include <map>
 #include <tuple>
@@ -9,6 +7,7 @@
 
 #include "block.h"
 #include "memory.h"
+#include "parallel.h"
 
 namespace simt {
 
@@ -87,46 +86,40 @@ inline cudaError_t check_config(const char* kernel, Site site, const Config& c, 
     return cudaSuccess;
 }
 
-// A launch over OpenMP threads costs some microseconds, more than many small grids take in all. So each
-// place of launch remembers what a block cost there, and only what looks worth it is shared out.
+// To share a grid out among OS threads costs some microseconds, more than many small grids take in all. So
+// each place of launch remembers what a block cost there, and only what looks worth it is shared.
 // Blocks have no order among themselves on a GPU either, so this cannot change a correct program's results.
 constexpr double kWorthSharing = 20e-6;     // seconds
-constexpr int kMaxOsThreads = 16;           // each may map 1,024 stacks, and Linux allows a process 65,530 mappings
 
 inline void run_grid(const Launch& launch, double* seconds_per_block) {
     const int64_t blocks = (int64_t)launch.grid.x * launch.grid.y * launch.grid.z;
-    // block number i to run -> its place in the grid; in priority order (i * step + first) mod blocks, any permutation
-    int64_t step = 1, first = 0;
-    if (options.order == kReverse) step = -1, first = blocks - 1;
+    // The i-th block to run is number (first + i * step) mod blocks.
+    int64_t first = 0, step = 1;
+    if (options.order == kReverse) first = blocks - 1, step = blocks - 1;
     if (options.order == kPriority) {
         uint64_t random = mix(options.seed ^ mix(~launch.number));
         first = random % blocks;
         step = mix(random) % blocks + 1;
-        while (std::__gcd(step, blocks) != 1) step++;
-        step %= blocks;
+        while (std::__gcd(step, blocks) != 1) step++;      // so that every block has its turn
     }
-    uint64_t switches = 0;
+    std::atomic<uint64_t> switches{0};
     auto run = [&](int64_t i) {
         uint64_t before = worker ? worker->switches : 0;
-        run_block(launch, ((__int128)i * step + first) % blocks);
-        return worker->switches - before;
+        run_block(launch, (first + (__int128)i * step) % blocks);
+        if (options.profile) switches += worker->switches - before;
     };
     double start = seconds();
     int64_t done = 0;
-    int os_threads = std::min({(int64_t)omp_get_max_threads(), (int64_t)kMaxOsThreads, blocks});
-    if (os_threads > 1 && *seconds_per_block == 0) {     // the first time here: try it out
-        while (done < blocks && seconds() - start < kWorthSharing) switches += run(done++);
+    if (*seconds_per_block == 0) {                         // the first time here: try it out
+        while (done < blocks && seconds() - start < kWorthSharing) run(done++);
         *seconds_per_block = (seconds() - start) / done;
     }
-    if (*seconds_per_block * (blocks - done) < kWorthSharing || omp_in_parallel()) os_threads = 1;
-    if (os_threads == 1)
-        for (int64_t i = done; i < blocks; i++) switches += run(i);
-    else {
-#pragma omp parallel for schedule(dynamic) num_threads(os_threads) reduction(+ : switches)
-        for (int64_t i = done; i < blocks; i++) switches += run(i);
-    }
+    bool share = *seconds_per_block * (blocks - done) > kWorthSharing;
+    if (share) parallel(blocks - done, [&](int64_t i) { run(done + i); });
+    else
+        for (int64_t i = done; i < blocks; i++) run(i);
     double elapsed = seconds() - start;
-    *seconds_per_block = elapsed * os_threads / blocks;
+    *seconds_per_block = elapsed * (share ? std::min((int64_t)thread_count(), blocks) : 1) / blocks;
     if (options.profile) add_to_profile(launch.kernel, elapsed, (uint64_t)blocks * launch.block.x * launch.block.y * launch.block.z, switches);
 }
 

@@ -1,13 +1,14 @@
 // D = epilogue(alpha op(A) op(B) + beta C), column-major, by OpenBLAS.
 //
 // OpenBLAS sums in another order with another number of threads. So it gets one thread per call, each call
-// is a tile of D whose size depends on the shape alone, and OpenMP runs over tiles: the result has the same
+// is a tile of D whose size depends on the shape alone, and the tiles are shared out: the result has the same
 // bits on any number of threads. bf16 inputs are widened once into scratch; sums are fp32 throughout, and
 // the epilogue works on a tile while it is in the cache.
 #pragma once
 #include <cblas.h>
 
 #include "../cuda_bf16.h"
+#include "parallel.h"
 
 namespace simt {
 
@@ -143,38 +144,42 @@ inline void matmul(const Matmul& p) {
         return w;
     };
     a = widened(p.a, scratch_a), b = widened(p.b, scratch_b);
-    int64_t columns_a = p.a.bf16 ? a.cols * (a.batch_stride ? p.batch : 1) : 0;
-    int64_t columns_b = p.b.bf16 ? b.cols * (b.batch_stride ? p.batch : 1) : 0;
-    auto widen_column = [](const Matrix& from, const Matrix& to, int64_t i) {
-        load((float*)to.at(i / to.cols, 0, i % to.cols), from.at(i / to.cols, 0, i % to.cols), true, to.rows);
+    constexpr int64_t kColumns = 32;               // widened at a time
+    int64_t columns_a = p.a.bf16 ? a.cols * (a.batch_stride ? p.batch : 1) : 0, pieces_a = (columns_a + kColumns - 1) / kColumns;
+    int64_t columns_b = p.b.bf16 ? b.cols * (b.batch_stride ? p.batch : 1) : 0, pieces_b = (columns_b + kColumns - 1) / kColumns;
+    auto widen = [&](int64_t i) {
+        const Matrix &from = i < pieces_a ? p.a : p.b, &to = i < pieces_a ? a : b;
+        int64_t first = (i < pieces_a ? i : i - pieces_a) * kColumns, end = std::min(first + kColumns, i < pieces_a ? columns_a : columns_b);
+        for (int64_t j = first; j < end; j++)
+            load((float*)to.at(j / to.cols, 0, j % to.cols), from.at(j / to.cols, 0, j % to.cols), true, to.rows);
     };
     // Done straight into D, nothing else to do per element
     bool direct = !p.d.bf16 && !p.add_bias && !p.store_aux && !p.gelu && !p.dgelu && !p.sum_rows && (p.beta == 0 || p.c.data == p.d.data);
 
-    bool worth_sharing = 2.0 * p.m * p.n * p.k * p.batch > 1e6;
-#pragma omp parallel if (worth_sharing)
-    {
-#pragma omp for schedule(static) nowait
-        for (int64_t i = 0; i < columns_a; i++) widen_column(p.a, a, i);
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < columns_b; i++) widen_column(p.b, b, i);
-#pragma omp for schedule(dynamic) nowait
-        for (int64_t t = 0; t < tiles; t++) {
-            int64_t z = t / (down * across), row = t % down * tile_rows, col = t / down % across * tile_cols;
-            int64_t rows = std::min(tile_rows, p.m - row), cols = std::min(tile_cols, p.n - col);
-            float* out = direct ? (float*)p.d.at(z, row, col) : scratch_tile.get(kTile * kTile);
-            if (p.k == 0) die("a matmul with k = 0");
-            cblas_sgemm(CblasColMajor, p.transpose_a ? CblasTrans : CblasNoTrans, p.transpose_b ? CblasTrans : CblasNoTrans,
-                        rows, cols, p.k, p.alpha,
-                        (const float*)(p.transpose_a ? a.at(z, 0, row) : a.at(z, row, 0)), a.ld,
-                        (const float*)(p.transpose_b ? b.at(z, col, 0) : b.at(z, 0, col)), b.ld,
-                        direct ? p.beta : 0.0f, out, direct ? p.d.ld : rows);
-            if (!direct) tile_epilogue(p, z, row, col, rows, cols, out, p.sum_rows ? row_sums + t / down * p.m + row : nullptr);
-        }
-#pragma omp for schedule(static) nowait
-        for (int64_t i = 0; i < (p.sum_a ? p.m : 0); i += kTile) sum_over_k(p, a, p.transpose_a, i, std::min(i + kTile, p.m));
-#pragma omp for schedule(static) nowait
-        for (int64_t i = 0; i < (p.sum_b ? p.n : 0); i += kTile) sum_over_k(p, b, !p.transpose_b, i, std::min(i + kTile, p.n));
+    auto tile = [&](int64_t t) {
+        int64_t z = t / (down * across), row = t % down * tile_rows, col = t / down % across * tile_cols;
+        int64_t rows = std::min(tile_rows, p.m - row), cols = std::min(tile_cols, p.n - col);
+        float* out = direct ? (float*)p.d.at(z, row, col) : scratch_tile.get(kTile * kTile);
+        cblas_sgemm(CblasColMajor, p.transpose_a ? CblasTrans : CblasNoTrans, p.transpose_b ? CblasTrans : CblasNoTrans,
+                    rows, cols, p.k, p.alpha,
+                    (const float*)(p.transpose_a ? a.at(z, 0, row) : a.at(z, row, 0)), a.ld,
+                    (const float*)(p.transpose_b ? b.at(z, col, 0) : b.at(z, 0, col)), b.ld,
+                    direct ? p.beta : 0.0f, out, direct ? p.d.ld : rows);
+        if (!direct) tile_epilogue(p, z, row, col, rows, cols, out, p.sum_rows ? row_sums + t / down * p.m + row : nullptr);
+    };
+    int64_t sums = p.sum_a ? (p.m + kTile - 1) / kTile : p.sum_b ? (p.n + kTile - 1) / kTile : 0;
+    auto tile_or_sum = [&](int64_t i) {
+        if (i < tiles) return tile(i);
+        int64_t first = (i - tiles) * kTile;
+        if (p.sum_a) sum_over_k(p, a, p.transpose_a, first, std::min(first + kTile, p.m));
+        else sum_over_k(p, b, !p.transpose_b, first, std::min(first + kTile, p.n));
+    };
+    if (2.0 * p.m * p.n * p.k * p.batch > 1e6) {   // 10 microseconds: worth sharing
+        parallel(pieces_a + pieces_b, widen);
+        parallel(tiles + sums, tile_or_sum);
+    } else {
+        for (int64_t i = 0; i < pieces_a + pieces_b; i++) widen(i);
+        for (int64_t i = 0; i < tiles + sums; i++) tile_or_sum(i);
     }
     if (p.sum_rows) {
         for (int64_t j = 1; j < across; j++)

@@ -106,13 +106,17 @@ public:
     }
 };
 
+inline Helpers& helpers() {
+    static Helpers* h = new Helpers;            // never freed: its threads run to the end of the program
+    return *h;
+}
+
 template <class F> void parallel(int64_t n, const F& f) {
     if (n < 2 || thread_count() == 1 || Helpers::in_parallel) {
         for (int64_t i = 0; i < n; i++) f(i);
         return;
     }
-    static Helpers* helpers = new Helpers;      // never freed: its threads run to the end of the program
-    helpers->run(n, [](const void* f, int64_t i) { (*(const F*)f)(i); }, &f);
+    helpers().run(n, [](const void* f, int64_t i) { (*(const F*)f)(i); }, &f);
 }
 
 }  // namespace simt
