@@ -4,6 +4,7 @@ Checks train_gpt2.cu, whole, against numbers that a PyTorch program written from
     make test_gpt2 && ./test_gpt2                     the two fixtures of dev/test/fixtures
     ./test_gpt2 MODEL.bin STATE.bin                   any other pair
     options: --tf32 1 (default 0)                     exit status 0 if everything is within its bar
+A build with USE_APPROXBP=1 is compared with a PyTorch that has the same derivative; MS_NORM=1 alone with the exact one.
 
 For each pair: logits, loss, the gradient of every parameter tensor, and the losses of AdamW steps; the same gradients again
 in every way in which the trainer can be told to compute them (micro-batches, recompute levels, chunks of the loss, GELU in
@@ -18,8 +19,10 @@ The measure is ||ours - reference|| / ||reference|| over a whole tensor, and for
 // the gradient of the first layer. fp32 rounds at 6e-8; its bars leave room for sums of a few thousand terms.
 constexpr float LOGITS_BAR = kFP32 ? 1e-5f : 2e-2f;
 constexpr float LOSS_BAR = kFP32 ? 1e-4f : 2e-2f;
-constexpr float GRAD_BAR = kFP32 ? 1e-4f : 8e-2f;
-constexpr float COSINE_BAR = kFP32 ? 0.999999f : 0.997f;
+// With codes a pre-activation that bf16 rounds across the threshold at 0 gets the other slope, off by 1: in bf16 their gradients
+// are compared more loosely. In fp32 the fixtures keep clear of the thresholds, and the bar stays.
+constexpr float GRAD_BAR = kFP32 ? 1e-4f : kActBits ? 0.2f : 8e-2f;
+constexpr float COSINE_BAR = kFP32 ? 0.999999f : kActBits ? 0.98f : 0.997f;
 constexpr float SAME_BAR = kFP32 ? 1e-5f : 2e-2f;   // the same gradients, computed in another order
 
 int checks = 0, failures = 0;
@@ -124,7 +127,7 @@ struct Bench {
             int buckets = upload(r, micro);
             gpt2_forward(g, g.plan.B, g.plan.T);
             gpt2_loss(g, g.plan.B, g.plan.T, true, micro == 0);
-            gpt2_backward(g, g.plan.B, g.plan.T, buckets, micro == 0);
+            gpt2_backward(g, g.plan.B, g.plan.T, buckets, micro);
         }
         float sum;
         cudaCheck(cudaMemcpyAsync(&sum, &g.state->loss_sum, sizeof sum, cudaMemcpyDeviceToHost, g.stream));
@@ -203,9 +206,11 @@ void check_against_reference(const char* model, const Reference& r) {
         {"--recompute 1", {r.B, r.T, 1, true, 1, true, 1}, 0},
         {"--recompute 2", {r.B, r.T, 1, true, 2, true, 1}, 0},
         {"--loss-chunks 3", {r.B, r.T, 1, true, 0, true, 3}, 0},
-        {"--gelu-fusion 1", {r.B, r.T, 1, true, 0, true, 1}, 1},
-        {"--gelu-fusion 2, --recompute 1", {r.B, r.T, 1, true, 1, true, 1}, 2},
     };
+    if (kActBits == 0) {
+        ways.push_back({"--gelu-fusion 1", {r.B, r.T, 1, true, 0, true, 1}, 1});
+        ways.push_back({"--gelu-fusion 2, --recompute 1", {r.B, r.T, 1, true, 1, true, 1}, 2});
+    }
     if (r.B > 1) {
         ways.push_back({"a micro-batch for each sequence", {1, r.T, r.B, true, 0, true, 1}, 0});
         ways.push_back({"micro-batches, --recompute 2, --loss-chunks 2", {1, r.T, r.B, true, 2, true, 2}, 0});
@@ -276,7 +281,7 @@ void check_resume(const char* model, const Reference& r) {
                     int buckets = tokens_upload(t.g.tokens, t.host, BT, c.V, t.g.stream);
                     gpt2_forward(t.g, t.g.plan.B, t.g.plan.T);
                     gpt2_loss(t.g, t.g.plan.B, t.g.plan.T, true, micro == 0);
-                    gpt2_backward(t.g, t.g.plan.B, t.g.plan.T, buckets, micro == 0);
+                    gpt2_backward(t.g, t.g.plan.B, t.g.plan.T, buckets, micro);
                 }
                 gpt2_update(t.g, h, t.g.plan.B * t.g.plan.T, run.step++);
             }
@@ -341,8 +346,15 @@ int main(int argc, char** argv) {
             files.push_back(arg);
         }
     }
-    if (files.empty())
-        files = {"dev/test/fixtures/gpt2_c96.bin", "dev/test/fixtures/gpt2_c96_state.bin", "dev/test/fixtures/gpt2_hs64.bin", "dev/test/fixtures/gpt2_hs64_state.bin"};
+    if (files.empty()) {   // the reference knows exact derivatives and those of 2 bits; a shared norm is exact, too
+        if (kActBits != 0 && kActBits != 2)
+            fail_usage("this build keeps %d bits of an activation, and the fixtures are for 2: name MODEL.bin STATE.bin (prepro/reference.py --approxbp --act-bits %d)", kActBits, kActBits);
+        std::string name = std::string("dev/test/fixtures/gpt2_") + (kActBits ? "approx_" : "");
+        for (const char* shape : {"c96", "hs64"}) {
+            files.push_back(name + shape + ".bin");
+            files.push_back(name + shape + "_state.bin");
+        }
+    }
     if (files.size() % 2) fail_usage("%s: expected pairs, MODEL.bin and then its STATE.bin", files.back().c_str());
     int devices = 0;
     if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) fail("no GPU is visible; make test_gpt2 CPU=1 builds for the CPU");

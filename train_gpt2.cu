@@ -10,7 +10,7 @@ GPT-2 in one file: training and fine-tuning in CUDA C, with every layer's forwar
 The sections stand in the order in which one would teach them; start at section 6's gpt2_forward if you know the parts.
 
     1. numbers and errors        floatX, 16-byte accesses, warp sums, cudaCheck
-    2. what an activation keeps  GELU, and the pair of functions through which backward sees what forward kept
+    2. what backward keeps       GELU, the Approx-BP codes, and the functions through which backward sees what forward kept
     3. layers                    embedding, norm, matmul, attention, activation, loss: each forward, then backward
     4. optimizer                 gradient norm, the verdict on a step, AdamW
     5. many GPUs                 NCCL, optimizer sharding
@@ -65,6 +65,20 @@ Sections between "==== twin" marks stand in train_llama.cu too, byte for byte (m
 #endif
 constexpr bool kFP32 = FP32;
 
+// The memory modes of the backward pass (section 2). USE_APPROXBP=1 is both; each can be had alone.
+#ifndef USE_APPROXBP
+#define USE_APPROXBP 0
+#endif
+#ifndef APPROX_ACT
+#define APPROX_ACT (USE_APPROXBP ? 2 : 0)
+#endif
+#ifndef MS_NORM
+#define MS_NORM USE_APPROXBP
+#endif
+constexpr int kActBits = APPROX_ACT;    // bits that the activation keeps of an element for backward; 0: the element itself
+constexpr bool kSharedNorm = MS_NORM;   // a norm and the matmul behind it keep one tensor between them
+static_assert(kActBits >= 0 && kActBits <= 4, "APPROX_ACT is 0 (exact) or 1 to 4 bits");
+
 // The type of weights, activations and (with one micro-batch a step) gradients. Arithmetic is always fp32.
 using floatX = std::conditional_t<kFP32, float, __nv_bfloat16>;
 enum DType { F32, BF16, I32, BYTE };
@@ -110,9 +124,9 @@ void cuda_check(cudaError_t error, const char* file, int line) {
 
 inline int ceil_div(size_t a, size_t b) { return (int)((a + b - 1) / b); }
 
-// A GPU reaches its memory bandwidth with 16 bytes a thread and access: 8 bf16 values or 4 floats. Kernels read such a
-// vector, widen it to fp32, compute, and round once when they store.
-constexpr int VEC = 16 / sizeof(floatX);
+// A GPU reaches its memory bandwidth with 16 bytes a thread and access. A thread takes 8 elements: one such access in bf16, two
+// in fp32. Kernels read them, widen them to fp32, compute, and round once when they store.
+constexpr int VEC = 8;
 struct alignas(16) Vec { floatX x[VEC]; };
 struct Floats {
     float x[VEC];
@@ -205,11 +219,24 @@ struct NvtxRange {   // names a stretch of the timeline in Nsight Systems
 // ==== end twin
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 2. what an activation keeps
+// 2. what backward keeps
 //
-// Backward of y = GELU(x) needs h'(x) for every element and nothing else. What forward keeps so that h'(x) can be had is a
-// decision of its own: the exact trainer keeps x. load_act is the one place that turns what was kept into h'(x), and
-// load_norm (section 3) the one place that turns what a norm kept into z; a mode that keeps less changes those two.
+// Two tensors of a block are there for backward alone, and this section is about keeping less than them.
+//
+// (a) GELU. Its backward needs h'(x) of every element. The exact trainer keeps x, 16 bits. Approx-BP (Yang et al., ICML 2024,
+// arXiv 2406.16282) replaces h, in backward only, by a sum of ramps that is close to it,
+//     h~(x) = sum_i a_i max(x - c_i, 0),   sum a_i = 1,   sum a_i c_i = 0   (so that h~ tends to 0 and to x, as h does),
+// with a and c minimising the integral of (h - h~)^2. Its derivative is a step function: with 3 ramps it has 4 values, and an
+// element keeps 2 bits, the number of thresholds c_i below x. Forward stays exact. h~' is not close to h' point by point (relative
+// squared error 0.127 under N(0,1), where ReLU's mask has 0.102); it is h~ that is close to h, and training does not seem to
+// mind: see the README's table of losses.
+//
+// (b) the norm. With z = (x - mean) * rstd, backward needs z and rstd. The matmul behind the norm needs its own input, gamma * z
+// + beta. Multiply gamma and beta into the matmul's weight and bias while they are used, and its input is z itself: one tensor
+// serves both, and x, the residual stream, need not be kept (section 3, "norm, shared with its matmul").
+//
+// Forward saves through save_act and backward reads through load_act and load_norm: a mode that keeps something else changes
+// these.
 
 // GPT-2's GELU is the tanh form 0.5 x (1 + tanh(u)), u = sqrt(2/pi) (x + 0.044715 x^3). Since 0.5 (1 + tanh(u)) is the
 // sigmoid of 2u, it is x * sigmoid(2u): one exponential, and no cancellation where tanh is near -1.
@@ -225,12 +252,75 @@ __device__ inline float gelu_derivative(float x) {
     float du = GELU_SCALE * (1.0f + 3.0f * GELU_CUBIC * x * x);
     return s + x * s * (1.0f - s) * 2.0f * du;
 }
-// h'(x) for elements [i, i + VEC) of the activation's input, from what forward kept of it.
-__device__ inline Floats load_act(const floatX* kept, size_t i) {
-    Floats x = load(kept + i);
+
+// h~' for k bits: its 2^k - 1 thresholds and 2^k slopes.
+template <int BITS>
+struct Steps {
+    float threshold[(1 << BITS) - 1], slope[1 << BITS];
+};
+// 2 bits: the published constants. The others: dev/bench/fit_codes.py --function gelu-tanh --bits 1 3 4
+template <int BITS>
+__host__ __device__ constexpr Steps<BITS> gelu_steps();
+template <>
+__host__ __device__ constexpr Steps<1> gelu_steps<1>() {   // one ramp that tends to 0 and to x can only be ReLU
+    return {{0.0f}, {0.0f, 1.0f}};
+}
+template <>
+__host__ __device__ constexpr Steps<2> gelu_steps<2>() {
+    return {{-3.1858810036855245f, -0.001178821281161997f, 3.190832613414926f}, {0.0f, -0.04922261145617846f, 1.0487405950855512f, 1.0f}};
+}
+
+// What is kept of an activation's input: the elements, or BITS for each. Element i has bits [k * (i % 8), k * (i % 8) + k) of the
+// k bytes that its group of 8 shares, the lowest first. A thread owns whole groups, so it writes whole bytes.
+template <int BITS>
+using ActKept = std::conditional_t<BITS == 0, floatX, uint8_t>;
+inline size_t act_kept(size_t n) { return kActBits == 0 ? n : n / 8 * kActBits; }   // ActKepts for n elements, n a multiple of 8
+
+template <int BITS>
+__device__ inline void save_act(ActKept<BITS>* kept, size_t i, const Floats& x) {
+    if constexpr (BITS > 0) {   // exact: the matmul has put x there
+        constexpr Steps<BITS> h = gelu_steps<BITS>();
+        uint32_t codes = 0;
 #pragma unroll
-    for (int k = 0; k < VEC; k++) x[k] = gelu_derivative(x[k]);
-    return x;
+        for (int e = 0; e < VEC; e++) {
+            uint32_t code = 0;
+#pragma unroll
+            for (int j = 0; j < (1 << BITS) - 1; j++) code += !(x[e] <= h.threshold[j]);   // a NaN is above them all: its slope is 1
+            codes |= code << (BITS * e);
+        }
+        uint8_t* p = kept + i / 8 * BITS;
+        if constexpr (BITS == 1) *p = (uint8_t)codes;
+        if constexpr (BITS == 2) *(uint16_t*)p = (uint16_t)codes;
+        if constexpr (BITS == 3) p[0] = (uint8_t)codes, p[1] = (uint8_t)(codes >> 8), p[2] = (uint8_t)(codes >> 16);
+        if constexpr (BITS == 4) *(uint32_t*)p = codes;
+    }
+}
+// h'(x), or h~'(x), for elements [i, i + 8) of the activation's input, from what forward kept of them.
+template <int BITS>
+__device__ inline Floats load_act(const ActKept<BITS>* kept, size_t i) {
+    Floats slope;
+    if constexpr (BITS == 0) {
+        slope = load(kept + i);
+#pragma unroll
+        for (int e = 0; e < VEC; e++) slope[e] = gelu_derivative(slope[e]);
+    } else {
+        constexpr Steps<BITS> h = gelu_steps<BITS>();
+        const uint8_t* p = kept + i / 8 * BITS;
+        uint32_t codes;
+        if constexpr (BITS == 1) codes = *p;
+        if constexpr (BITS == 2) codes = *(const uint16_t*)p;
+        if constexpr (BITS == 3) codes = p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16;
+        if constexpr (BITS == 4) codes = *(const uint32_t*)p;
+#pragma unroll
+        for (int e = 0; e < VEC; e++) {
+            uint32_t code = codes >> (BITS * e) & ((1u << BITS) - 1);
+            slope[e] = h.slope[0];
+#pragma unroll
+            for (uint32_t j = 1; j < 1u << BITS; j++)   // selects: an array indexed by a variable would lie in local memory
+                if (code >= j) slope[e] = h.slope[j];
+        }
+    }
+    return slope;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -329,51 +419,63 @@ inline int colsum_slices(int rows) { return std::clamp(rows / 64, 1, COLSUM_SLIC
 // floats of scratch that sums over a tensor of `columns` columns take: two sums (gamma, beta) at most
 inline size_t colsum_scratch(size_t columns) { return 2 * columns * COLSUM_SLICES; }
 
-// z = (x - mean) * rstd for elements [i, i + VEC) of a row, from what the norm kept.
+// z = (x - mean) * rstd for elements [i, i + VEC) of a row, from what the norm kept: x, or z itself.
+template <bool SHARED>
 __device__ inline Floats load_norm(const floatX* kept, size_t i, float mean, float rstd) {
     Floats x = load(kept + i);
+    if constexpr (!SHARED) {
 #pragma unroll
-    for (int k = 0; k < VEC; k++) x[k] = (x[k] - mean) * rstd;
+        for (int k = 0; k < VEC; k++) x[k] = (x[k] - mean) * rstd;
+    }
     return x;
 }
 
-// Without NORM: partial[slice, c] = sum over the slice's rows of dout. With it also partial2[slice, c] = sum of dout * z.
+// Where a block of 256 threads stands in a column sum: its lanes' columns, its warps' rows.
+struct ColsumPlace {
+    int lane, warp, c, first, end;
+    __device__ ColsumPlace(int rows) {
+        lane = threadIdx.x % 32;
+        warp = threadIdx.x / 32;
+        c = (blockIdx.x * 32 + lane) * VEC;
+        first = (int)((size_t)rows * blockIdx.y / gridDim.y);
+        end = (int)((size_t)rows * (blockIdx.y + 1) / gridDim.y);
+    }
+};
+// partial[slice, columns of the block] = the 8 warps' sums, added in their order
+__device__ inline void colsum_store(float* partial, const Floats& sum, float (&shared)[8][32 * VEC], const ColsumPlace& at, int columns) {
+    __syncthreads();   // a sum stored before has been read
+#pragma unroll
+    for (int k = 0; k < VEC; k++) shared[at.warp][at.lane * VEC + k] = sum[k];
+    __syncthreads();
+    for (int j = threadIdx.x; j < 32 * VEC; j += 256) {
+        int column = blockIdx.x * 32 * VEC + j;
+        if (column >= columns) continue;
+        float total = 0;
+        for (int w = 0; w < 8; w++) total += shared[w][j];
+        partial[(size_t)blockIdx.y * columns + column] = total;
+    }
+}
+
+// partial[slice, c] = sum over the slice's rows of dout, and with NORM also partial2[slice, c] = sum of dout * z
 template <bool NORM>
 __global__ void colsum_kernel(float* partial, float* partial2, const floatX* dout, const floatX* inp, const float* mean,
                               const float* rstd, int rows, int columns) {
     __shared__ float shared[8][32 * VEC];
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    int c = (blockIdx.x * 32 + lane) * VEC;
-    int slice = blockIdx.y, slices = gridDim.y;
-    int first = (int)((size_t)rows * slice / slices), end = (int)((size_t)rows * (slice + 1) / slices);
+    ColsumPlace at(rows);
     Floats sum = {}, sum2 = {};
-    if (c < columns) {
-        for (int r = first + warp; r < end; r += 8) {
-            size_t i = (size_t)r * columns + c;
-            Floats d = load(dout + i);
+    for (int r = at.first + at.warp; at.c < columns && r < at.end; r += 8) {
+        size_t i = (size_t)r * columns + at.c;
+        Floats d = load(dout + i);
 #pragma unroll
-            for (int k = 0; k < VEC; k++) sum[k] += d[k];
-            if constexpr (NORM) {
-                Floats z = load_norm(inp, i, mean[r], rstd[r]);
+        for (int k = 0; k < VEC; k++) sum[k] += d[k];
+        if constexpr (NORM) {
+            Floats z = load_norm<false>(inp, i, mean[r], rstd[r]);
 #pragma unroll
-                for (int k = 0; k < VEC; k++) sum2[k] += d[k] * z[k];
-            }
+            for (int k = 0; k < VEC; k++) sum2[k] += d[k] * z[k];
         }
     }
-    for (int which = 0; which < (NORM ? 2 : 1); which++) {
-        if (which) __syncthreads();   // the first sum has been read
-#pragma unroll
-        for (int k = 0; k < VEC; k++) shared[warp][lane * VEC + k] = which ? sum2[k] : sum[k];
-        __syncthreads();
-        float* out = which ? partial2 : partial;
-        for (int j = threadIdx.x; j < 32 * VEC; j += 256) {
-            int column = blockIdx.x * 32 * VEC + j;
-            if (column >= columns) continue;
-            float total = 0;
-            for (int w = 0; w < 8; w++) total += shared[w][j];
-            out[(size_t)slice * columns + column] = total;
-        }
-    }
+    colsum_store(partial, sum, shared, at, columns);
+    if constexpr (NORM) colsum_store(partial2, sum2, shared, at, columns);
 }
 
 __global__ void colsum_finish_kernel(Grad out, const float* partial, int slices, int columns, bool accumulate) {
@@ -384,6 +486,12 @@ __global__ void colsum_finish_kernel(Grad out, const float* partial, int slices,
     grad_store(out, c, total, accumulate);
 }
 
+// out (+)= the slices' partial sums
+void colsum_finish(Grad out, const float* partial, int slices, int columns, bool accumulate, cudaStream_t stream) {
+    colsum_finish_kernel<<<ceil_div(columns, 128), 128, 0, stream>>>(out, partial, slices, columns, accumulate);
+    cudaCheck(cudaGetLastError());
+}
+
 void bias_backward(Grad dbias,           // (OC)
                    float* scratch,       // colsum_scratch(OC) floats
                    const floatX* dout,   // (rows, OC)
@@ -392,8 +500,7 @@ void bias_backward(Grad dbias,           // (OC)
     dim3 grid(ceil_div(OC, 32 * VEC), slices);
     colsum_kernel<false><<<grid, 256, 0, stream>>>(scratch, nullptr, dout, nullptr, nullptr, nullptr, rows, OC);
     cudaCheck(cudaGetLastError());
-    colsum_finish_kernel<<<ceil_div(OC, 128), 128, 0, stream>>>(dbias, scratch, slices, OC, accumulate);
-    cudaCheck(cudaGetLastError());
+    colsum_finish(dbias, scratch, slices, OC, accumulate, stream);
 }
 // ==== end twin
 
@@ -402,11 +509,13 @@ void bias_backward(Grad dbias,           // (OC)
 // y = gamma * z + beta with z = (x - mean) * rstd over the C channels of a row (Ba et al., arXiv 1607.06450), fused with the
 // residual addition before it: x = inp + add. A warp owns a row, so the sums need no barrier. A lane comes back twice to the
 // elements that it read; they wait in shared memory, each written and read by one lane alone.
+// SHARED: the output is z itself, for a matmul that has gamma and beta folded in, and the mean is not kept.
 
 constexpr float NORM_EPS = 1e-5f;
 // warps (rows) a block, so that the rows fit the 48 KB of shared memory that every GPU gives without asking
 inline int norm_warps(int C) { return (int)std::clamp(48 * 1024 / ((size_t)C * sizeof(floatX)), (size_t)1, (size_t)4); }
 
+template <bool SHARED>
 __global__ void layernorm_forward_kernel(floatX* residual, floatX* out, float* mean, float* rstd, const floatX* inp, const floatX* add,
                                          const floatX* gamma, const floatX* beta, int rows, int C) {
     extern __shared__ Vec norm_rows[];
@@ -439,61 +548,90 @@ __global__ void layernorm_forward_kernel(floatX* residual, floatX* out, float* m
     }
     float rs = rsqrtf(warp_sum(square) / C + NORM_EPS);
     for (int c = lane * VEC; c < C; c += 32 * VEC) {
-        Floats f = widen(x[c / VEC]), g = load(gamma + c), b = load(beta + c);
+        Floats f = widen(x[c / VEC]);
 #pragma unroll
-        for (int k = 0; k < VEC; k++) f[k] = g[k] * ((f[k] - mu) * rs) + b[k];
+        for (int k = 0; k < VEC; k++) f[k] = (f[k] - mu) * rs;
+        if constexpr (!SHARED) {
+            Floats g = load(gamma + c), b = load(beta + c);
+#pragma unroll
+            for (int k = 0; k < VEC; k++) f[k] = g[k] * f[k] + b[k];
+        }
         store(out + base + c, f);
     }
     if (lane == 0) {
-        mean[row] = mu;
+        if constexpr (!SHARED) mean[row] = mu;
         rstd[row] = rs;
     }
 }
 
+// residual may be inp or add, and out may be add: a lane has read an element before it writes it.
+template <bool SHARED>
 void layernorm_forward(floatX* residual,     // (rows, C) out: inp + add; null to drop it
                        floatX* out,          // (rows, C)
-                       float* mean,          // (rows)
+                       float* mean,          // (rows); SHARED: not written
                        float* rstd,          // (rows)
                        const floatX* inp,    // (rows, C)
                        const floatX* add,    // (rows, C) or null
-                       const floatX* gamma,  // (C)
-                       const floatX* beta,   // (C)
+                       const floatX* gamma,  // (C); SHARED: not read
+                       const floatX* beta,   // (C); SHARED: not read
                        int rows, int C, cudaStream_t stream) {
     int warps = norm_warps(C);
-    layernorm_forward_kernel<<<ceil_div(rows, warps), warps * 32, warps * C * sizeof(floatX), stream>>>(residual, out, mean, rstd, inp,
-                                                                                                      add, gamma, beta, rows, C);
+    layernorm_forward_kernel<SHARED><<<ceil_div(rows, warps), warps * 32, warps * C * sizeof(floatX), stream>>>(residual, out, mean, rstd, inp, add,
+                                                                                                              gamma, beta, rows, C);
     cudaCheck(cudaGetLastError());
 }
 
-// dx = rstd * (dz - mean(dz) - z * mean(dz * z)), dz = dout * gamma. Added to the gradient of the residual stream that goes
-// around the norm, in place.
-__global__ void layernorm_backward_kernel(floatX* dresidual, const floatX* dout, const floatX* inp, const float* mean, const float* rstd,
+// dx = rstd * (dz - mean(dz) - z * mean(dz * z)). Added to the gradient of the residual stream that goes around the norm, in
+// place. dz = dout * gamma; SHARED: dout is dz, the folded matmul's gradient, and z is what was kept.
+template <bool SHARED>
+__global__ void layernorm_backward_kernel(floatX* dresidual, const floatX* dout, const floatX* kept, const float* mean, const float* rstd,
                                           const floatX* gamma, bool accumulate, int rows, int C) {
     int lane = threadIdx.x % 32;
     int row = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
     if (row >= rows) return;
     size_t base = (size_t)row * C;
-    float mu = mean[row], rs = rstd[row];
+    float mu = SHARED ? 0 : mean[row], rs = rstd[row];
+    auto load_dz = [&](int c) {
+        Floats d = load(dout + base + c);
+        if constexpr (!SHARED) {
+            Floats g = load(gamma + c);
+#pragma unroll
+            for (int k = 0; k < VEC; k++) d[k] *= g[k];
+        }
+        return d;
+    };
     float sum = 0, sum_z = 0;
     for (int c = lane * VEC; c < C; c += 32 * VEC) {
-        Floats d = load(dout + base + c), g = load(gamma + c), z = load_norm(inp, base + c, mu, rs);
+        Floats dz = load_dz(c), z = load_norm<SHARED>(kept, base + c, mu, rs);
 #pragma unroll
         for (int k = 0; k < VEC; k++) {
-            float dz = d[k] * g[k];
-            sum += dz;
-            sum_z += dz * z[k];
+            sum += dz[k];
+            sum_z += dz[k] * z[k];
         }
     }
     sum = warp_sum(sum) / C;
     sum_z = warp_sum(sum_z) / C;
     for (int c = lane * VEC; c < C; c += 32 * VEC) {
-        Floats d = load(dout + base + c), g = load(gamma + c), z = load_norm(inp, base + c, mu, rs);
+        Floats dz = load_dz(c), z = load_norm<SHARED>(kept, base + c, mu, rs);
         Floats dx = {};
         if (accumulate) dx = load(dresidual + base + c);
 #pragma unroll
-        for (int k = 0; k < VEC; k++) dx[k] += rs * (d[k] * g[k] - sum - z[k] * sum_z);
+        for (int k = 0; k < VEC; k++) dx[k] += rs * (dz[k] - sum - z[k] * sum_z);
         store(dresidual + base + c, dx);
     }
+}
+
+// The gradient of x alone.
+template <bool SHARED>
+void layernorm_backward_input(floatX* dresidual,    // (rows, C), added to if accumulate
+                              const floatX* dout,   // (rows, C)
+                              const floatX* kept,   // (rows, C): x; SHARED: z
+                              const float* mean,    // (rows); SHARED: not read
+                              const float* rstd,    // (rows)
+                              const floatX* gamma,  // (C); SHARED: not read
+                              bool accumulate, int rows, int C, cudaStream_t stream) {
+    layernorm_backward_kernel<SHARED><<<ceil_div(rows, 8), 256, 0, stream>>>(dresidual, dout, kept, mean, rstd, gamma, accumulate, rows, C);
+    cudaCheck(cudaGetLastError());
 }
 
 void layernorm_backward(floatX* dresidual,    // (rows, C), added to if accumulate_residual
@@ -506,17 +644,99 @@ void layernorm_backward(floatX* dresidual,    // (rows, C), added to if accumula
                         const float* rstd,    // (rows)
                         const floatX* gamma,  // (C)
                         bool accumulate_residual, bool accumulate, int rows, int C, cudaStream_t stream) {
-    layernorm_backward_kernel<<<ceil_div(rows, 8), 256, 0, stream>>>(dresidual, dout, inp, mean, rstd, gamma, accumulate_residual, rows, C);
-    cudaCheck(cudaGetLastError());
+    layernorm_backward_input<false>(dresidual, dout, inp, mean, rstd, gamma, accumulate_residual, rows, C, stream);
     int slices = colsum_slices(rows);
     float* scratch2 = scratch + (size_t)slices * C;
     colsum_kernel<true><<<dim3(ceil_div(C, 32 * VEC), slices), 256, 0, stream>>>(scratch, scratch2, dout, inp, mean, rstd, rows, C);
     cudaCheck(cudaGetLastError());
-    colsum_finish_kernel<<<ceil_div(C, 128), 128, 0, stream>>>(dbeta, scratch, slices, C, accumulate);
-    cudaCheck(cudaGetLastError());
-    colsum_finish_kernel<<<ceil_div(C, 128), 128, 0, stream>>>(dgamma, scratch2, slices, C, accumulate);
+    colsum_finish(dbeta, scratch, slices, C, accumulate, stream);
+    colsum_finish(dgamma, scratch2, slices, C, accumulate, stream);
+}
+
+// ==== twin: norm shared with its matmul
+// ---- norm, shared with its matmul
+//
+// The matmul behind a norm computes y = (gamma * z + beta) W^T + b. With W' = W * gamma (by columns) and b' = b + W beta that is
+// y = z W'^T + b', and z is all that norm and matmul keep. gamma and beta stay parameters:
+//     forward            W', b' into scratch (fold), then the matmul
+//     backward           dz = dy W'; the usual weight gradient, of z instead of the norm's output, gathers G = dy^T z in dW
+//     once a step        dgamma = colsum(G * W), dbeta = W^T db, dW = G * gamma + db beta^T   (unfold)
+// This is the exact gradient. W, gamma and beta do not change within a step, so unfolding the sum over micro-batches is right,
+// and unfolding each would count db beta^T more than once. The published method (arXiv 2406.16282) merges gamma and beta into
+// the weights for good; prepro/merge_norm.py does that to a checkpoint.
+
+__global__ void norm_fold_kernel(floatX* folded, floatX* folded_bias, const floatX* weight, const floatX* bias, const floatX* gamma,
+                                 const floatX* beta, int OC, int C) {
+    int lane = threadIdx.x % 32;
+    int row = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
+    if (row >= OC) return;
+    size_t base = (size_t)row * C;
+    float sum = 0;
+    for (int c = lane * VEC; c < C; c += 32 * VEC) {
+        Floats w = load(weight + base + c), g = load(gamma + c), b = load(beta + c);
+#pragma unroll
+        for (int k = 0; k < VEC; k++) {
+            sum += w[k] * b[k];
+            w[k] *= g[k];
+        }
+        store(folded + base + c, w);
+    }
+    sum = warp_sum(sum);
+    if (lane == 0) folded_bias[row] = (floatX)((float)bias[row] + sum);
+}
+
+void norm_fold(floatX* folded,       // (OC, C) W'
+               floatX* folded_bias,  // (OC) b'
+               const floatX* weight, // (OC, C)
+               const floatX* bias,   // (OC)
+               const floatX* gamma,  // (C)
+               const floatX* beta,   // (C)
+               int OC, int C, cudaStream_t stream) {
+    norm_fold_kernel<<<ceil_div(OC, 8), 256, 0, stream>>>(folded, folded_bias, weight, bias, gamma, beta, OC, C);
     cudaCheck(cudaGetLastError());
 }
+
+__global__ void norm_unfold_kernel(Grad dweight, float* partial_gamma, float* partial_beta, Grad dbias, const floatX* weight, const floatX* gamma,
+                                   const floatX* beta, int OC, int C) {
+    __shared__ float shared[8][32 * VEC];
+    ColsumPlace at(OC);
+    Floats sum_gamma = {}, sum_beta = {};
+    if (at.c < C) {
+        Floats g = load(gamma + at.c), b = load(beta + at.c);
+        for (int o = at.first + at.warp; o < at.end; o += 8) {
+            size_t i = (size_t)o * C + at.c;
+            Floats w = load(weight + i);
+            float db = grad_load(dbias, o);
+#pragma unroll
+            for (int k = 0; k < VEC; k++) {
+                float G = grad_load(dweight, i + k);
+                sum_gamma[k] += G * w[k];
+                sum_beta[k] += w[k] * db;
+                grad_store(dweight, i + k, G * g[k] + db * b[k], false);
+            }
+        }
+    }
+    colsum_store(partial_gamma, sum_gamma, shared, at, C);
+    colsum_store(partial_beta, sum_beta, shared, at, C);
+}
+
+void norm_unfold(Grad dweight,         // (OC, C) in: G, out: dW
+                 Grad dgamma,          // (C)
+                 Grad dbeta,           // (C)
+                 float* scratch,       // colsum_scratch(C) floats
+                 Grad dbias,           // (OC)
+                 const floatX* weight, // (OC, C)
+                 const floatX* gamma,  // (C)
+                 const floatX* beta,   // (C)
+                 int OC, int C, cudaStream_t stream) {
+    int slices = colsum_slices(OC);
+    float* scratch2 = scratch + (size_t)slices * C;
+    norm_unfold_kernel<<<dim3(ceil_div(C, 32 * VEC), slices), 256, 0, stream>>>(dweight, scratch, scratch2, dbias, weight, gamma, beta, OC, C);
+    cudaCheck(cudaGetLastError());
+    colsum_finish(dgamma, scratch, slices, C, false, stream);
+    colsum_finish(dbeta, scratch2, slices, C, false, stream);
+}
+// ==== end twin
 
 // ==== twin: matmul
 // ---- matmul, by cuBLASLt
@@ -896,64 +1116,106 @@ void attention_backward(floatX* dqkv,        // (B, T, 3C)
 
 // ---- activation
 
-__global__ void gelu_forward_kernel(floatX* out, const floatX* inp, size_t n) {
+template <int BITS>
+__global__ void act_forward_kernel(floatX* out, ActKept<BITS>* kept, const floatX* inp, const floatX* bias, size_t n, int OC) {
     size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC;
     if (i >= n) return;
     Floats x = load(inp + i);
+    if (bias != nullptr) {
+        Floats b = load(bias + i % OC);
+#pragma unroll
+        for (int k = 0; k < VEC; k++) x[k] += b[k];
+    }
+    if (kept != nullptr) save_act<BITS>(kept, i, x);
 #pragma unroll
     for (int k = 0; k < VEC; k++) x[k] = gelu(x[k]);
     store(out + i, x);
 }
 
-void gelu_forward(floatX* out,        // (n)
-                  const floatX* inp,  // (n)
-                  size_t n, cudaStream_t stream) {
-    gelu_forward_kernel<<<ceil_div(n, 256 * VEC), 256, 0, stream>>>(out, inp, n);
+// out = GELU(inp + bias), in one pass; out may be inp.
+template <int BITS>
+void act_forward(floatX* out,          // (rows, OC)
+                 ActKept<BITS>* kept,  // (rows, OC) in BITS bits, or null: nothing is kept
+                 const floatX* inp,    // (rows, OC)
+                 const floatX* bias,   // (OC) or null
+                 size_t rows, int OC, cudaStream_t stream) {
+    size_t n = rows * OC;
+    act_forward_kernel<BITS><<<ceil_div(n, 256 * VEC), 256, 0, stream>>>(out, kept, inp, bias, n, OC);
     cudaCheck(cudaGetLastError());
 }
 
-__global__ void gelu_backward_kernel(floatX* d, const floatX* kept, size_t n) {
-    size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC;
-    if (i >= n) return;
-    Floats g = load(d + i), slope = load_act(kept, i);
+// d *= h'(x), and the sums over rows of what comes out: the gradient of the bias before the activation
+template <int BITS>
+__global__ void act_backward_kernel(floatX* d, float* partial, const ActKept<BITS>* kept, int rows, int columns) {
+    __shared__ float shared[8][32 * VEC];
+    ColsumPlace at(rows);
+    Floats sum = {};
+    for (int r = at.first + at.warp; at.c < columns && r < at.end; r += 8) {
+        size_t i = (size_t)r * columns + at.c;
+        Floats g = load(d + i), slope = load_act<BITS>(kept, i);
 #pragma unroll
-    for (int k = 0; k < VEC; k++) g[k] *= slope[k];
-    store(d + i, g);
+        for (int k = 0; k < VEC; k++) {
+            g[k] *= slope[k];
+            sum[k] += g[k];
+        }
+        store(d + i, g);
+    }
+    colsum_store(partial, sum, shared, at, columns);
 }
 
-void gelu_backward(floatX* d,           // (n) in: gradient of the output, out: of the input
-                   const floatX* kept,  // (n) what forward kept
-                   size_t n, cudaStream_t stream) {
-    gelu_backward_kernel<<<ceil_div(n, 256 * VEC), 256, 0, stream>>>(d, kept, n);
+template <int BITS>
+void act_backward(floatX* d,                  // (rows, OC) in: gradient of the output, out: of the input
+                  Grad dbias,                 // (OC)
+                  float* scratch,             // colsum_scratch(OC) floats
+                  const ActKept<BITS>* kept,  // (rows, OC) what forward kept
+                  bool accumulate, int rows, int OC, cudaStream_t stream) {
+    int slices = colsum_slices(rows);
+    act_backward_kernel<BITS><<<dim3(ceil_div(OC, 32 * VEC), slices), 256, 0, stream>>>(d, scratch, kept, rows, OC);
     cudaCheck(cudaGetLastError());
+    colsum_finish(dbias, scratch, slices, OC, accumulate, stream);
 }
 
-// out = GELU(inp W^T + bias), keeping what is before the GELU. The epilogue saves a pass over (rows, OC).
-void matmul_gelu_forward(floatX* out,           // (rows, OC)
-                         floatX* before,        // (rows, OC)
-                         const floatX* inp,     // (rows, C)
-                         const floatX* weight,  // (OC, C)
-                         const floatX* bias,    // (OC)
-                         int rows, int C, int OC, cudaStream_t stream) {
-    if (matmul_state.gelu_fusion >= 1) {
-        matmul(out, FLOATX, weight, inp, OC, rows, C, true, false, false, stream, CUBLASLT_EPILOGUE_GELU_AUX_BIAS, bias, before);
+// The activation once more, where forward kept its input and not its output.
+template <int BITS>
+void act_recompute(floatX* out, const ActKept<BITS>* kept, int rows, int OC, cudaStream_t stream) {   // (rows, OC) both
+    if constexpr (BITS == 0) act_forward<0>(out, nullptr, kept, nullptr, rows, OC, stream);
+    else fail("codes of %d bits do not give an activation back", BITS);
+}
+
+// out = GELU(inp W^T + bias), keeping for backward what section 2 says.
+template <int BITS>
+void matmul_act_forward(floatX* out,           // (rows, OC)
+                        ActKept<BITS>* kept,   // (rows, OC)
+                        const floatX* inp,     // (rows, C)
+                        const floatX* weight,  // (OC, C)
+                        const floatX* bias,    // (OC)
+                        int rows, int C, int OC, cudaStream_t stream) {
+    if constexpr (BITS > 0) {   // the codes are made where bias and GELU are, over the matmul's output and in its place
+        matmul_forward(out, inp, weight, nullptr, rows, C, OC, stream);
+        act_forward<BITS>(out, kept, out, bias, rows, OC, stream);
+    } else if (matmul_state.gelu_fusion >= 1) {   // cuBLASLt's epilogue saves a pass over (rows, OC)
+        matmul(out, FLOATX, weight, inp, OC, rows, C, true, false, false, stream, CUBLASLT_EPILOGUE_GELU_AUX_BIAS, bias, kept);
     } else {
-        matmul_forward(before, inp, weight, bias, rows, C, OC, stream);
-        gelu_forward(out, before, (size_t)rows * OC, stream);
+        matmul_forward(kept, inp, weight, bias, rows, C, OC, stream);
+        act_forward<BITS>(out, nullptr, kept, nullptr, rows, OC, stream);
     }
 }
 
-// dbefore = (dout W) * GELU'(before): the gradient of the matmul behind a GELU, taken back through it
-void matmul_gelu_backward(floatX* dbefore,       // (rows, C)
-                          const floatX* dout,    // (rows, OC)
-                          const floatX* weight,  // (OC, C)
-                          const floatX* kept,    // (rows, C)
-                          int rows, int C, int OC, cudaStream_t stream) {
-    if (matmul_state.gelu_fusion >= 2) {
+// The gradient of the matmul behind a GELU, taken back through it: dbefore = (dout W) * GELU'(before), dbias (+)= colsum(dbefore)
+template <int BITS>
+void matmul_act_backward(floatX* dbefore,            // (rows, C)
+                         Grad dbias,                 // (C), of the bias before the GELU
+                         float* scratch,             // colsum_scratch(C) floats
+                         const floatX* dout,         // (rows, OC)
+                         const floatX* weight,       // (OC, C)
+                         const ActKept<BITS>* kept,  // (rows, C)
+                         bool accumulate, int rows, int C, int OC, cudaStream_t stream) {
+    if (BITS == 0 && matmul_state.gelu_fusion >= 2) {
         matmul(dbefore, FLOATX, weight, dout, C, rows, OC, false, false, false, stream, CUBLASLT_EPILOGUE_DGELU, nullptr, kept);
+        bias_backward(dbias, scratch, dbefore, accumulate, rows, C, stream);
     } else {
         matmul_backward_input(dbefore, dout, weight, rows, C, OC, stream);
-        gelu_backward(dbefore, kept, (size_t)rows * C, stream);
+        act_backward<BITS>(dbefore, dbias, scratch, kept, accumulate, rows, C, stream);
     }
 }
 
@@ -1481,6 +1743,10 @@ struct Plan {
     bool master;          // fp32 copies of bf16 weights
     int loss_chunks;      // 0: chunks of about 256 MB of logits
 };
+// What -r finds left to do: codes leave no GELU to compute again, and a shared norm no norm.
+inline bool recomputes_act(const Plan& p) { return p.recompute >= 1 && kActBits == 0; }
+inline bool recomputes_norm(const Plan& p) { return p.recompute >= 2 && !kSharedNorm; }
+
 inline int plan_chunk_rows(const Plan& p, int Vp) {
     size_t rows = (size_t)p.B * p.T;
     size_t chunks = p.loss_chunks;
@@ -1499,21 +1765,21 @@ struct GPT2 {
     float* v[NUM_PARAMS];
     float* master[NUM_PARAMS];
     // what forward keeps for backward, per layer
-    floatX* ln1;        // (L, B, T, C)   -r 2: null, one buffer work_ln for all
-    float* ln1_mean;    // (L, B, T)
+    floatX* ln1;        // (L, B, T, C)   the norm's output; MS_NORM: z; -r 2: null, one buffer work_ln for all
+    float* ln1_mean;    // (L, B, T)      MS_NORM: null
     float* ln1_rstd;    // (L, B, T)
     floatX* qkv;        // (L, B, T, 3C)
     floatX* atty;       // (L, B, T, C)
     float* lse;         // (L, B, NH, T)
-    floatX* resid_mid;  // (L, B, T, C)   the stream after attention
-    floatX* ln2;        // (L, B, T, C)   -r 2: null
+    floatX* resid_mid;  // (L, B, T, C)   the stream after attention; MS_NORM: null
+    floatX* ln2;        // (L, B, T, C)   as ln1
     float* ln2_mean;    // (L, B, T)
     float* ln2_rstd;    // (L, B, T)
-    floatX* fch;        // (L, B, T, 4C)  before GELU
-    floatX* fch_gelu;   // (L, B, T, 4C)  -r 1, 2: null, work_4c
-    floatX* resid_out;  // (L, B, T, C)   the stream after the block
+    ActKept<kActBits>* fch;   // (L, B, T, 4C)  before GELU; APPROX_ACT: its codes
+    floatX* fch_gelu;   // (L, B, T, 4C)  after; -r 1, 2: null, work_4c
+    floatX* resid_out;  // (L, B, T, C)   the stream after the block; MS_NORM: null
     // and once
-    floatX* encoded;    // (B, T, C)
+    floatX* stream0;    // (B, T, C)      the residual stream before the first block; MS_NORM: running, through all of them
     float* lnf_mean;    // (B, T)
     float* lnf_rstd;    // (B, T)
     // buffers that come and go
@@ -1521,6 +1787,8 @@ struct GPT2 {
     floatX* lnf;        // (B, T, C)      in work_c: the final norm's output, then, chunk by chunk, its gradient
     floatX* work_4c;    // (B, T, 4C)     GELU's output where it is not kept; gradients of fch and qkv
     floatX* work_ln;    // (B, T, C)      -r 2: a norm's output
+    floatX* fold_w;     // (4C, C)        MS_NORM: a weight with its norm's gamma, and a bias with its beta
+    floatX* fold_b;     // (4C)
     floatX* dresid;     // (B, T, C)      gradient of the residual stream
     float* delta;       // (B, NH, T)     attention's backward
     floatX* logits;     // (chunk, Vp)    never more than a chunk; then their gradient
@@ -1574,8 +1842,6 @@ Table gpt2_table(GPT2& g) {
     const char* smaller = "a smaller model (-e)";
     const char* batch = "--batch (halving it halves this; --total-batch keeps the step's size)";
     const char* chunks = "--loss-chunks";
-    const char* recompute1 = plan.recompute < 1 ? "--recompute 1" : batch;
-    const char* recompute2 = plan.recompute < 2 ? "--recompute 2" : batch;
 
     auto param_row = [&](const char* prefix, int p, auto** where, DType dtype, bool sharded, Kind kind, const char* shrink) {
         ParamShape s = param_shape(c, p);
@@ -1602,31 +1868,37 @@ Table gpt2_table(GPT2& g) {
         if (plan.master && !kFP32) param_row("master_", p, &g.master[p], F32, true, OPTIMIZER, "--master-weights 0");
     }
 
-    g.ln1 = g.ln2 = g.fch_gelu = g.work_ln = g.dresid = nullptr;
-    g.delta = g.colsum = g.squares = nullptr;
+    g.ln1 = g.ln2 = g.fch_gelu = g.work_4c = g.work_ln = g.dresid = g.resid_mid = g.resid_out = g.fold_w = g.fold_b = nullptr;
+    g.ln1_mean = g.ln2_mean = g.delta = g.colsum = g.squares = nullptr;
     Kind kept = plan.training ? SAVED : SCRATCH;
-    if (plan.recompute < 2) row("ln1", &g.ln1, FLOATX, {L, B, T, C}, kept, LAYER, recompute2);
-    row("ln1_mean", &g.ln1_mean, F32, {L, B, T}, kept, LAYER, batch);
-    row("ln1_rstd", &g.ln1_rstd, F32, {L, B, T}, kept, LAYER, batch);
+    const char* norm_hint = kSharedNorm || plan.recompute == 2 ? batch : "--recompute 2, or a build with MS_NORM=1";
+    const char* act_hint = kActBits ? batch : "a build with APPROX_ACT=2";
+    auto norm_rows = [&](const std::string& name, floatX** out, float** mean, float** rstd) {
+        if (!recomputes_norm(plan)) row(name, out, FLOATX, {L, B, T, C}, kept, LAYER, norm_hint);
+        if (!kSharedNorm) row(name + "_mean", mean, F32, {L, B, T}, kept, LAYER, batch);
+        row(name + "_rstd", rstd, F32, {L, B, T}, kept, LAYER, batch);
+    };
+    norm_rows("ln1", &g.ln1, &g.ln1_mean, &g.ln1_rstd);
     row("qkv", &g.qkv, FLOATX, {L, B, T, 3 * C}, kept, LAYER, batch);
     row("atty", &g.atty, FLOATX, {L, B, T, C}, kept, LAYER, batch);
     row("lse", &g.lse, F32, {L, B, NH, T}, kept, LAYER, batch);
-    row("resid_mid", &g.resid_mid, FLOATX, {L, B, T, C}, kept, LAYER, batch);
-    if (plan.recompute < 2) row("ln2", &g.ln2, FLOATX, {L, B, T, C}, kept, LAYER, recompute2);
-    row("ln2_mean", &g.ln2_mean, F32, {L, B, T}, kept, LAYER, batch);
-    row("ln2_rstd", &g.ln2_rstd, F32, {L, B, T}, kept, LAYER, batch);
-    row("fch", &g.fch, FLOATX, {L, B, T, 4 * C}, kept, LAYER, batch);
-    if (plan.recompute < 1) row("fch_gelu", &g.fch_gelu, FLOATX, {L, B, T, 4 * C}, kept, LAYER, recompute1);
-    row("resid_out", &g.resid_out, FLOATX, {L, B, T, C}, kept, LAYER, batch);
-    row("encoded", &g.encoded, FLOATX, {B, T, C}, kept, MODEL, batch);
+    if (!kSharedNorm) row("resid_mid", &g.resid_mid, FLOATX, {L, B, T, C}, kept, LAYER, norm_hint);
+    norm_rows("ln2", &g.ln2, &g.ln2_mean, &g.ln2_rstd);
+    row(kActBits ? "fch_codes" : "fch", &g.fch, kActBits ? BYTE : FLOATX, {L, B, T, act_kept(4 * C)}, kept, LAYER, act_hint);
+    if (!recomputes_act(plan)) row("fch_gelu", &g.fch_gelu, FLOATX, {L, B, T, 4 * C}, kept, LAYER, kActBits ? batch : "--recompute 1");
+    if (!kSharedNorm) row("resid_out", &g.resid_out, FLOATX, {L, B, T, C}, kept, LAYER, norm_hint);
+    row("stream0", &g.stream0, FLOATX, {B, T, C}, kept, MODEL, batch);
     row("lnf_mean", &g.lnf_mean, F32, {B, T}, kept, MODEL, batch);
     row("lnf_rstd", &g.lnf_rstd, F32, {B, T}, kept, MODEL, batch);
 
     row("work_c", &g.work_c, FLOATX, {B, T, C}, SCRATCH, MODEL, batch);
     row("lnf", &g.lnf, FLOATX, {B, T, C}, SCRATCH, MODEL, batch, "work_c");
-    if (plan.recompute >= 1 || plan.training) row("work_4c", &g.work_4c, FLOATX, {B, T, 4 * C}, SCRATCH, MODEL, batch);
-    else g.work_4c = nullptr;
-    if (plan.recompute >= 2) row("work_ln", &g.work_ln, FLOATX, {B, T, C}, SCRATCH, MODEL, batch);
+    if (recomputes_act(plan) || plan.training) row("work_4c", &g.work_4c, FLOATX, {B, T, 4 * C}, SCRATCH, MODEL, batch);
+    if (recomputes_norm(plan)) row("work_ln", &g.work_ln, FLOATX, {B, T, C}, SCRATCH, MODEL, batch);
+    if (kSharedNorm) {
+        row("fold_w", &g.fold_w, FLOATX, {4 * C, C}, SCRATCH, MODEL, smaller);
+        row("fold_b", &g.fold_b, FLOATX, {4 * C}, SCRATCH, MODEL, smaller);
+    }
     row("logits", &g.logits, FLOATX, {(size_t)plan_chunk_rows(plan, c.Vp), (size_t)c.Vp}, SCRATCH, MODEL, chunks);
     row("losses", &g.losses, F32, {B, T}, SCRATCH, MODEL, batch);
     if (plan.training) {
@@ -1641,8 +1913,14 @@ Table gpt2_table(GPT2& g) {
     return table;
 }
 
+// The mode as the ledger names it.
 std::string gpt2_mode(const Plan& plan) {
-    std::string s = "exact, --recompute " + std::to_string(plan.recompute);
+    std::string s = kActBits ? "GELU in " + std::to_string(kActBits) + (kActBits == 1 ? " bit" : " bits") : "exact GELU";
+    s += kSharedNorm ? ", one tensor for a norm and its matmul" : ", separate norms";
+    s += ", --recompute " + std::to_string(plan.recompute);
+    if (plan.recompute >= 1 && !recomputes_act(plan) && !recomputes_norm(plan)) s += " (nothing is left to compute again)";
+    else if (plan.recompute == 2 && !recomputes_act(plan)) s += " (only norms are left to compute again)";
+    else if (plan.recompute == 2 && !recomputes_norm(plan)) s += " (only GELU is left to compute again)";
     if (!kFP32) s += plan.master ? ", fp32 master weights" : ", no master weights";
     return s;
 }
@@ -1696,47 +1974,80 @@ void gpt2_init(GPT2& g) {
 
 // ---- forward: the paper's figure, left to right
 
+// Where the tensors of a layer lie. Without training all layers share one slot. What is not kept is a buffer for all.
+struct LayerTensors {
+    floatX *residual, *ln1;   // the stream before the block
+    float *ln1_mean, *ln1_rstd;
+    floatX *qkv, *atty;
+    float* lse;
+    floatX *resid_mid, *ln2;
+    float *ln2_mean, *ln2_rstd;
+    ActKept<kActBits>* fch;
+    floatX *fch_gelu, *resid_out;
+};
+LayerTensors gpt2_layer(const GPT2& g, int l, int BT) {
+    const size_t s = g.plan.training ? l : 0, before = g.plan.training ? l - 1 : 0, BTC = (size_t)BT * g.config.C;
+    auto at = [&](floatX* base, size_t slot, size_t size, floatX* otherwise) { return base ? base + slot * size : otherwise; };
+    auto stat = [&](float* base, size_t size) { return base ? base + s * size : nullptr; };
+    LayerTensors t;
+    t.residual = l == 0 ? g.stream0 : at(g.resid_out, before, BTC, g.stream0);
+    t.ln1 = at(g.ln1, s, BTC, g.work_ln);
+    t.ln1_mean = stat(g.ln1_mean, BT);
+    t.ln1_rstd = stat(g.ln1_rstd, BT);
+    t.qkv = g.qkv + s * 3 * BTC;
+    t.atty = g.atty + s * BTC;
+    t.lse = stat(g.lse, (size_t)BT * g.config.NH);
+    t.resid_mid = at(g.resid_mid, s, BTC, g.stream0);
+    t.ln2 = at(g.ln2, s, BTC, g.work_ln);
+    t.ln2_mean = stat(g.ln2_mean, BT);
+    t.ln2_rstd = stat(g.ln2_rstd, BT);
+    t.fch = g.fch + s * act_kept(4 * BTC);
+    t.fch_gelu = at(g.fch_gelu, s, 4 * BTC, g.work_4c);
+    t.resid_out = at(g.resid_out, s, BTC, g.stream0);
+    return t;
+}
+
+// A weight and bias as the matmul behind a norm uses them: as they are, or with gamma and beta folded in.
+struct Folded {
+    const floatX *weight, *bias;
+};
+Folded gpt2_fold(const GPT2& g, const floatX* weight, const floatX* bias, const floatX* gamma, const floatX* beta, int OC) {
+    if constexpr (!kSharedNorm) return {weight, bias};
+    norm_fold(g.fold_w, g.fold_b, weight, bias, gamma, beta, OC, g.config.C, g.stream);
+    return {g.fold_w, g.fold_b};
+}
+
 // From g.tokens' inputs to the final norm's output, g.lnf. B and T may be smaller than the plan's.
 void gpt2_forward(GPT2& g, int B, int T) {
     NvtxRange range("forward");
     const int C = g.config.C, NH = g.config.NH, L = g.config.L, BT = B * T;
-    const size_t BTC = (size_t)BT * C, stats = BT;
     cudaStream_t stream = g.stream;
 
-    embedding_forward(g.encoded, g.tokens, g.param[WTE], g.param[WPE], B, T, C, stream);
-    floatX* ln1 = g.ln1 ? g.ln1 : g.work_ln;
-    layernorm_forward(nullptr, ln1, g.ln1_mean, g.ln1_rstd, g.encoded, nullptr, g.param[LN1W], g.param[LN1B], BT, C, stream);
-    const floatX* residual = g.encoded;
+    embedding_forward(g.stream0, g.tokens, g.param[WTE], g.param[WPE], B, T, C, stream);
+    LayerTensors t = gpt2_layer(g, 0, BT);
+    layernorm_forward<kSharedNorm>(nullptr, t.ln1, t.ln1_mean, t.ln1_rstd, t.residual, nullptr, g.param[LN1W], g.param[LN1B], BT, C, stream);
 
     for (int l = 0; l < L; l++) {
         NvtxRange layer_range("forward layer", l);
-        const size_t s = g.plan.training ? l : 0;   // which slot of the kept tensors is this layer's
         auto W = [&](int p) { return (const floatX*)g.param[p] + l * param_shape(g.config, p).per_layer(); };
-        floatX* qkv = g.qkv + s * 3 * BTC;
-        floatX* atty = g.atty + s * BTC;
-        floatX* resid_mid = g.resid_mid + s * BTC;
-        floatX* ln2 = g.ln2 ? g.ln2 + s * BTC : g.work_ln;
-        floatX* fch = g.fch + s * 4 * BTC;
-        floatX* fch_gelu = g.fch_gelu ? g.fch_gelu + s * 4 * BTC : g.work_4c;
-        floatX* resid_out = g.resid_out + s * BTC;
 
-        matmul_forward(qkv, ln1, W(QKVW), W(QKVB), BT, C, 3 * C, stream);
-        attention_forward(atty, g.lse + s * NH * stats, qkv, B, T, C, NH, stream);
-        matmul_forward(g.work_c, atty, W(ATTPROJW), W(ATTPROJB), BT, C, C, stream);
-        layernorm_forward(resid_mid, ln2, g.ln2_mean + s * stats, g.ln2_rstd + s * stats, residual, g.work_c, W(LN2W), W(LN2B), BT, C, stream);
-        matmul_gelu_forward(fch_gelu, fch, ln2, W(FCW), W(FCB), BT, C, 4 * C, stream);
-        matmul_forward(g.work_c, fch_gelu, W(FCPROJW), W(FCPROJB), BT, 4 * C, C, stream);
+        Folded qkv = gpt2_fold(g, W(QKVW), W(QKVB), W(LN1W), W(LN1B), 3 * C);
+        matmul_forward(t.qkv, t.ln1, qkv.weight, qkv.bias, BT, C, 3 * C, stream);
+        attention_forward(t.atty, t.lse, t.qkv, B, T, C, NH, stream);
+        matmul_forward(g.work_c, t.atty, W(ATTPROJW), W(ATTPROJB), BT, C, C, stream);
+        layernorm_forward<kSharedNorm>(t.resid_mid, t.ln2, t.ln2_mean, t.ln2_rstd, t.residual, g.work_c, W(LN2W), W(LN2B), BT, C, stream);
+        Folded fc = gpt2_fold(g, W(FCW), W(FCB), W(LN2W), W(LN2B), 4 * C);
+        matmul_act_forward<kActBits>(t.fch_gelu, t.fch, t.ln2, fc.weight, fc.bias, BT, C, 4 * C, stream);
+        matmul_forward(g.work_c, t.fch_gelu, W(FCPROJW), W(FCPROJB), BT, 4 * C, C, stream);
 
         // the second residual addition, fused with the norm that comes next: the following layer's first, or the last of all
         if (l + 1 < L) {
-            const size_t next = g.plan.training ? l + 1 : 0;
-            ln1 = g.ln1 ? g.ln1 + next * BTC : g.work_ln;
-            const floatX *gamma = W(LN1W) + C, *beta = W(LN1B) + C;
-            layernorm_forward(resid_out, ln1, g.ln1_mean + next * stats, g.ln1_rstd + next * stats, resid_mid, g.work_c, gamma, beta, BT, C, stream);
-        } else {
-            layernorm_forward(resid_out, g.lnf, g.lnf_mean, g.lnf_rstd, resid_mid, g.work_c, g.param[LNFW], g.param[LNFB], BT, C, stream);
+            LayerTensors next = gpt2_layer(g, l + 1, BT);
+            layernorm_forward<kSharedNorm>(t.resid_out, next.ln1, next.ln1_mean, next.ln1_rstd, t.resid_mid, g.work_c, W(LN1W) + C, W(LN1B) + C, BT, C, stream);
+            t = next;
+        } else {   // it keeps its affine in every mode: the weight behind it is the embedding, too
+            layernorm_forward<false>(t.resid_out, g.lnf, g.lnf_mean, g.lnf_rstd, t.resid_mid, g.work_c, g.param[LNFW], g.param[LNFB], BT, C, stream);
         }
-        residual = resid_out;
     }
 }
 
@@ -1763,58 +2074,62 @@ void gpt2_loss(GPT2& g, int B, int T, bool train, bool first_micro_batch) {
     loss_sum(&g.state->loss_sum, g.losses, train && !first_micro_batch, BT, g.stream);
 }
 
-// ---- backward: the figure, right to left. `first` writes gradients, later micro-batches add to them.
+// ---- backward: the figure, right to left
 
-void gpt2_backward(GPT2& g, int B, int T, int buckets, bool first) {
+// One matmul with the norm before it: from the gradient of the matmul's output (whose bias gradient is done) to that of the
+// residual stream. `last` is the step's last micro-batch.
+struct NormMatmul {
+    int weight, bias, gamma, beta;   // of enum Param
+};
+void gpt2_norm_matmul_backward(GPT2& g, NormMatmul p, int l, floatX* dout, floatX* ln, float* mean, float* rstd, const floatX* residual, int OC,
+                               bool add, bool last, int BT) {
+    const int C = g.config.C;
+    auto W = [&](int p) { return (const floatX*)g.param[p] + l * param_shape(g.config, p).per_layer(); };
+    auto G = [&](int p) { return g.grad[p] + l * param_shape(g.config, p).per_layer(); };
+    if (recomputes_norm(g.plan)) layernorm_forward<false>(nullptr, ln, mean, rstd, residual, nullptr, W(p.gamma), W(p.beta), BT, C, g.stream);
+    matmul_backward_weight(G(p.weight), dout, ln, add, BT, C, OC, g.stream);
+    Folded folded = gpt2_fold(g, W(p.weight), W(p.bias), W(p.gamma), W(p.beta), OC);
+    matmul_backward_input(g.work_c, dout, folded.weight, BT, C, OC, g.stream);
+    if constexpr (kSharedNorm) {
+        layernorm_backward_input<true>(g.dresid, g.work_c, ln, nullptr, rstd, nullptr, true, BT, C, g.stream);
+        if (last) norm_unfold(G(p.weight), G(p.gamma), G(p.beta), g.colsum, G(p.bias), W(p.weight), W(p.gamma), W(p.beta), OC, C, g.stream);
+    } else {
+        layernorm_backward(g.dresid, G(p.gamma), G(p.beta), g.colsum, g.work_c, residual, mean, rstd, W(p.gamma), true, add, BT, C, g.stream);
+    }
+}
+
+// Micro-batch 0 writes the gradients, the others add to them.
+void gpt2_backward(GPT2& g, int B, int T, int buckets, int micro_batch) {
     NvtxRange range("backward");
     const int C = g.config.C, NH = g.config.NH, L = g.config.L, BT = B * T;
-    const size_t BTC = (size_t)BT * C, stats = BT;
-    const bool add = !first;
+    const bool add = micro_batch > 0, last = micro_batch == g.plan.micro_batches - 1;
     cudaStream_t stream = g.stream;
 
     // g.lnf holds the gradient of the final norm's output since gpt2_loss
-    layernorm_backward(g.dresid, g.grad[LNFW], g.grad[LNFB], g.colsum, g.lnf, g.resid_out + (L - 1) * BTC, g.lnf_mean, g.lnf_rstd,
+    layernorm_backward(g.dresid, g.grad[LNFW], g.grad[LNFB], g.colsum, g.lnf, gpt2_layer(g, L - 1, BT).resid_out, g.lnf_mean, g.lnf_rstd,
                        g.param[LNFW], false, add, BT, C, stream);
     for (int l = L - 1; l >= 0; l--) {
         NvtxRange layer_range("backward layer", l);
+        const LayerTensors t = gpt2_layer(g, l, BT);
         auto W = [&](int p) { return (const floatX*)g.param[p] + l * param_shape(g.config, p).per_layer(); };
         auto G = [&](int p) { return g.grad[p] + l * param_shape(g.config, p).per_layer(); };
-        const floatX* residual = l == 0 ? g.encoded : g.resid_out + (l - 1) * BTC;
-        const floatX* resid_mid = g.resid_mid + l * BTC;
-        const floatX* qkv = g.qkv + l * 3 * BTC;
-        const floatX* atty = g.atty + l * BTC;
-        const floatX* fch = g.fch + l * 4 * BTC;
-        float *ln1_mean = g.ln1_mean + l * stats, *ln1_rstd = g.ln1_rstd + l * stats;
-        float *ln2_mean = g.ln2_mean + l * stats, *ln2_rstd = g.ln2_rstd + l * stats;
 
         // What forward did not keep is computed again, by the same kernels from the same bits. work_4c holds GELU's output
         // until the weight gradient has used it; then the gradient of the matmul's input takes its place.
-        const floatX* fch_gelu = g.fch_gelu ? g.fch_gelu + l * 4 * BTC : g.work_4c;
-        if (!g.fch_gelu) gelu_forward(g.work_4c, fch, 4 * BTC, stream);
+        if (recomputes_act(g.plan)) act_recompute<kActBits>(t.fch_gelu, t.fch, BT, 4 * C, stream);
         bias_backward(G(FCPROJB), g.colsum, g.dresid, add, BT, C, stream);
-        matmul_backward_weight(G(FCPROJW), g.dresid, fch_gelu, add, BT, 4 * C, C, stream);
+        matmul_backward_weight(G(FCPROJW), g.dresid, t.fch_gelu, add, BT, 4 * C, C, stream);
         floatX* dfch = g.work_4c;
-        matmul_gelu_backward(dfch, g.dresid, W(FCPROJW), fch, BT, 4 * C, C, stream);
-
-        const floatX* ln2 = g.ln2 ? g.ln2 + l * BTC : g.work_ln;
-        if (!g.ln2) layernorm_forward(nullptr, g.work_ln, ln2_mean, ln2_rstd, resid_mid, nullptr, W(LN2W), W(LN2B), BT, C, stream);
-        bias_backward(G(FCB), g.colsum, dfch, add, BT, 4 * C, stream);
-        matmul_backward_weight(G(FCW), dfch, ln2, add, BT, C, 4 * C, stream);
-        matmul_backward_input(g.work_c, dfch, W(FCW), BT, C, 4 * C, stream);
-        layernorm_backward(g.dresid, G(LN2W), G(LN2B), g.colsum, g.work_c, resid_mid, ln2_mean, ln2_rstd, W(LN2W), true, add, BT, C, stream);
+        matmul_act_backward<kActBits>(dfch, G(FCB), g.colsum, g.dresid, W(FCPROJW), t.fch, add, BT, 4 * C, C, stream);
+        gpt2_norm_matmul_backward(g, {FCW, FCB, LN2W, LN2B}, l, dfch, t.ln2, t.ln2_mean, t.ln2_rstd, t.resid_mid, 4 * C, add, last, BT);
 
         bias_backward(G(ATTPROJB), g.colsum, g.dresid, add, BT, C, stream);
-        matmul_backward_weight(G(ATTPROJW), g.dresid, atty, add, BT, C, C, stream);
+        matmul_backward_weight(G(ATTPROJW), g.dresid, t.atty, add, BT, C, C, stream);
         matmul_backward_input(g.work_c, g.dresid, W(ATTPROJW), BT, C, C, stream);
         floatX* dqkv = g.work_4c;
-        attention_backward(dqkv, g.delta, g.work_c, qkv, atty, g.lse + l * NH * stats, B, T, C, NH, stream);
-
-        const floatX* ln1 = g.ln1 ? g.ln1 + l * BTC : g.work_ln;
-        if (!g.ln1) layernorm_forward(nullptr, g.work_ln, ln1_mean, ln1_rstd, residual, nullptr, W(LN1W), W(LN1B), BT, C, stream);
+        attention_backward(dqkv, g.delta, g.work_c, t.qkv, t.atty, t.lse, B, T, C, NH, stream);
         bias_backward(G(QKVB), g.colsum, dqkv, add, BT, 3 * C, stream);
-        matmul_backward_weight(G(QKVW), dqkv, ln1, add, BT, C, 3 * C, stream);
-        matmul_backward_input(g.work_c, dqkv, W(QKVW), BT, C, 3 * C, stream);
-        layernorm_backward(g.dresid, G(LN1W), G(LN1B), g.colsum, g.work_c, residual, ln1_mean, ln1_rstd, W(LN1W), true, add, BT, C, stream);
+        gpt2_norm_matmul_backward(g, {QKVW, QKVB, LN1W, LN1B}, l, dqkv, t.ln1, t.ln1_mean, t.ln1_rstd, t.residual, 3 * C, add, last, BT);
     }
     const int* positions = g.tokens + 2 * (size_t)BT;
     const int* bucket_token = positions + BT;
@@ -2616,6 +2931,8 @@ int main(int argc, char** argv) {
     };
     if (std::find(std::begin(SCHEDULES), std::end(SCHEDULES), schedule) == std::end(SCHEDULES))
         fail_usage("--schedule %s: expected cosine, linear, constant or wsd", schedule.c_str());
+    if (kActBits > 0 && gelu_fusion > 0)
+        fail_usage("--gelu-fusion %lld: this build keeps GELU's input in %d bits, which no epilogue of cuBLASLt makes; expected 0, or a build with APPROX_ACT=0", (long long)gelu_fusion, kActBits);
     if (resume && out.empty()) fail_usage("--resume 1: resumes from the folder of --out, and --out was not given");
     if (given("checkpoint-every") && checkpoint_every > 0 && out.empty()) fail_usage("--checkpoint-every %lld: has nowhere to write; --out DIR was not given", (long long)checkpoint_every);
     if (keep > 0 && out.empty()) fail_usage("--keep %lld: keeps checkpoints, and --out DIR was not given", (long long)keep);
@@ -2813,7 +3130,7 @@ int main(int argc, char** argv) {
             int buckets = tokens_upload(g.tokens, host, BT, g.config.V, g.stream);
             gpt2_forward(g, B, (int)T);
             gpt2_loss(g, B, (int)T, true, micro == 0);
-            gpt2_backward(g, B, (int)T, buckets, micro == 0);
+            gpt2_backward(g, B, (int)T, buckets, micro);
         }
         Hyper h;
         h.lr = schedule_lr(schedule, run.step, steps, (float)lr, (int)warmup, (float)final_fraction);
