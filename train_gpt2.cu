@@ -28,6 +28,7 @@ Sections between "==== twin" marks stand in train_llama.cu too, byte for byte (m
 // ---------------------------------------------------------------------------------------------------------------------
 // 1. numbers and errors
 
+#include <ctype.h>
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -45,9 +46,11 @@ Sections between "==== twin" marks stand in train_llama.cu too, byte for byte (m
 #include <unistd.h>
 
 #include <algorithm>
+#include <functional>
 #include <numeric>
 #include <string>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include <cublasLt.h>
@@ -197,7 +200,7 @@ __host__ __device__ inline uint64_t hash64(uint64_t seed, uint64_t stream, uint6
     }
     return z;
 }
-__host__ __device__ inline float hash_uniform(uint64_t h) { return ((uint32_t)(h >> 40) + 0.5f) * (1.0f / 16777216.0f); }   // in (0, 1)
+__host__ __device__ inline float hash_uniform(uint64_t h) { return ((uint32_t)(h >> 41) + 0.5f) * (1.0f / 8388608.0f); }   // in (0, 1), exactly
 
 // Stochastic rounding: add random bits below the ones bf16 keeps, then cut. The expectation is the value itself, so that
 // updates far below one bf16 step still move a weight, on average. NaN and infinities pass unharmed.
@@ -366,7 +369,7 @@ void embedding_forward(floatX* out,         // (B, T, C)
 }
 
 // Many positions add to one row of dwte. Atomics would add them in the order of arrival, which differs from run to run. So
-// the host sorts the positions by token (TokenBatch, section 7) and a block owns one token: its 8 warps take every eighth
+// the host sorts the positions by token (tokens_upload, section 7) and a block owns one token: its 8 warps take every eighth
 // position, and their sums are added in warp order.
 __global__ void embedding_backward_wte_kernel(Grad dwte, const floatX* dout, const int* positions, const int* bucket_token,
                                               const int* bucket_start, int C) {
@@ -765,12 +768,11 @@ struct Matmul {
     void* workspace = nullptr;    // MATMUL_WORKSPACE bytes
     bool tf32 = false;            // fp32 builds: let the tensor cores round inputs to 10 bits of mantissa
     int gelu_fusion = 0;          // 0: kernels of our own; 1: GELU in the forward's epilogue; 2: and in the backward's
-    int queries = 0;              // heuristic queries so far
 } matmul_state;
 
 struct MatmulPlan {
     // what the plan is for
-    int m, n, k, align;
+    int m, n, k, align, bias_align;
     bool trans_a, trans_b;
     DType out;
     cublasLtEpilogue_t epilogue;
@@ -790,15 +792,17 @@ void matmul_set_pointers(MatmulPlan& p, const void* bias, const void* aux) {
     if (aux) cublasCheck(cublasLtMatmulDescSetAttribute(p.desc, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, &aux, sizeof aux));
 }
 
-MatmulPlan& matmul_plan(int m, int n, int k, int align, bool trans_a, bool trans_b, DType out, cublasLtEpilogue_t epilogue, const void* bias,
-                        const void* aux) {
+MatmulPlan& matmul_plan(int m, int n, int k, int align, int bias_align, bool trans_a, bool trans_b, DType out,
+                        cublasLtEpilogue_t epilogue, const void* bias, const void* aux) {
     static std::vector<MatmulPlan> plans;   // a dozen or two: a linear search is free beside a launch
     for (MatmulPlan& p : plans) {
-        if (p.m != m || p.n != n || p.k != k || p.align != align || p.trans_a != trans_a || p.trans_b != trans_b || p.out != out || p.epilogue != epilogue) continue;
+        if (p.m != m || p.n != n || p.k != k || p.align != align || p.bias_align != bias_align || p.trans_a != trans_a ||
+            p.trans_b != trans_b || p.out != out || p.epilogue != epilogue)
+            continue;
         matmul_set_pointers(p, bias, aux);
         return p;
     }
-    MatmulPlan p = {m, n, k, align, trans_a, trans_b, out, epilogue, {}, {}, {}, {}, {}};
+    MatmulPlan p = {m, n, k, align, bias_align, trans_a, trans_b, out, epilogue, {}, {}, {}, {}, {}};
     cublasComputeType_t compute = kFP32 && matmul_state.tf32 ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F;
     cublasCheck(cublasLtMatmulDescCreate(&p.desc, compute, CUDA_R_32F));
     cublasOperation_t ta = trans_a ? CUBLAS_OP_T : CUBLAS_OP_N, tb = trans_b ? CUBLAS_OP_T : CUBLAS_OP_N;
@@ -825,7 +829,6 @@ MatmulPlan& matmul_plan(int m, int n, int k, int align, bool trans_a, bool trans
     cublasLtMatmulHeuristicResult_t found;
     int count = 0;
     cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(matmul_state.handle, p.desc, p.A, p.B, p.D, p.D, preference, 1, &found, &count);
-    matmul_state.queries++;
     if (status != CUBLAS_STATUS_SUCCESS || count == 0)
         fail("cuBLASLt has no algorithm for a matmul of m %d, n %d, k %d, output %s, epilogue %d (status %d)%s", m, n, k, dtype_name(out),
              (int)epilogue, (int)status, matmul_state.gelu_fusion ? "; --gelu-fusion 0 asks less of it" : "");
@@ -838,8 +841,9 @@ MatmulPlan& matmul_plan(int m, int n, int k, int align, bool trans_a, bool trans
 // D (n, m) = op(A) op(B), row-major as we see D; A and B as cuBLASLt sees them. beta 1 adds to D.
 void matmul(void* D, DType out, const floatX* A, const floatX* B, int m, int n, int k, bool trans_a, bool trans_b, bool accumulate,
             cudaStream_t stream, cublasLtEpilogue_t epilogue = CUBLASLT_EPILOGUE_DEFAULT, const void* bias = nullptr, const void* aux = nullptr) {
-    uintptr_t bits = (uintptr_t)D | (uintptr_t)A | (uintptr_t)B | (uintptr_t)aux | 256;
-    MatmulPlan& p = matmul_plan(m, n, k, (int)(bits & -bits), trans_a, trans_b, out, epilogue, bias, aux);   // lowest bit set: the common alignment
+    auto align = [](uintptr_t bits) { return (int)((bits | 256) & -(bits | 256)); };   // the lowest bit set in any pointer, up to 256
+    MatmulPlan& p = matmul_plan(m, n, k, align((uintptr_t)D | (uintptr_t)A | (uintptr_t)B | (uintptr_t)aux), align((uintptr_t)bias), trans_a,
+                                trans_b, out, epilogue, bias, aux);
     float alpha = 1, beta = accumulate ? 1 : 0;
     cublasCheck(cublasLtMatmul(matmul_state.handle, p.desc, &alpha, A, p.A, B, p.B, &beta, D, p.D, D, p.D, &p.algo,
                                matmul_state.workspace, MATMUL_WORKSPACE, stream));
@@ -883,6 +887,8 @@ void matmul_backward_weight(Grad dweight,        // (OC, C)
 // all rows of the block read the same line at once (a broadcast). Nothing is permuted: q, k and v are read where the
 // matmul left them, in rows of (B, T, 3C), and the gradients are written to rows of the same form.
 
+// At most 256 threads a block, and one block is enough for us (the 1 of the launch bounds): a row's state takes up to 240 registers,
+// and a compiler that aims at more blocks spills some of them.
 constexpr int ATT_ROWS = 64;       // rows a block
 constexpr int ATT_TILE = 16;       // rows of the other side in shared memory at a time
 constexpr int ATT_CHANNELS = 32;   // channels a thread
@@ -1542,6 +1548,15 @@ double world_sum(double mine) {   // of a number on the host
     return mine;
 #endif
 }
+double world_min(double mine) {
+#ifdef MULTI_GPU
+    double out = 0;
+    MPI_Allreduce(&mine, &out, 1, MPI_DOUBLE, MPI_MIN, MPI_COMM_WORLD);
+    return out;
+#else
+    return mine;
+#endif
+}
 void world_sum_float(float* x, cudaStream_t stream) {   // of one float on the device, in place
 #ifdef MULTI_GPU
     if (world.size > 1) ncclCheck(ncclAllReduce(x, x, 1, ncclFloat, ncclSum, world.nccl, stream));
@@ -1601,12 +1616,18 @@ struct Row {
     std::vector<size_t> shape;   // a row of scope LAYER counts all layers: L stands first
     Kind kind;
     Scope scope;
-    void** where;                // the pointer to set
+    void* where;                 // the address of the pointer to set
     const char* shrink;          // what a person short of memory can do about it
     std::string alias_of;        // the row whose storage this one reuses at another time; it then costs nothing
 
     size_t elements() const { return std::accumulate(shape.begin(), shape.end(), (size_t)1, std::multiplies<size_t>()); }
     size_t bytes() const { return alias_of.empty() ? elements() * dtype_size(dtype) : 0; }
+    void* get() const {   // by memcpy: the pointer may be to any type
+        void* p;
+        memcpy(&p, where, sizeof p);
+        return p;
+    }
+    void set(void* p) const { memcpy(where, &p, sizeof p); }
     std::string shape_text(const char* separator) const {
         std::string s;
         for (size_t i = 0; i < shape.size(); i++) s += (i ? separator : "") + std::to_string(shape[i]);
@@ -1626,13 +1647,15 @@ size_t device_bytes = 0, device_peak = 0;
 
 void table_allocate(Table& table) {
     for (Row& r : table) {
-        *r.where = nullptr;
-        if (!r.alias_of.empty() || r.bytes() == 0) continue;
-        cudaError_t error = cudaMalloc(r.where, r.bytes());
+        if (!r.alias_of.empty()) continue;
+        void* memory = nullptr;
+        cudaError_t error = cudaMalloc(&memory, r.bytes());
+        r.set(memory);
         if (error == cudaErrorMemoryAllocation) {
             cudaGetLastError();   // it would come up again at the next launch
             std::vector<const Row*> largest;
-            for (const Row& row : table) largest.push_back(&row);
+            for (const Row& row : table)
+                if (row.kind != WORKSPACE) largest.push_back(&row);   // nobody can shrink that
             std::sort(largest.begin(), largest.end(), [](const Row* a, const Row* b) { return a->bytes() > b->bytes(); });
             std::string text;
             for (size_t i = 0; i < 3 && i < largest.size(); i++) {
@@ -1642,10 +1665,11 @@ void table_allocate(Table& table) {
             }
             size_t free_bytes = 0, total = 0;
             cudaMemGetInfo(&free_bytes, &total);
-            fail("out of memory: the plan takes %.1f MiB, the device had room for %.1f MiB of it (%.1f MiB in all).\n"
+            fail("out of memory at %s (%.1f MiB): the plan takes %.1f MiB, the device has room for %.1f MiB (%.1f MiB in all).\n"
                  "  The three largest tensors, and what makes each smaller:%s\n"
                  "  --estimate prints the whole plan without a GPU; --batch auto takes the largest batch that fits.",
-                 table_bytes(table) / 1048576.0, (device_bytes + free_bytes) / 1048576.0, total / 1048576.0, text.c_str());
+                 r.name.c_str(), r.bytes() / 1048576.0, table_bytes(table) / 1048576.0, (device_bytes + free_bytes) / 1048576.0, total / 1048576.0,
+                 text.c_str());
         }
         cudaCheck(error);
         device_bytes += r.bytes();
@@ -1654,16 +1678,16 @@ void table_allocate(Table& table) {
     for (Row& r : table) {
         if (r.alias_of.empty()) continue;
         for (const Row& other : table)
-            if (other.name == r.alias_of) *r.where = *other.where;
+            if (other.name == r.alias_of) r.set(other.get());
     }
 }
 void table_free(Table& table) {
     for (Row& r : table) {
-        if (r.alias_of.empty() && *r.where != nullptr) {
-            cudaCheck(cudaFree(*r.where));
+        if (r.alias_of.empty()) {
+            cudaCheck(cudaFree(r.get()));
             device_bytes -= r.bytes();
         }
-        *r.where = nullptr;
+        r.set(nullptr);
     }
     table.clear();
 }
@@ -1810,7 +1834,7 @@ struct GPT2 {
     float* losses;      // (B, T)
     float* colsum;      // partial sums of bias and norm gradients
     float* squares;     // partial sums of squared gradients
-    int* tokens;        // inputs, targets, and the inputs sorted: see TokenBatch
+    int* tokens;        // inputs, targets, and the inputs sorted: see tokens_upload
     StepState* state;   // loss, norm, verdict
     void* workspace;    // cuBLASLt's
     cudaStream_t stream;
@@ -1818,7 +1842,7 @@ struct GPT2 {
     int updates;        // AdamW steps taken; skipped ones do not count
 };
 
-// inputs (BT), targets (BT), positions (BT), bucket_token (cap), bucket_start (cap + 1); see TokenBatch
+// inputs (BT), targets (BT), positions (BT), bucket_token (cap), bucket_start (cap + 1); see tokens_upload
 inline size_t token_cap(size_t BT, int V) { return std::min(BT, (size_t)V); }
 inline size_t token_ints(size_t BT, int V) { return 3 * BT + 2 * token_cap(BT, V) + 1; }
 
@@ -1842,7 +1866,7 @@ unsigned opt_blocks(const GPT2Config& c) {
     return blocks;
 }
 
-// The table of a run. Nothing is allocated here.
+// The table of a run. Nothing is allocated here, and a tensor that the run does not need keeps the null pointer it has.
 Table gpt2_table(GPT2& g) {
     const GPT2Config& c = g.config;
     const Plan& plan = g.plan;
@@ -1851,8 +1875,7 @@ Table gpt2_table(GPT2& g) {
     Table table;
     auto row = [&](const std::string& name, auto** where, DType dtype, std::vector<size_t> shape, Kind kind, Scope scope, const char* shrink,
                    const char* alias_of = "") {
-        *where = nullptr;
-        table.push_back({name, dtype, std::move(shape), kind, scope, (void**)where, shrink, alias_of});
+        table.push_back({name, dtype, std::move(shape), kind, scope, where, shrink, alias_of});
     };
     const char* smaller = "a smaller model (-e)";
     const char* batch = "--batch (halving it halves this; --total-batch keeps the step's size)";
@@ -1874,8 +1897,7 @@ Table gpt2_table(GPT2& g) {
     for (int p = 0; p < NUM_PARAMS; p++) param_row("", p, &g.param[p], FLOATX, false, PARAM, smaller);
     for (int p = 0; p < NUM_PARAMS; p++) {
         // wte's gradient is a sum over chunks of the loss in any case
-        g.grad[p] = {nullptr, plan.micro_batches > 1 || p == WTE ? F32 : FLOATX};
-        g.m[p] = g.v[p] = g.master[p] = nullptr;
+        g.grad[p].type = plan.micro_batches > 1 || p == WTE ? F32 : FLOATX;
         if (!plan.training) continue;
         param_row("d_", p, &g.grad[p].p, g.grad[p].type, false, GRAD, plan.micro_batches > 1 ? "one micro-batch a step (--total-batch)" : smaller);
         param_row("m_", p, &g.m[p], F32, true, OPTIMIZER, "--zero 1 on several GPUs");
@@ -1883,8 +1905,6 @@ Table gpt2_table(GPT2& g) {
         if (plan.master && !kFP32) param_row("master_", p, &g.master[p], F32, true, OPTIMIZER, "--master-weights 0");
     }
 
-    g.ln1 = g.ln2 = g.fch_gelu = g.work_4c = g.work_ln = g.dresid = g.resid_mid = g.resid_out = g.fold_w = g.fold_b = nullptr;
-    g.ln1_mean = g.ln2_mean = g.delta = g.colsum = g.squares = nullptr;
     Kind kept = plan.training ? SAVED : SCRATCH;
     const char* norm_hint = kSharedNorm || plan.recompute == 2 ? batch : "--recompute 2, or a build with MS_NORM=1";
     const char* act_hint = kActBits ? batch : "a build with APPROX_ACT=2";
@@ -1924,7 +1944,7 @@ Table gpt2_table(GPT2& g) {
     }
     row("tokens", &g.tokens, I32, {token_ints(BT, c.V)}, SCRATCH, MODEL, batch);
     row("step_state", &g.state, BYTE, {sizeof(StepState)}, OPTIMIZER, MODEL, smaller);
-    row("workspace", &g.workspace, BYTE, {MATMUL_WORKSPACE}, WORKSPACE, MODEL, smaller);
+    row("workspace", &g.workspace, BYTE, {MATMUL_WORKSPACE}, WORKSPACE, MODEL, "nothing: its size is fixed");
     return table;
 }
 
@@ -2158,9 +2178,9 @@ struct Hyper {
     float lr, beta1 = 0.9f, beta2 = 0.95f, eps = 1e-8f, weight_decay = 0, grad_clip = 0, skip_loss_z = 0, skip_grad_z = 0;
 };
 
-// One optimizer step from the gradients of `micro_batches` micro-batches of B*T tokens. Returns the verdict: the only moment
-// of a step at which the host waits for the device.
-Verdict gpt2_update(GPT2& g, const Hyper& h, int BT, uint64_t step) {
+// One optimizer step from the gradients that a step's micro-batches have left. Returns the verdict: the only moment of a step at
+// which the host waits for the device.
+Verdict gpt2_update(GPT2& g, const Hyper& h, uint64_t step) {
     NvtxRange range("update");
     world_group(true);
     for (int p = 0; p < NUM_PARAMS; p++) world_reduce_gradient(g.grad[p], param_shape(g.config, p).elements(), g.stream);
@@ -2173,7 +2193,7 @@ Verdict gpt2_update(GPT2& g, const Hyper& h, int BT, uint64_t step) {
     cudaCheck(cudaGetLastError());
     world_sum_float(&g.state->loss_sum, g.stream);
     if (world.sharded) world_sum_float(&g.state->square_sum, g.stream);
-    float loss_scale = 1.0f / ((float)BT * g.plan.micro_batches * world.size);
+    float loss_scale = 1.0f / ((float)g.plan.B * g.plan.T * g.plan.micro_batches * world.size);
     verdict_kernel<<<1, 1, 0, g.stream>>>(g.state, loss_scale, h.grad_clip, h.skip_loss_z, h.skip_grad_z);
     cudaCheck(cudaGetLastError());
 
@@ -2246,7 +2266,7 @@ class AtomicFile {
         if (file != nullptr) fclose(file);
         unlink(temporary.c_str());
         fail("cannot %s %s: %s; nothing was left under that name%s", doing, path.c_str(), strerror(error),
-             error == ENOSPC || error == EFBIG || error == EDQUOT ? "; free some space or give another --out, then resume with -y 1" : "");
+             error == ENOSPC || error == EFBIG || error == EDQUOT ? "; free some space; with --resume 1 a run goes on from its last whole checkpoint" : "");
     }
 
 public:
@@ -2302,12 +2322,11 @@ struct Shard {
     std::string path;
     size_t tokens;
     int bytes_per_token;
-    bool ids_checked;
 };
 
 struct Loader {
     std::vector<Shard> shards;
-    int B = 0, T = 0, V = 0;
+    int B = 0, T = 0;
     bool shuffle = false;
     uint64_t seed = 0;
     // position: windows already taken from the shard that stands at `shard` in this epoch's order
@@ -2334,29 +2353,42 @@ std::vector<uint32_t> shuffled(size_t n, bool shuffle, uint64_t seed, uint64_t s
     return order;
 }
 
+// The ids of a shard, mapped into memory: what a run does not touch is not read.
+const char* shard_map(const Shard& s, size_t& bytes) {
+    bytes = HEADER_BYTES + s.tokens * s.bytes_per_token;
+    int fd = open(s.path.c_str(), O_RDONLY);
+    struct stat st;
+    if (fd < 0 || fstat(fd, &st) != 0 || (size_t)st.st_size != bytes)
+        fail("%s: was a file of %zu bytes when this run began, and is no more", s.path.c_str(), bytes);
+    void* map = mmap(nullptr, bytes, PROT_READ, MAP_SHARED, fd, 0);
+    if (map == MAP_FAILED) fail("cannot map %s: %s", s.path.c_str(), strerror(errno));
+    close(fd);
+    return (const char*)map;
+}
+inline uint32_t shard_token(const Shard& s, const char* map, size_t i) {
+    map += HEADER_BYTES;
+    return s.bytes_per_token == 2 ? ((const uint16_t*)map)[i] : ((const uint32_t*)map)[i];
+}
+// An id beyond wte would read whatever lies behind it, so all are looked at before a run begins.
+void shard_check_ids(const Shard& s, int V) {
+    size_t bytes;
+    const char* map = shard_map(s, bytes);
+    for (size_t i = 0; i < s.tokens; i++) {
+        uint32_t id = shard_token(s, map, i);
+        if (id >= (uint32_t)V)
+            fail("%s: token %zu has id %u, but the model's vocabulary is %d (expected ids 0 to %d); make the tokens with the model's "
+                 "tokenizer (prepro/text.py --tokenizer), or take a model with V%u or more (-e gpt2:...,V%u)",
+                 s.path.c_str(), i, id, V, V - 1, id + 1, id + 1);
+    }
+    munmap((void*)map, bytes);
+}
+
 void loader_open_shard(Loader& d) {
     if (d.map != nullptr) munmap((void*)d.map, d.map_bytes);
     if (d.shard == 0 || d.shard_order.empty()) d.shard_order = shuffled(d.shards.size(), d.shuffle, d.seed, 2 * d.epoch + (1ull << 40));
-    Shard& s = d.shards[d.shard_order[d.shard]];
+    const Shard& s = d.shards[d.shard_order[d.shard]];
     d.window_order = shuffled(d.windows(s), d.shuffle, d.seed, ((d.epoch * d.shards.size() + d.shard) << 1) + 1 + (1ull << 41));
-    d.map_bytes = HEADER_BYTES + s.tokens * s.bytes_per_token;
-    int fd = open(s.path.c_str(), O_RDONLY);
-    struct stat st;
-    if (fd < 0 || fstat(fd, &st) != 0 || (size_t)st.st_size != d.map_bytes)
-        fail("%s: was a file of %zu bytes when this run began, and is no more", s.path.c_str(), d.map_bytes);
-    void* map = mmap(nullptr, d.map_bytes, PROT_READ, MAP_SHARED, fd, 0);
-    if (map == MAP_FAILED) fail("cannot map %s: %s", s.path.c_str(), strerror(errno));
-    close(fd);
-    d.map = (const char*)map;
-    if (s.ids_checked) return;
-    for (size_t i = 0; i < s.tokens; i++) {   // once a shard: an id beyond wte would read whatever lies behind it
-        uint32_t id = s.bytes_per_token == 2 ? ((const uint16_t*)(d.map + HEADER_BYTES))[i] : ((const uint32_t*)(d.map + HEADER_BYTES))[i];
-        if (id >= (uint32_t)d.V)
-            fail("%s: token %zu has id %u, but the model's vocabulary is %d (expected ids 0 to %d); "
-                 "make the tokens with the model's tokenizer (prepro/text.py --tokenizer), or take a model with V%u or more (-e gpt2:...,V%u)",
-                 s.path.c_str(), i, id, d.V, d.V - 1, id + 1, id + 1);
-    }
-    s.ids_checked = true;
+    d.map = shard_map(s, d.map_bytes);
 }
 
 void loader_seek(Loader& d, size_t epoch, size_t shard, size_t window) {
@@ -2367,11 +2399,9 @@ void loader_seek(Loader& d, size_t epoch, size_t shard, size_t window) {
     loader_open_shard(d);
 }
 
-// `option` is named in messages: -i or -j.
-void loader_open(Loader& d, const char* option, const char* pattern, int B, int T, int V, bool shuffle, uint64_t seed) {
-    d.B = B;
+// Finds the shards and checks them. `option` is what the user typed before `pattern`.
+void loader_open(Loader& d, const char* option, const char* pattern, int T, int V, bool shuffle, uint64_t seed) {
     d.T = T;
-    d.V = V;
     d.shuffle = shuffle;
     d.seed = seed;
     if (is_folder(pattern)) fail("%s %s is a folder; expected a token file or a quoted pattern like '%s/*.bin'", option, pattern, pattern);
@@ -2390,20 +2420,38 @@ void loader_open(Loader& d, const char* option, const char* pattern, int B, int 
         fclose(f);
         int bytes = h[0] == 20240520 && h[1] == 1 ? 2 : h[0] == 20240801 && h[1] == 7 ? 4 : 0;
         if (bytes == 0)
-            fail("%s: expected tokens (magic 20240520 version 1, or magic 20240801 version 7), found magic %d version %d; %s", path, h[0], h[1], TOKENS_REMEDY);
+            fail("%s: expected tokens (magic 20240520 version 1, or magic 20240801 version 7), found magic %d version %d; %s", path, h[0], h[1],
+                 TOKENS_REMEDY);
         size_t tokens = (uint32_t)h[2];
         if (size != HEADER_BYTES + tokens * bytes)
-            fail("%s: its header announces %zu tokens of %d bytes, so expected a file of %zu bytes, found %zu; it is damaged or was cut off: %s", path,
-                 tokens, bytes, HEADER_BYTES + tokens * bytes, size, TOKENS_REMEDY);
-        size_t windows = tokens ? (tokens - 1) / T : 0;
-        if (windows < d.batch_windows())
-            fail("%s: its %zu tokens make %zu sequences of %d, but a batch takes %zu (%s); take a smaller -b or -t, or more text", path, tokens, windows, T,
-                 d.batch_windows(), world.size > 1 ? "B on every GPU" : "B");
-        d.shards.push_back({path, tokens, bytes, false});
+            fail("%s: its header announces %zu tokens of %d bytes, so expected a file of %zu bytes, found %zu; it is damaged or was cut off: %s",
+                 path, tokens, bytes, HEADER_BYTES + tokens * bytes, size, TOKENS_REMEDY);
+        if (tokens <= (size_t)T)
+            fail("%s: its %zu tokens are fewer than one sequence of -t %d and its last target; take a smaller -t, or more text", path, tokens, T);
+        d.shards.push_back({path, tokens, bytes});
     }
     globfree(&found);
     if (d.shards.empty()) fail("%s %s matches only folders; expected token files; %s", option, pattern, TOKENS_REMEDY);
+    for (size_t i = world.rank; i < d.shards.size(); i += world.size) shard_check_ids(d.shards[i], V);   // the ranks share the work
+}
+// The largest batch on a GPU that every shard can fill.
+size_t loader_largest_batch(const Loader& d) {
+    size_t least = SIZE_MAX;
+    for (const Shard& s : d.shards) least = std::min(least, d.windows(s) / world.size);
+    return least;
+}
+void loader_set_batch(Loader& d, int B) {
+    d.B = B;
+    for (const Shard& s : d.shards)
+        if (d.windows(s) < d.batch_windows())
+            fail("%s: its %zu tokens make %zu sequences of %d, but a batch takes %zu (%d on each of %d GPUs); take a smaller -b or -t, or more text",
+                 s.path.c_str(), s.tokens, d.windows(s), d.T, d.batch_windows(), B, world.size);
     loader_seek(d, 0, 0, 0);
+}
+size_t loader_tokens(const Loader& d) {
+    size_t n = 0;
+    for (const Shard& s : d.shards) n += s.tokens;
+    return n;
 }
 void loader_close(Loader& d) {
     if (d.map != nullptr) munmap((void*)d.map, d.map_bytes);
@@ -2424,7 +2472,7 @@ void loader_next(Loader& d, int* inputs, int* targets) {   // (B, T) each
     for (int b = 0; b < d.B; b++) {
         size_t first = (size_t)d.window_order[d.window + (size_t)world.rank * d.B + b] * d.T;
         for (int t = 0; t <= d.T; t++) {
-            int id = s.bytes_per_token == 2 ? ((const uint16_t*)(d.map + HEADER_BYTES))[first + t] : (int)((const uint32_t*)(d.map + HEADER_BYTES))[first + t];
+            int id = (int)shard_token(s, d.map, first + t);
             if (t < d.T) inputs[b * d.T + t] = id;
             if (t > 0) targets[b * d.T + t - 1] = id;
         }
@@ -2593,10 +2641,14 @@ size_t state_bytes(const GPT2& g) {
     for (int p = 0; p < NUM_PARAMS; p++) n += shard_size(param_shape(g.config, p).elements()) * sizeof(float) * (g.master[p] != nullptr ? 3 : 2);
     return HEADER_BYTES + n + sizeof(History);
 }
-void state_save(GPT2& g, const RunState& r, const std::string& path) {
+void state_save(GPT2& g, const RunState& r, const Loader& train, const std::string& path) {
+    const size_t tokens = loader_tokens(train);
     int32_t h[HEADER_INTS] = {20240527, 1, world.size, world.rank, g.master[0] != nullptr, 1};
     h[6] = world.sharded;
     h[10] = r.step;
+    h[11] = train.T;   // a position in the data means something in the same data alone
+    h[12] = (int)train.shards.size();
+    memcpy(&h[14], &tokens, 8);
     memcpy(&h[20], &g.seed, 8);
     h[22] = g.updates;
     h[23] = r.not_finite_in_row;
@@ -2612,26 +2664,43 @@ void state_save(GPT2& g, const RunState& r, const std::string& path) {
     write_device(f, &g.state->history, sizeof(History), staging);
     f.commit();
 }
-RunState state_load(GPT2& g, const std::string& path_text) {
+// Puts model and loader where the run stood. A run that only evaluates needs no more than to know the step.
+RunState state_load(GPT2& g, Loader& train, const std::string& path_text) {
     const char* path = path_text.c_str();
-    const char* remedy = "remove this checkpoint's DONE file to resume from the one before, or start afresh with -y 0";
+    const char* remedy = "remove this checkpoint's DONE file to resume from the one before, or start afresh with another --out";
     int32_t h[HEADER_INTS];
     FILE* f = open_with_header(path, h, 20240527, "the state of a run", remedy);
-    bool master = g.master[0] != nullptr;
     if (h[1] != 1) fail("%s: expected version 1, found %d; %s", path, h[1], remedy);
-    if (h[2] != world.size || h[3] != world.rank || h[6] != (int)world.sharded)
-        fail("%s: was written by rank %d of %d with --zero %d, this is rank %d of %d with --zero %d; resume with as many GPUs and the same --zero", path, h[3], h[2],
-             h[6], world.rank, world.size, (int)world.sharded);
-    if (h[4] != (int)master) fail("%s: was written with --master-weights %d by a %s build, expected %d; resume with the same", path, h[4], h[4] ? "bf16" : "bf16 or fp32", (int)master);
-    if (file_size(f) != state_bytes(g)) fail("%s: expected %zu bytes for this model, found %zu; it is damaged or was cut off; %s", path, state_bytes(g), file_size(f), remedy);
     RunState r;
     r.step = h[10];
     memcpy(&g.seed, &h[20], 8);
+    if (!g.plan.training) {
+        fclose(f);
+        return r;
+    }
+    bool master = g.master[0] != nullptr;
+    if (h[2] != world.size || h[3] != world.rank || h[6] != (int)world.sharded)
+        fail("%s: was written by rank %d of %d with --zero %d, this is rank %d of %d with --zero %d; resume with as many GPUs and the same --zero",
+             path, h[3], h[2], h[6], world.rank, world.size, (int)world.sharded);
+    if (h[4] != (int)master)
+        fail("%s: its run %s fp32 master weights, this one %s them; resume with the same --master-weights and PRECISION", path,
+             h[4] ? "kept" : "did without", master ? "keeps" : "does without");
+    if (file_size(f) != state_bytes(g))
+        fail("%s: expected %zu bytes for this model, found %zu; it is damaged or was cut off; %s", path, state_bytes(g), file_size(f), remedy);
+    size_t tokens;
+    memcpy(&tokens, &h[14], 8);
+    if (h[11] != train.T || h[12] != (int)train.shards.size() || tokens != loader_tokens(train))
+        fail("%s: its run read %zu tokens in %d shards in sequences of %d, this one reads %zu in %zu in sequences of %d; resume with the same -i and -t",
+             path, tokens, h[12], h[11], loader_tokens(train), train.shards.size(), train.T);
     g.updates = h[22];
     r.not_finite_in_row = h[23];
     memcpy(&r.shard, &h[30], 8);
     memcpy(&r.window, &h[32], 8);
     memcpy(&r.epoch, &h[34], 8);
+    if (r.step < 0 || g.updates < 0 || r.shard >= train.shards.size() || r.window > loader_tokens(train))
+        fail("%s: step %d, shard %zu, sequence %zu is no place in these data; it is damaged; %s", path, r.step, r.shard, r.window, remedy);
+    train.seed = g.seed;
+    loader_seek(train, r.epoch, r.shard, r.window);
     std::vector<char> staging;
     for (float** tensors : {g.m, g.v, g.master})
         for (int p = 0; p < NUM_PARAMS; p++)
@@ -2656,14 +2725,17 @@ std::vector<int> checkpoints_in(const std::string& folder) {
 }
 
 // model, then every rank's state, then DONE: a run that is killed in between leaves no DONE, and resumes from the one before.
-void checkpoint_save(GPT2& g, const RunState& r, const std::string& folder, int keep) {
+void checkpoint_save(GPT2& g, RunState r, const Loader& train, const std::string& folder, int keep) {
     NvtxRange range("checkpoint");
+    r.epoch = train.epoch;
+    r.shard = train.shard;
+    r.window = train.window;
     std::string done = checkpoint_path(folder, "DONE", r.step);
     if (world.rank == 0) {
         unlink(done.c_str());   // a run started over may write this step again
         gpt2_save(g, checkpoint_path(folder, "model", r.step));
     }
-    state_save(g, r, checkpoint_path(folder, "state", r.step));
+    state_save(g, r, train, checkpoint_path(folder, "state", r.step));
     world_barrier();
     if (world.rank == 0) {
         AtomicFile f(done);
@@ -2684,19 +2756,22 @@ void checkpoint_save(GPT2& g, const RunState& r, const std::string& folder, int 
 // 8. main
 
 // ==== twin: device and schedule
-// bf16 tensor-core peaks without sparsity, TFLOP/s, from NVIDIA's data sheets: what the MFU is a share of.
-double device_peak_flops(const cudaDeviceProp& prop) {
+// bf16 tensor-core peaks without sparsity, TFLOP/s, from NVIDIA's data sheets: what the MFU is a share of. 0: no meaning.
+double device_peak_flops(const cudaDeviceProp& prop, int device, bool tensor_cores) {
     const struct { const char* name; double tflops; } known[] = {
-        {"H200", 989}, {"H100 PCIe", 756}, {"H100", 989}, {"B200", 2250}, {"A100", 312}, {"A800", 312}, {"H800", 989}, {"L40S", 362},
-        {"L40", 181}, {"L4", 121}, {"A40", 150}, {"A10G", 70}, {"A10", 125}, {"A6000", 155}, {"6000 Ada", 364}, {"RTX 3090", 71},
-        {"RTX 4090", 165}, {"RTX 4080", 97}, {"RTX 5090", 209}, {"RTX 5080", 113},
+        {"H200", 989}, {"H100 PCIe", 756}, {"H100 NVL", 835}, {"H100", 989}, {"H800", 989}, {"H20", 148}, {"B200", 2250}, {"A100", 312},
+        {"A800", 312}, {"L40S", 362}, {"L40", 181}, {"L4", 121}, {"A40", 150}, {"A10G", 70}, {"A10", 125}, {"A6000", 155},
+        {"6000 Ada", 364}, {"RTX 3090", 71}, {"RTX 4090", 165}, {"RTX 4080", 97}, {"RTX 5090", 209}, {"RTX 5080", 113},
     };
+    if (!tensor_cores || prop.major < 8 || strstr(prop.name, "CPU")) return 0;
     const double precision = kFP32 ? 0.5 : 1;   // TF32 runs at half the rate of bf16
-    for (auto& k : known)
-        if (strstr(prop.name, k.name)) return k.tflops * 1e12 * precision;
-    if (prop.major < 8 || strstr(prop.name, "CPU")) return 0;   // no such tensor cores: MFU has no meaning
+    for (auto& k : known) {   // as a whole word: an A1000 is no A100
+        const char* at = strstr(prop.name, k.name);
+        bool whole = at != nullptr && (at == prop.name || !isalnum((unsigned char)at[-1])) && !isalnum((unsigned char)at[strlen(k.name)]);
+        if (whole) return k.tflops * 1e12 * precision;
+    }
     int khz = 0;
-    cudaDeviceGetAttribute(&khz, cudaDevAttrClockRate, 0);
+    cudaDeviceGetAttribute(&khz, cudaDevAttrClockRate, device);
     double per_sm_and_clock = prop.major == 8 && prop.minor == 0 ? 2048 : prop.major == 8 || prop.major == 12 ? 512 : 4096;
     return per_sm_and_clock * prop.multiProcessorCount * khz * 1e3 * precision;
 }
@@ -2720,8 +2795,8 @@ float schedule_lr(const std::string& name, int step, int steps, float peak, int 
     return peak * (float)(final_fraction + (1 - final_fraction) * share);
 }
 
-volatile sig_atomic_t interrupted = 0;
-void on_interrupt(int) { interrupted = 1; }
+volatile sig_atomic_t interrupted = 0;   // the signal
+void on_interrupt(int signal) { interrupted = signal; }
 
 // ---- the command line: one table for parsing, for messages and for --help
 
@@ -2734,16 +2809,29 @@ struct Option {
     double low, high;     // of numbers
     const char* usual;    // default, as help prints it
     const char* help;
-    bool given = false;
+    std::string typed;    // the spelling on the command line; empty if it was not there
 };
+using Options = std::vector<Option>;
 
-void options_help(const std::vector<Option>& options) {
+// An option's name for a message: as it was typed, or its long form. `given` tells whether it was.
+std::string typed(const Options& options, const char* name) {
+    for (const Option& o : options)
+        if (strcmp(o.name, name) == 0 && !o.typed.empty()) return o.typed;
+    return std::string("--") + name;
+}
+bool given(const Options& options, const char* name) {
+    for (const Option& o : options)
+        if (strcmp(o.name, name) == 0) return !o.typed.empty();
+    return false;
+}
+
+void options_help(const Options& options) {
     printf("usage: %s [options]      (--name VALUE or --name=VALUE)\n\n", program_name);
     for (const Option& o : options)
         printf("  %-4s --%-21s %s%s%s%s\n", o.alias, o.name, o.help, *o.usual ? " [" : "", o.usual, *o.usual ? "]" : "");
 }
 
-void options_parse(std::vector<Option>& options, int argc, char** argv) {
+void options_parse(Options& options, int argc, char** argv) {
     for (int i = 1; i < argc; i++) {
         std::string arg = argv[i], value;
         size_t equals = arg.compare(0, 2, "--") == 0 ? arg.find('=') : std::string::npos;
@@ -2754,7 +2842,7 @@ void options_parse(std::vector<Option>& options, int argc, char** argv) {
         for (Option& o : options)
             if (name == std::string("--") + o.name || (*o.alias && name == o.alias)) option = &o;
         if (option == nullptr) fail_usage("%s: no such option; --help lists them", arg.c_str());
-        option->given = true;
+        option->typed = name;
         if (option->type == HELP) {
             // llm.c's -h takes 0 or 1 and switches HellaSwag's evaluation; ours alone is help
             std::string next = i + 1 < argc && name == "-h" ? argv[i + 1] : "";
@@ -2797,8 +2885,9 @@ void options_parse(std::vector<Option>& options, int argc, char** argv) {
 }
 // ==== end twin
 
-// "d12", "gpt2:d12" or "gpt2:L4,H4,C128,T64,V257". False if the text is none of these, and so names a file.
-bool gpt2_parse_size(const std::string& text, GPT2Config& c) {
+// "d12", "gpt2:d12" or "gpt2:L4,H4,C128,T64,V257". False if the text is none of these, and so names a file. `option` is -e or
+// --model, for messages.
+bool gpt2_parse_size(const char* option, const std::string& text, GPT2Config& c) {
     std::string size = text.compare(0, 5, "gpt2:") == 0 ? text.substr(5) : text;
     bool prefixed = size.size() != text.size();
     const int depths[][3] = {{6, 384, 6}, {12, 768, 12}, {24, 1024, 16}, {36, 1280, 20}, {48, 1600, 25}, {60, 1920, 30}, {72, 2880, 30}, {84, 3456, 36}};
@@ -2807,30 +2896,39 @@ bool gpt2_parse_size(const std::string& text, GPT2Config& c) {
     c = {1024, 50257, 0, 0, 0, 0};   // T and V are GPT-2's unless said otherwise
     if (depth) {
         for (auto& d : depths)
-            if (atoi(size.c_str() + 1) == d[0]) c.L = d[0], c.C = d[1], c.NH = d[2];
-        if (c.L == 0) fail_usage("-e %s: known depths are d6 d12 d24 d36 d48 d60 d72 d84; any other size is spelled like gpt2:L4,H4,C128,T64,V257", text.c_str());
+            if (atoi(size.c_str() + 1) == d[0]) c = {1024, 50257, 0, d[0], d[2], d[1]};
+        if (c.L == 0)
+            fail_usage("%s %s: expected one of d6 d12 d24 d36 d48 d60 d72 d84, or a size like gpt2:L4,H4,C128,T64,V257", option, text.c_str());
     } else {
-        const char* p = size.c_str();
+        const struct { char letter; int* value; } parts[] = {{'L', &c.L}, {'H', &c.NH}, {'C', &c.C}, {'T', &c.maxT}, {'V', &c.V}};
         std::string seen;
-        while (*p) {
-            char letter = *p++, *end;
-            long value = strtol(p, &end, 10);
-            bool known = strchr("LHCTV", letter) && letter;
-            if (!known || end == p || value < 1 || value > 1 << 30 || seen.find(letter) != std::string::npos || (*end && *end != ','))
-                fail_usage("-e %s: expected sizes like gpt2:L4,H4,C128,T64,V257 (layers, heads, channels, longest sequence, vocabulary)", text.c_str());
+        for (const char* p = size.c_str(); *p != '\0';) {
+            char letter = *p, *end;
+            long value = strtol(p + 1, &end, 10);
+            bool known = false;
+            for (auto& part : parts) {
+                if (part.letter != letter) continue;
+                *part.value = (int)value;
+                known = seen.find(letter) == std::string::npos;
+            }
+            if (!known || end == p + 1 || value < 1 || value > 1 << 30 || (*end != '\0' && *end != ','))
+                fail_usage("%s %s: expected a size like gpt2:L4,H4,C128,T64,V257 (layers, heads, channels, longest sequence, vocabulary)", option,
+                           text.c_str());
             seen += letter;
-            (letter == 'L' ? c.L : letter == 'H' ? c.NH : letter == 'C' ? c.C : letter == 'T' ? c.maxT : c.V) = (int)value;
-            p = *end ? end + 1 : end;
+            p = *end == ',' ? end + 1 : end;
         }
-        if (!c.L || !c.NH || !c.C) fail_usage("-e %s: L, H and C must be given, as in gpt2:L4,H4,C128,T64,V257", text.c_str());
+        if (!c.L || !c.NH || !c.C) fail_usage("%s %s: expected L, H and C among the sizes, as in gpt2:L4,H4,C128,T64,V257", option, text.c_str());
     }
     c.Vp = ceil_div(c.V, 128) * 128;
     return true;
 }
-// What the kernels can do: whole vectors in a head, and heads whose row fits the registers of 4 threads.
-void gpt2_check_config(const GPT2Config& c, const char* from) {
-    if (c.C % c.NH != 0 || c.C / c.NH % 8 != 0 || c.C / c.NH > 128 || c.C > 1 << 14 || c.L > 1 << 12)
-        fail_usage("-e %s: C %d in H %d heads makes heads of %g channels; expected a multiple of 8 up to 128 (and C up to 16384, L up to 4096)", from, c.C, c.NH, (double)c.C / c.NH);
+// What the kernels can do: whole vectors in a head, heads whose row fits the registers of 4 threads, and a norm's row that fits
+// the shared memory which every GPU gives.
+void gpt2_check_config(const GPT2Config& c, const char* option, const char* from) {
+    const int most = (int)(48 * 1024 / sizeof(floatX)) / 2;
+    if (c.C % c.NH != 0 || c.C / c.NH % 8 != 0 || c.C / c.NH > 128)
+        fail_usage("%s %s: C %d in H %d heads makes heads of %g channels; expected a multiple of 8 up to 128", option, from, c.C, c.NH, (double)c.C / c.NH);
+    if (c.C > most || c.L > 1 << 12) fail_usage("%s %s: C %d, L %d; expected C up to %d and L up to 4096", option, from, c.C, c.L, most);
 }
 
 // Mean loss over up to `batches` batches from the start of the validation data.
@@ -2858,7 +2956,7 @@ void gpt2_sample(GPT2& g, const Tokenizer& tokenizer, int count, int top_k, floa
     std::vector<int> text = {tokenizer.tokens.empty() ? V - 1 : std::min(tokenizer.end_of_text, V - 1)};
     std::vector<floatX> row(Vp);
     std::vector<std::pair<float, int>> best(V);
-    for (int i = 0; i < count; i++) {
+    for (int i = 0; i < count && !interrupted; i++) {
         int T = std::min((int)text.size(), g.plan.T);   // a longer text is seen through its end
         int padded = std::min(ceil_div(T, 16) * 16, g.plan.T);   // matmul shapes are prepared once each: not one for every length
         std::copy(text.end() - T, text.end(), host);
@@ -2892,311 +2990,404 @@ void gpt2_sample(GPT2& g, const Tokenizer& tokenizer, int count, int top_k, floa
 }
 
 #ifndef TESTING
-int main(int argc, char** argv) {
-    world_init(&argc, &argv);
-    std::string train_data = "data/train.bin", val_data = "data/val.bin", model_name = "gpt2:d12", out, schedule = "cosine", log_path, estimate, tokenizer_path;
-    int64_t B_arg = 4, T = 1024, total_batch = 0, steps_arg = -1, warmup = 0, val_every = 20, val_batches = 20, sample_every = 20, sample_tokens = 64, overfit = 0,
-            tf32 = 1, master = 1, gelu_fusion = 0, zero = 0, recompute = 1, checkpoint_every = 0, keep = 0, resume = 0, seed = 1337, loss_chunks = 0, top_k = 40;
-    double lr = 3e-4, final_fraction = 1.0, weight_decay = 0, skip_loss_z = 0, skip_grad_z = 0, grad_clip = 1.0, temperature = 0.8;
+// ---- settings: what the command line says
+
+struct Settings {
+    std::string train_data = "data/train.bin", val_data = "data/val.bin", model = "gpt2:d12", out, schedule = "cosine", log, estimate, tokenizer;
+    int64_t B = 4, T = 1024, total_batch = 0, steps = -1, warmup = 0, seed = 1337;
+    int64_t recompute = 1, master = 1, loss_chunks = 0, gelu_fusion = 0, tf32 = 1, zero = 0;
+    int64_t val_every = 20, val_batches = 20, sample_every = 20, sample_tokens = 64, top_k = 40, overfit = 0;
+    int64_t checkpoint_every = 0, keep = 0, resume = 0;
+    double lr = 3e-4, final_fraction = 1.0, weight_decay = 0, grad_clip = 1.0, skip_loss_z = 0, skip_grad_z = 0, temperature = 0.8;
+};
+Options settings_options(Settings& s) {
     const double BIG = 2147483647;
-    std::vector<Option> options = {
-        {"train-data", "-i", TEXT, &train_data, 0, 0, "data/train.bin", "FILE or 'PATTERN': shards of tokens to train on"},
-        {"val-data", "-j", TEXT, &val_data, 0, 0, "data/val.bin", "the same, to validate on"},
-        {"tokenizer", "", TEXT, &tokenizer_path, 0, 0, "tokenizer.bin beside the training data", "FILE that turns sampled ids into text"},
-        {"model", "-e", TEXT, &model_name, 0, 0, "gpt2:d12", "a checkpoint, d12, or a size like gpt2:L4,H4,C128,T64,V257"},
-        {"out", "-o", TEXT, &out, 0, 0, "none", "DIR for checkpoints"},
-        {"batch", "-b", AUTO_INTEGER, &B_arg, 1, 1 << 20, "4", "sequences in a micro-batch on a GPU; auto: as many as fit"},
-        {"seq-len", "-t", INTEGER, &T, 1, 1 << 20, "1024", "tokens in a sequence"},
-        {"total-batch", "-d", INTEGER, &total_batch, 1, BIG, "B*T*ranks", "tokens in a step, over all micro-batches and GPUs"},
-        {"steps", "-x", INTEGER, &steps_arg, 0, BIG, "one epoch", "optimizer steps; 0 validates and samples only"},
-        {"schedule", "-k", TEXT, &schedule, 0, 0, "cosine", "of the learning rate: cosine, linear, constant, wsd"},
-        {"lr", "-l", REAL, &lr, 0, 1e9, "3e-4", "learning rate at its peak"},
-        {"warmup", "-u", INTEGER, &warmup, 0, BIG, "0", "steps in which the rate rises to its peak"},
-        {"final-lr-fraction", "-q", REAL, &final_fraction, 0, 1, "1.0", "the rate at the end, as a share of its peak"},
-        {"weight-decay", "-c", REAL, &weight_decay, 0, 1e9, "0", "of 2-D tensors"},
-        {"grad-clip", "", REAL, &grad_clip, 0, 1e30, "1.0", "largest norm of the gradient; 0: no limit"},
-        {"skip-loss-z", "-sl", REAL, &skip_loss_z, 0, 1e30, "0", "skip a step whose loss is so many deviations above the last 128; 0: never"},
-        {"skip-grad-z", "-sg", REAL, &skip_grad_z, 0, 1e30, "0", "the same for the gradient's norm"},
-        {"seed", "", INTEGER, &seed, 0, BIG, "1337", "of weights, data order, rounding and samples"},
-        {"recompute", "-r", INTEGER, &recompute, 0, 2, "1", "keep less for backward: 1: GELU, 2: and norms, are computed again"},
-        {"master-weights", "-w", INTEGER, &master, 0, 1, "1", "fp32 copies of bf16 weights; 0: stochastic rounding instead"},
-        {"loss-chunks", "", AUTO_INTEGER, &loss_chunks, 1, BIG, "auto", "parts in which logits are made; auto: near 256 MB each"},
-        {"gelu-fusion", "-ge", INTEGER, &gelu_fusion, 0, 2, "0", "GELU in cuBLASLt's epilogue: 1: forward, 2: and backward"},
-        {"tf32", "-f", INTEGER, &tf32, 0, 1, "1", "fp32 builds: tensor cores for matmuls"},
-        {"zero", "-z", INTEGER, &zero, 0, 1, "0", "several GPUs: each keeps a share of the optimizer's state"},
-        {"val-every", "-v", INTEGER, &val_every, 0, BIG, "20", "steps between validations, also at step 0 and the end; 0: never"},
-        {"val-batches", "-m", INTEGER, &val_batches, 1, BIG, "20", "batches in a validation, at most"},
-        {"sample-every", "-s", INTEGER, &sample_every, 0, BIG, "20", "steps between samples of text, also at the end; 0: never"},
-        {"sample-tokens", "-g", INTEGER, &sample_tokens, 1, 1 << 20, "64", "tokens in a sample"},
-        {"top-k", "", INTEGER, &top_k, 0, BIG, "40", "sample among the k likeliest; 0: all"},
-        {"temperature", "", REAL, &temperature, 0, 1e6, "0.8", "of sampling; 0: always the likeliest"},
-        {"overfit", "-a", INTEGER, &overfit, 0, 1, "0", "1: train on the first step's data again and again"},
-        {"checkpoint-every", "-n", INTEGER, &checkpoint_every, 0, BIG, "with --out: at the end alone", "steps between checkpoints, also at the end; 0: never"},
-        {"keep", "-nk", INTEGER, &keep, 0, BIG, "0", "the newest so many checkpoints; 0: all"},
-        {"resume", "-y", INTEGER, &resume, 0, 1, "0", "1: go on from the newest checkpoint in --out"},
-        {"log", "", TEXT, &log_path, 0, 0, "none", "FILE for one JSON object a step"},
-        {"estimate", "", ESTIMATE, &estimate, 0, 0, "", "print what the run would take on the device, and exit; =json for programs"},
-        {"help", "-h", HELP, nullptr, 0, 0, "", "this text"},
+    return {
+        {"train-data", "-i", TEXT, &s.train_data, 0, 0, "data/train.bin", "FILE or 'PATTERN': shards of tokens to train on", ""},
+        {"val-data", "-j", TEXT, &s.val_data, 0, 0, "data/val.bin", "the same, to validate on", ""},
+        {"tokenizer", "", TEXT, &s.tokenizer, 0, 0, "tokenizer.bin beside the training data", "FILE that turns sampled ids into text", ""},
+        {"model", "-e", TEXT, &s.model, 0, 0, "gpt2:d12", "a checkpoint, d12, or a size like gpt2:L4,H4,C128,T64,V257", ""},
+        {"out", "-o", TEXT, &s.out, 0, 0, "none", "DIR for checkpoints", ""},
+        {"batch", "-b", AUTO_INTEGER, &s.B, 1, 1 << 20, "4", "sequences in a micro-batch on a GPU; auto: as many as fit", ""},
+        {"seq-len", "-t", INTEGER, &s.T, 1, 1 << 20, "1024", "tokens in a sequence", ""},
+        {"total-batch", "-d", INTEGER, &s.total_batch, 1, BIG, "B*T*ranks", "tokens in a step, over all micro-batches and GPUs", ""},
+        {"steps", "-x", INTEGER, &s.steps, 0, 1 << 30, "one epoch", "optimizer steps; 0 validates and samples only", ""},
+        {"schedule", "-k", TEXT, &s.schedule, 0, 0, "cosine", "of the learning rate: cosine, linear, constant, wsd", ""},
+        {"lr", "-l", REAL, &s.lr, 0, 1e9, "3e-4", "learning rate at its peak", ""},
+        {"warmup", "-u", INTEGER, &s.warmup, 0, BIG, "0", "steps in which the rate rises to its peak", ""},
+        {"final-lr-fraction", "-q", REAL, &s.final_fraction, 0, 1, "1.0", "the rate at the end, as a share of its peak", ""},
+        {"weight-decay", "-c", REAL, &s.weight_decay, 0, 1e9, "0", "of 2-D tensors", ""},
+        {"grad-clip", "", REAL, &s.grad_clip, 0, 1e30, "1.0", "largest norm of the gradient; 0: no limit", ""},
+        {"skip-loss-z", "-sl", REAL, &s.skip_loss_z, 0, 1e30, "0", "skip a step whose loss is so many deviations above the last 128; 0: never", ""},
+        {"skip-grad-z", "-sg", REAL, &s.skip_grad_z, 0, 1e30, "0", "the same for the gradient's norm", ""},
+        {"seed", "", INTEGER, &s.seed, 0, BIG, "1337", "of weights, data order, rounding and samples", ""},
+        {"recompute", "-r", INTEGER, &s.recompute, 0, 2, "1", "keep less for backward: 1: GELU, 2: and norms, are computed again", ""},
+        {"master-weights", "-w", INTEGER, &s.master, 0, 1, "1", "fp32 copies of bf16 weights; 0: stochastic rounding instead", ""},
+        {"loss-chunks", "", AUTO_INTEGER, &s.loss_chunks, 1, BIG, "auto", "parts in which logits are made; auto: near 256 MB each", ""},
+        {"gelu-fusion", "-ge", INTEGER, &s.gelu_fusion, 0, 2, "0", "GELU in cuBLASLt's epilogue: 1: forward, 2: and backward", ""},
+        {"tf32", "-f", INTEGER, &s.tf32, 0, 1, "1", "fp32 builds: tensor cores for matmuls", ""},
+        {"zero", "-z", INTEGER, &s.zero, 0, 1, "0", "several GPUs: each keeps a share of the optimizer's state", ""},
+        {"val-every", "-v", INTEGER, &s.val_every, 0, BIG, "20", "steps between validations, also at step 0 and the end; 0: never", ""},
+        {"val-batches", "-m", INTEGER, &s.val_batches, 1, BIG, "20", "batches in a validation, at most", ""},
+        {"sample-every", "-s", INTEGER, &s.sample_every, 0, BIG, "20", "steps between samples of text, also at the end; 0: never", ""},
+        {"sample-tokens", "-g", INTEGER, &s.sample_tokens, 1, 1 << 20, "64", "tokens in a sample", ""},
+        {"top-k", "", INTEGER, &s.top_k, 0, BIG, "40", "sample among the k likeliest; 0: all", ""},
+        {"temperature", "", REAL, &s.temperature, 0, 1e6, "0.8", "of sampling; 0: always the likeliest", ""},
+        {"overfit", "-a", INTEGER, &s.overfit, 0, 1, "0", "1: train on the first step's data again and again", ""},
+        {"checkpoint-every", "-n", INTEGER, &s.checkpoint_every, 0, BIG, "at the end alone", "steps between checkpoints, also at the end; 0: never", ""},
+        {"keep", "-nk", INTEGER, &s.keep, 0, BIG, "0", "the newest so many checkpoints; 0: all", ""},
+        {"resume", "-y", INTEGER, &s.resume, 0, 1, "0", "1: go on from the newest checkpoint in --out", ""},
+        {"log", "", TEXT, &s.log, 0, 0, "none", "FILE for one JSON object a step", ""},
+        {"estimate", "", ESTIMATE, &s.estimate, 0, 0, "", "print what the run would take on the device, and exit; =json for programs", ""},
+        {"help", "-h", HELP, nullptr, 0, 0, "", "this text", ""},
     };
-    options_parse(options, argc, argv);
-    auto given = [&](const char* name) {
-        for (const Option& o : options)
-            if (strcmp(o.name, name) == 0) return o.given;
-        return false;
-    };
-    if (std::find(std::begin(SCHEDULES), std::end(SCHEDULES), schedule) == std::end(SCHEDULES))
-        fail_usage("--schedule %s: expected cosine, linear, constant or wsd", schedule.c_str());
-    if (kActBits > 0 && gelu_fusion > 0)
-        fail_usage("--gelu-fusion %lld: this build keeps GELU's input in %d bits, which no epilogue of cuBLASLt makes; expected 0, or a build with APPROX_ACT=0", (long long)gelu_fusion, kActBits);
-    if (resume && out.empty()) fail_usage("--resume 1: resumes from the folder of --out, and --out was not given");
-    if (given("checkpoint-every") && checkpoint_every > 0 && out.empty()) fail_usage("--checkpoint-every %lld: has nowhere to write; --out DIR was not given", (long long)checkpoint_every);
-    if (keep > 0 && out.empty()) fail_usage("--keep %lld: keeps checkpoints, and --out DIR was not given", (long long)keep);
-    const bool master_rank = world.rank == 0;
-
-    // ---- the model: of a size, of a file, or of the checkpoint that is resumed
-    GPT2 g = {};
-    g.seed = seed;
-    int resume_step = -1;
-    if (resume && estimate.empty()) {
-        std::vector<int> steps = checkpoints_in(out);
-        if (!steps.empty()) resume_step = steps.back();
-        else if (master_rank) printf("no checkpoint in %s yet: starting at step 0\n", out.c_str());
+}
+void settings_check(const Settings& s, const Options& o) {
+    bool known = false;
+    for (const char* name : SCHEDULES) known = known || s.schedule == name;
+    if (!known) fail_usage("%s %s: expected cosine, linear, constant or wsd", typed(o, "schedule").c_str(), s.schedule.c_str());
+    if (kActBits > 0 && s.gelu_fusion > 0)
+        fail_usage("%s %lld: this build keeps GELU's input in %d bits, which no epilogue of cuBLASLt makes; expected 0, or a build with APPROX_ACT=0",
+                   typed(o, "gelu-fusion").c_str(), (long long)s.gelu_fusion, kActBits);
+    for (const char* needs_out : {"resume", "checkpoint-every", "keep"}) {
+        int64_t value = !strcmp(needs_out, "resume") ? s.resume : !strcmp(needs_out, "keep") ? s.keep : s.checkpoint_every;
+        if (value > 0 && s.out.empty())
+            fail_usage("%s %lld: expected --out DIR with it, the folder of the checkpoints", typed(o, needs_out).c_str(), (long long)value);
     }
-    std::string model_file;
-    if (resume_step >= 0) model_file = checkpoint_path(out, "model", resume_step);
-    else if (!gpt2_parse_size(model_name, g.config)) model_file = model_name;
-    if (!model_file.empty()) g.config = gpt2_read_config(model_file.c_str());
-    gpt2_check_config(g.config, model_file.empty() ? model_name.c_str() : model_file.c_str());
-    if (T > g.config.maxT) fail_usage("--seq-len %lld: the model's longest sequence is %d", (long long)T, g.config.maxT);
+    if (s.steps >= 0 && s.warmup > s.steps && s.steps > 0)
+        fail_usage("%s %lld: expected at most the number of steps, %lld", typed(o, "warmup").c_str(), (long long)s.warmup, (long long)s.steps);
+}
 
-    // ---- the device. --estimate can do without.
-    int devices = 0;
-    bool have_device = cudaGetDeviceCount(&devices) == cudaSuccess && devices > 0;
-    cudaDeviceProp prop = {};
-    size_t free_bytes = 0, total_bytes = 0;
-    if (have_device) {
-        cudaCheck(cudaSetDevice(world.local_rank % devices));
-        cudaCheck(cudaGetDeviceProperties(&prop, world.local_rank % devices));
-        if (estimate.empty()) cublasCheck(cublasLtCreate(&matmul_state.handle));   // before the memory is measured: it takes some
-        cudaCheck(cudaMemGetInfo(&free_bytes, &total_bytes));
-    } else if (estimate.empty()) {
-        fail("no GPU is visible (nvidia-smi lists them); expected one, or a build for the CPU: make %s CPU=1", program_name);
-    }
-    cudaGetLastError();
+// The micro-batches that make a step of --total-batch tokens out of B sequences; 0 where none do.
+int64_t micro_batches(const Settings& s, int64_t B) {
+    int64_t tokens = B * s.T * world.size;
+    return s.total_batch == 0 ? 1 : s.total_batch % tokens == 0 ? s.total_batch / tokens : 0;
+}
 
-    // ---- the plan
-    matmul_state.tf32 = tf32;
-    matmul_state.gelu_fusion = (int)gelu_fusion;
-    world.sharded = zero;
-    g.plan = {(int)B_arg, (int)T, 1, steps_arg != 0, (int)recompute, master != 0, (int)loss_chunks};
-    auto micro_batches = [&](int64_t B) -> int64_t {   // 0 where they do not make total_batch
-        int64_t tokens = B * T * world.size;
-        return total_batch == 0 ? 1 : total_batch % tokens == 0 ? total_batch / tokens : 0;
-    };
-    if (B_arg == 0) {
-        if (!have_device) fail_usage("--batch auto: no GPU is visible whose memory could be filled; give a number");
-        for (int64_t B = 1; B <= 1 << 16 && B * T < 1 << 30; B *= 2) {
-            if (micro_batches(B) == 0) continue;
+// B as given, or for auto the largest power of two, up to `data_batch`, whose tensors fit into `free_bytes`.
+void choose_plan(GPT2& g, const Settings& s, const Options& o, size_t free_bytes, size_t data_batch) {
+    const std::string batch = typed(o, "batch");
+    g.plan = {(int)s.B, (int)s.T, 1, s.steps != 0, (int)s.recompute, s.master != 0, (int)s.loss_chunks};
+    if (s.B == 0) {
+        for (int64_t B = 1; B <= (int64_t)data_batch && B * s.T < 1 << 30; B *= 2) {
+            if (micro_batches(s, B) == 0) continue;
             Plan last = g.plan;
             g.plan.B = (int)B;
-            g.plan.micro_batches = (int)micro_batches(B);
+            g.plan.micro_batches = (int)micro_batches(s, B);
+            const size_t page = 2 << 20;   // cudaMalloc's, for tensors that have it
             size_t need = 0;
-            for (const Row& r : gpt2_table(g)) need += r.bytes() < 1 << 20 ? r.bytes() : (r.bytes() + (2 << 20) - 1) & ~(size_t)((2 << 20) - 1);   // cudaMalloc's pages
-            if (need > free_bytes - free_bytes / 100) {
+            for (const Row& r : gpt2_table(g)) need += r.bytes() < page / 2 ? r.bytes() : (r.bytes() + page - 1) / page * page;
+            if (need > free_bytes - free_bytes / 32) {   // the libraries load their kernels when they are first called
                 g.plan = last;
                 break;
             }
         }
-        if (g.plan.B == 0) fail("--batch auto: not even one sequence of %lld tokens fits into the %.1f MiB that are free%s; --estimate -b 1 shows what takes the room",
-                                (long long)T, free_bytes / 1048576.0, total_batch ? " and divides --total-batch" : "");
+        if (g.plan.B == 0)
+            fail("%s auto: not even one sequence of %lld tokens fits into the %.1f MiB that are free%s; --estimate -b 1 shows what takes the room",
+                 batch.c_str(), (long long)s.T, free_bytes / 1048576.0, s.total_batch ? " and divides --total-batch" : "");
     }
-    const int B = g.plan.B, BT = B * (int)T;
-    if ((int64_t)B * T >= 1 << 30) fail_usage("--batch %d: %lld tokens in one micro-batch; expected fewer than 2^30", B, (long long)B * T);
-    if (micro_batches(B) == 0)
-        fail_usage("--total-batch %lld: expected a multiple of batch * seq-len * GPUs = %d * %lld * %d = %lld", (long long)total_batch, B, (long long)T, world.size,
-                   (long long)B * T * world.size);
-    g.plan.micro_batches = (int)micro_batches(B);
-    if (loss_chunks > BT) fail_usage("--loss-chunks %lld: a micro-batch has %d rows, so expected at most that", (long long)loss_chunks, BT);
-    const std::string mode = gpt2_mode(g.plan);
-    const size_t kept_layers = g.plan.training ? g.config.L : 1;
-    if (!estimate.empty() && !master_rank) return 0;
-    if (!estimate.empty()) {
-        Table table = gpt2_table(g);
-        if (estimate == "json") {
-            table_print_json(table);
-            return 0;
+    const int64_t B = g.plan.B, BT = B * s.T;
+    if (BT >= 1 << 30) fail_usage("%s %lld: %lld tokens in one micro-batch; expected fewer than 2^30", batch.c_str(), (long long)B, (long long)BT);
+    g.plan.micro_batches = (int)micro_batches(s, B);
+    if (g.plan.micro_batches == 0)
+        fail_usage("%s %lld: expected a multiple of batch * seq-len * GPUs = %lld * %lld * %d = %lld", typed(o, "total-batch").c_str(),
+                   (long long)s.total_batch, (long long)B, (long long)s.T, world.size, (long long)BT * world.size);
+    if (s.loss_chunks > BT)
+        fail_usage("%s %lld: a micro-batch has %lld rows, so expected at most that", typed(o, "loss-chunks").c_str(), (long long)s.loss_chunks, (long long)BT);
+}
+
+// A folder that can be written to, found out now and not after an hour of training.
+void prepare_out(const Settings& s, const Options& o) {
+    const std::string option = typed(o, "out");
+    const char* out = s.out.c_str();
+    if (mkdir(out, 0777) != 0 && errno != EEXIST) fail("%s %s: cannot make this folder: %s", option.c_str(), out, strerror(errno));
+    if (!is_folder(out)) fail("%s %s: expected a folder, found a file", option.c_str(), out);
+    std::string probe = s.out + "/.writable." + std::to_string(world.rank);
+    FILE* f = fopen(probe.c_str(), "wb");
+    if (f == nullptr) fail("%s %s: cannot write into this folder: %s", option.c_str(), out, strerror(errno));
+    fclose(f);
+    unlink(probe.c_str());
+    std::vector<int> steps = checkpoints_in(s.out);
+    if (!s.resume && !steps.empty())   // mixed with ours, a later resume could take them for ours
+        fail("%s %s: holds checkpoints of an earlier run, up to step %d; --resume 1 goes on with it, another folder begins anew", option.c_str(), out, steps.back());
+}
+
+// Opens the log; a resumed run goes on behind the lines that its checkpoint has seen.
+void log_open(Log& log, const Settings& s, const Options& o, int resume_step) {
+    log.path = s.log;
+    std::string kept;
+    if (FILE* old = resume_step >= 0 ? fopen(s.log.c_str(), "r") : nullptr) {
+        char line[512];
+        while (fgets(line, sizeof line, old)) {
+            int step;
+            bool val = strstr(line, "\"val_loss\"") != nullptr;   // this step's is computed again
+            if (sscanf(line, "{\"step\": %d", &step) == 1 && (step < resume_step || (step == resume_step && !val))) kept += line;
         }
-        table_print(table, kept_layers, (size_t)BT * g.config.C, mode.c_str(), true);
+        fclose(old);
+    }
+    log.file = fopen(s.log.c_str(), "w");
+    if (log.file == nullptr) fail("%s %s: cannot open it: %s", typed(o, "log").c_str(), s.log.c_str(), strerror(errno));
+    fputs(kept.c_str(), log.file);
+}
+
+// ---- the loop. Step s is the s-th update: what is logged under s has seen s updates.
+
+struct Run {
+    Settings s;
+    Options options;
+    GPT2 g = {};
+    Loader train, val;
+    Tokenizer tokenizer;
+    Log log;
+    RunState state;
+    int steps = 0, resume_step = -1;
+    double peak_flops = 0;
+    int* host_tokens = nullptr;   // pinned: one region a micro-batch, so that a step needs no waiting in between
+};
+
+Verdict run_step(Run& run, const Hyper& h) {
+    GPT2& g = run.g;
+    const int B = g.plan.B, T = g.plan.T, BT = B * T;
+    if (run.s.overfit) loader_seek(run.train, 0, 0, 0);
+    for (int micro = 0; micro < g.plan.micro_batches; micro++) {
+        int* host = run.host_tokens + micro * token_ints(BT, g.config.V);
+        loader_next(run.train, host, host + BT);
+        int buckets = tokens_upload(g.tokens, host, BT, g.config.V, g.stream);
+        gpt2_forward(g, B, T);
+        gpt2_loss(g, B, T, true, micro == 0);
+        gpt2_backward(g, B, T, buckets, micro);
+    }
+    return gpt2_update(g, h, run.state.step);
+}
+
+// Returns the exit status.
+int run_loop(Run& run) {
+    const Settings& s = run.s;
+    GPT2& g = run.g;
+    RunState& at = run.state;
+    const bool speaks = world.rank == 0, terminal = isatty(STDOUT_FILENO);
+    const double tokens = (double)g.plan.B * g.plan.T * g.plan.micro_batches * world.size;   // a step
+    double seconds = 0;   // of the steps but the first, which prepares the matmuls
+    int timed = -1, saved = -1;
+    while (true) {
+        const bool stop = world_any(interrupted), last = at.step >= run.steps || stop;
+        if (s.val_every > 0 && !stop && (last || at.step % s.val_every == 0)) {
+            float loss = gpt2_validate(g, run.val, (int)s.val_batches, run.host_tokens);
+            if (speaks) printf("val loss %.4f at step %d\n", loss, at.step);
+            log_line(run.log, "{\"step\": %d, \"val_loss\": %s}", at.step, json_number(loss).c_str());
+        }
+        if (s.sample_every > 0 && !stop && speaks && (last || (at.step > 0 && at.step % s.sample_every == 0))) {
+            printf("---- sample\n");
+            gpt2_sample(g, run.tokenizer, (int)s.sample_tokens, (int)s.top_k, (float)s.temperature, at.step, run.host_tokens);
+            printf("----\n");
+        }
+        // without -n: at the end; -n 0: never, unless the run is interrupted
+        bool periodic = s.checkpoint_every > 0 && at.step % s.checkpoint_every == 0;
+        bool at_end = last && !(given(run.options, "checkpoint-every") && s.checkpoint_every == 0);
+        bool fresh = at.step > 0 && at.step != run.resume_step && at.step != saved;
+        if (!s.out.empty() && g.plan.training && fresh && (stop || periodic || at_end)) {
+            checkpoint_save(g, at, run.train, s.out, (int)s.keep);
+            saved = at.step;
+        }
+        if (last) {
+            if (!speaks) break;
+            if (timed > 0) printf("%d steps after the first, %.1f ms each, %.0f tok/s\n", timed, seconds / timed * 1e3, tokens * timed / seconds);
+            if (stop) printf("interrupted after step %d%s\n", at.step, s.out.empty() ? "; without --out nothing was saved" : "; --resume 1 goes on");
+            break;
+        }
+
+        Hyper h;
+        h.lr = schedule_lr(s.schedule, at.step, run.steps, (float)s.lr, (int)s.warmup, (float)s.final_fraction);
+        h.weight_decay = (float)s.weight_decay;
+        h.grad_clip = (float)s.grad_clip;
+        h.skip_loss_z = (float)s.skip_loss_z;
+        h.skip_grad_z = (float)s.skip_grad_z;
+        double begin = now_seconds();
+        Verdict v = run_step(run, h);
+        double took = now_seconds() - begin;
+        at.step++;
+        if (++timed > 0) seconds += took;
+
+        bool finite = std::isfinite(v.loss) && std::isfinite(v.grad_norm);
+        at.not_finite_in_row = finite ? 0 : at.not_finite_in_row + 1;
+        if (speaks) {
+            double mfu = run.peak_flops > 0 ? gpt2_flops_per_token(g.config, g.plan.T) * tokens / took / (run.peak_flops * world.size) : NAN;
+            char mfu_text[32] = "MFU n/a", left[64] = "";
+            if (run.peak_flops > 0) snprintf(mfu_text, sizeof mfu_text, "MFU %.1f%%", 100 * mfu);
+            if (terminal && timed > 0) {
+                long sec = (long)(seconds / timed * (run.steps - at.step));
+                snprintf(left, sizeof left, " | %ld:%02ld:%02ld left", sec / 3600, sec / 60 % 60, sec % 60);
+            }
+            printf("step %5d/%d | loss %.4f | norm %.4f | lr %.2e | %.1f ms | %.0f tok/s | %s%s\n", at.step, run.steps, fabsf(v.loss),
+                   fabsf(v.grad_norm), h.lr, took * 1e3, tokens / took, mfu_text, left);   // fabs: neither is negative, but a NaN may be
+            if (!finite) printf("  the loss or the gradient is not finite: this step changed nothing (%d in a row)\n", at.not_finite_in_row);
+            else if (v.skip) printf("  skipped: loss %.1f, gradient norm %.1f deviations above the last %d steps\n", v.loss_z, v.grad_z, HISTORY);
+            fflush(stdout);
+            log_line(run.log, "{\"step\": %d, \"train_loss\": %s, \"grad_norm\": %s, \"lr\": %s, \"ms\": %.3f, \"tokens_per_s\": %.1f, \"mfu\": %s}", at.step,
+                     json_number(v.loss).c_str(), json_number(v.grad_norm).c_str(), json_number(h.lr).c_str(), took * 1e3, tokens / took,
+                     json_number(mfu).c_str());
+        }
+        if (at.not_finite_in_row >= 10) {
+            fprintf(stderr, "%s: the loss or the gradient was not finite for 10 steps in a row, up to step %d. The weights are those of before. "
+                    "Lower the rate (--lr), lengthen --warmup, or resume from a checkpoint (--resume 1)\n", program_name, at.step);
+            return 3;
+        }
+    }
+    return interrupted ? 128 + interrupted : 0;
+}
+
+int main(int argc, char** argv) {
+    world_init(&argc, &argv);
+    Run run;
+    Settings& s = run.s;
+    Options& o = run.options = settings_options(s);
+    GPT2& g = run.g;
+    options_parse(o, argc, argv);
+    settings_check(s, o);
+    const bool speaks = world.rank == 0;
+
+    // ---- the model: of a size, of a file, or of the checkpoint that is resumed
+    g.seed = s.seed;
+    std::string model_file;
+    const std::string model_option = typed(o, "model");
+    std::vector<int> checkpoints;
+    if (s.resume) checkpoints = checkpoints_in(s.out);
+    if (!checkpoints.empty()) {
+        run.resume_step = checkpoints.back();
+        model_file = checkpoint_path(s.out, "model", run.resume_step);
+    } else if (!gpt2_parse_size(model_option.c_str(), s.model, g.config)) {
+        model_file = s.model;
+    }
+    if (!model_file.empty()) g.config = gpt2_read_config(model_file.c_str());
+    const char* model_name = model_file.empty() ? s.model.c_str() : model_file.c_str();
+    gpt2_check_config(g.config, model_option.c_str(), model_name);
+    if (s.T > g.config.maxT) fail_usage("%s %lld: the model's longest sequence is %d", typed(o, "seq-len").c_str(), (long long)s.T, g.config.maxT);
+
+    // ---- the device. --estimate can do without.
+    int devices = 0;
+    cudaError_t device_error = cudaGetDeviceCount(&devices);
+    const bool have_device = device_error == cudaSuccess && devices > 0, estimating = !s.estimate.empty();
+    cudaDeviceProp prop = {};
+    size_t free_bytes = 0, total_bytes = 0;
+    if (have_device) {
+        const int device = world.local_rank % devices;
+        cudaCheck(cudaSetDevice(device));
+        cudaCheck(cudaGetDeviceProperties(&prop, device));
+        if (world.local_rank >= devices && !strstr(prop.name, "CPU"))
+            fail("this machine has %d GPUs, and this is process %d on it; expected at most one process a GPU (mpirun -np)", devices, world.local_rank + 1);
+        run.peak_flops = device_peak_flops(prop, device, !kFP32 || s.tf32);
+        if (!estimating) {   // before the memory is measured: both take some
+            cublasCheck(cublasLtCreate(&matmul_state.handle));
+            world_connect();
+        }
+        cudaCheck(cudaMemGetInfo(&free_bytes, &total_bytes));
+        free_bytes = (size_t)world_min((double)free_bytes);   // all ranks must come to one plan
+    } else if (!estimating) {
+        fail("no GPU to run on (CUDA says \"%s\", nvidia-smi lists what it sees); expected one, or a build for the CPU: make %s CPU=1",
+             cudaGetErrorString(device_error), program_name);
+    } else if (s.B == 0) {
+        fail_usage("%s auto: no GPU is visible whose memory could be filled; expected a number", typed(o, "batch").c_str());
+    }
+    cudaGetLastError();
+    matmul_state.tf32 = s.tf32;
+    matmul_state.gelu_fusion = (int)s.gelu_fusion;
+    world.sharded = s.zero;
+
+    // ---- data and plan
+    size_t data_batch = 1 << 16;
+    if (!estimating && s.steps != 0) {
+        loader_open(run.train, typed(o, "train-data").c_str(), s.train_data.c_str(), (int)s.T, g.config.V, true, g.seed);
+        data_batch = std::min(data_batch, loader_largest_batch(run.train));
+    }
+    if (!estimating && s.val_every > 0) {
+        loader_open(run.val, typed(o, "val-data").c_str(), s.val_data.c_str(), (int)s.T, g.config.V, false, g.seed);
+        data_batch = std::min(data_batch, loader_largest_batch(run.val));
+    }
+    choose_plan(g, s, o, free_bytes, data_batch);
+    const size_t BT = (size_t)g.plan.B * g.plan.T, kept_layers = g.plan.training ? g.config.L : 1;
+    const std::string mode = gpt2_mode(g.plan);
+    if (estimating) {
+        Table table = gpt2_table(g);
+        if (speaks && s.estimate == "json") table_print_json(table);
+        if (!speaks || s.estimate == "json") return 0;
+        table_print(table, kept_layers, BT * g.config.C, mode.c_str(), true);
         if (!have_device) printf("no GPU is visible here, so whether this fits is for you to say\n");
         else printf("%s has %.1f MiB, %.1f MiB of them free: this %s\n", prop.name, total_bytes / 1048576.0, free_bytes / 1048576.0,
                     table_bytes(table) < free_bytes ? "fits" : "does not fit");
         return 0;
     }
-
-    // ---- data
-    Loader train, val;
-    if (g.plan.training) loader_open(train, "-i", train_data.c_str(), B, (int)T, g.config.V, true, g.seed);
-    if (val_every > 0) loader_open(val, "-j", val_data.c_str(), B, (int)T, g.config.V, false, g.seed);
-    int steps = (int)steps_arg;
-    if (steps_arg < 0) steps = (int)std::min<size_t>(train.batches_per_epoch() / g.plan.micro_batches, 1 << 30);
-    if (steps_arg < 0 && steps == 0)
-        fail("-i %s: one epoch makes %zu batches, fewer than the %d of one step; take a smaller --total-batch or give --steps", train_data.c_str(), train.batches_per_epoch(), g.plan.micro_batches);
-    if (warmup > steps && steps > 0) fail_usage("--warmup %lld: expected at most the number of steps, %d", (long long)warmup, steps);
-    Tokenizer tokenizer;
-    if (sample_every > 0) {
-        const bool beside = tokenizer_path.empty();
-        if (beside) tokenizer_path = folder_of(given("train-data") || !given("val-data") ? train_data : val_data) + "/tokenizer.bin";
-        bool loaded = tokenizer_load(tokenizer, tokenizer_path.c_str());
-        if (!loaded && !beside) fail("--tokenizer %s: no such file; prepro/text.py writes one beside its token files", tokenizer_path.c_str());
-        if (!loaded && master_rank) printf("no %s: samples are printed as ids\n", tokenizer_path.c_str());
+    if (g.plan.training) {
+        loader_set_batch(run.train, g.plan.B);
+        size_t epoch = run.train.batches_per_epoch() / g.plan.micro_batches;
+        run.steps = (int)(s.steps >= 0 ? s.steps : std::min<int64_t>(epoch, 1 << 30));
+        if (run.steps == 0)
+            fail("%s: one epoch makes %zu batches, fewer than the %d of one step; take a smaller --total-batch or give --steps", s.train_data.c_str(),
+                 run.train.batches_per_epoch(), g.plan.micro_batches);
     }
+    if (s.val_every > 0) loader_set_batch(run.val, g.plan.B);
+
+    // ---- what is written and printed
     signal(SIGXFSZ, SIG_IGN);   // a file-size limit is then an error of write(), with a message, and not a death
-    if (!out.empty()) {
-        if (mkdir(out.c_str(), 0777) != 0 && errno != EEXIST) fail("--out %s: cannot make this folder: %s", out.c_str(), strerror(errno));
-        if (!is_folder(out.c_str())) fail("--out %s: expected a folder, found a file", out.c_str());
-        std::string probe = out + "/.writable." + std::to_string(world.rank);
-        FILE* f = fopen(probe.c_str(), "wb");   // now, and not after an hour of training
-        if (f == nullptr) fail("--out %s: cannot write into this folder: %s", out.c_str(), strerror(errno));
-        fclose(f);
-        unlink(probe.c_str());
-        if (!resume && master_rank && !checkpoints_in(out).empty())
-            fprintf(stderr, "%s: note: %s holds checkpoints of an earlier run, up to step %d; this run starts at 0 and writes beside them (-y 1 would resume)\n", program_name,
-                    out.c_str(), checkpoints_in(out).back());
+    if (!s.out.empty() && g.plan.training) prepare_out(s, o);
+    if (!s.log.empty() && speaks) log_open(run.log, s, o, run.resume_step);
+    if (s.sample_every > 0 && speaks) {
+        const std::string& beside = given(o, "train-data") || !given(o, "val-data") ? s.train_data : s.val_data;
+        const std::string path = s.tokenizer.empty() ? folder_of(beside) + "/tokenizer.bin" : s.tokenizer;
+        bool loaded = tokenizer_load(run.tokenizer, path.c_str());
+        if (!loaded && !s.tokenizer.empty()) fail("--tokenizer %s: no such file; prepro/text.py writes one beside its token files", path.c_str());
+        if (!loaded) printf("no %s: samples are printed as ids\n", path.c_str());
     }
-    Log log;
-    if (!log_path.empty() && master_rank) {
-        log.path = log_path;
-        log.file = fopen(log_path.c_str(), resume_step >= 0 ? "a" : "w");
-        if (log.file == nullptr) fail("--log %s: cannot open it: %s", log_path.c_str(), strerror(errno));
-    }
-
-    // ---- say what will be done, then take the memory
-    double peak_flops = device_peak_flops(prop);
-    if (master_rank) {
-        printf("device     %s x %d, %.1f MiB free of %.1f (driver, libraries and others hold %.1f)\n", prop.name, world.size, free_bytes / 1048576.0, total_bytes / 1048576.0,
-               (total_bytes - free_bytes) / 1048576.0);
-        printf("model      %s: L %d, NH %d, C %d, T %d, V %d, %.2fM parameters, %s\n", model_file.empty() ? model_name.c_str() : model_file.c_str(), g.config.L, g.config.NH, g.config.C,
-               g.config.maxT, g.config.V, param_count(g.config) / 1e6, dtype_name(FLOATX));
+    if (speaks) {
+        printf("device     %s x %d, %.1f MiB free of %.1f (driver, libraries and others hold %.1f)\n", prop.name, world.size, free_bytes / 1048576.0,
+               total_bytes / 1048576.0, (total_bytes - free_bytes) / 1048576.0);
+        printf("model      %s: L %d, NH %d, C %d, T %d, V %d, %.2fM parameters, %s\n", model_name, g.config.L, g.config.NH, g.config.C, g.config.maxT,
+               g.config.V, param_count(g.config) / 1e6, dtype_name(FLOATX));
         if (g.plan.training)
-            printf("step       %d sequences x %lld tokens x %d micro-batches x %d GPUs = %lld tokens; %d steps, an epoch has %zu\n", B, (long long)T, g.plan.micro_batches, world.size,
-                   (long long)BT * g.plan.micro_batches * world.size, steps, train.batches_per_epoch() / g.plan.micro_batches);
+            printf("step       %d sequences x %d tokens x %d micro-batches x %d GPUs = %zu tokens; %d steps, an epoch has %zu\n", g.plan.B, g.plan.T,
+                   g.plan.micro_batches, world.size, BT * g.plan.micro_batches * world.size, run.steps,
+                   run.train.batches_per_epoch() / g.plan.micro_batches);
         printf("memory     (--estimate lists parameters, gradients and optimizer state row by row)\n");
-        table_print(gpt2_table(g), kept_layers, (size_t)BT * g.config.C, mode.c_str(), false);
+        table_print(gpt2_table(g), kept_layers, BT * g.config.C, mode.c_str(), false);
         fflush(stdout);
     }
+
+    // ---- take the memory, and begin or go on
     cudaCheck(cudaStreamCreate(&g.stream));
     gpt2_allocate(g);
     const size_t estimate_bytes = table_bytes(g.table);
-    const size_t host_ints = token_ints(BT, g.config.V);
-    int* host_tokens = nullptr;   // pinned: one region a micro-batch, so that a step needs no waiting in between
-    cudaCheck(cudaMallocHost((void**)&host_tokens, host_ints * g.plan.micro_batches * sizeof(int)));
-
-    RunState run;
+    cudaCheck(cudaMallocHost((void**)&run.host_tokens, token_ints(BT, g.config.V) * g.plan.micro_batches * sizeof(int)));
     if (model_file.empty()) gpt2_init(g);
     else gpt2_load(g, model_file.c_str());
     cudaCheck(cudaStreamSynchronize(g.stream));
-    if (resume_step >= 0) {
-        run = state_load(g, checkpoint_path(out, "state", resume_step));
-        train.seed = g.seed;
-        loader_seek(train, run.epoch, run.shard, run.window);
-        if (master_rank) printf("resumed at step %d from %s\n", run.step, model_file.c_str());
-        if (given("seed") && (uint64_t)seed != g.seed && master_rank) printf("note: --seed %lld is not used, the run goes on with its own, %llu\n", (long long)seed, (unsigned long long)g.seed);
+    if (run.resume_step >= 0) run.state = state_load(g, run.train, checkpoint_path(s.out, "state", run.resume_step));
+    if (speaks && s.resume && run.resume_step < 0) printf("no checkpoint in %s yet: starting at step 0\n", s.out.c_str());
+    if (speaks && run.resume_step >= 0) {
+        printf("resumed at step %d from %s\n", run.state.step, model_file.c_str());
+        if (given(o, "seed") && (uint64_t)s.seed != g.seed) printf("note: the run goes on with its own seed, %llu\n", (unsigned long long)g.seed);
     }
-    world_connect();
-
     struct sigaction action = {};
     action.sa_handler = on_interrupt;
     action.sa_flags = SA_RESETHAND;   // a second Ctrl-C ends the program at once
     sigaction(SIGINT, &action, nullptr);
     sigaction(SIGTERM, &action, nullptr);
 
-    // ---- the loop. Step s is the s-th update: what is logged under s has seen s updates.
-    const bool terminal = isatty(STDOUT_FILENO);
-    double seconds = 0;   // of steps alone
-    int timed = 0, saved_step = -1;
-    while (true) {
-        const bool stop = world_any(interrupted), last = run.step >= steps || stop;
-        if (stop) interrupted = 1;   // perhaps it was another rank that was told
-        if (val_every > 0 && !stop && (last || run.step % val_every == 0)) {
-            float loss = gpt2_validate(g, val, (int)val_batches, host_tokens);
-            if (master_rank) printf("val loss %.4f at step %d\n", loss, run.step);
-            log_line(log, "{\"step\": %d, \"val_loss\": %s}", run.step, json_number(loss).c_str());
-        }
-        if (sample_every > 0 && !stop && master_rank && (last || (run.step > 0 && run.step % sample_every == 0))) {
-            printf("---- sample\n");
-            gpt2_sample(g, tokenizer, (int)sample_tokens, (int)top_k, (float)temperature, run.step, host_tokens);
-            printf("----\n");
-        }
-        bool due = stop || (given("checkpoint-every") ? checkpoint_every > 0 && (last || run.step % checkpoint_every == 0) : last);
-        if (!out.empty() && steps > 0 && due && run.step > 0 && run.step != resume_step && saved_step != run.step) {
-            run.epoch = train.epoch;
-            run.shard = train.shard;
-            run.window = train.window;
-            checkpoint_save(g, run, out, (int)keep);
-            saved_step = run.step;
-        }
-        if (last) break;
+    int status = run_loop(run);
 
-        double begin = now_seconds();
-        if (overfit) loader_seek(train, 0, 0, 0);
-        for (int micro = 0; micro < g.plan.micro_batches; micro++) {
-            int* host = host_tokens + micro * host_ints;
-            loader_next(train, host, host + BT);
-            int buckets = tokens_upload(g.tokens, host, BT, g.config.V, g.stream);
-            gpt2_forward(g, B, (int)T);
-            gpt2_loss(g, B, (int)T, true, micro == 0);
-            gpt2_backward(g, B, (int)T, buckets, micro);
-        }
-        Hyper h;
-        h.lr = schedule_lr(schedule, run.step, steps, (float)lr, (int)warmup, (float)final_fraction);
-        h.weight_decay = (float)weight_decay;
-        h.grad_clip = (float)grad_clip;
-        h.skip_loss_z = (float)skip_loss_z;
-        h.skip_grad_z = (float)skip_grad_z;
-        Verdict v = gpt2_update(g, h, BT, run.step);
-        run.step++;
-
-        double took = now_seconds() - begin, tokens = (double)BT * g.plan.micro_batches * world.size;
-        if (run.step > resume_step + 1 || timed) seconds += took, timed++;   // the first step prepares matmuls
-        double mfu = peak_flops > 0 ? gpt2_flops_per_token(g.config, (int)T) * tokens / took / (peak_flops * world.size) : NAN;
-        bool finite = std::isfinite(v.loss) && std::isfinite(v.grad_norm);
-        run.not_finite_in_row = finite ? 0 : run.not_finite_in_row + 1;
-        if (master_rank) {
-            char mfu_text[32] = "MFU n/a", left[64] = "";
-            if (peak_flops > 0) snprintf(mfu_text, sizeof mfu_text, "MFU %.1f%%", 100 * mfu);
-            if (terminal && timed > 0) {
-                long s = (long)(seconds / timed * (steps - run.step));
-                snprintf(left, sizeof left, " | %ld:%02ld:%02ld left", s / 3600, s / 60 % 60, s % 60);
-            }
-            printf("step %5d/%d | loss %.4f | norm %.4f | lr %.2e | %.1f ms | %.0f tok/s | %s%s\n", run.step, steps, v.loss, v.grad_norm, h.lr, took * 1e3, tokens / took, mfu_text, left);
-            if (!finite) printf("  the loss or the gradient is not finite: this step changed nothing (%d in a row)\n", run.not_finite_in_row);
-            else if (v.skip) printf("  skipped: the loss is %.1f and the gradient's norm %.1f deviations above the last %d steps\n", v.loss_z, v.grad_z, HISTORY);
-            fflush(stdout);
-            log_line(log, "{\"step\": %d, \"train_loss\": %s, \"grad_norm\": %s, \"lr\": %s, \"ms\": %.3f, \"tokens_per_s\": %.1f, \"mfu\": %s}", run.step, json_number(v.loss).c_str(),
-                     json_number(v.grad_norm).c_str(), json_number(h.lr).c_str(), took * 1e3, tokens / took, json_number(mfu).c_str());
-        }
-        if (run.not_finite_in_row >= 10) {
-            fflush(stdout);
-            fprintf(stderr, "%s: the loss or the gradient was not finite for 10 steps in a row, up to step %d. The weights are those of before. "
-                    "Lower the rate (--lr), lengthen --warmup, or resume from a checkpoint (--resume 1)\n", program_name, run.step);
-            exit(3);
-        }
-    }
-    if (master_rank) {
-        if (timed > 0) printf("%d steps, %.1f ms each on average after the first, %.0f tok/s\n", run.step, seconds / timed * 1e3, (double)BT * g.plan.micro_batches * world.size * timed / seconds);
-        printf("device memory: %zu bytes at the peak, %zu announced\n", device_peak, estimate_bytes);
-        if (interrupted) printf("interrupted after step %d%s\n", run.step, out.empty() ? "; without --out nothing was saved" : "; go on with --resume 1");
-    }
-    log_line(log, "{\"done\": %s, \"steps\": %d, \"peak_bytes\": %zu, \"estimate_bytes\": %zu}", interrupted ? "false" : "true", run.step, device_peak, estimate_bytes);
-
-    if (log.file != nullptr) fclose(log.file);
-    loader_close(train);
-    loader_close(val);
+    if (speaks) printf("device memory: %zu bytes at the peak, %zu announced\n", device_peak, estimate_bytes);
+    log_line(run.log, "{\"done\": %s, \"steps\": %d, \"peak_bytes\": %zu, \"estimate_bytes\": %zu}", status == 0 ? "true" : "false", run.state.step,
+             device_peak, estimate_bytes);
+    if (run.log.file != nullptr) fclose(run.log.file);
+    loader_close(run.train);
+    loader_close(run.val);
     table_free(g.table);
-    cudaCheck(cudaFreeHost(host_tokens));
+    cudaCheck(cudaFreeHost(run.host_tokens));
     cublasCheck(cublasLtDestroy(matmul_state.handle));
     cudaCheck(cudaStreamDestroy(g.stream));
     world_end();
-    return interrupted ? 130 : 0;
+    if (fflush(stdout) != 0 || ferror(stdout)) {
+        fprintf(stderr, "%s: could not write all of the output: %s\n", program_name, strerror(errno));
+        if (status == 0) status = 1;
+    }
+    return status;
 }
 #endif
