@@ -229,7 +229,7 @@ DEMO_TEXT = $(sort $(shell find README.md Makefile *.cu prepro dev -type f \( -n
 
 .PHONY: demo
 demo: setup
-	@echo "Building $(OUT)train_gpt2 (about a minute)"
+	@echo "Building $(OUT)train_gpt2"
 	@$(MAKE) -s train_gpt2
 	@$(PYTHON) dev/bench/demo.py $(OUT)train_gpt2 $(if $(filter 0,$(CPU)),--gpu) $(or $(TEXT),$(DEMO_TEXT))
 
@@ -239,7 +239,7 @@ demo: setup
 .PHONY: test variants twins
 test: setup-test
 	-@$(MAKE) $(if $(findstring jobserver,$(MAKEFLAGS)),,-j$$(nproc)) -k variants
-	@$$([ -x $(VENV)/bin/python ] && echo $(VENV)/bin/python || echo $(PYTHON)) -B -m pytest -q -rs -p no:cacheprovider \
+	@$$([ -x $(VENV)/bin/python ] && echo $(VENV)/bin/python || echo $(PYTHON)) -B -m pytest -q -rs --tb=short -p no:cacheprovider \
 	  $(or $(TESTS),dev/test dev/cpu/test) </dev/null
 
 # Side by side in build/: a variant that does not build fails the tests that want it.

@@ -21,7 +21,7 @@ import binfmt  # noqa: E402
 import text  # noqa: E402
 
 DIR = "build/demo"
-SHOW = 20  # of the trainer's lines, one a step, those of every 20th
+SHOW = 25  # of the trainer's lines, one a step, those of every 25th
 
 
 def title(words):
@@ -40,11 +40,11 @@ def tokens(files):
 
 
 def sizes(gpu, shortest):
-    """The model, and a batch that the shortest of the files can fill."""
+    """Model, batch (one that the shortest of the files can fill), steps and learning rate: a minute or two on two CPU cores."""
     if gpu and shortest > 32 * 256:
-        return "gpt2:L6,H6,C384,T256,V257", 32, 256, 400
+        return "gpt2:L6,H6,C384,T256,V257", 32, 256, 450, "1e-3"
     B, T = text.batch_that_fits(shortest)
-    return "gpt2:L4,H4,C128,T64,V257", B, T, 250
+    return "gpt2:L4,H4,C128,T64,V257", B, T, 450, "2e-3"
 
 
 def train(command):
@@ -72,13 +72,13 @@ def main():
     os.makedirs(DIR, exist_ok=True)
     shutil.rmtree(f"{DIR}/checkpoint", ignore_errors=True)
     try:
-        model, B, T, steps = sizes(a.gpu, min(tokens(a.files)))
+        model, B, T, steps, lr = sizes(a.gpu, min(tokens(a.files)))
     except binfmt.Error as e:
         sys.exit(f"demo: {e}")
     data = ["-i", f"{DIR}/train.bin", "-j", f"{DIR}/val.bin"]
     begin = time.time()
-    train([program, "-e", model, *data, "-b", str(B), "-t", str(T), "-x", str(steps), "-l", "2e-3", "-u", "20", "-q", "0.1", "-c", "0.1",
-           "-v", "50", "-s", "125", "-g", "200", "-o", f"{DIR}/checkpoint", "--log", f"{DIR}/exact.jsonl"])
+    train([program, "-e", model, *data, "-b", str(B), "-t", str(T), "-x", str(steps), "-l", lr, "-u", "30", "-q", "0.05", "-c", "0.1",
+           "-v", "75", "-s", "225", "-g", "200", "-o", f"{DIR}/checkpoint", "--log", f"{DIR}/exact.jsonl"])
     seconds = time.time() - begin
 
     with open(f"{DIR}/exact.jsonl") as f:
@@ -93,12 +93,12 @@ def main():
         (f"{program} --estimate -e d12 -b 8", "what GPT-2 124M would take, tensor by tensor"),
         ("make test", "tests everything"),
     ]
-    more = [program, *data, "-b", str(B), "-t", str(T), "-x", str(4 * steps), "-l", "2e-3", "-q", "0.1", "-o", f"{DIR}/checkpoint", "-y", "1"]
+    more = [program, *data, "-b", str(B), "-t", str(T), "-x", str(4 * steps), "-l", lr, "-q", "0.05", "-c", "0.1", "-o", f"{DIR}/checkpoint", "-y", "1"]
     print(f"Validation loss: {val[0]:.3f} at first, {val[-1]:.3f} at last ({100 * val[-1] / val[0]:.0f} %), "
           f"after {steps} steps in {seconds:.0f} seconds.\n")
     print("What is where, and what to try next:")
     for left, right in rows:
-        print(f"  {left:34s} {right}")
+        print(f"  {left:38s} {right}")
     print(f"To go on with this run to step {4 * steps}:\n  {' '.join(more)}")
 
 

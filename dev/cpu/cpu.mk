@@ -8,7 +8,7 @@ CPU_DIR := $(patsubst %/,%,$(dir $(lastword $(MAKEFILE_LIST))))
 CPU_CXX := g++
 # -fno-math-errno and -fno-trapping-math let g++ vectorise without changing a result; -fno-strict-aliasing is
 # what nvcc does. -g1: line numbers for the reports. A GPU compiler knows #pragma unroll, g++ does not.
-CPU_CXXFLAGS := -std=c++17 -O3 -march=native -fno-math-errno -fno-trapping-math -fno-strict-aliasing -fopenmp -g1 \
+CPU_CXXFLAGS := -std=c++17 -O3 -march=native -fno-math-errno -fno-trapping-math -fno-strict-aliasing -pthread -g1 \
 	-Wall -Wno-unknown-pragmas -I $(CPU_DIR)/include
 CPU_SANFLAGS := -O1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 CPU_LDLIBS := -lopenblas

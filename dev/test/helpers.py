@@ -227,7 +227,7 @@ class Lab:
         """Exactly these arguments."""
         done = execute(program(variant), *arguments, cwd=self.folder, **how)
         assert status is None or done.status == status, \
-            f"{' '.join(map(str, arguments))}\nexit status {done.status}, expected {status}\n{done.out[-3000:]}\n{done.err[-3000:]}"
+            f"{' '.join(map(str, arguments))}\nexit status {done.status}, expected {status}\n{done.out[-600:]}\n{done.err[-2000:]}"
         return done
 
     def train(self, *given, **how):

@@ -7,48 +7,75 @@
 #include "simt/matmul.h"
 
 typedef enum {
-    CUBLASLT_EPILOGUE_DEFAULT = 1, CUBLASLT_EPILOGUE_RELU = 2, CUBLASLT_EPILOGUE_BIAS = 4, CUBLASLT_EPILOGUE_RELU_BIAS = 6,
-    CUBLASLT_EPILOGUE_GELU = 32, CUBLASLT_EPILOGUE_GELU_BIAS = 36, CUBLASLT_EPILOGUE_GELU_AUX = 160, CUBLASLT_EPILOGUE_GELU_AUX_BIAS = 164,
-    CUBLASLT_EPILOGUE_DGELU = 192, CUBLASLT_EPILOGUE_DGELU_BGRAD = 208, CUBLASLT_EPILOGUE_BGRADA = 256, CUBLASLT_EPILOGUE_BGRADB = 512,
+    CUBLASLT_EPILOGUE_DEFAULT = 1,
+    CUBLASLT_EPILOGUE_RELU = 2,
+    CUBLASLT_EPILOGUE_BIAS = 4,
+    CUBLASLT_EPILOGUE_RELU_BIAS = 6,
+    CUBLASLT_EPILOGUE_GELU = 32,
+    CUBLASLT_EPILOGUE_GELU_BIAS = 36,
+    CUBLASLT_EPILOGUE_GELU_AUX = 160,
+    CUBLASLT_EPILOGUE_GELU_AUX_BIAS = 164,
+    CUBLASLT_EPILOGUE_DGELU = 192,
+    CUBLASLT_EPILOGUE_DGELU_BGRAD = 208,
+    CUBLASLT_EPILOGUE_BGRADA = 256,
+    CUBLASLT_EPILOGUE_BGRADB = 512,
 } cublasLtEpilogue_t;
 typedef enum {
-    CUBLASLT_MATMUL_DESC_COMPUTE_TYPE = 0, CUBLASLT_MATMUL_DESC_SCALE_TYPE = 1, CUBLASLT_MATMUL_DESC_POINTER_MODE = 2,
-    CUBLASLT_MATMUL_DESC_TRANSA = 3, CUBLASLT_MATMUL_DESC_TRANSB = 4, CUBLASLT_MATMUL_DESC_EPILOGUE = 7,
-    CUBLASLT_MATMUL_DESC_BIAS_POINTER = 8, CUBLASLT_MATMUL_DESC_BIAS_BATCH_STRIDE = 10, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER = 11,
-    CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD = 12, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_BATCH_STRIDE = 13,
-    CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_DATA_TYPE = 22, CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE = 26,
+    CUBLASLT_MATMUL_DESC_COMPUTE_TYPE = 0,
+    CUBLASLT_MATMUL_DESC_SCALE_TYPE = 1,
+    CUBLASLT_MATMUL_DESC_POINTER_MODE = 2,
+    CUBLASLT_MATMUL_DESC_TRANSA = 3,
+    CUBLASLT_MATMUL_DESC_TRANSB = 4,
+    CUBLASLT_MATMUL_DESC_EPILOGUE = 7,
+    CUBLASLT_MATMUL_DESC_BIAS_POINTER = 8,
+    CUBLASLT_MATMUL_DESC_BIAS_BATCH_STRIDE = 10,
+    CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER = 11,
+    CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD = 12,
+    CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_BATCH_STRIDE = 13,
+    CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_DATA_TYPE = 22,
+    CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE = 26,
 } cublasLtMatmulDescAttributes_t;
 typedef enum {
-    CUBLASLT_MATRIX_LAYOUT_TYPE = 0, CUBLASLT_MATRIX_LAYOUT_ORDER = 1, CUBLASLT_MATRIX_LAYOUT_ROWS = 2, CUBLASLT_MATRIX_LAYOUT_COLS = 3,
-    CUBLASLT_MATRIX_LAYOUT_LD = 4, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT = 5, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET = 6,
+    CUBLASLT_MATRIX_LAYOUT_TYPE = 0,
+    CUBLASLT_MATRIX_LAYOUT_ORDER = 1,
+    CUBLASLT_MATRIX_LAYOUT_ROWS = 2,
+    CUBLASLT_MATRIX_LAYOUT_COLS = 3,
+    CUBLASLT_MATRIX_LAYOUT_LD = 4,
+    CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT = 5,
+    CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET = 6,
 } cublasLtMatrixLayoutAttribute_t;
 typedef enum { CUBLASLT_ORDER_COL = 0, CUBLASLT_ORDER_ROW = 1 } cublasLtOrder_t;
 typedef enum {
-    CUBLASLT_MATMUL_PREF_SEARCH_MODE = 0, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES = 1, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK = 3,
-    CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES = 5, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES = 6,
-    CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES = 7, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES = 8,
+    CUBLASLT_MATMUL_PREF_SEARCH_MODE = 0,
+    CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES = 1,
+    CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK = 3,
+    CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES = 5,
+    CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES = 6,
+    CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES = 7,
+    CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES = 8,
 } cublasLtMatmulPreferenceAttributes_t;
 
 struct cublasLtContext { int unused; };
 struct cublasLtMatmulDescOpaque_t {
-    int32_t compute_type, scale_type, pointer_mode, transpose_a, transpose_b;
-    uint32_t epilogue;
-    void* bias;
-    int32_t bias_type;             // -1: that of D
-    int64_t bias_batch_stride;
-    void* aux;
-    int32_t aux_type;              // -1: that of D
-    int64_t aux_ld, aux_batch_stride;
+    int32_t compute_type, scale_type;
+    int32_t pointer_mode = 0, transpose_a = CUBLAS_OP_N, transpose_b = CUBLAS_OP_N;
+    uint32_t epilogue = CUBLASLT_EPILOGUE_DEFAULT;
+    void* bias = nullptr;
+    int32_t bias_type = -1;        // -1: that of D
+    int64_t bias_batch_stride = 0;
+    void* aux = nullptr;
+    int32_t aux_type = -1;         // -1: that of D
+    int64_t aux_ld = 0, aux_batch_stride = 0;
 };
 struct cublasLtMatrixLayoutOpaque_t {
     uint32_t type;
-    int32_t order;
     uint64_t rows, cols;
     int64_t ld;
-    int32_t batch_count;
-    int64_t batch_offset;
+    int32_t order = CUBLASLT_ORDER_COL;
+    int32_t batch_count = 1;
+    int64_t batch_offset = 0;      // elements
 };
-struct cublasLtMatmulPreferenceOpaque_t { uint64_t max_workspace; };
+struct cublasLtMatmulPreferenceOpaque_t { uint64_t max_workspace = 0; };
 typedef cublasLtContext* cublasLtHandle_t;
 typedef cublasLtMatmulDescOpaque_t* cublasLtMatmulDesc_t;
 typedef cublasLtMatrixLayoutOpaque_t* cublasLtMatrixLayout_t;
@@ -68,16 +95,20 @@ inline cublasStatus_t cublasLtDestroy(cublasLtHandle_t handle) { delete handle; 
 // ---- descriptors -----------------------------------------------------------------------------------
 
 inline cublasStatus_t cublasLtMatmulDescCreate(cublasLtMatmulDesc_t* d, cublasComputeType_t compute, cudaDataType_t scale) {
-    *d = new cublasLtMatmulDescOpaque_t{compute, scale, 0, CUBLAS_OP_N, CUBLAS_OP_N, CUBLASLT_EPILOGUE_DEFAULT, nullptr, -1, 0, nullptr, -1, 0, 0};
+    *d = new cublasLtMatmulDescOpaque_t{compute, scale};
     return CUBLAS_STATUS_SUCCESS;
 }
 inline cublasStatus_t cublasLtMatmulDescDestroy(cublasLtMatmulDesc_t d) { delete d; return CUBLAS_STATUS_SUCCESS; }
-inline cublasStatus_t cublasLtMatrixLayoutCreate(cublasLtMatrixLayout_t* l, cudaDataType type, uint64_t rows, uint64_t cols, int64_t ld) {
-    *l = new cublasLtMatrixLayoutOpaque_t{(uint32_t)type, CUBLASLT_ORDER_COL, rows, cols, ld, 1, 0};
+inline cublasStatus_t cublasLtMatrixLayoutCreate(cublasLtMatrixLayout_t* l, cudaDataType type, uint64_t rows, uint64_t cols,
+                                                 int64_t ld) {
+    *l = new cublasLtMatrixLayoutOpaque_t{(uint32_t)type, rows, cols, ld};
     return CUBLAS_STATUS_SUCCESS;
 }
 inline cublasStatus_t cublasLtMatrixLayoutDestroy(cublasLtMatrixLayout_t l) { delete l; return CUBLAS_STATUS_SUCCESS; }
-inline cublasStatus_t cublasLtMatmulPreferenceCreate(cublasLtMatmulPreference_t* p) { *p = new cublasLtMatmulPreferenceOpaque_t{0}; return CUBLAS_STATUS_SUCCESS; }
+inline cublasStatus_t cublasLtMatmulPreferenceCreate(cublasLtMatmulPreference_t* p) {
+    *p = new cublasLtMatmulPreferenceOpaque_t;
+    return CUBLAS_STATUS_SUCCESS;
+}
 inline cublasStatus_t cublasLtMatmulPreferenceDestroy(cublasLtMatmulPreference_t p) { delete p; return CUBLAS_STATUS_SUCCESS; }
 
 namespace simt {
@@ -97,7 +128,8 @@ inline cublasStatus_t refuse(cublasStatus_t status, const std::string& why) {
 }
 }  // namespace simt
 
-inline cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t d, cublasLtMatmulDescAttributes_t attribute, const void* value, size_t bytes) {
+inline cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t d, cublasLtMatmulDescAttributes_t attribute,
+                                                     const void* value, size_t bytes) {
     switch (attribute) {
     case CUBLASLT_MATMUL_DESC_COMPUTE_TYPE: return simt::set_attribute(&d->compute_type, value, bytes);
     case CUBLASLT_MATMUL_DESC_SCALE_TYPE: return simt::set_attribute(&d->scale_type, value, bytes);
@@ -115,7 +147,8 @@ inline cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t d, cub
     }
     return CUBLAS_STATUS_INVALID_VALUE;
 }
-inline cublasStatus_t cublasLtMatrixLayoutSetAttribute(cublasLtMatrixLayout_t l, cublasLtMatrixLayoutAttribute_t attribute, const void* value, size_t bytes) {
+inline cublasStatus_t cublasLtMatrixLayoutSetAttribute(cublasLtMatrixLayout_t l, cublasLtMatrixLayoutAttribute_t attribute,
+                                                       const void* value, size_t bytes) {
     switch (attribute) {
     case CUBLASLT_MATRIX_LAYOUT_TYPE: return simt::set_attribute(&l->type, value, bytes);
     case CUBLASLT_MATRIX_LAYOUT_ORDER: return simt::set_attribute(&l->order, value, bytes);
@@ -127,7 +160,9 @@ inline cublasStatus_t cublasLtMatrixLayoutSetAttribute(cublasLtMatrixLayout_t l,
     }
     return CUBLAS_STATUS_INVALID_VALUE;
 }
-inline cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t p, cublasLtMatmulPreferenceAttributes_t attribute, const void* value, size_t bytes) {
+inline cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t p,
+                                                           cublasLtMatmulPreferenceAttributes_t attribute,
+                                                           const void* value, size_t bytes) {
     if (attribute == CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES) return simt::set_attribute(&p->max_workspace, value, bytes);
     return CUBLAS_STATUS_SUCCESS;          // there is one algorithm: the others choose nothing
 }
@@ -145,10 +180,12 @@ struct LtProblem {
 inline uint64_t identify(const LtProblem& p) {
     uint64_t h = 1;
     auto add = [&](uint64_t v) { h = mix(h ^ v); };
-    for (uint64_t v : {(uint64_t)p.desc.compute_type, (uint64_t)p.desc.transpose_a, (uint64_t)p.desc.transpose_b, (uint64_t)p.desc.epilogue,
-                       (uint64_t)p.desc.bias_type, (uint64_t)p.desc.aux_type}) add(v);
-    for (auto* l : {&p.a, &p.b, &p.c, &p.d})
-        for (uint64_t v : {(uint64_t)l->type, l->rows, l->cols, (uint64_t)l->ld, (uint64_t)l->batch_count, (uint64_t)l->batch_offset}) add(v);
+    add(p.desc.compute_type), add(p.desc.transpose_a), add(p.desc.transpose_b), add(p.desc.epilogue);
+    add(p.desc.bias_type), add(p.desc.aux_type);
+    for (auto* l : {&p.a, &p.b, &p.c, &p.d}) {
+        add(l->type), add(l->rows), add(l->cols), add(l->ld);
+        add(l->batch_count), add(l->batch_offset);
+    }
     return h;
 }
 
@@ -157,7 +194,8 @@ inline cublasStatus_t check(const LtProblem& p, Matmul* out) {
     const auto& desc = p.desc;
     auto invalid = [](const std::string& why) { return refuse(CUBLAS_STATUS_INVALID_VALUE, why); };
     auto unsupported = [](const std::string& why) { return refuse(CUBLAS_STATUS_NOT_SUPPORTED, why); };
-    auto size = [](int64_t rows, int64_t cols) { return std::to_string(rows) + " x " + std::to_string(cols); };
+    auto number = [](int64_t n) { return std::to_string(n); };
+    auto size = [&](int64_t rows, int64_t cols) { return number(rows) + " x " + number(cols); };
     bool fp32 = desc.compute_type == CUBLAS_COMPUTE_32F || desc.compute_type == CUBLAS_COMPUTE_32F_PEDANTIC ||
                 desc.compute_type == CUBLAS_COMPUTE_32F_FAST_TF32 || desc.compute_type == CUBLAS_COMPUTE_32F_FAST_16BF;
     if (!fp32 || desc.scale_type != CUDA_R_32F) return unsupported("the CPU backend computes in fp32, with fp32 scales");
@@ -169,7 +207,7 @@ inline cublasStatus_t check(const LtProblem& p, Matmul* out) {
     q.batch = p.d.batch_count;
     int64_t k_of_b = q.transpose_b ? p.b.cols : p.b.rows;
     if (q.k != k_of_b) return invalid("op(A) is " + size(q.m, q.k) + ", op(B) is " + size(k_of_b, q.n));
-    if (q.m == 0 || q.n == 0 || q.k == 0) return invalid("a side is 0: m, n, k = " + size(q.m, q.n) + " x " + std::to_string(q.k));
+    if (q.m == 0 || q.n == 0 || q.k == 0) return invalid("a side is 0: m, n, k are " + size(q.m, q.n) + " x " + number(q.k));
     const char* names = "ABCD";
     const cublasLtMatrixLayoutOpaque_t* layouts[4] = {&p.a, &p.b, &p.c, &p.d};
     Matrix* matrices[4] = {&q.a, &q.b, &q.c, &q.d};
@@ -178,11 +216,15 @@ inline cublasStatus_t check(const LtProblem& p, Matmul* out) {
         std::string name(1, names[i]);
         if (l.type != CUDA_R_32F && l.type != CUDA_R_16BF) return unsupported(name + " is neither fp32 nor bf16");
         if (l.order != CUBLASLT_ORDER_COL) return unsupported(name + " is not column-major");
-        if (l.ld < (int64_t)l.rows) return invalid(name + " has " + std::to_string(l.rows) + " rows and a leading dimension of " + std::to_string(l.ld));
-        if (l.type == CUDA_R_16BF && l.ld % 8) return unsupported(name + "'s leading dimension, " + std::to_string(l.ld) + ", is no multiple of 8 (16 bytes)");
-        if (l.batch_count != p.d.batch_count) return invalid(name + " has a batch of " + std::to_string(l.batch_count) + ", D one of " + std::to_string(p.d.batch_count));
-        if (i >= 2 && ((int64_t)l.rows != q.m || (int64_t)l.cols != q.n)) return invalid(name + " is " + size(l.rows, l.cols) + ", not " + size(q.m, q.n));
-        *matrices[i] = {nullptr, l.type == CUDA_R_16BF, (int64_t)l.rows, (int64_t)l.cols, l.ld, l.batch_count > 1 ? l.batch_offset : 0};
+        if (l.ld < (int64_t)l.rows) return invalid(name + " is " + size(l.rows, l.cols) + " with a leading dimension of " + number(l.ld));
+        if (l.type == CUDA_R_16BF && l.ld % 8)
+            return unsupported(name + "'s leading dimension, " + number(l.ld) + ", is no multiple of 8 (16 bytes)");
+        if (l.batch_count != p.d.batch_count)
+            return invalid(name + " has a batch of " + number(l.batch_count) + ", D one of " + number(p.d.batch_count));
+        if (i >= 2 && ((int64_t)l.rows != q.m || (int64_t)l.cols != q.n))
+            return invalid(name + " is " + size(l.rows, l.cols) + ", not " + size(q.m, q.n));
+        int64_t stride = l.batch_count > 1 ? l.batch_offset : 0;
+        *matrices[i] = {nullptr, l.type == CUDA_R_16BF, (int64_t)l.rows, (int64_t)l.cols, l.ld, stride};
     }
     if (p.a.type != p.b.type) return unsupported("A and B are of different types");
     if (p.c.type != p.d.type) return unsupported("C and D are of different types");
@@ -199,34 +241,43 @@ inline cublasStatus_t check(const LtProblem& p, Matmul* out) {
     case CUBLASLT_EPILOGUE_DGELU_BGRAD: q.dgelu = q.sum_rows = true; break;
     case CUBLASLT_EPILOGUE_BGRADA: q.sum_a = true; break;
     case CUBLASLT_EPILOGUE_BGRADB: q.sum_b = true; break;
-    default: return unsupported("epilogue " + std::to_string(desc.epilogue) + " is not one the CPU backend has");
+    default: return unsupported("epilogue " + number(desc.epilogue) + " is not one the CPU backend has");
     }
     if ((q.sum_rows || q.sum_a || q.sum_b) && q.batch > 1) return unsupported("a bias gradient of a batch");
-    auto type_of = [&](int32_t type, bool* bf16) { *bf16 = type < 0 ? q.d.bf16 : type == CUDA_R_16BF; return type < 0 || type == CUDA_R_16BF || type == CUDA_R_32F; };
+    auto type_of = [&](int32_t type, bool* bf16) {
+        *bf16 = type < 0 ? q.d.bf16 : type == CUDA_R_16BF;
+        return type < 0 || type == CUDA_R_16BF || type == CUDA_R_32F;
+    };
     q.bias = {desc.bias, false, q.m, 1, q.m, desc.bias_batch_stride};
     if (q.sum_b) q.bias.rows = q.bias.ld = q.n;
     if (!type_of(desc.bias_type, &q.bias.bf16)) return unsupported("a bias that is neither fp32 nor bf16");
     q.aux = {desc.aux, false, q.m, q.n, desc.aux_ld, desc.aux_batch_stride};
     if (!type_of(desc.aux_type, &q.aux.bf16)) return unsupported("an auxiliary matrix that is neither fp32 nor bf16");
     if ((q.store_aux || q.dgelu) && (desc.aux_ld % 8 || desc.aux_ld < q.m))
-        return invalid("the auxiliary matrix's leading dimension, " + std::to_string(desc.aux_ld) + ", must be a multiple of 8, and " + std::to_string(q.m) + " or more");
+        return invalid("the auxiliary matrix's leading dimension, " + number(desc.aux_ld) + ", must be a multiple of 8, and " +
+                       number(q.m) + " or more");
     return CUBLAS_STATUS_SUCCESS;
 }
 
-inline cublasStatus_t check_pointer(const Matrix& x, int64_t batch, const char* name, Site site) {
-    if (!x.data) return refuse(CUBLAS_STATUS_INVALID_VALUE, std::string(name) + " is NULL");
-    if ((uintptr_t)x.data % 16) return refuse(CUBLAS_STATUS_NOT_SUPPORTED, std::string(name) + "'s address is no multiple of 16");
-    if (x.bf16 && x.batch_stride % 8) return refuse(CUBLAS_STATUS_NOT_SUPPORTED, std::string(name) + "'s batch stride is no multiple of 8 (16 bytes)");
+// One matrix's address: aligned, and all of the matrix within one allocation.
+inline cublasStatus_t check_pointer(const Matrix& x, int64_t batch, const std::string& name, Site site) {
+    if (!x.data) return refuse(CUBLAS_STATUS_INVALID_VALUE, name + " is NULL");
+    if ((uintptr_t)x.data % 16) return refuse(CUBLAS_STATUS_NOT_SUPPORTED, name + "'s address is no multiple of 16");
+    if (x.bf16 && x.batch_stride % 8)
+        return refuse(CUBLAS_STATUS_NOT_SUPPORTED, name + "'s batch stride is no multiple of 8 (16 bytes)");
     size_t elements = (batch - 1) * x.batch_stride + (x.cols - 1) * x.ld + x.rows;
-    return range_is_good(x.data, elements * x.element(), true, "cublasLtMatmul", name, site) ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_EXECUTION_FAILED;
+    bool good = range_is_good(x.data, elements * x.element(), true, "cublasLtMatmul", name.c_str(), site);
+    return good ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_EXECUTION_FAILED;
 }
 
 }  // namespace simt
 
 // ---- the two calls ---------------------------------------------------------------------------------
 
-inline cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDesc_t desc, cublasLtMatrixLayout_t a, cublasLtMatrixLayout_t b,
-                                                     cublasLtMatrixLayout_t c, cublasLtMatrixLayout_t d, cublasLtMatmulPreference_t, int wanted,
+inline cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDesc_t desc,
+                                                     cublasLtMatrixLayout_t a, cublasLtMatrixLayout_t b,
+                                                     cublasLtMatrixLayout_t c, cublasLtMatrixLayout_t d,
+                                                     cublasLtMatmulPreference_t, int wanted,
                                                      cublasLtMatmulHeuristicResult_t results[], int* found) {
     simt::heuristic_calls++;
     *found = 0;
@@ -241,10 +292,11 @@ inline cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtM
     return CUBLAS_STATUS_SUCCESS;
 }
 
-inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t desc, const void* alpha, const void* A, cublasLtMatrixLayout_t a,
-                                     const void* B, cublasLtMatrixLayout_t b, const void* beta, const void* C, cublasLtMatrixLayout_t c, void* D,
-                                     cublasLtMatrixLayout_t d, const cublasLtMatmulAlgo_t* algo, void* /*workspace*/, size_t /*bytes*/,
-                                     cudaStream_t /*stream*/, SIMT_SITE) {
+inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t desc, const void* alpha,
+                                     const void* A, cublasLtMatrixLayout_t a, const void* B, cublasLtMatrixLayout_t b,
+                                     const void* beta, const void* C, cublasLtMatrixLayout_t c,
+                                     void* D, cublasLtMatrixLayout_t d, const cublasLtMatmulAlgo_t* algo,
+                                     void* /*workspace*/, size_t /*bytes*/, cudaStream_t /*stream*/, SIMT_SITE) {
     simt::Matmul q;
     simt::LtProblem p = {*desc, *a, *b, *c, *d};
     cublasStatus_t status = simt::check(p, &q);
@@ -255,12 +307,11 @@ inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t desc
     q.alpha = *(const float*)alpha, q.beta = *(const float*)beta;
     q.a.data = (void*)A, q.b.data = (void*)B, q.c.data = (void*)C, q.d.data = D;
     bool uses_bias = q.add_bias || q.sum_rows || q.sum_a || q.sum_b, uses_aux = q.store_aux || q.dgelu;
-    simt::Site site = {file, line};
-    if ((status = simt::check_pointer(q.a, q.batch, "A", site)) || (status = simt::check_pointer(q.b, q.batch, "B", site)) ||
-        (status = simt::check_pointer(q.d, q.batch, "D", site)) || (q.beta != 0 && (status = simt::check_pointer(q.c, q.batch, "C", site))) ||
-        (uses_bias && (status = simt::check_pointer(q.bias, q.batch, "bias", site))) ||
-        (uses_aux && (status = simt::check_pointer(q.aux, q.batch, "auxiliary matrix", site))))
-        return status;
+    struct { const simt::Matrix& matrix; bool used; const char* name; } operands[] = {
+        {q.a, true, "A"}, {q.b, true, "B"}, {q.c, q.beta != 0, "C"}, {q.d, true, "D"},
+        {q.bias, uses_bias, "bias"}, {q.aux, uses_aux, "auxiliary matrix"}};
+    for (auto& o : operands)
+        if (o.used && (status = simt::check_pointer(o.matrix, q.batch, o.name, {file, line}))) return status;
     simt::matmul(q);
     return CUBLAS_STATUS_SUCCESS;
 }

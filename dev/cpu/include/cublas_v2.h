@@ -16,7 +16,9 @@ inline const char* cublasGetStatusName(cublasStatus_t s) { switch (s) { SIMT_STA
 #undef SIMT_NAME
 inline const char* cublasGetStatusString(cublasStatus_t s) { return cublasGetStatusName(s); }
 
-typedef enum { CUDA_R_32F = 0, CUDA_R_64F = 1, CUDA_R_16F = 2, CUDA_R_8I = 3, CUDA_R_32I = 10, CUDA_R_16BF = 14, CUDA_R_8F_E4M3 = 28, CUDA_R_8F_E5M2 = 29 } cudaDataType_t;
+typedef enum {
+    CUDA_R_32F = 0, CUDA_R_64F = 1, CUDA_R_16F = 2, CUDA_R_8I = 3, CUDA_R_32I = 10, CUDA_R_16BF = 14, CUDA_R_8F_E4M3 = 28, CUDA_R_8F_E5M2 = 29,
+} cudaDataType_t;
 typedef cudaDataType_t cudaDataType;
 typedef enum { CUBLAS_OP_N = 0, CUBLAS_OP_T = 1, CUBLAS_OP_C = 2 } cublasOperation_t;
 typedef enum {

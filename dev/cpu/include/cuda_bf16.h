@@ -103,7 +103,9 @@ inline __nv_bfloat16 operator-(const __nv_bfloat16& a) { return __nv_bfloat16_ra
 inline __nv_bfloat16 __hneg(__nv_bfloat16 a) { return -a; }
 inline __nv_bfloat16 __habs(__nv_bfloat16 a) { return __nv_bfloat16_raw{(unsigned short)(a.__x & 0x7fff)}; }
 inline __nv_bfloat16 __hfma(__nv_bfloat16 a, __nv_bfloat16 b, __nv_bfloat16 c) { return fmaf((float)a, (float)b, (float)c); }
-inline __nv_bfloat162 __hfma2(__nv_bfloat162 a, __nv_bfloat162 b, __nv_bfloat162 c) { return {__hfma(a.x, b.x, c.x), __hfma(a.y, b.y, c.y)}; }
+inline __nv_bfloat162 __hfma2(__nv_bfloat162 a, __nv_bfloat162 b, __nv_bfloat162 c) {
+    return {__hfma(a.x, b.x, c.x), __hfma(a.y, b.y, c.y)};
+}
 inline __nv_bfloat16 __hmax(__nv_bfloat16 a, __nv_bfloat16 b) { return max((float)a, (float)b); }
 inline __nv_bfloat16 __hmin(__nv_bfloat16 a, __nv_bfloat16 b) { return min((float)a, (float)b); }
 inline bool __hisnan(__nv_bfloat16 a) { return (a.__x & 0x7fff) > 0x7f80; }
@@ -119,5 +121,9 @@ SIMT_BF16_COMPARE(<=, __hle)
 SIMT_BF16_COMPARE(>=, __hge)
 #undef SIMT_BF16_COMPARE
 
-inline __nv_bfloat16 atomicAdd(__nv_bfloat16* p, __nv_bfloat16 v) { return simt::read_modify_write(p, [=](__nv_bfloat16 old) { return old + v; }); }
-inline __nv_bfloat162 atomicAdd(__nv_bfloat162* p, __nv_bfloat162 v) { return simt::read_modify_write(p, [=](__nv_bfloat162 old) { return old + v; }); }
+inline __nv_bfloat16 atomicAdd(__nv_bfloat16* p, __nv_bfloat16 v) {
+    return simt::read_modify_write(p, [=](__nv_bfloat16 old) { return old + v; });
+}
+inline __nv_bfloat162 atomicAdd(__nv_bfloat162* p, __nv_bfloat162 v) {
+    return simt::read_modify_write(p, [=](__nv_bfloat162 old) { return old + v; });
+}

@@ -7,17 +7,22 @@
 
 // Before anything else, since they use __noinline__ and the like for themselves.
 #include <algorithm>
+#include <atomic>
 #include <cassert>
 #include <cmath>
+#include <condition_variable>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <limits>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <string>
+#include <thread>
+#include <tuple>
 #include <vector>
 
 #define __global__ __attribute__((unused))
@@ -151,15 +156,22 @@ inline cudaError_t cudaDeviceReset() { return cudaDeviceSynchronize(); }
 
 // ---- memory ----------------------------------------------------------------------------------------
 
-enum cudaMemcpyKind { cudaMemcpyHostToHost, cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice, cudaMemcpyDefault };
+enum cudaMemcpyKind {
+    cudaMemcpyHostToHost, cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice, cudaMemcpyDefault,
+};
 enum { cudaHostAllocDefault = 0, cudaHostAllocPortable = 1, cudaHostAllocMapped = 2, cudaHostAllocWriteCombined = 4 };
 
-template <class T> cudaError_t cudaMalloc(T** p, size_t bytes, SIMT_SITE) { return simt::allocate((void**)p, bytes, true, {file, line}); }
+// Allocations remember the line that made them: the last two parameters, which nobody passes.
+template <class T> cudaError_t cudaMalloc(T** p, size_t bytes, SIMT_SITE) {
+    return simt::allocate((void**)p, bytes, true, {file, line});
+}
+template <class T> cudaError_t cudaMallocHost(T** p, size_t bytes, unsigned = 0, SIMT_SITE) {
+    return simt::allocate((void**)p, bytes, false, {file, line});
+}
+template <class T> cudaError_t cudaHostAlloc(T** p, size_t bytes, unsigned = 0, SIMT_SITE) {
+    return simt::allocate((void**)p, bytes, false, {file, line});
+}
 inline cudaError_t cudaFree(void* p, SIMT_SITE) { return simt::release(p, true, "cudaFree", {file, line}); }
-template <class T> cudaError_t cudaMallocAsync(T** p, size_t bytes, cudaStream_t, SIMT_SITE) { return simt::allocate((void**)p, bytes, true, {file, line}); }
-inline cudaError_t cudaFreeAsync(void* p, cudaStream_t, SIMT_SITE) { return simt::release(p, true, "cudaFreeAsync", {file, line}); }
-template <class T> cudaError_t cudaMallocHost(T** p, size_t bytes, unsigned = 0, SIMT_SITE) { return simt::allocate((void**)p, bytes, false, {file, line}); }
-template <class T> cudaError_t cudaHostAlloc(T** p, size_t bytes, unsigned = 0, SIMT_SITE) { return simt::allocate((void**)p, bytes, false, {file, line}); }
 inline cudaError_t cudaFreeHost(void* p, SIMT_SITE) { return simt::release(p, false, "cudaFreeHost", {file, line}); }
 inline cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
     *total = simt::options.device_memory;
@@ -197,17 +209,24 @@ inline cudaError_t fill(void* p, int value, size_t bytes, const char* function, 
 inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, SIMT_SITE) {
     return simt::copy(to, bytes, from, bytes, bytes, 1, kind, "cudaMemcpy", {file, line});
 }
-inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t = nullptr, SIMT_SITE) {
+inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind,
+                                   cudaStream_t = nullptr, SIMT_SITE) {
     return simt::copy(to, bytes, from, bytes, bytes, 1, kind, "cudaMemcpyAsync", {file, line});
 }
-inline cudaError_t cudaMemcpy2D(void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t width, size_t height, cudaMemcpyKind kind, SIMT_SITE) {
+inline cudaError_t cudaMemcpy2D(void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t width, size_t height,
+                                cudaMemcpyKind kind, SIMT_SITE) {
     return simt::copy(to, to_pitch, from, from_pitch, width, height, kind, "cudaMemcpy2D", {file, line});
 }
-inline cudaError_t cudaMemcpy2DAsync(void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t width, size_t height, cudaMemcpyKind kind, cudaStream_t = nullptr, SIMT_SITE) {
+inline cudaError_t cudaMemcpy2DAsync(void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t width, size_t height,
+                                     cudaMemcpyKind kind, cudaStream_t = nullptr, SIMT_SITE) {
     return simt::copy(to, to_pitch, from, from_pitch, width, height, kind, "cudaMemcpy2DAsync", {file, line});
 }
-inline cudaError_t cudaMemset(void* p, int value, size_t bytes, SIMT_SITE) { return simt::fill(p, value, bytes, "cudaMemset", {file, line}); }
-inline cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t = nullptr, SIMT_SITE) { return simt::fill(p, value, bytes, "cudaMemsetAsync", {file, line}); }
+inline cudaError_t cudaMemset(void* p, int value, size_t bytes, SIMT_SITE) {
+    return simt::fill(p, value, bytes, "cudaMemset", {file, line});
+}
+inline cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t = nullptr, SIMT_SITE) {
+    return simt::fill(p, value, bytes, "cudaMemsetAsync", {file, line});
+}
 
 // A __device__ or __constant__ variable is an ordinary one here; its address becomes device memory to the
 // checks above when it is asked for.
@@ -216,12 +235,14 @@ template <class T> cudaError_t cudaGetSymbolAddress(void** p, const T& symbol, S
     simt::memory().blocks.insert({(char*)&symbol, {sizeof(T), {file, line}, true, false}});
     return cudaSuccess;
 }
-template <class T> cudaError_t cudaMemcpyToSymbol(const T& symbol, const void* from, size_t bytes, size_t offset = 0, cudaMemcpyKind kind = cudaMemcpyHostToDevice, SIMT_SITE) {
+template <class T> cudaError_t cudaMemcpyToSymbol(const T& symbol, const void* from, size_t bytes, size_t offset = 0,
+                                                  cudaMemcpyKind kind = cudaMemcpyHostToDevice, SIMT_SITE) {
     void* p;
     cudaGetSymbolAddress(&p, symbol, file, line);
     return simt::copy((char*)p + offset, bytes, from, bytes, bytes, 1, kind, "cudaMemcpyToSymbol", {file, line});
 }
-template <class T> cudaError_t cudaMemcpyFromSymbol(void* to, const T& symbol, size_t bytes, size_t offset = 0, cudaMemcpyKind kind = cudaMemcpyDeviceToHost, SIMT_SITE) {
+template <class T> cudaError_t cudaMemcpyFromSymbol(void* to, const T& symbol, size_t bytes, size_t offset = 0,
+                                                    cudaMemcpyKind kind = cudaMemcpyDeviceToHost, SIMT_SITE) {
     void* p;
     cudaGetSymbolAddress(&p, symbol, file, line);
     return simt::copy(to, bytes, (char*)p + offset, bytes, bytes, 1, kind, "cudaMemcpyFromSymbol", {file, line});

@@ -67,7 +67,8 @@ struct NcclCall {
 inline std::string describe(const NcclCall& c) {
     const char* types[] = {"int8", "uint8", "int32", "uint32", "int64", "uint64", "float16", "float", "double", "bfloat16"};
     const char* ops[] = {"sum", "prod", "max", "min", "avg"};
-    std::string s = std::string(c.function) + " number " + std::to_string(c.number) + " of " + std::to_string(c.count) + " " + types[c.type];
+    std::string s = std::string(c.function) + " number " + std::to_string(c.number) + " of " + std::to_string(c.count) + " ";
+    s += types[c.type];
     if (c.op >= 0) s += std::string(", ") + ops[c.op];
     if (c.root >= 0) s += ", root " + std::to_string(c.root);
     return s;
@@ -76,7 +77,8 @@ inline ncclResult_t nccl_agree(ncclComm_t comm, const char* function, size_t cou
     if (!comm) return nccl_refuse(function, "the communicator is NULL");
     if (!nccl_size(type)) return nccl_refuse(function, "a data type that the CPU backend does not have");
     if (op == ncclProd || op > ncclAvg) return nccl_refuse(function, "a reduction that the CPU backend does not have");
-    if (op == ncclAvg && (type == ncclInt32 || type == ncclInt64)) return nccl_refuse(function, "the CPU backend averages floating point alone");
+    if (op == ncclAvg && (type == ncclInt32 || type == ncclInt64))
+        return nccl_refuse(function, "the CPU backend averages floating point alone");
     if (root >= comm->ranks) return nccl_refuse(function, "the root is no rank of the communicator");
     NcclCall mine = {};
     strncpy(mine.function, function, sizeof mine.function - 1);
@@ -95,7 +97,9 @@ inline ncclResult_t nccl_agree(ncclComm_t comm, const char* function, size_t cou
     return ncclSuccess;
 }
 
-template <class T, class Sum> void reduce_ranks(T* to, const T* from, size_t stride, int ranks, size_t n, int op) {
+template <class T, class Sum> void reduce_ranks(char* out, const char* in, size_t stride, int ranks, size_t n, int op) {
+    T* to = (T*)out;
+    const T* from = (const T*)in;
     for (size_t i = 0; i < n; i++) {
         Sum s = (Sum)from[i];
         for (int r = 1; r < ranks; r++) {
@@ -107,7 +111,8 @@ template <class T, class Sum> void reduce_ranks(T* to, const T* from, size_t str
 }
 
 // Elements [begin, end) of the reduction of everybody's `send`, to `receive`, through a buffer of bounded size.
-inline void nccl_reduce(ncclComm_t comm, const char* send, char* receive, size_t total, size_t begin, size_t end, ncclDataType_t type, int op) {
+inline void nccl_reduce(ncclComm_t comm, const char* send, char* receive, size_t total, size_t begin, size_t end,
+                        ncclDataType_t type, int op) {
     size_t element = nccl_size(type), chunk = (4 << 20) / element;
     std::vector<char> all(comm->ranks * std::min(chunk, total) * element);
     for (size_t first = 0; first < total; first += chunk) {
@@ -118,11 +123,11 @@ inline void nccl_reduce(ncclComm_t comm, const char* send, char* receive, size_t
         char* out = receive + (from - begin) * element;
         const char* in = all.data() + (from - first) * element;
         switch (type) {
-        case ncclFloat: reduce_ranks<float, float>((float*)out, (const float*)in, n, comm->ranks, to - from, op); break;
-        case ncclBfloat16: reduce_ranks<__nv_bfloat16, float>((__nv_bfloat16*)out, (const __nv_bfloat16*)in, n, comm->ranks, to - from, op); break;
-        case ncclDouble: reduce_ranks<double, double>((double*)out, (const double*)in, n, comm->ranks, to - from, op); break;
-        case ncclInt32: reduce_ranks<int32_t, int64_t>((int32_t*)out, (const int32_t*)in, n, comm->ranks, to - from, op); break;
-        default: reduce_ranks<int64_t, int64_t>((int64_t*)out, (const int64_t*)in, n, comm->ranks, to - from, op); break;
+        case ncclFloat: reduce_ranks<float, float>(out, in, n, comm->ranks, to - from, op); break;
+        case ncclBfloat16: reduce_ranks<__nv_bfloat16, float>(out, in, n, comm->ranks, to - from, op); break;
+        case ncclDouble: reduce_ranks<double, double>(out, in, n, comm->ranks, to - from, op); break;
+        case ncclInt32: reduce_ranks<int32_t, int64_t>(out, in, n, comm->ranks, to - from, op); break;
+        default: reduce_ranks<int64_t, int64_t>(out, in, n, comm->ranks, to - from, op); break;
         }
     }
 }
@@ -144,7 +149,8 @@ inline ncclResult_t ncclCommInitRank(ncclComm_t* comm, int ranks, ncclUniqueId i
     int world_rank, world;
     MPI_Comm_rank(MPI_COMM_WORLD, &world_rank);
     MPI_Comm_size(MPI_COMM_WORLD, &world);
-    if (ranks != world || rank != world_rank) return simt::nccl_refuse("ncclCommInitRank", "rank and number of ranks must be those of MPI_COMM_WORLD");
+    if (ranks != world || rank != world_rank)
+        return simt::nccl_refuse("ncclCommInitRank", "rank and number of ranks must be those of MPI_COMM_WORLD");
     ncclUniqueId first = id;
     MPI_Bcast(&first, sizeof first, MPI_BYTE, 0, MPI_COMM_WORLD);
     int differs = memcmp(&first, &id, sizeof id) != 0, any;
@@ -173,30 +179,36 @@ inline ncclResult_t ncclGroupEnd() {
 // ---- collectives -----------------------------------------------------------------------------------
 
 namespace simt {
-inline ncclResult_t nccl_ranges(const char* function, const void* send, size_t send_count, void* receive, size_t receive_count, ncclDataType_t type, Site site) {
-    return range_is_good(send, send_count * nccl_size(type), true, function, "send buffer", site) &&
-           range_is_good(receive, receive_count * nccl_size(type), true, function, "receive buffer", site) ? ncclSuccess : ncclInvalidArgument;
+inline ncclResult_t nccl_ranges(const char* function, const void* send, size_t send_count, void* receive, size_t receive_count,
+                                ncclDataType_t type, Site site) {
+    bool good = range_is_good(send, send_count * nccl_size(type), true, function, "send buffer", site) &&
+                range_is_good(receive, receive_count * nccl_size(type), true, function, "receive buffer", site);
+    return good ? ncclSuccess : ncclInvalidArgument;
 }
 }  // namespace simt
 
-inline ncclResult_t ncclAllReduce(const void* send, void* receive, size_t count, ncclDataType_t type, ncclRedOp_t op, ncclComm_t comm, cudaStream_t, SIMT_SITE) {
+inline ncclResult_t ncclAllReduce(const void* send, void* receive, size_t count, ncclDataType_t type, ncclRedOp_t op,
+                                  ncclComm_t comm, cudaStream_t, SIMT_SITE) {
     if (ncclResult_t e = simt::nccl_agree(comm, "ncclAllReduce", count, type, op, -1)) return e;
     if (ncclResult_t e = simt::nccl_ranges("ncclAllReduce", send, count, receive, count, type, {file, line})) return e;
     simt::nccl_reduce(comm, (const char*)send, (char*)receive, count, 0, count, type, op);
     return ncclSuccess;
 }
 // `count` elements to each rank, of ranks * count that each sends
-inline ncclResult_t ncclReduceScatter(const void* send, void* receive, size_t count, ncclDataType_t type, ncclRedOp_t op, ncclComm_t comm, cudaStream_t, SIMT_SITE) {
+inline ncclResult_t ncclReduceScatter(const void* send, void* receive, size_t count, ncclDataType_t type, ncclRedOp_t op,
+                                      ncclComm_t comm, cudaStream_t, SIMT_SITE) {
     if (ncclResult_t e = simt::nccl_agree(comm, "ncclReduceScatter", count, type, op, -1)) return e;
-    if (ncclResult_t e = simt::nccl_ranges("ncclReduceScatter", send, count * comm->ranks, receive, count, type, {file, line})) return e;
-    // in place (receive within send) this writes only what this rank has sent already: its own part comes from the gathered copy
+    size_t all = count * comm->ranks, mine = count * comm->rank;
+    if (ncclResult_t e = simt::nccl_ranges("ncclReduceScatter", send, all, receive, count, type, {file, line})) return e;
+    // receive may lie within send, of which chunks are still to be sent
     std::vector<char> part(count * simt::nccl_size(type));
-    simt::nccl_reduce(comm, (const char*)send, part.data(), count * comm->ranks, count * comm->rank, count * (comm->rank + 1), type, op);
+    simt::nccl_reduce(comm, (const char*)send, part.data(), all, mine, mine + count, type, op);
     memcpy(receive, part.data(), part.size());
     return ncclSuccess;
 }
 // `count` elements from each rank
-inline ncclResult_t ncclAllGather(const void* send, void* receive, size_t count, ncclDataType_t type, ncclComm_t comm, cudaStream_t, SIMT_SITE) {
+inline ncclResult_t ncclAllGather(const void* send, void* receive, size_t count, ncclDataType_t type, ncclComm_t comm,
+                                  cudaStream_t, SIMT_SITE) {
     if (ncclResult_t e = simt::nccl_agree(comm, "ncclAllGather", count, type, -1, -1)) return e;
     if (ncclResult_t e = simt::nccl_ranges("ncclAllGather", send, count, receive, count * comm->ranks, type, {file, line})) return e;
     size_t bytes = count * simt::nccl_size(type), chunk = 4 << 20;
@@ -209,15 +221,18 @@ inline ncclResult_t ncclAllGather(const void* send, void* receive, size_t count,
     }
     return ncclSuccess;
 }
-inline ncclResult_t ncclBroadcast(const void* send, void* receive, size_t count, ncclDataType_t type, int root, ncclComm_t comm, cudaStream_t, SIMT_SITE) {
+inline ncclResult_t ncclBroadcast(const void* send, void* receive, size_t count, ncclDataType_t type, int root,
+                                  ncclComm_t comm, cudaStream_t, SIMT_SITE) {
     if (ncclResult_t e = simt::nccl_agree(comm, "ncclBroadcast", count, type, -1, root)) return e;
-    if (ncclResult_t e = simt::nccl_ranges("ncclBroadcast", comm->rank == root ? send : receive, count, receive, count, type, {file, line})) return e;
+    const void* read = comm->rank == root ? send : receive;      // send is looked at on the root alone
+    if (ncclResult_t e = simt::nccl_ranges("ncclBroadcast", read, count, receive, count, type, {file, line})) return e;
     size_t bytes = count * simt::nccl_size(type), chunk = 1 << 30;
     if (comm->rank == root && send != receive) memmove(receive, send, bytes);
     for (size_t first = 0; first < bytes; first += chunk)
         MPI_Bcast((char*)receive + first, std::min(chunk, bytes - first), MPI_BYTE, root, comm->mpi);
     return ncclSuccess;
 }
-inline ncclResult_t ncclBcast(void* buffer, size_t count, ncclDataType_t type, int root, ncclComm_t comm, cudaStream_t stream, SIMT_SITE) {
+inline ncclResult_t ncclBcast(void* buffer, size_t count, ncclDataType_t type, int root, ncclComm_t comm, cudaStream_t stream,
+                              SIMT_SITE) {
     return ncclBroadcast(buffer, buffer, count, type, root, comm, stream, file, line);
 }

@@ -7,7 +7,7 @@ struct Shape { int rows, cols; };
 
 template <class T, int N> __global__ void template_kernel(T* out, Shape shape, T scale) {
     __shared__ T tile[2][N + 1], last;        // a size that depends on the template
-    extern __shared__ alignas(16) float extra[];
+    extern __shared__ __align__(16) float extra[];
     tile[0][threadIdx.x] = (T)threadIdx.x;
     extra[threadIdx.x] = 1;
     if (threadIdx.x == 0) last = (T)shape.cols;

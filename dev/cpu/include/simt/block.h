@@ -265,7 +265,7 @@ struct Votes { int yes, all; };
 inline Votes block_barrier(const char* what, bool vote, Site site) {
     Worker& w = *worker;
     if (w.at_barrier == 0) w.barrier_site = site;
-    else if (__builtin_expect(w.barrier_site.line != site.line || (w.barrier_site.file != site.file && strcmp(w.barrier_site.file, site.file)), 0))
+    else if (__builtin_expect(!same_place(w.barrier_site, site), 0))
         die_in_kernel("divergent barrier: this thread is in %s at %s:%d while others wait in one at %s:%d", what,
                       site.file, site.line, w.barrier_site.file, w.barrier_site.line);
     unsigned set = w.barrier_generation & 1;
@@ -379,7 +379,6 @@ inline void fiber_main() {
 }
 
 inline void run_block(const Launch& launch, uint64_t number) {
-    if (!worker) worker = new Worker;
     Worker& w = *worker;
     w.launch = &launch;
     w.serial++;

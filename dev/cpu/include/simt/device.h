@@ -103,7 +103,9 @@ SIMT_REDUCE(unsigned, __reduce_and_sync, And)
 SIMT_REDUCE(unsigned, __reduce_or_sync, Or)
 SIMT_REDUCE(unsigned, __reduce_xor_sync, Xor)
 #undef SIMT_REDUCE
-inline int __reduce_add_sync(unsigned mask, int value, SIMT_SITE) { return (int)__reduce_add_sync(mask, (unsigned)value, file, line); }
+inline int __reduce_add_sync(unsigned mask, int value, SIMT_SITE) {       // wraps around
+    return (int)__reduce_add_sync(mask, (unsigned)value, file, line);
+}
 
 // ---- memory ----------------------------------------------------------------------------------------
 
@@ -152,7 +154,9 @@ template <class T, class F> inline T read_modify_write(T* p, F f) {
     SIMT_ATOMIC(T, atomicOr, old | v)               \
     SIMT_ATOMIC(T, atomicXor, old ^ v)              \
     SIMT_ATOMIC(T, atomicExch, ((void)old, v))      \
-    inline T atomicCAS(T* p, T expected, T v) { return simt::read_modify_write(p, [=](T old) { return old == expected ? v : old; }); }
+    inline T atomicCAS(T* p, T expected, T v) {     \
+        return simt::read_modify_write(p, [=](T old) { return old == expected ? v : old; }); \
+    }
 SIMT_ATOMICS(int)
 SIMT_ATOMICS(unsigned)
 SIMT_ATOMICS(unsigned long long)
@@ -266,8 +270,8 @@ inline unsigned __brev(unsigned x) {
     x = (x >> 4 & 0x0f0f0f0fu) | (x & 0x0f0f0f0fu) << 4;
     return __builtin_bswap32(x);
 }
-inline unsigned __funnelshift_l(unsigned low, unsigned high, unsigned n) { return (uint64_t)(((uint64_t)high << 32 | low) << (n & 31)) >> 32; }
-inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned n) { return (unsigned)(((uint64_t)high << 32 | low) >> (n & 31)); }
+inline unsigned __funnelshift_l(unsigned low, unsigned high, unsigned n) { return ((uint64_t)high << 32 | low) << (n & 31) >> 32; }
+inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned n) { return ((uint64_t)high << 32 | low) >> (n & 31); }
 inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
     uint64_t both = (uint64_t)b << 32 | a;
     unsigned result = 0;

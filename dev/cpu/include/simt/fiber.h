@@ -9,7 +9,11 @@
 
 #include "options.h"
 
-#if !defined(__x86_64__)
+// -DSIMT_BOOST_FIBERS takes Boost's on x86-64 too, to test that path.
+#if defined(__x86_64__) && !defined(SIMT_BOOST_FIBERS)
+#define SIMT_ASSEMBLY_FIBERS 1
+#else
+#define SIMT_ASSEMBLY_FIBERS 0
 #if __has_include(<boost/context/detail/fcontext.hpp>)
 #include <boost/context/detail/fcontext.hpp>
 #else
@@ -24,7 +28,7 @@ constexpr size_t kStackBytes = (SIMT_ASAN ? 512 : 128) * 1024;
 constexpr size_t kGuardBytes = 4096;      // below each stack, not accessible: an overflow stops there
 
 struct Fiber {
-#if defined(__x86_64__)
+#if SIMT_ASSEMBLY_FIBERS
     void *sp = nullptr, *bp = nullptr, *pc = nullptr;    // where to go on; the assembly below knows this order
 #else
     boost::context::detail::fcontext_t context = nullptr;
@@ -56,7 +60,7 @@ inline void switch_fiber(Fiber* from, Fiber* to) {
     switched_from = from;
     __sanitizer_start_switch_fiber(&from->asan_frames, to->stack, to->stack_bytes);
 #endif
-#if defined(__x86_64__)
+#if SIMT_ASSEMBLY_FIBERS
     Fiber *f = from, *t = to;
     asm volatile(
         "leaq 1f(%%rip), %%rax\n\t"
@@ -87,7 +91,7 @@ inline void switch_fiber(Fiber* from, Fiber* to) {
 
 // Set a fiber up so that the first switch to it calls entry(), which must not return.
 template <void (*entry)()> void prepare_fiber(Fiber* f) {
-#if defined(__x86_64__)
+#if SIMT_ASSEMBLY_FIBERS
     void** top = (void**)(f->stack + f->stack_bytes) - 2;   // 16-byte aligned
     *--top = nullptr;                                       // the return address a call would have left
     f->sp = top;

@@ -5,7 +5,7 @@
 #include <tuple>
 #include <type_traits>
 
-#include "block.h"
+#include "faults.h"
 #include "memory.h"
 #include "parallel.h"
 
@@ -21,10 +21,11 @@ inline void print_profile() {
     std::sort(rows.begin(), rows.end(), [](auto& a, auto& b) { return a.second.seconds > b.second.seconds; });
     double total = 0;
     for (auto& r : rows) total += r.second.seconds;
-    fprintf(stderr, "simt: profile, %.3f s in kernels\n%10s %7s %9s %13s %13s  %s\n", total, "ms", "%", "calls", "threads", "switches", "kernel");
+    fprintf(stderr, "simt: profile, %.3f s in kernels\n", total);
+    fprintf(stderr, "%10s %7s %9s %13s %13s  %s\n", "ms", "%", "calls", "threads", "switches", "kernel");
     for (auto& [name, p] : rows)
-        fprintf(stderr, "%10.2f %6.1f%% %9llu %13llu %13llu  %s\n", p.seconds * 1e3, 100 * p.seconds / total, (unsigned long long)p.calls,
-                (unsigned long long)p.threads, (unsigned long long)p.switches, name.c_str());
+        fprintf(stderr, "%10.2f %6.1f%% %9lu %13lu %13lu  %s\n", p.seconds * 1e3, 100 * p.seconds / total,
+                (unsigned long)p.calls, (unsigned long)p.threads, (unsigned long)p.switches, name.c_str());
 }
 inline void add_to_profile(const std::string& name, double seconds, uint64_t threads, uint64_t switches) {
     static bool at_exit = !atexit(print_profile);
@@ -67,22 +68,21 @@ inline size_t largest_dynamic_shared(const void* kernel) {
 
 // The same limits, and the same error codes, as a GPU's. The reason goes to stderr, since the code says little.
 inline cudaError_t check_config(const char* kernel, Site site, const Config& c, size_t shared_limit) {
-    auto refuse = [&](cudaError_t code, const char* format, unsigned long long a, unsigned long long b, unsigned long long d) {
-        fprintf(stderr, "simt: launch of %s at %s:%d refused: ", kernel, site.file, site.line);
-        fprintf(stderr, format, a, b, d);
-        fprintf(stderr, " (%s)\n", cudaGetErrorName(code));
+    auto refuse = [&](cudaError_t code, const std::string& why) {
+        fprintf(stderr, "simt: launch of %s at %s:%d refused: %s (%s)\n", kernel, site.file, site.line, why.c_str(), cudaGetErrorName(code));
         return set_error(code);
     };
+    auto show = [](const dim3& d) { return "(" + std::to_string(d.x) + "," + std::to_string(d.y) + "," + std::to_string(d.z) + ")"; };
+    auto empty = [](const dim3& d) { return d.x == 0 || d.y == 0 || d.z == 0; };
     const dim3 &g = c.grid, &b = c.block;
-    if ((uint64_t)g.x * g.y * g.z == 0) return refuse(cudaErrorInvalidConfiguration, "an empty grid (%llu,%llu,%llu)", g.x, g.y, g.z);
-    if ((uint64_t)b.x * b.y * b.z == 0) return refuse(cudaErrorInvalidConfiguration, "an empty block (%llu,%llu,%llu)", b.x, b.y, b.z);
-    if (g.x > 0x7fffffffu || g.y > 65535 || g.z > 65535)
-        return refuse(cudaErrorInvalidConfiguration, "a grid of (%llu,%llu,%llu); the most is (2147483647,65535,65535)", g.x, g.y, g.z);
-    if (b.x > 1024 || b.y > 1024 || b.z > 64 || (uint64_t)b.x * b.y * b.z > 1024)
-        return refuse(cudaErrorInvalidConfiguration, "a block of (%llu,%llu,%llu); the most is 1024 threads, 64 in z", b.x, b.y, b.z);
+    if (empty(g) || g.x > 0x7fffffffu || g.y > 65535 || g.z > 65535)
+        return refuse(cudaErrorInvalidConfiguration, "a grid of " + show(g) + "; it must be (1,1,1) to (2147483647,65535,65535)");
+    if (empty(b) || b.x > 1024 || b.y > 1024 || b.z > 64 || (uint64_t)b.x * b.y * b.z > 1024)
+        return refuse(cudaErrorInvalidConfiguration, "a block of " + show(b) + "; it must have 1 to 1024 threads, at most 64 in z");
     if (c.dynamic_shared > shared_limit)
-        return refuse(cudaErrorInvalidValue, "%llu bytes of dynamic shared memory; this kernel may have %llu, and up to %llu after "
-                      "cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)", c.dynamic_shared, shared_limit, kSharedOptIn);
+        return refuse(cudaErrorInvalidValue, std::to_string(c.dynamic_shared) + " bytes of dynamic shared memory; this kernel may have " +
+                      std::to_string(shared_limit) + ", and up to " + std::to_string(kSharedOptIn) + " after cudaFuncSetAttribute(kernel, "
+                      "cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)");
     return cudaSuccess;
 }
 
@@ -104,7 +104,8 @@ inline void run_grid(const Launch& launch, double* seconds_per_block) {
     }
     std::atomic<uint64_t> switches{0};
     auto run = [&](int64_t i) {
-        uint64_t before = worker ? worker->switches : 0;
+        prepare_worker();
+        uint64_t before = worker->switches;
         run_block(launch, (first + (__int128)i * step) % blocks);
         if (options.profile) switches += worker->switches - before;
     };
@@ -120,13 +121,15 @@ inline void run_grid(const Launch& launch, double* seconds_per_block) {
         for (int64_t i = done; i < blocks; i++) run(i);
     double elapsed = seconds() - start;
     *seconds_per_block = elapsed * (share ? std::min((int64_t)thread_count(), blocks) : 1) / blocks;
-    if (options.profile) add_to_profile(launch.kernel, elapsed, (uint64_t)blocks * launch.block.x * launch.block.y * launch.block.z, switches);
+    uint64_t threads = (uint64_t)blocks * launch.block.x * launch.block.y * launch.block.z;
+    if (options.profile) add_to_profile(launch.kernel, elapsed, threads, switches);
 }
 
 // What cu2cpp.py makes of kernel<<<config>>>(arguments): `call` calls the kernel, `address` yields its
 // address. The kernel is called through a pointer to a function that knows the arguments' types.
 template <class Call, class Address, class... Arguments>
-void launch(const char* kernel, const char* file, int line, const Config& c, const Call& call, const Address& address, const Arguments&... arguments) {
+void launch(const char* kernel, const char* file, int line, const Config& c, const Call& call, const Address& address,
+            const Arguments&... arguments) {
     static double seconds_per_block = 0;
     if (worker && worker->current) die_in_kernel("a kernel launches the kernel %s: the CPU backend cannot do that", kernel);
     size_t limit = largest_dynamic_shared(kernel_address(address));
@@ -134,7 +137,8 @@ void launch(const char* kernel, const char* file, int line, const Config& c, con
     last_kernel = kernel;
     auto kernel_and_arguments = std::tuple<const Call&, std::decay_t<const Arguments>...>(call, arguments...);
     auto run = [](const void* p) {
-        std::apply([](const Call& call, const auto&... arguments) { call(arguments...); }, *(const decltype(kernel_and_arguments)*)p);
+        std::apply([](const Call& call, const auto&... arguments) { call(arguments...); },
+                   *(const decltype(kernel_and_arguments)*)p);
     };
     size_t with_static = limit > kSharedDefault ? kSharedOptIn : kSharedDefault;
     Launch l = {kernel, {file, line}, c.grid, c.block, c.dynamic_shared, with_static, launch_count++, run, &kernel_and_arguments};

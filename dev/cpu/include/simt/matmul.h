@@ -85,7 +85,9 @@ inline void tile_size(const Matmul& p, int64_t* rows, int64_t* cols) {
     }
 }
 
-inline void tile_epilogue(const Matmul& p, int64_t z, int64_t row, int64_t col, int64_t rows, int64_t cols, float* tile, float* row_sums) {
+// `tile` holds alpha op(A) op(B) for rows x cols elements of D from (row, col) of batch z on
+inline void tile_epilogue(const Matmul& p, int64_t z, int64_t row, int64_t col, int64_t rows, int64_t cols, float* tile,
+                          float* row_sums) {
     float other[kTile], bias[kTile];
     if (p.add_bias) load(bias, p.bias.at(z, row, 0), p.bias.bf16, rows);
     if (p.sum_rows) std::fill(row_sums, row_sums + rows, 0.0f);
@@ -145,16 +147,19 @@ inline void matmul(const Matmul& p) {
     };
     a = widened(p.a, scratch_a), b = widened(p.b, scratch_b);
     constexpr int64_t kColumns = 32;               // widened at a time
-    int64_t columns_a = p.a.bf16 ? a.cols * (a.batch_stride ? p.batch : 1) : 0, pieces_a = (columns_a + kColumns - 1) / kColumns;
-    int64_t columns_b = p.b.bf16 ? b.cols * (b.batch_stride ? p.batch : 1) : 0, pieces_b = (columns_b + kColumns - 1) / kColumns;
+    int64_t columns_a = p.a.bf16 ? a.cols * (a.batch_stride ? p.batch : 1) : 0;
+    int64_t columns_b = p.b.bf16 ? b.cols * (b.batch_stride ? p.batch : 1) : 0;
+    int64_t pieces_a = (columns_a + kColumns - 1) / kColumns, pieces_b = (columns_b + kColumns - 1) / kColumns;
     auto widen = [&](int64_t i) {
         const Matrix &from = i < pieces_a ? p.a : p.b, &to = i < pieces_a ? a : b;
-        int64_t first = (i < pieces_a ? i : i - pieces_a) * kColumns, end = std::min(first + kColumns, i < pieces_a ? columns_a : columns_b);
+        int64_t first = (i < pieces_a ? i : i - pieces_a) * kColumns;
+        int64_t end = std::min(first + kColumns, i < pieces_a ? columns_a : columns_b);
         for (int64_t j = first; j < end; j++)
             load((float*)to.at(j / to.cols, 0, j % to.cols), from.at(j / to.cols, 0, j % to.cols), true, to.rows);
     };
-    // Done straight into D, nothing else to do per element
-    bool direct = !p.d.bf16 && !p.add_bias && !p.store_aux && !p.gelu && !p.dgelu && !p.sum_rows && (p.beta == 0 || p.c.data == p.d.data);
+    // With nothing to do per element, OpenBLAS writes straight into D
+    bool plain = !p.add_bias && !p.store_aux && !p.gelu && !p.dgelu && !p.sum_rows;
+    bool direct = plain && !p.d.bf16 && (p.beta == 0 || p.c.data == p.d.data);
 
     auto tile = [&](int64_t t) {
         int64_t z = t / (down * across), row = t % down * tile_rows, col = t / down % across * tile_cols;

@@ -73,7 +73,8 @@ inline cudaError_t allocate(void** result, size_t bytes, bool device, Site site)
     if (!result) return set_error(cudaErrorInvalidValue);
     *result = nullptr;
     if (bytes == 0) return cudaSuccess;
-    if (device && (bytes > options.device_memory || m.now > options.device_memory - bytes)) return set_error(cudaErrorMemoryAllocation);
+    if (device && (bytes > options.device_memory || m.now > options.device_memory - bytes))
+        return set_error(cudaErrorMemoryAllocation);
     size_t guard = device ? kGuard : 0;
     void* raw;
     if (posix_memalign(&raw, kAlignment, bytes + 2 * guard)) return set_error(cudaErrorMemoryAllocation);
@@ -115,12 +116,13 @@ inline bool range_is_good(const void* p, size_t bytes, bool device, const char* 
         return false;
     }
     if (!device && i->second.device && (char*)p < i->first + i->second.bytes) {
-        fprintf(stderr, "simt: %s at %s:%d: the %s is device memory, where the copy kind says host\n", function, site.file, site.line, which);
+        fprintf(stderr, "simt: %s at %s:%d: the %s is device memory, where the copy kind says host\n", function, site.file,
+                site.line, which);
         return false;
     }
     if (i->second.device == device && (char*)p + bytes > i->first + i->second.bytes) {
-        fprintf(stderr, "simt: %s at %s:%d: %zu bytes at the %s run past its allocation (%zu bytes from %s:%d, of which %zu remain)\n",
-                function, site.file, site.line, bytes, which, i->second.bytes, i->second.site.file, i->second.site.line,
+        fprintf(stderr, "simt: %s at %s:%d: %zu bytes at the %s run past its allocation (%zu bytes from %s:%d, of which %zu "
+                "remain)\n", function, site.file, site.line, bytes, which, i->second.bytes, i->second.site.file, i->second.site.line,
                 (size_t)(i->first + i->second.bytes - (char*)p));
         return false;
     }

@@ -4,6 +4,7 @@
 // thread order: what is checked is the very program that was built.
 #pragma once
 #include <errno.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -27,6 +28,7 @@ extern "C" inline __attribute__((used)) const char* __asan_default_options() { r
 namespace simt {
 
 struct Site { const char* file; int line; };     // a place in the source
+inline bool same_place(Site a, Site b) { return a.line == b.line && (a.file == b.file || !strcmp(a.file, b.file)); }
 
 // The order in which the threads of a block (and the blocks of a grid) run between barriers.
 enum Order {
@@ -90,6 +92,7 @@ inline const Options options = read_options();
     vfprintf(stderr, format, args);
     fputc('\n', stderr);
     va_end(args);
+    signal(SIGABRT, SIG_DFL);        // this is the report: none about the abort
     abort();
 }
 
@@ -100,7 +103,7 @@ inline double seconds() {
 }
 
 // splitmix64: the random numbers of the priority order depend on seed, launch and block alone,
-// so a run can be repeated with any number of OpenMP threads.
+// so a run can be repeated on any number of OS threads.
 inline uint64_t mix(uint64_t x) {
     x += 0x9e3779b97f4a7c15u;
     x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9u;

@@ -35,6 +35,7 @@ inline int thread_count() {
 class Helpers {
     static constexpr double kSpin = 20e-6;      // seconds to look for the next job before sleeping
 
+    std::atomic<bool> busy{false};              // another host thread's job is under way
     std::mutex mutex;
     std::condition_variable new_job, job_done;
     std::atomic<uint64_t> jobs{0};              // counts them; a helper waits for it to change
@@ -85,7 +86,9 @@ public:
     Helpers() {
         for (int i = 1; i < thread_count(); i++) std::thread([this] { help(); }).detach();
     }
-    void run(int64_t n, void (*function)(const void*, int64_t), const void* argument) {
+    // False, and nothing done, if another host thread has the helpers.
+    bool run(int64_t n, void (*function)(const void*, int64_t), const void* argument) {
+        if (busy.exchange(true)) return false;
         {
             std::lock_guard<std::mutex> lock(mutex);
             call = function, body = argument, count = n, next = 0;
@@ -103,6 +106,8 @@ public:
         spin_until([&] { return inside == 0; });
         std::unique_lock<std::mutex> lock(mutex);
         job_done.wait(lock, [&] { return inside == 0; });
+        busy = false;
+        return true;
     }
 };
 
@@ -112,11 +117,9 @@ inline Helpers& helpers() {
 }
 
 template <class F> void parallel(int64_t n, const F& f) {
-    if (n < 2 || thread_count() == 1 || Helpers::in_parallel) {
-        for (int64_t i = 0; i < n; i++) f(i);
-        return;
-    }
-    helpers().run(n, [](const void* f, int64_t i) { (*(const F*)f)(i); }, &f);
+    auto call = [](const void* f, int64_t i) { (*(const F*)f)(i); };
+    if (n > 1 && thread_count() > 1 && !Helpers::in_parallel && helpers().run(n, call, &f)) return;
+    for (int64_t i = 0; i < n; i++) f(i);
 }
 
 }  // namespace simt

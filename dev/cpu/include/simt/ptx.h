@@ -72,7 +72,8 @@ template <int N, bool transposed> void ldmatrix_finish(void* slots, uint32_t par
 
 template <int N, bool transposed> void ldmatrix(uint32_t (&r)[N], uint32_t shared_address, SIMT_SITE) {
     LdmatrixSlot mine = {shared_address, {}};
-    Gathered<LdmatrixSlot> g = gather(kAllLanes, mine, transposed ? "ldmatrix.trans" : "ldmatrix", {file, line}, ldmatrix_finish<N, transposed>);
+    const char* what = transposed ? "ldmatrix.trans" : "ldmatrix";
+    Gathered<LdmatrixSlot> g = gather(kAllLanes, mine, what, {file, line}, ldmatrix_finish<N, transposed>);
     memcpy(r, g.slots[g.lane].result, sizeof r);
 }
 
@@ -90,7 +91,8 @@ template <int bytes> void cp_async(uint32_t shared_address, const void* global, 
     static_assert(bytes == 4 || bytes == 8 || bytes == 16, "cp.async copies 4, 8 or 16 bytes");
     char* to = shared_memory(shared_address, bytes, "cp.async");
     if ((uintptr_t)global % bytes) die_in_kernel("cp.async: global address %p is no multiple of %d", global, bytes);
-    if (source_bytes < 0 || source_bytes > bytes) die_in_kernel("cp.async: a source of %d bytes for a copy of %d", source_bytes, bytes);
+    if (source_bytes < 0 || source_bytes > bytes)
+        die_in_kernel("cp.async: a source of %d bytes for a copy of %d", source_bytes, bytes);
     if (options.poison) memset(to, 0xff, bytes);
     AsyncCopies& mine = async_copies();
     mine.pending.push_back({to, (const char*)global, bytes, source_bytes, mine.committed});

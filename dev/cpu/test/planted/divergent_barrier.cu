@@ -1,25 +1,23 @@
-// With -DBUG half of the block waits at one barrier and half at another.
+// With `bug` half of the block waits at one barrier and half at another.
 #include "planted.h"
 
-__global__ void exchange_kernel(float* out, const float* in) {
+__global__ void exchange_kernel(float* out, const float* in, bool bug) {
     __shared__ float tile[64];
     tile[threadIdx.x] = in[threadIdx.x];
-#ifdef BUG
-    if (threadIdx.x < 32) {
+    if (!bug) {
+        __syncthreads();
+        out[threadIdx.x] = tile[threadIdx.x ^ 32];
+    } else if (threadIdx.x < 32) {
         __syncthreads();            // BUG
         out[threadIdx.x] = tile[threadIdx.x + 32];
     } else {
         __syncthreads();            // BUG
         out[threadIdx.x] = tile[threadIdx.x - 32];
     }
-#else
-    __syncthreads();
-    out[threadIdx.x] = tile[threadIdx.x ^ 32];
-#endif
 }
 
-int main() {
+int main(int argc, char** argv) {
     float *in = device_ramp(64), *out = device_ramp(64);
-    exchange_kernel<<<1, 64>>>(out, in);
+    exchange_kernel<<<1, 64>>>(out, in, asks_for_bug(argc, argv));
     return print_and_free(out, 64, in);
 }

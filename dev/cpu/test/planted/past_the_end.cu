@@ -1,17 +1,15 @@
-// With -DBUG the guard lets one thread too many write.
+// With `bug` the guard lets one thread too many write.
 #include "planted.h"
 
-__global__ void scale_kernel(float* out, const float* in, int n) {
+__global__ void scale_kernel(float* out, const float* in, int n, bool bug) {
     int i = blockIdx.x * blockDim.x + threadIdx.x;
-#ifdef BUG
-    if (i <= n) out[i] = 2.0f;      // BUG
-#else
-    if (i < n) out[i] = 2.0f * in[i];
-#endif
+    if (bug ? i <= n : i < n)
+        out[i] = 2.0f;              // BUG
+    if (i < n) out[i] *= in[i];
 }
 
-int main() {
+int main(int argc, char** argv) {
     float *in = device_ramp(100), *out = device_ramp(100);
-    scale_kernel<<<2, 64>>>(out, in, 100);
+    scale_kernel<<<2, 64>>>(out, in, 100, asks_for_bug(argc, argv));
     return print_and_free(out, 100, in);
 }

@@ -1,14 +1,17 @@
-// What the planted bugs share. Their results are printed bit for bit, to be compared between thread orders.
+// What the planted bugs share: `./NAME bug` has the bug, `./NAME` is its clean twin. The results are printed bit for bit, to be compared between thread orders.
 #pragma once
 #include <cuda_runtime.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
 static void check(cudaError_t e) {
     if (e == cudaSuccess) return;
     printf("%s\n", cudaGetErrorString(e));
     exit(1);
 }
+
+static bool asks_for_bug(int argc, char** argv) { return argc > 1 && !strcmp(argv[1], "bug"); }
 
 // n floats on the device: 0.1, 0.2, 0.3, ...
 static float* device_ramp(int n) {

@@ -1,0 +1,122 @@
+// Launch errors, memory and its accounting, copies, events: what the runtime must refuse, and with which code.
+#include "expect.h"
+
+__global__ void nothing_kernel(float* p) { if (p && threadIdx.x == 2000) *p = 1; }
+template <class T> __global__ void dynamic_kernel(T* out) {
+    extern __shared__ char bytes[];
+    bytes[threadIdx.x] = 1;
+    __syncthreads();
+    if (out) out[threadIdx.x] = bytes[threadIdx.x];
+}
+
+// the error that is pending, which this clears
+static cudaError_t pending() {
+    EXPECT(cudaPeekAtLastError() == cudaPeekAtLastError());
+    return cudaGetLastError();
+}
+
+int main(int argc, char** argv) {
+    bool accounting = argc > 1 && !strcmp(argv[1], "accounting");      // with SIMT_MEMORY=1M: CPU backend alone
+    float *p = NULL, *q = NULL, host[4] = {1, 2, 3, 4};
+
+    // launches
+    EXPECT(pending() == cudaSuccess);
+    nothing_kernel<<<1, 1025>>>(p);
+    EXPECT(pending() == cudaErrorInvalidConfiguration && pending() == cudaSuccess);
+    nothing_kernel<<<0, 32>>>(p);
+    EXPECT(pending() == cudaErrorInvalidConfiguration);
+    nothing_kernel<<<1, 0>>>(p);
+    EXPECT(pending() == cudaErrorInvalidConfiguration);
+    nothing_kernel<<<dim3(1, 65536), 32>>>(p);
+    EXPECT(pending() == cudaErrorInvalidConfiguration);
+    nothing_kernel<<<1, dim3(1, 1, 65)>>>(p);
+    EXPECT(pending() == cudaErrorInvalidConfiguration);
+    nothing_kernel<<<dim3(1, 65535), 1024>>>(p);
+    EXPECT(pending() == cudaSuccess);
+
+    // dynamic shared memory: 48 KB, more with the attribute, and that per kernel
+    int* no_ints = NULL;
+    dynamic_kernel<float><<<1, 32, 48 * 1024>>>(p);
+    EXPECT(pending() == cudaSuccess);
+    dynamic_kernel<float><<<1, 32, 48 * 1024 + 1>>>(p);
+    EXPECT(pending() == cudaErrorInvalidValue);
+    cudaCheck(cudaFuncSetAttribute(dynamic_kernel<float>, cudaFuncAttributeMaxDynamicSharedMemorySize, 80 * 1024));
+    dynamic_kernel<float><<<1, 32, 80 * 1024>>>(p);
+    EXPECT(pending() == cudaSuccess);
+    dynamic_kernel<float><<<1, 32, 80 * 1024 + 1>>>(p);
+    EXPECT(pending() == cudaErrorInvalidValue);
+    dynamic_kernel<int><<<1, 32, 80 * 1024>>>(no_ints);
+    EXPECT(pending() == cudaErrorInvalidValue);
+    int most;
+    cudaCheck(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0));
+    EXPECT(cudaFuncSetAttribute(dynamic_kernel<float>, cudaFuncAttributeMaxDynamicSharedMemorySize, most + 1) == cudaErrorInvalidValue);
+    EXPECT(pending() == cudaErrorInvalidValue);
+
+    // memory
+    cudaCheck(cudaMalloc(&p, 4 * sizeof(float)));
+    cudaCheck(cudaMalloc((void**)&q, 4 * sizeof(float)));
+    EXPECT((uintptr_t)p % 256 == 0 && (uintptr_t)q % 256 == 0);
+    cudaCheck(cudaMemcpy(p, host, sizeof host, cudaMemcpyHostToDevice));
+    cudaCheck(cudaMemcpyAsync(q, p, sizeof host, cudaMemcpyDeviceToDevice, 0));
+    cudaCheck(cudaMemset(p, 0, sizeof(float)));
+    float back[4] = {0};
+    cudaCheck(cudaMemcpy2D(back, 8, q, 8, 4, 2, cudaMemcpyDeviceToHost));
+    EXPECT(back[0] == 1 && back[1] == 0 && back[2] == 3 && back[3] == 0);
+    EXPECT(cudaMemcpy2D(back, 4, q, 8, 8, 2, cudaMemcpyDeviceToHost) == cudaErrorInvalidPitchValue);
+    EXPECT(pending() == cudaErrorInvalidPitchValue);
+    float* pinned;
+    cudaCheck(cudaMallocHost(&pinned, sizeof host));
+    cudaCheck(cudaMemcpy(pinned, p, sizeof host, cudaMemcpyDefault));
+    EXPECT(pinned[0] == 0 || pinned[0] != pinned[0]);
+    cudaCheck(cudaFreeHost(pinned));
+    EXPECT(cudaFree(host) == cudaErrorInvalidValue && pending() == cudaErrorInvalidValue);
+    cudaCheck(cudaFree(NULL));
+    int device;
+    EXPECT(cudaSetDevice(1000) == cudaErrorInvalidDevice && pending() == cudaErrorInvalidDevice);
+    EXPECT(cudaGetDevice(&device) == cudaSuccess && device == 0);
+#ifndef __CUDACC__
+    // what a GPU would not survive, or not notice
+    EXPECT(cudaMemcpy(p, host, sizeof host + 1, cudaMemcpyHostToDevice) == cudaErrorInvalidValue);
+    EXPECT(cudaMemcpy(host, back, sizeof host, cudaMemcpyHostToDevice) == cudaErrorInvalidValue);
+    EXPECT(cudaMemcpy(p, q, sizeof host, cudaMemcpyHostToDevice) == cudaErrorInvalidValue);
+    EXPECT(cudaMemset(host, 0, sizeof host) == cudaErrorInvalidValue);
+    EXPECT(cudaFree(p + 1) == cudaErrorInvalidValue);
+    cudaCheck(cudaFree(q));
+    EXPECT(cudaFree(q) == cudaErrorInvalidValue);
+    cudaGetLastError();
+#else
+    cudaCheck(cudaFree(q));
+#endif
+    if (accounting) {
+        size_t available, total;
+        cudaCheck(cudaMemGetInfo(&available, &total));
+        EXPECT(total == 1 << 20 && available == total - sizeof host);
+        EXPECT(cudaMalloc(&q, available + 1) == cudaErrorMemoryAllocation && q == NULL && pending() == cudaErrorMemoryAllocation);
+        cudaCheck(cudaMalloc(&q, available));
+        cudaCheck(cudaFree(q));
+    }
+
+    // events, texts, properties
+    cudaEvent_t a, b;
+    float ms;
+    cudaCheck(cudaEventCreate(&a));
+    cudaCheck(cudaEventCreate(&b));
+    cudaCheck(cudaEventRecord(a));
+    nothing_kernel<<<100, 256>>>(p);
+    cudaCheck(cudaEventRecord(b));
+    cudaCheck(cudaEventSynchronize(b));
+    cudaCheck(cudaEventElapsedTime(&ms, a, b));
+    EXPECT(ms >= 0 && ms < 1e4);
+    EXPECT(!strcmp(cudaGetErrorName(cudaErrorInvalidConfiguration), "cudaErrorInvalidConfiguration"));
+    EXPECT(!strcmp(cudaGetErrorString(cudaErrorMemoryAllocation), "out of memory"));
+    cudaDeviceProp properties;
+    cudaCheck(cudaGetDeviceProperties(&properties, 0));
+    EXPECT(properties.warpSize == 32 && properties.multiProcessorCount > 0 && properties.totalGlobalMem > 0);
+    int blocks = 0;
+    cudaCheck(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, nothing_kernel, 256, 0));
+    EXPECT(blocks > 0);
+    cudaCheck(cudaEventDestroy(a));
+    cudaCheck(cudaEventDestroy(b));
+    cudaCheck(cudaFree(p));
+    return finish();
+}

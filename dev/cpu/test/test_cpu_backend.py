@@ -1,0 +1,337 @@
+"""The CPU backend does what CUDA does, and catches what it promises to catch.
+
+Needs g++ and OpenBLAS; nvcc and MPI where they are there. Programs are built into $BUILD/dev_cpu (default: build).
+"""
+import concurrent.futures
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+CPU = os.path.dirname(HERE)
+ROOT = os.path.dirname(os.path.dirname(CPU))
+OUT = os.path.join(ROOT, os.environ.get('BUILD', 'build'), 'dev_cpu')
+PLANTED = ['missing_syncthreads', 'missing_syncwarp', 'past_the_end', 'unwritten_shared', 'divergent_barrier', 'float_atomics']
+ORDERS = [{'SIMT_ORDER': 'forward'}, {'SIMT_ORDER': 'reverse'}] + [{'SIMT_ORDER': 'priority', 'SIMT_SEED': str(s)} for s in (1, 2, 3, 4)]
+IDS = ['forward', 'reverse', 'priority1', 'priority2', 'priority3', 'priority4']
+
+
+def run(command, **env):
+    """The finished process, stdout and stderr together. Options of the backend come from the test alone."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith('SIMT_')}
+    return subprocess.run(command, env={**clean, **env}, cwd=ROOT, text=True, errors='replace', timeout=300,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def make_variable(name):
+    makefile = f'include {CPU}/cpu.mk\nshow:\n\t@echo $({name})\n'
+    return subprocess.run(['make', '-s', '-f', '-', 'show'], input=makefile, cwd=ROOT, text=True, check=True, stdout=subprocess.PIPE).stdout.split()
+
+
+CXX, CXXFLAGS, SANFLAGS, LDLIBS, TRANSLATE = map(make_variable, ['CPU_CXX', 'CPU_CXXFLAGS', 'CPU_SANFLAGS', 'CPU_LDLIBS', 'CPU_TRANSLATE'])
+
+
+def translate(source, output):
+    return run(TRANSLATE + [source, '-o', output])
+
+
+def build(source, name=None, flags=(), compiler=CXX):
+    """Translate and compile HERE/source; the path of the program. A warning from our headers is an error."""
+    program = os.path.join(OUT, name or os.path.basename(source)[:-3])
+    os.makedirs(OUT, exist_ok=True)
+    result = translate(os.path.join(HERE, source), program + '.cpp')
+    assert result.returncode == 0, result.stdout
+    result = run(compiler + CXXFLAGS + ['-Werror'] + list(flags) + [program + '.cpp', '-o', program] + LDLIBS)
+    assert result.returncode == 0, result.stdout
+    return program
+
+
+# Everything is compiled at once, on two cores, before the first test that runs something.
+BUILDS = {name: (f'{name}.cu', name, ()) for name in ['device_test', 'bf16_test', 'launch_test', 'matmul_test', 'tensor_core', 'errors']}
+BUILDS['tensor_core_bug'] = ('tensor_core.cu', 'tensor_core_bug', ('-DMISSING_WAIT', '-O1'))
+for p in PLANTED:
+    BUILDS[p] = (f'planted/{p}.cu', p, ('-O1',))
+for p in ['past_the_end', 'missing_syncthreads']:
+    BUILDS[p + '_san'] = (f'planted/{p}.cu', p + '_san', tuple(SANFLAGS))
+BUILDS['errors_san'] = ('errors.cu', 'errors_san', tuple(SANFLAGS))
+BUILDS['device_test_san'] = ('device_test.cu', 'device_test_san', tuple(SANFLAGS))
+
+
+@pytest.fixture(scope='session')
+def programs():
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        jobs = {name: pool.submit(build, *arguments) for name, arguments in BUILDS.items()}
+        return {name: job.result() for name, job in jobs.items()}
+
+
+# ---- what correct programs do -------------------------------------------------------------------------
+
+@pytest.mark.parametrize('order', ORDERS, ids=IDS)
+@pytest.mark.parametrize('name', ['device_test', 'tensor_core'])
+def test_in_every_order(programs, name, order):
+    for threads in ('1', '2'):
+        result = run([programs[name]], OMP_NUM_THREADS=threads, **order)
+        assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.parametrize('name', ['bf16_test', 'launch_test', 'matmul_test', 'device_test_san'])
+def test_program(programs, name):
+    result = run([programs[name]])
+    assert result.returncode == 0, result.stdout
+
+
+def test_matmul_has_the_same_bits_on_any_number_of_threads(programs, tmp_path):
+    # the program compares with a tolerance; this is about bits, so a copy of it prints digests
+    source = tmp_path / 'digest.cu'
+    source.write_text(open(os.path.join(HERE, 'matmul_test.cu')).read().replace('#include "expect.h"', f'#include "{HERE}/expect.h"')
+                      .replace('    free(got), free(got_aux)', '    unsigned h = 0;\n    for (size_t i = 0; i < sd * p.batch; i++) { unsigned u; memcpy(&u, got + i, 4); h = h * 31 + u; }\n'
+                               '    printf("%08x\\n", h);\n    free(got), free(got_aux)'))
+    result = translate(str(source), str(tmp_path / 'digest.cpp'))
+    assert result.returncode == 0, result.stdout
+    result = run(CXX + CXXFLAGS + [str(tmp_path / 'digest.cpp'), '-o', str(tmp_path / 'digest')] + LDLIBS)
+    assert result.returncode == 0, result.stdout
+    outputs = [run([str(tmp_path / 'digest')], OMP_NUM_THREADS=n).stdout.replace(str(tmp_path), '') for n in ('1', '2', '5')]
+    digests = [re.findall(r'^[0-9a-f]{8}$', o, re.M) for o in outputs]
+    assert len(digests[0]) > 70 and digests[0] == digests[1] == digests[2]
+
+
+# ---- the planted bugs ---------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('name', PLANTED)
+def test_clean_twin_passes_in_every_order(programs, name):
+    outputs = [run([programs[name]], **order) for order in ORDERS]
+    assert all(o.returncode == 0 and 'nan' not in o.stdout for o in outputs)
+    assert len({o.stdout for o in outputs}) == 1
+
+
+def test_clean_twin_passes_with_sanitizers(programs):
+    for name in ['past_the_end', 'missing_syncthreads']:
+        result = run([programs[name + '_san']])
+        assert result.returncode == 0, result.stdout
+        assert result.stdout == run([programs[name]]).stdout
+
+
+@pytest.mark.parametrize('name', ['missing_syncthreads', 'missing_syncwarp'])
+def test_missing_barrier_shows_as_a_difference_between_orders(programs, name):
+    outputs = [run([programs[name], 'bug'], **order).stdout for order in ORDERS]
+    assert outputs[0] != outputs[1]                        # forward and reverse
+    assert any(o not in outputs[:2] for o in outputs[2:])
+
+
+def test_order_dependent_atomics_show_in_random_order_alone(programs):
+    outputs = [run([programs['float_atomics'], 'bug'], **order).stdout for order in ORDERS]
+    assert outputs[0] == outputs[1]
+    assert any(o != outputs[0] for o in outputs[2:])
+
+
+def test_write_past_the_end_is_reported(programs):
+    result = run([programs['past_the_end'], 'bug'])
+    assert result.returncode != 0
+    assert re.search(r'simt error: write past the end of device memory: the 400 bytes from cudaMalloc at \S*planted\.h:\d+ were overrun, '
+                     r'byte 400 was written\n.*scale_kernel', result.stdout), result.stdout
+
+
+def test_write_past_the_end_is_reported_with_its_line_by_the_sanitizer(programs):
+    result = run([programs['past_the_end_san'], 'bug'])
+    line = line_of('planted/past_the_end.cu', '// BUG')
+    assert result.returncode != 0 and 'heap-buffer-overflow' in result.stdout
+    assert re.search(rf'#0 .*planted/past_the_end\.cu:{line}\b', result.stdout), result.stdout
+
+
+def test_unwritten_shared_memory_is_nan(programs):
+    result = run([programs['unwritten_shared'], 'bug'])
+    assert result.stdout.count('nan') == 1
+    # without the poison it would have gone unseen
+    assert 'nan' not in run([programs['unwritten_shared'], 'bug'], SIMT_POISON='0').stdout
+
+
+@pytest.mark.parametrize('order', ORDERS, ids=IDS)
+def test_divergent_barrier_is_reported(programs, order):
+    result = run([programs['divergent_barrier'], 'bug'], **order)
+    source = open(os.path.join(HERE, 'planted/divergent_barrier.cu')).read().split('\n')
+    lines = [i + 1 for i, text in enumerate(source) if '// BUG' in text]
+    assert result.returncode != 0
+    assert 'simt error: divergent barrier' in result.stdout and 'exchange_kernel' in result.stdout
+    assert all(f'divergent_barrier.cu:{n}' in result.stdout for n in lines), result.stdout
+
+
+@pytest.mark.parametrize('order', ORDERS, ids=IDS)
+def test_missing_wait_for_an_asynchronous_copy_shows(programs, order):
+    result = run([programs['tensor_core_bug']], **order)
+    assert result.returncode == 1 and result.stdout.count('WRONG') == 3, result.stdout
+
+
+# ---- errors that are named ----------------------------------------------------------------------------
+
+def line_of(source, text):
+    with open(os.path.join(HERE, source)) as f:
+        return next(i + 1 for i, line in enumerate(f) if text in line)
+
+
+ERRORS = {
+    'own_mask': r'simt error: lane \d+ calls __ballot_sync at \S*errors\.cu:{line} with mask 0x000001ff, which does not name it',
+    'exited_lane': r'simt error: __shfl_sync at \S*errors\.cu:{line}: lane \d+ reads lane 0, which has exited',
+    'outside_mask': r'simt error: __shfl_sync at \S*errors\.cu:{line}: lane \d+ reads lane 20, .*not in the mask',
+    'different_collectives': r'simt error: lanes of one warp meet in different collectives: .*__shfl_down_sync',
+    'deadlock': r'simt error: deadlock(.*\n)*.*waiting in __syncthreads at \S*errors\.cu:{line}',
+    'trap': r'simt error: __trap\(\)\n.*thread \(5,0,0\)',
+    'assert': r"errors\.cu:\d+: .*Assertion `t < 60' failed(.*\n)*.*wrong_kernel.*thread \(\d+,0,0\)",
+    'shared_total': r"simt error: too much shared memory: with 'tile' \(\S*errors\.cu:\d+\) the block uses 53248 bytes, .*of 49152",
+    'shared_overflow': r"simt error: write past the end of shared memory: 'tile' \(\S*errors\.cu:\d+\) has 128 bytes, and byte 128 was written",
+    'before_start': r'simt error: write before the start of device memory: the 256 bytes .*byte -4 was written',
+    'null_pointer': r'simt error: segmentation fault at address (0x|\(nil\)).*\n.*null_kernel.*thread \(\d+,0,0\)',
+    'stack_overflow': r'simt error: stack overflow.*\n.*deep_kernel',
+}
+
+
+@pytest.mark.parametrize('order', ORDERS[:3], ids=IDS[:3])
+@pytest.mark.parametrize('name', ERRORS)
+def test_error_is_named(programs, name, order):
+    result = run([programs['errors'], name], **order)
+    expected = ERRORS[name]
+    if '{line}' in expected:
+        expected = expected.replace('{line}', str(line_of('errors.cu', '// at ' + name)))
+    assert result.returncode != 0
+    assert re.search(expected, result.stdout), result.stdout
+
+
+@pytest.mark.parametrize('name,report', [('shared_overflow', 'out of bounds'), ('before_start', 'heap-buffer-overflow'), ('null_pointer', 'null pointer')])
+def test_sanitizers_see_shared_and_device_memory(programs, name, report):
+    result = run([programs['errors_san'], name])
+    assert result.returncode != 0
+    assert report in result.stdout and re.search(r'errors\.cu:\d+', result.stdout), result.stdout
+
+
+# ---- options ------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('name,value', [('SIMT_ORDER', 'backward'), ('SIMT_SEED', 'x'), ('SIMT_SEED', '-1'), ('SIMT_POISON', '2'), ('SIMT_PROFILE', 'yes'),
+                                        ('SIMT_REPORT', ''), ('SIMT_MEMORY', '1T'), ('SIMT_MEMORY', '99999999999G'), ('OMP_NUM_THREADS', '0')])
+def test_wrong_option_is_an_error_that_names_it(programs, name, value):
+    result = run([programs['device_test']], **{name: value})
+    assert result.returncode == 2
+    assert f'simt error: {name}={value}: must be' in result.stdout
+
+
+def test_memory_is_counted_and_limited(programs):
+    result = run([programs['launch_test'], 'accounting'], SIMT_MEMORY='1M', SIMT_REPORT='1')
+    assert result.returncode == 0, result.stdout
+    assert 'simt: peak 1048576 bytes, now 0 bytes' in result.stdout
+
+
+def test_profile_names_kernels_and_matmuls(programs):
+    output = run([programs['device_test']], SIMT_PROFILE='1').stdout
+    assert re.search(r'\d+\.\d+ +\d+\.\d% +1 +96 +\d+  collective_kernel', output), output
+    assert '[matmul]' in run([programs['matmul_test']], SIMT_PROFILE='1').stdout
+
+
+# ---- the preprocessor ---------------------------------------------------------------------------------
+
+def translated(tmp_path, text, name='x.cu'):
+    (tmp_path / name).write_text(text)
+    result = translate(str(tmp_path / name), str(tmp_path / 'x.cpp'))
+    return result, (tmp_path / 'x.cpp').read_text() if result.returncode == 0 else ''
+
+
+@pytest.mark.parametrize('text,message', [
+    ('void f() {\n  int a = 1 <<< 2;\n}', r'x\.cu:2: error: .*<<<'),
+    ('void f() {\n\n  k<<<1, 2>> >();\n}', r'x\.cu:3: error: a <<< without its >>>'),
+    ('void f() { k<<<1, 2>>>; }', r'x\.cu:1: error: a launch needs its arguments'),
+    ('void f() { k<<<>>>(); }', r'x\.cu:1: error: an empty <<<>>>'),
+    ('void f() { x = 1 + k<<<1, 2>>>(); }', r'x\.cu:1: error: .*stands before'),
+    ('void f() { k<<<1, (2>>>(); }', r"x\.cu:1: error: .*(closed|close)"),
+    ('#define LAUNCH(k) k<<<1, \\\n 2>>>()\n', r'x\.cu:1: error: .*inside a macro'),
+    ('#define BUFFER __shared__ float b[2];', r'x\.cu:1: error: .*inside a macro'),
+    ('namespace a {\n__shared__ float s[2];\n}', r'x\.cu:2: error: __shared__ outside a function'),
+    ('extern __shared__ float s[];', r'x\.cu:1: error: __shared__ outside a function'),
+    ('void f() {\n  __shared__ float s[2] = {1, 2};\n}', r'x\.cu:2: error: .*cannot be initialised'),
+    ('void f() { __shared__ float s[]; }', r'x\.cu:1: error: .*has no size'),
+    ('void f() { __shared__ float (*s)[4]; }', r'x\.cu:1: error: .*no form of __shared__'),
+    ('void f() { __shared__ s; }', r'x\.cu:1: error: .*__shared__'),
+    ('void f() { extern __shared__ float s[4]; }', r'x\.cu:1: error: .*without a size'),
+    ('void f(__shared__ float* s) {}', r"x\.cu:1: error: __shared__ after '\('"),
+    ('#include "x.cu"\n', r'x\.cu:1: error: this file includes itself'),
+])
+def test_unknown_form_is_an_error_with_its_line(tmp_path, text, message):
+    result, _ = translated(tmp_path, text)
+    assert result.returncode == 1
+    assert re.search(message, result.stdout), result.stdout
+    assert not (tmp_path / 'x.cpp').exists()
+
+
+def test_what_is_no_form_is_left_alone(tmp_path):
+    text = ('// k<<<1, 2>>>(); and __shared__ in a comment\n/* <<< */\nconst char* s = "<<<__shared__" R"(k<<<1, 2>>>())" R"x(")" <<<)x";\n'
+            "char c = '\"', d = '\\''; int n = 1'000'000 << 2 >> 1; auto f = a<b<c<int>>>(); int x = 0x1'ff;\n#error don't <<<\n")
+    result, output = translated(tmp_path, text)
+    assert result.returncode == 0, result.stdout
+    assert output == f'#include <cuda_runtime.h>\n#line 1 "{tmp_path}/x.cu"\n' + text
+
+
+def test_lines_are_kept(tmp_path):
+    (tmp_path / 'sub').mkdir()
+    (tmp_path / 'sub' / 'y.cu').write_text('#pragma once\n__global__ void y() {\n  __shared__ float a[2],\n    b[3];\n  a[0] = b[0] = 1;\n}\nint in_y = __LINE__;')
+    text = ('#include "sub/y.cu"\n#include "sub/y.cu"\n#include <stdio.h>\nint here = __LINE__;\nvoid f() {\n  y<<<1,\n     2,\n     0>>>(\n  );\n  int there = __LINE__;\n'
+            '  printf("%d %d %d %s\\n", in_y, here, there, __FILE__);\n}\nint main() { f(); }\n')
+    result, output = translated(tmp_path, text)
+    assert result.returncode == 0, result.stdout
+    result = run(CXX + CXXFLAGS + ['-Werror', str(tmp_path / 'x.cpp'), '-o', str(tmp_path / 'x')])
+    assert result.returncode == 0, result.stdout
+    assert run([str(tmp_path / 'x')]).stdout == f'7 4 10 {tmp_path}/x.cu\n'
+    # and a compiler's complaint is about the source
+    (tmp_path / 'sub' / 'y.cu').write_text('\n\nint wrong = "text";\n')
+    translated(tmp_path, text)
+    assert re.search(r'sub/y\.cu:3:\d+: error', run(CXX + CXXFLAGS + ['-fsyntax-only', str(tmp_path / 'x.cpp')]).stdout)
+
+
+def test_dependencies_are_written(tmp_path):
+    (tmp_path / 'y.cu').write_text('int y;\n')
+    (tmp_path / 'x.cu').write_text('#include "y.cu"\n')
+    result = run(TRANSLATE + [str(tmp_path / 'x.cu'), '-o', str(tmp_path / 'x.cpp'), '--depfile', str(tmp_path / 'x.d')])
+    assert result.returncode == 0, result.stdout
+    assert (tmp_path / 'x.d').read_text() == f'{tmp_path}/x.cpp: {tmp_path}/x.cu {tmp_path}/y.cu\n{tmp_path}/y.cu:\n'
+
+
+# ---- the tests are CUDA; NCCL -------------------------------------------------------------------------
+
+NVCC = shutil.which('nvcc') or next((p for p in ['/usr/local/cuda/bin/nvcc'] if os.path.exists(p)), None)
+
+
+@pytest.mark.skipif(not NVCC, reason='nvcc is not installed')
+@pytest.mark.parametrize('source', ['tensor_core.cu', 'device_test.cu', 'matmul_test.cu'])
+def test_nvcc_accepts_it_without_a_warning(source):
+    os.makedirs(OUT, exist_ok=True)
+    name = os.path.basename(source)[:-3]
+    result = run([NVCC, '-std=c++17', '-arch=sm_80', '-c', os.path.join(HERE, source), '-o', os.path.join(OUT, name + '.o')])
+    assert result.returncode == 0 and result.stdout == '', result.stdout
+
+
+needs_mpi = pytest.mark.skipif(not (shutil.which('mpicxx') and shutil.which('mpirun')), reason='MPI is not installed')
+
+
+@pytest.fixture(scope='session')
+def nccl():
+    program = build('nccl_test.cu', compiler=['env', f'OMPI_CXX={CXX[0]}', f'MPICH_CXX={CXX[0]}', 'mpicxx'])
+    allow = {'OMPI_ALLOW_RUN_AS_ROOT': '1', 'OMPI_ALLOW_RUN_AS_ROOT_CONFIRM': '1', 'OMPI_MCA_rmaps_base_oversubscribe': '1'}
+    return lambda *arguments: run(['mpirun', '-np', '2', program, *arguments], **allow)
+
+
+@needs_mpi
+def test_nccl_between_two_processes(nccl):
+    result = nccl()
+    assert result.returncode == 0 and result.stdout.count(' 0 failed') == 2, result.stdout
+
+
+@needs_mpi
+@pytest.mark.parametrize('mistake,report', [('count', r'rank 0 calls ncclAllReduce number 0 of 3000000 float, sum, rank 1 calls ncclAllReduce number 0 of 2999999'),
+                                            ('kind', r'rank 0 calls ncclBroadcast .*rank 1 calls ncclAllGather')])
+def test_ranks_that_disagree_are_an_error(nccl, mistake, report):
+    result = nccl(mistake)
+    assert result.returncode != 0 and 'nothing reported' not in result.stdout
+    assert re.search('simt error: ranks disagree about a collective: ' + report, result.stdout), result.stdout
+
+
+if __name__ == '__main__':
+    sys.exit(pytest.main([__file__, '-q']))
