@@ -13,6 +13,9 @@ make twins          checks that what the trainers share is the same in both
 make clean          removes what was built
 
 Flags of a build, as in  make train_gpt2 CPU=1 PRECISION=FP32:
+  USE_APPROXBP=1    the backward pass that remembers less: APPROX_ACT=2 and MS_NORM=1
+  APPROX_ACT=2      bits that GELU keeps of an element, 1 to 4; 0: the element itself
+  MS_NORM=1         a norm and the matmul behind it keep one tensor
   PRECISION=BF16    or FP32: what weights and activations are stored in
   CPU=0             builds for a GPU with nvcc, CPU=1 for the CPU with g++ (default: is a GPU visible?)
   ARCH=90           compute capabilities to build for, as in ARCH="80 90" (default: the visible GPU's)
@@ -48,12 +51,15 @@ MAKEFLAGS += --no-print-directory
 # PRECISON=FP32 is a measurement of something else
 
 PRECISION ?= BF16
+USE_APPROXBP ?= 0
+APPROX_ACT ?= $(if $(filter 1,$(USE_APPROXBP)),2,0)
+MS_NORM   ?= $(USE_APPROXBP)
 SAN       ?= 0
 MULTI_GPU ?= 0
 PTXAS     ?= 0
 PYTHON    ?= $(or $(wildcard /usr/bin/python3),python3)
 
-FLAG_NAMES := PRECISION CPU ARCH BUILD SAN MULTI_GPU PTXAS NVCC NVCCFLAGS CXXFLAGS TEXT TESTS SYNC PYTHON
+FLAG_NAMES := USE_APPROXBP APPROX_ACT MS_NORM PRECISION CPU ARCH BUILD SAN MULTI_GPU PTXAS NVCC NVCCFLAGS CXXFLAGS TEXT TESTS SYNC PYTHON
 given := $(foreach v,$(.VARIABLES),$(if $(filter command,$(origin $(v))),$(v)))
 unknown := $(filter-out $(FLAG_NAMES) MAKEFLAGS SHELL -*-%,$(given))
 ifneq ($(unknown),)
@@ -62,8 +68,11 @@ endif
 
 # $(call one-of,FLAG,allowed values)
 one-of = $(if $(and $(filter 1,$(words $($(1)))),$(filter $(2),$($(1)))),,\
-         $(error $(1)=$($(1)): expected $(firstword $(2)) or $(lastword $(2))))
+         $(error $(1)=$($(1)): expected $(if $(word 3,$(2)),one of $(2),$(firstword $(2)) or $(lastword $(2)))))
 $(call one-of,PRECISION,BF16 FP32)
+$(call one-of,USE_APPROXBP,0 1)
+$(call one-of,APPROX_ACT,0 1 2 3 4)
+$(call one-of,MS_NORM,0 1)
 $(call one-of,SAN,0 1)
 $(call one-of,MULTI_GPU,0 1)
 $(call one-of,PTXAS,0 1)
@@ -88,7 +97,8 @@ ifeq ($(PTXAS)$(CPU),11)
 $(error PTXAS=1: expected CPU=0, found CPU=1; only nvcc has a ptxas)
 endif
 
-DEFINES := $(if $(filter FP32,$(PRECISION)),-DFP32=1)
+DEFINES := $(if $(filter FP32,$(PRECISION)),-DFP32=1) $(if $(filter-out 0,$(APPROX_ACT)),-DAPPROX_ACT=$(APPROX_ACT)) \
+           $(if $(filter 1,$(MS_NORM)),-DMS_NORM=1)
 ifeq ($(MULTI_GPU),1)
 mpi = $(filter -I% -D% -L% -l%,$(shell mpicxx --showme:$(1) 2>/dev/null))# those that nvcc takes too
 LIBS    := $(call mpi,link)
@@ -229,9 +239,10 @@ DEMO_TEXT = $(sort $(shell find README.md Makefile *.cu prepro dev -type f \( -n
 
 .PHONY: demo
 demo: setup
-	@echo "Building $(OUT)train_gpt2"
-	@$(MAKE) -s train_gpt2
-	@$(PYTHON) dev/bench/demo.py $(OUT)train_gpt2 $(if $(filter 0,$(CPU)),--gpu) $(or $(TEXT),$(DEMO_TEXT))
+	@echo "Building train_gpt2 twice: exact, and with USE_APPROXBP=1"
+	@$(MAKE) -s train_gpt2 USE_APPROXBP=0
+	@$(MAKE) -s train_gpt2 USE_APPROXBP=1 BUILD=build/demo/approxbp
+	@$(PYTHON) dev/bench/demo.py $(OUT)train_gpt2 build/demo/approxbp/train_gpt2 $(if $(filter 0,$(CPU)),--gpu) $(or $(TEXT),$(DEMO_TEXT))
 
 # ----------------------------------------------------------------------------
 # test
@@ -243,15 +254,19 @@ test: setup-test
 	  $(or $(TESTS),dev/test dev/cpu/test) </dev/null
 
 # Side by side in build/: a variant that does not build fails the tests that want it.
-CPU_VARIANTS  := cpu-bf16 cpu-fp32 san-bf16 san-fp32
-NVCC_VARIANTS := nvcc-bf16 nvcc-fp32
-GPU_VARIANTS  := gpu-bf16 gpu-fp32
+# A name's parts are its flags: where it is built, the mode (none is exact), the precision.
+CPU_VARIANTS  := cpu-bf16 cpu-fp32 cpu-approxbp-bf16 cpu-approxbp-fp32 cpu-norm-bf16 cpu-norm-fp32 cpu-act-bf16 san-bf16 san-fp32 san-approxbp-bf16
+NVCC_VARIANTS := nvcc-bf16 nvcc-fp32 nvcc-approxbp-bf16
+GPU_VARIANTS  := gpu-bf16 gpu-fp32 gpu-approxbp-bf16 gpu-approxbp-fp32
+flags_approxbp := USE_APPROXBP=1
+flags_norm := MS_NORM=1
+flags_act  := APPROX_ACT=2
 flags_cpu  := CPU=1
 flags_san  := CPU=1 SAN=1
 flags_nvcc := CPU=0 ARCH="80 89 90" PTXAS=1
 flags_gpu  := CPU=0
 VARIANTS    = $(CPU_VARIANTS) $(if $(NVCC),$(NVCC_VARIANTS) $(if $(filter 0,$(gpus)),,$(GPU_VARIANTS)))
-flags_of    = $(flags_$(firstword $(subst -, ,$(1)))) PRECISION=$(if $(filter %fp32,$(1)),FP32,BF16)
+flags_of    = $(foreach part,$(subst -, ,$(1)),$(flags_$(part))) PRECISION=$(if $(filter %fp32,$(1)),FP32,BF16)
 
 ifneq ($(filter variants,$(MAKECMDGOALS)),)
 variants: $(VARIANTS)

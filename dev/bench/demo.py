@@ -42,9 +42,9 @@ def tokens(files):
 def sizes(gpu, shortest):
     """Model, batch (one that the shortest of the files can fill), steps and learning rate: a minute or two on two CPU cores."""
     if gpu and shortest > 32 * 256:
-        return "gpt2:L6,H6,C384,T256,V257", 32, 256, 450, "1e-3"
+        return "gpt2:L6,H6,C384,T256,V257", 32, 256, 400, "1e-3"
     B, T = text.batch_that_fits(shortest)
-    return "gpt2:L4,H4,C128,T64,V257", B, T, 450, "2e-3"
+    return "gpt2:L4,H4,C128,T64,V257", B, T, 400, "2e-3"
 
 
 def train(command):
@@ -78,7 +78,7 @@ def main():
     data = ["-i", f"{DIR}/train.bin", "-j", f"{DIR}/val.bin"]
     begin = time.time()
     train([program, "-e", model, *data, "-b", str(B), "-t", str(T), "-x", str(steps), "-l", lr, "-u", "30", "-q", "0.05", "-c", "0.1",
-           "-v", "75", "-s", "225", "-g", "200", "-o", f"{DIR}/checkpoint", "--log", f"{DIR}/exact.jsonl"])
+           "-v", "100", "-s", "200", "-g", "200", "-o", f"{DIR}/checkpoint", "--log", f"{DIR}/exact.jsonl"])
     seconds = time.time() - begin
 
     with open(f"{DIR}/exact.jsonl") as f:

@@ -79,7 +79,8 @@ constexpr int64_t kTile = 256;     // at most, on a side
 inline void tile_size(const Matmul& p, int64_t* rows, int64_t* cols) {
     *rows = *cols = kTile;
     auto tiles = [&] { return (p.m + *rows - 1) / *rows * ((p.n + *cols - 1) / *cols) * p.batch; };
-    while (tiles() < 16 && std::max(*rows, *cols) > 64) {
+    // The side that is longer in truth is halved, as long as that leaves it worth a call.
+    while (tiles() < 16 && std::max(std::min(*rows, p.m), std::min(*cols, p.n)) > 64) {
         if (std::min(*rows, p.m) >= std::min(*cols, p.n)) *rows /= 2;
         else *cols /= 2;
     }
