@@ -252,6 +252,11 @@ def write_model(path, config, tensors, version=3):
             f.write((to_bf16(tensor) if version == 5 else tensor).tobytes())
 
 
+def model_version(path):
+    """3 for fp32, 5 for bf16."""
+    return _read_header(path, "GPT-2 model", {MODEL_MAGIC: set(MODEL_VERSIONS)})[0][1]
+
+
 def read_model(path):
     """Returns a Config and {name: float32 array}; version 5 is widened."""
     header, body = _read_header(path, "GPT-2 model", {MODEL_MAGIC: set(MODEL_VERSIONS)})

@@ -4,6 +4,9 @@
         writes PREFIX.bin, a random model, and PREFIX_state.bin
     python3 prepro/reference.py --from MODEL.bin --batch 4 --seq 64 --out PREFIX
         writes PREFIX_state.bin for a model that is there, fp32 or bf16
+    ... --approxbp [--act-bits 2]
+        what a build with APPROX_ACT=2 must compute: GELU is exact, its derivative is that of the
+        codes (prepro/codes.py). MS_NORM=1 is exact, so the numbers without --approxbp are its own
 
 The state holds a batch, the logits, the loss, all gradients and the losses of --steps AdamW steps
 on that batch (the i-th before update i; rate 1e-4, betas 0.9 and 0.999, eps 1e-8, decay 0.01 on
@@ -21,6 +24,7 @@ import os
 import numpy as np
 
 import binfmt
+import codes
 from binfmt import Config, Error
 
 try:
@@ -42,6 +46,35 @@ def gelu(x):
     return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
+class CodedGelu(torch.autograd.Function):
+    """The forward pass is GELU's own. The backward pass knows of x just its code."""
+
+    @staticmethod
+    def forward(ctx, x, bits):
+        ctx.bits = bits
+        ctx.save_for_backward(torch.from_numpy(codes.codes(x.detach().numpy(), "gelu-tanh", bits)))
+        return gelu(x)
+
+    @staticmethod
+    def backward(ctx, dout):
+        (code,) = ctx.saved_tensors
+        slopes = torch.tensor(codes.CODES["gelu-tanh"][ctx.bits][1], dtype=dout.dtype)
+        return dout * slopes[code.long()], None
+
+
+class CodedActivation:
+    """GELU by codes of so many bits, which notes per call how near an x came to a threshold: nearer
+    than a trainer's rounding, and its code may be another."""
+
+    def __init__(self, bits):
+        self.bits, self.thresholds, self.calls = bits, codes.thresholds("gelu-tanh", bits), []
+
+    def __call__(self, x):
+        distance = np.abs(x.detach().numpy()[..., None] - self.thresholds).min()
+        self.calls.append((x.numel(), float(distance)))
+        return CodedGelu.apply(x, self.bits)
+
+
 def attention(x, NH):
     """x (B,T,3C): the queries of all heads, then the keys, then the values. Returns (B,T,C)."""
     B, T, C = x.shape[0], x.shape[1], x.shape[2] // 3
@@ -52,7 +85,7 @@ def attention(x, NH):
     return (p @ v).transpose(1, 2).reshape(B, T, C)
 
 
-def forward(params, config, x):
+def forward(params, config, x, activation=gelu):
     """params: {name: tensor, or a list with one per layer}. Returns logits (B,T,V)."""
     h = params["wte"][x] + params["wpe"][: x.shape[1]]
     for l in range(config.L):
@@ -61,7 +94,7 @@ def forward(params, config, x):
         a = attention(a @ p["qkvw"].T + p["qkvb"], config.NH)
         h = h + a @ p["attprojw"].T + p["attprojb"]
         a = layernorm(h, p["ln2w"], p["ln2b"])
-        a = gelu(a @ p["fcw"].T + p["fcb"])
+        a = activation(a @ p["fcw"].T + p["fcb"])
         h = h + a @ p["fcprojw"].T + p["fcprojb"]
     h = layernorm(h, params["lnfw"], params["lnfb"])
     return h @ params["wte"][: config.V].T  # the head is the embedding; its padding has no logits
@@ -125,11 +158,11 @@ def gradients(params):
             else value.grad.numpy().copy() for name, value in params.items()}
 
 
-def compute(config, tensors, x, y, steps):
+def compute(config, tensors, x, y, steps, activation=gelu):
     """Returns logits, loss, gradients and the losses of the steps."""
     params = to_params(tensors)
     x, y = torch.from_numpy(x), torch.from_numpy(y)
-    logits = forward(params, config, x)
+    logits = forward(params, config, x, activation)
     loss = cross_entropy(logits, y)
     loss.backward()
     result = logits.detach().numpy(), loss.item(), gradients(params)
@@ -141,7 +174,7 @@ def compute(config, tensors, x, y, steps):
         lr=1e-4, betas=(0.9, 0.999), eps=1e-8)
     for _ in range(steps):
         optimizer.zero_grad()
-        loss = cross_entropy(forward(params, config, x), y)
+        loss = cross_entropy(forward(params, config, x, activation), y)
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
@@ -150,19 +183,35 @@ def compute(config, tensors, x, y, steps):
 
 # ----------------------------------------------------------------------------
 
+MOST_SEEDS = 1000
+
+
 def work(a):
     if a.model:
         config, tensors = binfmt.read_model(a.model)
     else:
         config = Config.parse(a.config)
-        tensors = random_model(config, a.seed)
     if not 0 < a.seq <= config.maxT or a.batch <= 0:
         raise Error(f"--batch {a.batch} --seq {a.seq}: expected at least 1, and 1 to {config.maxT}, "
                     "the model's positions")
     if a.steps < 0:
         raise Error(f"--steps {a.steps}: expected 0 or more")
-    x, y = random_batch(config, a.batch, a.seq, a.seed)
-    logits, loss, grads, losses = compute(config, tensors, x, y, a.steps)
+    if a.act_bits is not None and not a.approxbp:
+        raise Error(f"--act-bits {a.act_bits}: codes come with --approxbp; add it")
+    if a.margin is not None and not (a.approxbp and 0 < a.margin < math.inf):
+        raise Error(f"--margin {a.margin:g}: expected a distance above 0, and --approxbp")
+    bits = a.act_bits or 2
+    for seed in range(a.seed, a.seed + MOST_SEEDS):
+        if not a.model:
+            tensors = random_model(config, seed)
+        x, y = random_batch(config, a.batch, a.seq, seed)
+        activation = CodedActivation(bits) if a.approxbp else gelu
+        logits, loss, grads, losses = compute(config, tensors, x, y, a.steps, activation)
+        if a.margin is None or min(distance for _, distance in activation.calls) >= a.margin:
+            break
+    else:
+        raise Error(f"--margin {a.margin:g}: no seed from {a.seed} to {seed} keeps every pre-activation that "
+                    "far from a threshold; take a smaller batch, fewer steps or a smaller margin")
     try:
         if not a.model:
             os.makedirs(os.path.dirname(os.path.abspath(a.out)), exist_ok=True)
@@ -171,6 +220,11 @@ def work(a):
     except OSError as e:
         raise Error(f"{a.out}: could not write there: {e.strerror}") from None
     print(f"{config}, {config.count()} parameters, B={a.batch} T={a.seq}")
+    if a.approxbp:
+        first, later = activation.calls[:config.L], activation.calls[2 * config.L:]  # step 1 computes the first again
+        print(f"seed {seed}: {sum(n for n, _ in first)} pre-activations, codes of {bits} bit{'s' * (bits > 1)}, "
+              f"none nearer to a threshold than {min(d for _, d in first):.3g}"
+              + (f"; in steps 2 to {a.steps} {min(d for _, d in later):.3g}" if later else ""))
     print(f"loss {loss:.9f}")
     print(f"losses of {a.steps} steps: {' '.join(f'{v:.6f}' for v in losses)}")
     print(f"norms of the gradients: {' '.join(f'{name} {np.linalg.norm(g):.3g}' for name, g in grads.items())}")
@@ -186,6 +240,10 @@ def main():
     parser.add_argument("--seq", type=int, default=40, metavar="T")
     parser.add_argument("--seed", type=int, default=1, help="of the random model and of the batch")
     parser.add_argument("--steps", type=int, default=10, help="AdamW steps (10); 0 for none")
+    parser.add_argument("--approxbp", action="store_true", help="GELU's derivative from codes, as with APPROX_ACT")
+    parser.add_argument("--act-bits", type=int, choices=[1, 2, 3, 4], help="of a code (2)")
+    parser.add_argument("--margin", type=float, metavar="X", help="with --approxbp: take the first seed from --seed on "
+                        "with which no pre-activation of any step comes nearer than X to a threshold")
     parser.add_argument("--out", required=True, metavar="PREFIX")
     a = parser.parse_args()
     try:
