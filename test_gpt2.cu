@@ -1,7 +1,7 @@
 /*
 Checks train_gpt2.cu, whole, against numbers that a PyTorch program written from the paper made (prepro/reference.py).
 
-    make test_gpt2 && ./test_gpt2                     the two fixtures of dev/test/fixtures
+    make test_gpt2 && ./test_gpt2                     the fixtures of dev/test/fixtures
     ./test_gpt2 MODEL.bin STATE.bin                   any other pair
     options: --tf32 1 (default 0)                     exit status 0 if everything is within its bar
 A build with USE_APPROXBP=1 is compared with a PyTorch that has the same derivative; MS_NORM=1 alone with the exact one.
@@ -348,10 +348,11 @@ int main(int argc, char** argv) {
     if (files.empty()) {   // the reference knows exact derivatives and those of 2 bits; a shared norm is exact, too
         if (kActBits != 0 && kActBits != 2)
             fail_usage("this build keeps %d bits of an activation, and the fixtures are for 2: name MODEL.bin STATE.bin (prepro/reference.py --approxbp --act-bits %d)", kActBits, kActBits);
-        std::string name = std::string("dev/test/fixtures/gpt2_") + (kActBits ? "approx_" : "");
-        for (const char* shape : {"c96", "hs64"}) {
-            files.push_back(name + shape + ".bin");
-            files.push_back(name + shape + "_state.bin");
+        std::vector<std::string> names = {"c96", "hs64", "hs80"};
+        if (kActBits) names = {"approx_c96", "approx_hs64"};
+        for (const std::string& name : names) {
+            files.push_back("dev/test/fixtures/gpt2_" + name + ".bin");
+            files.push_back("dev/test/fixtures/gpt2_" + name + "_state.bin");
         }
     }
     if (files.size() % 2) fail_usage("%s: expected pairs, MODEL.bin and then its STATE.bin", files.back().c_str());

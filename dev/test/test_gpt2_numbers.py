@@ -5,7 +5,9 @@ import pytest
 
 from helpers import FIXTURES, execute, program
 
-PAIRS = ["gpt2_c96", "gpt2_hs64"]
+EXACT = ["gpt2_c96", "gpt2_hs64", "gpt2_hs80"]
+CODES = ["gpt2_approx_c96", "gpt2_approx_hs64"]  # for builds whose GELU keeps 2 bits; a shared norm is exact
+VARIANTS = {"bf16": EXACT, "fp32": EXACT, "norm-bf16": EXACT, "norm-fp32": EXACT, "act-bf16": CODES, "approxbp-bf16": CODES, "approxbp-fp32": CODES}
 
 
 def check(variant, pair, status=0, state=None, cwd=FIXTURES, **env):
@@ -14,21 +16,26 @@ def check(variant, pair, status=0, state=None, cwd=FIXTURES, **env):
     return done
 
 
-@pytest.mark.parametrize("pair", PAIRS)
-@pytest.mark.parametrize("variant", ["cpu-bf16", "cpu-fp32", "gpu-bf16", "gpu-fp32"])
+@pytest.mark.parametrize("variant, pair", [(f"cpu-{mode}", pair) for mode, pairs in VARIANTS.items() for pair in pairs])
 def test_numbers(variant, pair, tmp_path):
     check(variant, pair, cwd=tmp_path)
 
 
+@pytest.mark.parametrize("mode", ["bf16", "fp32", "approxbp-bf16", "approxbp-fp32"])
+def test_numbers_on_a_gpu(mode, tmp_path):
+    for pair in VARIANTS[mode]:
+        check(f"gpu-{mode}", pair, cwd=tmp_path)
+
+
 @pytest.mark.parametrize("order, seed", [("reverse", 0), ("priority", 1)])
-@pytest.mark.parametrize("variant", ["cpu-bf16", "cpu-fp32"])
-def test_orders(variant, order, seed, tmp_path):
-    check(variant, "gpt2_c96", cwd=tmp_path, SIMT_ORDER=order, SIMT_SEED=seed)
+@pytest.mark.parametrize("mode", ["bf16", "fp32", "approxbp-bf16", "approxbp-fp32"])
+def test_orders(mode, order, seed, tmp_path):
+    check(f"cpu-{mode}", VARIANTS[mode][0], cwd=tmp_path, SIMT_ORDER=order, SIMT_SEED=seed)
 
 
-@pytest.mark.parametrize("variant", ["san-bf16", "san-fp32"])
-def test_sanitized(variant, tmp_path):
-    check(variant, "gpt2_c96", cwd=tmp_path, SIMT_POISON=1)
+@pytest.mark.parametrize("mode", ["bf16", "fp32", "approxbp-bf16"])
+def test_sanitized(mode, tmp_path):
+    check(f"san-{mode}", VARIANTS[mode][0], cwd=tmp_path, SIMT_POISON=1)
 
 
 # offsets into gpt2_c96_state.bin, whose batch is 2 x 40 and vocabulary 301

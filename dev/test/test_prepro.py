@@ -644,7 +644,7 @@ def fixture_commands():
     return re.findall(r"^python3 prepro/reference\.py (.*) --out dev/test/fixtures/(\w+)$", lines, re.M)
 
 
-@pytest.mark.parametrize("name", ["gpt2_c96", "gpt2_hs64"])
+@pytest.mark.parametrize("name", ["gpt2_c96", "gpt2_hs64", "gpt2_hs80"])
 def test_fixtures_are_sound(name):
     config, tensors = binfmt.read_model(f"{FIXTURES}/{name}.bin")
     state = binfmt.read_state(f"{FIXTURES}/{name}_state.bin", config)
@@ -682,5 +682,5 @@ def test_fixtures_regenerate(reference, tmp_path, args, name):
                                    atol=1e-9 * abs(old["grads"][key]).max(), err_msg=key)
 
 
-def test_both_fixtures_have_their_command():
-    assert [name for _, name in fixture_commands()] == ["gpt2_c96", "gpt2_hs64"]
+def test_the_fixtures_have_their_command():
+    assert [name for _, name in fixture_commands()] == ["gpt2_c96", "gpt2_hs64", "gpt2_hs80"]
