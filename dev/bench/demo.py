@@ -1,8 +1,8 @@
-"""make demo: text to tokens, tokens to a small trained GPT-2, and what came of it.
+"""make demo: text to tokens, tokens to a small GPT-2 trained twice, exactly and with USE_APPROXBP=1, and the two side by side.
 
-    python3 dev/bench/demo.py ./train_gpt2 [--gpu] FILE...
+    python3 dev/bench/demo.py ./train_gpt2 build/demo/approxbp/train_gpt2 [--gpu] FILE...
 
-Leaves everything in build/demo; exact.jsonl is the log of the run.
+Leaves everything in build/demo; exact.jsonl and approxbp.jsonl are the logs of the runs.
 """
 import argparse
 import contextlib
@@ -44,12 +44,12 @@ def sizes(gpu, shortest):
     if gpu and shortest > 32 * 256:
         return "gpt2:L6,H6,C384,T256,V257", 32, 256, 400, "1e-3"
     B, T = text.batch_that_fits(shortest)
-    return "gpt2:L4,H4,C128,T64,V257", B, T, 400, "2e-3"
+    return "gpt2:L4,H4,C128,T64,V257", B, T, 300, "2e-3"
 
 
-def train(command):
+def train(command, words):
     """Runs the trainer and passes on what it prints, but of its steps only some."""
-    title("Training")
+    title(words)
     print(" ".join(map(shlex.quote, command)) + "\n", flush=True)
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
     for line in process.stdout:
@@ -61,45 +61,71 @@ def train(command):
         sys.exit(process.returncode if process.returncode > 0 else 1)
 
 
+def units(estimate):
+    """What a layer keeps for backward, in units of B*T*C elements: from the rows that --estimate=json prints."""
+    rows = estimate["rows"]
+    L, *_, C = next(r["shape"] for r in rows if r["name"] == "qkvw")
+    _, B, T, _ = next(r["shape"] for r in rows if r["name"] == "qkv")
+    element = 2 if next(r["dtype"] for r in rows if r["name"] == "qkv") == "bf16" else 4
+    return sum(r["bytes"] for r in rows if r["kind"] == "saved" and r["scope"] == "layer") / (L * B * T * C * element)
+
+
+def table(columns):
+    """columns: name -> (log lines, what a layer keeps). Returns the lines of the closing table."""
+    rows = [("", list(columns))]
+    val = {name: [line["val_loss"] for line in log if "val_loss" in line] for name, (log, _) in columns.items()}
+    rows.append(("validation loss at first", [f"{v[0]:.3f}" for v in val.values()]))
+    rows.append(("validation loss at last", [f"{v[-1]:.3f}" for v in val.values()]))
+    rows.append(("device memory, peak bytes", [str(log[-1]["peak_bytes"]) for log, _ in columns.values()]))
+    rows.append(("kept per layer, units of B*T*C", [f"{u:.2f}" for _, u in columns.values()]))
+    return [f"{left:32s}" + "".join(f"{cell:>18s}" for cell in cells) for left, cells in rows]
+
+
 def main():
     parser = argparse.ArgumentParser(description="The demo behind make demo.")
-    parser.add_argument("trainer")
+    parser.add_argument("exact", help="the trainer")
+    parser.add_argument("approxbp", help="the trainer built with USE_APPROXBP=1")
     parser.add_argument("files", nargs="+", metavar="FILE")
-    parser.add_argument("--gpu", action="store_true", help="the trainer runs on a GPU: take a larger model")
+    parser.add_argument("--gpu", action="store_true", help="the trainers run on a GPU: take a larger model")
     a = parser.parse_args()
-    program = os.path.join(".", a.trainer) if not os.path.isabs(a.trainer) else a.trainer
+    a.exact, a.approxbp = (p if os.path.isabs(p) else os.path.join(".", p) for p in (a.exact, a.approxbp))
 
     os.makedirs(DIR, exist_ok=True)
-    shutil.rmtree(f"{DIR}/checkpoint", ignore_errors=True)
     try:
         model, B, T, steps, lr = sizes(a.gpu, min(tokens(a.files)))
     except binfmt.Error as e:
         sys.exit(f"demo: {e}")
     data = ["-i", f"{DIR}/train.bin", "-j", f"{DIR}/val.bin"]
+    columns = {}
     begin = time.time()
-    train([program, "-e", model, *data, "-b", str(B), "-t", str(T), "-x", str(steps), "-l", lr, "-u", "30", "-q", "0.05", "-c", "0.1",
-           "-v", "100", "-s", "200", "-g", "200", "-o", f"{DIR}/checkpoint", "--log", f"{DIR}/exact.jsonl"])
+    for name, program in (("exact", a.exact), ("approxbp", a.approxbp)):
+        checkpoint = f"{DIR}/checkpoint-{name}"
+        shutil.rmtree(checkpoint, ignore_errors=True)
+        command = [program, "-e", model, *data, "-b", str(B), "-t", str(T), "-x", str(steps), "-l", lr, "-u", "30", "-q", "0.05", "-c", "0.1",
+                   "-v", "100", "-s", "150", "-g", "200", "-o", checkpoint, "--log", f"{DIR}/{name}.jsonl"]
+        train(command, "Training, exact" if name == "exact" else "Training, USE_APPROXBP=1")
+        estimate = subprocess.run([program, "-e", model, "-b", str(B), "-t", str(T), "--estimate=json"], check=True, capture_output=True)
+        with open(f"{DIR}/{name}.jsonl") as f:
+            columns["exact" if name == "exact" else "USE_APPROXBP=1"] = [json.loads(line) for line in f], units(json.loads(estimate.stdout))
     seconds = time.time() - begin
 
-    with open(f"{DIR}/exact.jsonl") as f:
-        val = [line["val_loss"] for line in map(json.loads, f) if "val_loss" in line]
     title("Result")
+    print("\n".join(table(columns)))
+    print(f"\n{steps} steps each, {seconds:.0f} seconds in all. A larger model is activations for the most part:\n"
+          f"  {a.exact} --estimate -e d12 -b 64      GPT-2 124M, tensor by tensor\n")
     rows = [
-        (f"{DIR}/exact.jsonl", "loss, gradient norm, rate and time of each step"),
-        (f"{DIR}/checkpoint/", "the model, and what a run needs to go on"),
+        (f"{DIR}/exact.jsonl, approxbp.jsonl", "loss, gradient norm, rate and time of each step"),
+        (f"{DIR}/checkpoint-exact/, -approxbp/", "the models, and what a run needs to go on"),
         (f"{DIR}/*.bin", "tokens and tokenizer"),
         ("make demo TEXT=my.txt", "learns another text"),
-        (f"{program} --help", "all options"),
-        (f"{program} --estimate -e d12 -b 8", "what GPT-2 124M would take, tensor by tensor"),
+        (f"{a.exact} --help", "all options"),
         ("make test", "tests everything"),
     ]
-    more = [program, *data, "-b", str(B), "-t", str(T), "-x", str(4 * steps), "-l", lr, "-q", "0.05", "-c", "0.1", "-o", f"{DIR}/checkpoint", "-y", "1"]
-    print(f"Validation loss: {val[0]:.3f} at first, {val[-1]:.3f} at last ({100 * val[-1] / val[0]:.0f} %), "
-          f"after {steps} steps in {seconds:.0f} seconds.\n")
     print("What is where, and what to try next:")
     for left, right in rows:
-        print(f"  {left:38s} {right}")
-    print(f"To go on with this run to step {4 * steps}:\n  {' '.join(more)}")
+        print(f"  {left:42s} {right}")
+    more = [a.exact, *data, "-b", str(B), "-t", str(T), "-x", str(4 * steps), "-l", lr, "-q", "0.05", "-c", "0.1", "-o", f"{DIR}/checkpoint-exact", "-y", "1"]
+    print(f"To go on with the exact run to step {4 * steps}:\n  {' '.join(more)}")
 
 
 if __name__ == "__main__":
