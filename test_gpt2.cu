@@ -76,10 +76,13 @@ Reference read_reference(const char* path, const GPT2Config& c) {
     r.B = h[2];
     r.T = h[3];
     if (h[1] != 2 || r.B < 1 || r.T < 1 || r.T > c.maxT || h[4] < 0 || (int64_t)r.B * r.T > 1 << 24)
-        fail("%s: expected a debug state of version 2 with T up to %d, found version %d, B %d, T %d, %d losses; %s", path, c.maxT, h[1], r.B, r.T, h[4], remedy);
+        fail("%s: expected a debug state of version 2 with T up to %d, found version %d, B %d, T %d, %d losses; %s", path, c.maxT,
+             h[1], r.B, r.T, h[4], remedy);
     size_t BT = (size_t)r.B * r.T, n = param_count(c);
     size_t expected = HEADER_BYTES + 4 * (2 * BT + BT * c.V + 1 + n + h[4]);
-    if (file_size(f) != expected) fail("%s: expected %zu bytes for this model, found %zu; is it the state of another model? %s", path, expected, file_size(f), remedy);
+    if (file_size(f) != expected)
+        fail("%s: expected %zu bytes for this model, found %zu; is it the state of another model? %s", path, expected,
+             file_size(f), remedy);
     read_values(f, r.x, BT);
     read_values(f, r.y, BT);
     for (const std::vector<int>* ids : {&r.x, &r.y})
@@ -140,7 +143,8 @@ struct Bench {
             size_t n = param_shape(g.config, p).elements();
             std::vector<char> raw(n * dtype_size(g.grad[p].type));
             cudaCheck(cudaMemcpy(raw.data(), g.grad[p].p, raw.size(), cudaMemcpyDeviceToHost));
-            for (size_t i = 0; i < n; i++) all.push_back(g.grad[p].type == F32 ? ((float*)raw.data())[i] : (float)((__nv_bfloat16*)raw.data())[i]);
+            for (size_t i = 0; i < n; i++)
+                all.push_back(g.grad[p].type == F32 ? ((float*)raw.data())[i] : (float)((__nv_bfloat16*)raw.data())[i]);
         }
         return all;
     }
@@ -156,7 +160,8 @@ struct Bench {
 };
 
 // Compares every tensor's gradient. In a long list only the worst is printed, unless it fails.
-void check_gradients(const char* what, const GPT2Config& c, const std::vector<float>& ours, const std::vector<float>& reference, float bar, float cosine_bar, bool list) {
+void check_gradients(const char* what, const GPT2Config& c, const std::vector<float>& ours, const std::vector<float>& reference,
+                     float bar, float cosine_bar, bool list) {
     size_t at = 0;
     double worst = 0, worst_cosine = 1;
     const char* worst_name = "";
@@ -171,7 +176,8 @@ void check_gradients(const char* what, const GPT2Config& c, const std::vector<fl
         if (!(d.relative <= worst)) worst = d.relative, worst_name = s.name;
         worst_cosine = std::min(worst_cosine, d.cosine);
     }
-    if (!list) report(fine, "%s: worst relative %.2e (bar %.0e, %s), worst cosine %.6f", what, worst, bar, worst_name, worst_cosine);
+    if (!list)
+        report(fine, "%s: worst relative %.2e (bar %.0e, %s), worst cosine %.6f", what, worst, bar, worst_name, worst_cosine);
 }
 
 void check_against_reference(const char* model, const Reference& r) {
@@ -192,7 +198,8 @@ void check_against_reference(const char* model, const Reference& r) {
         Difference d = difference(logits.data(), r.logits.data(), logits.size());
         report(d.relative <= LOGITS_BAR, "logits      relative %.2e (bar %.0e)", d.relative, LOGITS_BAR);
         float loss = t.gradients(r);
-        report(fabsf(loss - r.loss) <= LOSS_BAR * fabsf(r.loss), "loss        %.6f, reference %.6f (bar %.0e)", loss, r.loss, LOSS_BAR);
+        report(fabsf(loss - r.loss) <= LOSS_BAR * fabsf(r.loss), "loss        %.6f, reference %.6f (bar %.0e)", loss, r.loss,
+               LOSS_BAR);
         base = t.read_gradients();
         check_gradients("gradient", c, base, r.grads, GRAD_BAR, COSINE_BAR, true);
     }
@@ -221,8 +228,10 @@ void check_against_reference(const char* model, const Reference& r) {
         float loss = t.gradients(r);
         std::vector<float> grads = t.read_gradients();
         report(fabsf(loss - r.loss) <= LOSS_BAR * fabsf(r.loss), "%s: loss %.6f", way.name, loss);
-        check_gradients((std::string(way.name) + " against the plain way").c_str(), t.g.config, grads, base, SAME_BAR, COSINE_BAR, false);
-        check_gradients((std::string(way.name) + " against the reference").c_str(), t.g.config, grads, r.grads, GRAD_BAR, COSINE_BAR, false);
+        check_gradients((std::string(way.name) + " against the plain way").c_str(), t.g.config, grads, base, SAME_BAR, COSINE_BAR,
+                        false);
+        check_gradients((std::string(way.name) + " against the reference").c_str(), t.g.config, grads, r.grads, GRAD_BAR,
+                        COSINE_BAR, false);
         // a second time into the same gradients: what is left from a step before must not show
         t.gradients(r);
         report(t.read_gradients() == grads, "%s: again, bit-equal", way.name);
@@ -240,7 +249,8 @@ void check_against_reference(const char* model, const Reference& r) {
         gpt2_update(t.g, h, step);
     }
     for (size_t step = 0; step < losses.size(); step++)
-        report(fabsf(losses[step] - r.losses[step]) <= LOSS_BAR * r.losses[step], "AdamW step %2zu: loss %.6f, reference %.6f", step, losses[step], r.losses[step]);
+        report(fabsf(losses[step] - r.losses[step]) <= LOSS_BAR * r.losses[step], "AdamW step %2zu: loss %.6f, reference %.6f",
+               step, losses[step], r.losses[step]);
     // Losses on one batch fall a little in any case; what the steps gained must agree too.
     if (losses.size() > 1) {
         double ours = losses.front() - losses.back(), theirs = r.losses.front() - r.losses.back();
@@ -319,7 +329,8 @@ void check_resume(const char* model, const Reference& r) {
             resumed = t.read_params();
             loader_close(data);
         }
-        report(straight == resumed, "%s: 5 steps, a checkpoint, 5 steps are bit-equal to 10 steps", master ? "master weights" : "no master weights");
+        report(straight == resumed, "%s: 5 steps, a checkpoint, 5 steps are bit-equal to 10 steps",
+               master ? "master weights" : "no master weights");
         for (const char* kind : {"model", "state", "DONE"}) unlink(checkpoint_path(folder, kind, 5).c_str());
     }
     unlink(tokens.c_str());
@@ -334,7 +345,8 @@ int main(int argc, char** argv) {
     for (int i = 1; i < argc; i++) {
         std::string arg = argv[i];
         if (arg == "--tf32" || arg == "-f") {
-            if (i + 1 >= argc || (strcmp(argv[i + 1], "0") != 0 && strcmp(argv[i + 1], "1") != 0)) fail_usage("%s: expected 0 or 1", arg.c_str());
+            if (i + 1 >= argc || (strcmp(argv[i + 1], "0") != 0 && strcmp(argv[i + 1], "1") != 0))
+                fail_usage("%s: expected 0 or 1", arg.c_str());
             matmul_state.tf32 = argv[++i][0] == '1';
         } else if (arg == "-h" || arg == "--help") {
             printf("usage: test_gpt2 [--tf32 0|1] [MODEL.bin STATE.bin]   (without files: the fixtures in dev/test/fixtures)\n");
@@ -347,7 +359,10 @@ int main(int argc, char** argv) {
     }
     if (files.empty()) {   // the reference knows exact derivatives and those of 2 bits; a shared norm is exact, too
         if (kActBits != 0 && kActBits != 2)
-            fail_usage("this build keeps %d bits of an activation, and the fixtures are for 2: name MODEL.bin STATE.bin (prepro/reference.py --approxbp --act-bits %d)", kActBits, kActBits);
+            fail_usage(
+                "this build keeps %d bits of an activation, and the fixtures are for 2: name MODEL.bin STATE.bin "
+                "(prepro/reference.py --approxbp --act-bits %d)",
+                kActBits, kActBits);
         std::vector<std::string> names = {"c96", "hs64", "hs80"};
         if (kActBits) names = {"approx_c96", "approx_hs64"};
         for (const std::string& name : names) {
@@ -357,14 +372,16 @@ int main(int argc, char** argv) {
     }
     if (files.size() % 2) fail_usage("%s: expected pairs, MODEL.bin and then its STATE.bin", files.back().c_str());
     int devices = 0;
-    if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) fail("no GPU is visible; make test_gpt2 CPU=1 builds for the CPU");
+    if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0)
+        fail("no GPU is visible; make test_gpt2 CPU=1 builds for the CPU");
     cublasCheck(cublasLtCreate(&matmul_state.handle));
 
     for (size_t i = 0; i < files.size(); i += 2) {
         GPT2Config c = gpt2_read_config(files[i].c_str());
         gpt2_check_config(c, "model", files[i].c_str());
         Reference r = read_reference(files[i + 1].c_str(), c);
-        printf("%s: L %d, NH %d, C %d, V %d; B %d, T %d; %s\n", files[i].c_str(), c.L, c.NH, c.C, c.V, r.B, r.T, dtype_name(FLOATX));
+        printf("%s: L %d, NH %d, C %d, V %d; B %d, T %d; %s\n", files[i].c_str(), c.L, c.NH, c.C, c.V, r.B, r.T,
+               dtype_name(FLOATX));
         check_against_reference(files[i].c_str(), r);
         check_resume(files[i].c_str(), r);
     }

@@ -192,7 +192,8 @@ __device__ inline void grad_store(Grad g, size_t i, float value, bool accumulate
 // Random numbers without a state: a hash of (seed, stream, index) gives the same bits in whatever order threads run, and
 // after a resume. The mixing steps are splitmix64's (Steele et al., OOPSLA 2014).
 __host__ __device__ inline uint64_t hash64(uint64_t seed, uint64_t stream, uint64_t index) {
-    uint64_t z = seed * 0x9e3779b97f4a7c15ull + stream * 0xbf58476d1ce4e5b9ull + index * 0xd1342543de82ef95ull + 0x632be59bd9b4e019ull;
+    uint64_t z =
+        seed * 0x9e3779b97f4a7c15ull + stream * 0xbf58476d1ce4e5b9ull + index * 0xd1342543de82ef95ull + 0x632be59bd9b4e019ull;
     for (int round = 0; round < 2; round++) {
         z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
         z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
@@ -270,7 +271,8 @@ __host__ __device__ constexpr Steps<1> gelu_steps<1>() {   // one ramp that tend
 }
 template <>
 __host__ __device__ constexpr Steps<2> gelu_steps<2>() {
-    return {{-3.1858810036855245f, -0.001178821281161997f, 3.190832613414926f}, {0.0f, -0.04922261145617846f, 1.0487405950855512f, 1.0f}};
+    return {{-3.1858810036855245f, -0.001178821281161997f, 3.190832613414926f},
+            {0.0f, -0.04922261145617846f, 1.0487405950855512f, 1.0f}};
 }
 template <>
 __host__ __device__ constexpr Steps<3> gelu_steps<3>() {
@@ -346,7 +348,8 @@ __device__ inline Floats load_act(const ActKept<BITS>* kept, size_t i) {
 // ---- embedding
 
 // out[b,t,:] = wte[token[b,t],:] + wpe[t,:], one vector a thread
-__global__ void embedding_forward_kernel(floatX* out, const int* tokens, const floatX* wte, const floatX* wpe, size_t n, int T, int C) {
+__global__ void embedding_forward_kernel(floatX* out, const int* tokens, const floatX* wte, const floatX* wpe, size_t n, int T,
+                                         int C) {
     size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC;
     if (i >= n) return;
     size_t bt = i / C;
@@ -460,7 +463,8 @@ struct ColsumPlace {
     }
 };
 // partial[slice, columns of the block] = the 8 warps' sums, added in their order
-__device__ inline void colsum_store(float* partial, const Floats& sum, float (&shared)[8][32 * VEC], const ColsumPlace& at, int columns) {
+__device__ inline void colsum_store(float* partial, const Floats& sum, float (&shared)[8][32 * VEC], const ColsumPlace& at,
+                                    int columns) {
     __syncthreads();   // a sum stored before has been read
 #pragma unroll
     for (int k = 0; k < VEC; k++) shared[at.warp][at.lane * VEC + k] = sum[k];
@@ -534,8 +538,8 @@ constexpr float NORM_EPS = 1e-5f;
 inline int norm_warps(int C) { return (int)std::clamp(48 * 1024 / ((size_t)C * sizeof(floatX)), (size_t)1, (size_t)4); }
 
 template <bool SHARED>
-__global__ void layernorm_forward_kernel(floatX* residual, floatX* out, float* mean, float* rstd, const floatX* inp, const floatX* add,
-                                         const floatX* gamma, const floatX* beta, int rows, int C) {
+__global__ void layernorm_forward_kernel(floatX* residual, floatX* out, float* mean, float* rstd, const floatX* inp,
+                                         const floatX* add, const floatX* gamma, const floatX* beta, int rows, int C) {
     extern __shared__ Vec norm_rows[];
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     int row = blockIdx.x * (blockDim.x / 32) + warp;
@@ -594,16 +598,16 @@ void layernorm_forward(floatX* residual,     // (rows, C) out: inp + add; null t
                        const floatX* beta,   // (C); SHARED: not read
                        int rows, int C, cudaStream_t stream) {
     int warps = norm_warps(C);
-    layernorm_forward_kernel<SHARED><<<ceil_div(rows, warps), warps * 32, warps * C * sizeof(floatX), stream>>>(residual, out, mean, rstd, inp, add,
-                                                                                                              gamma, beta, rows, C);
+    layernorm_forward_kernel<SHARED><<<ceil_div(rows, warps), warps * 32, warps * C * sizeof(floatX), stream>>>(
+        residual, out, mean, rstd, inp, add, gamma, beta, rows, C);
     cudaCheck(cudaGetLastError());
 }
 
 // dx = rstd * (dz - mean(dz) - z * mean(dz * z)). Added to the gradient of the residual stream that goes around the norm, in
 // place. dz = dout * gamma; SHARED: dout is dz, the folded matmul's gradient, and z is what was kept.
 template <bool SHARED>
-__global__ void layernorm_backward_kernel(floatX* dresidual, const floatX* dout, const floatX* kept, const float* mean, const float* rstd,
-                                          const floatX* gamma, bool accumulate, int rows, int C) {
+__global__ void layernorm_backward_kernel(floatX* dresidual, const floatX* dout, const floatX* kept, const float* mean,
+                                          const float* rstd, const floatX* gamma, bool accumulate, int rows, int C) {
     int lane = threadIdx.x % 32;
     int row = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
     if (row >= rows) return;
@@ -648,7 +652,8 @@ void layernorm_backward_input(floatX* dresidual,    // (rows, C), added to if ac
                               const float* rstd,    // (rows)
                               const floatX* gamma,  // (C); SHARED: not read
                               bool accumulate, int rows, int C, cudaStream_t stream) {
-    layernorm_backward_kernel<SHARED><<<ceil_div(rows, 8), 256, 0, stream>>>(dresidual, dout, kept, mean, rstd, gamma, accumulate, rows, C);
+    layernorm_backward_kernel<SHARED>
+        <<<ceil_div(rows, 8), 256, 0, stream>>>(dresidual, dout, kept, mean, rstd, gamma, accumulate, rows, C);
     cudaCheck(cudaGetLastError());
 }
 
@@ -714,8 +719,8 @@ void norm_fold(floatX* folded,       // (OC, C) W'
     cudaCheck(cudaGetLastError());
 }
 
-__global__ void norm_unfold_kernel(Grad dweight, float* partial_gamma, float* partial_beta, Grad dbias, const floatX* weight, const floatX* gamma,
-                                   const floatX* beta, int OC, int C) {
+__global__ void norm_unfold_kernel(Grad dweight, float* partial_gamma, float* partial_beta, Grad dbias, const floatX* weight,
+                                   const floatX* gamma, const floatX* beta, int OC, int C) {
     __shared__ float shared[8][32 * VEC];
     ColsumPlace at(OC);
     Floats sum_gamma = {}, sum_beta = {};
@@ -749,7 +754,8 @@ void norm_unfold(Grad dweight,         // (OC, C) in: G, out: dW
                  int OC, int C, cudaStream_t stream) {
     int slices = colsum_slices(OC);
     float* scratch2 = scratch + (size_t)slices * C;
-    norm_unfold_kernel<<<dim3(ceil_div(C, 32 * VEC), slices), 256, 0, stream>>>(dweight, scratch, scratch2, dbias, weight, gamma, beta, OC, C);
+    norm_unfold_kernel<<<dim3(ceil_div(C, 32 * VEC), slices), 256, 0, stream>>>(dweight, scratch, scratch2, dbias, weight, gamma,
+                                                                                beta, OC, C);
     cudaCheck(cudaGetLastError());
     colsum_finish(dgamma, scratch, slices, C, false, stream);
     colsum_finish(dbeta, scratch2, slices, C, false, stream);
@@ -810,7 +816,8 @@ MatmulPlan& matmul_plan(int m, int n, int k, int align, int bias_align, bool tra
     cublasCheck(cublasLtMatmulDescSetAttribute(p.desc, CUBLASLT_MATMUL_DESC_TRANSB, &tb, sizeof tb));
     cublasCheck(cublasLtMatmulDescSetAttribute(p.desc, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof epilogue));
     cudaDataType_t bias_type = cuda_dtype(FLOATX);
-    if (bias) cublasCheck(cublasLtMatmulDescSetAttribute(p.desc, CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, &bias_type, sizeof bias_type));
+    if (bias)
+        cublasCheck(cublasLtMatmulDescSetAttribute(p.desc, CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, &bias_type, sizeof bias_type));
     int64_t aux_ld = m;
     if (aux) cublasCheck(cublasLtMatmulDescSetAttribute(p.desc, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, &aux_ld, sizeof aux_ld));
     matmul_set_pointers(p, bias, aux);   // before the heuristic is asked: it looks at what an epilogue has been given
@@ -821,17 +828,19 @@ MatmulPlan& matmul_plan(int m, int n, int k, int align, int bias_align, bool tra
     cublasLtMatmulPreference_t preference;
     cublasCheck(cublasLtMatmulPreferenceCreate(&preference));
     size_t workspace = MATMUL_WORKSPACE;
-    cublasCheck(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace, sizeof workspace));
+    cublasCheck(
+        cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace, sizeof workspace));
     uint32_t bytes = align;   // cuBLASLt would assume 256: a pointer into the middle of a tensor may have less
     for (auto which : {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
                        CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES})
         cublasCheck(cublasLtMatmulPreferenceSetAttribute(preference, which, &bytes, sizeof bytes));
     cublasLtMatmulHeuristicResult_t found;
     int count = 0;
-    cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(matmul_state.handle, p.desc, p.A, p.B, p.D, p.D, preference, 1, &found, &count);
+    cublasStatus_t status =
+        cublasLtMatmulAlgoGetHeuristic(matmul_state.handle, p.desc, p.A, p.B, p.D, p.D, preference, 1, &found, &count);
     if (status != CUBLAS_STATUS_SUCCESS || count == 0)
-        fail("cuBLASLt has no algorithm for a matmul of m %d, n %d, k %d, output %s, epilogue %d (status %d)%s", m, n, k, dtype_name(out),
-             (int)epilogue, (int)status, matmul_state.gelu_fusion ? "; --gelu-fusion 0 asks less of it" : "");
+        fail("cuBLASLt has no algorithm for a matmul of m %d, n %d, k %d, output %s, epilogue %d (status %d)%s", m, n, k,
+             dtype_name(out), (int)epilogue, (int)status, matmul_state.gelu_fusion ? "; --gelu-fusion 0 asks less of it" : "");
     cublasCheck(cublasLtMatmulPreferenceDestroy(preference));
     p.algo = found.algo;
     plans.push_back(p);
@@ -839,11 +848,12 @@ MatmulPlan& matmul_plan(int m, int n, int k, int align, int bias_align, bool tra
 }
 
 // D (n, m) = op(A) op(B), row-major as we see D; A and B as cuBLASLt sees them. beta 1 adds to D.
-void matmul(void* D, DType out, const floatX* A, const floatX* B, int m, int n, int k, bool trans_a, bool trans_b, bool accumulate,
-            cudaStream_t stream, cublasLtEpilogue_t epilogue = CUBLASLT_EPILOGUE_DEFAULT, const void* bias = nullptr, const void* aux = nullptr) {
+void matmul(void* D, DType out, const floatX* A, const floatX* B, int m, int n, int k, bool trans_a, bool trans_b,
+            bool accumulate, cudaStream_t stream, cublasLtEpilogue_t epilogue = CUBLASLT_EPILOGUE_DEFAULT,
+            const void* bias = nullptr, const void* aux = nullptr) {
     auto align = [](uintptr_t bits) { return (int)((bits | 256) & -(bits | 256)); };   // the lowest bit set in any pointer, up to 256
-    MatmulPlan& p = matmul_plan(m, n, k, align((uintptr_t)D | (uintptr_t)A | (uintptr_t)B | (uintptr_t)aux), align((uintptr_t)bias), trans_a,
-                                trans_b, out, epilogue, bias, aux);
+    MatmulPlan& p = matmul_plan(m, n, k, align((uintptr_t)D | (uintptr_t)A | (uintptr_t)B | (uintptr_t)aux),
+                                align((uintptr_t)bias), trans_a, trans_b, out, epilogue, bias, aux);
     float alpha = 1, beta = accumulate ? 1 : 0;
     cublasCheck(cublasLtMatmul(matmul_state.handle, p.desc, &alpha, A, p.A, B, p.B, &beta, D, p.D, D, p.D, &p.algo,
                                matmul_state.workspace, MATMUL_WORKSPACE, stream));
@@ -855,7 +865,8 @@ void matmul_forward(floatX* out,           // (rows, OC)
                     const floatX* weight,  // (OC, C)
                     const floatX* bias,    // (OC) or null
                     int rows, int C, int OC, cudaStream_t stream) {
-    matmul(out, FLOATX, weight, inp, OC, rows, C, true, false, false, stream, bias ? CUBLASLT_EPILOGUE_BIAS : CUBLASLT_EPILOGUE_DEFAULT, bias);
+    matmul(out, FLOATX, weight, inp, OC, rows, C, true, false, false, stream,
+           bias ? CUBLASLT_EPILOGUE_BIAS : CUBLASLT_EPILOGUE_DEFAULT, bias);
 }
 
 // dinp = dout W
@@ -1011,8 +1022,8 @@ attention_forward_kernel(floatX* out, float* lse, const floatX* qkv, int T, int 
 // ds = p (dp - delta) and dq = scale * ds k. delta is kept for the other half.
 template <int G>
 __global__ void __launch_bounds__(ATT_ROWS * G, 1)
-attention_backward_dq_kernel(floatX* dqkv, float* delta, const floatX* dout, const floatX* qkv, const floatX* out, const float* lse, int T,
-                             int NH, int HS, float scale) {
+attention_backward_dq_kernel(floatX* dqkv, float* delta, const floatX* dout, const floatX* qkv, const floatX* out,
+                             const float* lse, int T, int NH, int HS, float scale) {
     __shared__ AttTile<G> k_tile, v_tile;
     AttPlace<G> at(T, NH);
     int C = NH * HS;
@@ -1052,8 +1063,8 @@ attention_backward_dq_kernel(floatX* dqkv, float* delta, const floatX* dout, con
 // belongs to one thread, so nothing is added atomically; the price is that the scores are computed a second time.
 template <int G>
 __global__ void __launch_bounds__(ATT_ROWS * G, 1)
-attention_backward_dkv_kernel(floatX* dqkv, const floatX* dout, const floatX* qkv, const float* lse, const float* delta, int T, int NH,
-                              int HS, float scale) {
+attention_backward_dkv_kernel(floatX* dqkv, const floatX* dout, const floatX* qkv, const float* lse, const float* delta,
+                              int T, int NH, int HS, float scale) {
     __shared__ AttTile<G> q_tile, d_tile;
     __shared__ float lse_tile[ATT_TILE], delta_tile[ATT_TILE];
     AttPlace<G> at(T, NH);
@@ -1111,8 +1122,8 @@ void attention_forward(floatX* out,        // (B, T, C)
 }
 
 template <int G>
-void attention_backward_launch(floatX* dqkv, float* delta, const floatX* dout, const floatX* qkv, const floatX* out, const float* lse, int B,
-                               int T, int NH, int HS, cudaStream_t stream) {
+void attention_backward_launch(floatX* dqkv, float* delta, const floatX* dout, const floatX* qkv, const floatX* out,
+                               const float* lse, int B, int T, int NH, int HS, cudaStream_t stream) {
     int blocks = B * NH * ceil_div(T, ATT_ROWS);
     float scale = 1.0f / sqrtf((float)HS);
     attention_backward_dq_kernel<G><<<blocks, ATT_ROWS * G, 0, stream>>>(dqkv, delta, dout, qkv, out, lse, T, NH, HS, scale);
@@ -1246,7 +1257,8 @@ void matmul_act_backward(floatX* dbefore,            // (rows, C)
 // Softmax and cross-entropy of a row of logits, and their gradient in place: dlogits = (softmax - onehot(target)) * dloss.
 // A warp owns a row: one pass for the maximum and the sum together, a second that writes. Padded columns [V, Vp) take no
 // part, and their gradient is 0.
-__global__ void classifier_kernel(floatX* logits, float* losses, const int* targets, float dloss, bool train, int rows, int V, int Vp) {
+__global__ void classifier_kernel(floatX* logits, float* losses, const int* targets, float dloss, bool train, int rows, int V,
+                                  int Vp) {
     int lane = threadIdx.x % 32;
     int row = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
     if (row >= rows) return;
@@ -1570,7 +1582,8 @@ void world_reduce_gradient(Grad g, size_t n, cudaStream_t stream) {
 #ifdef MULTI_GPU
     if (world.size == 1) return;
     ncclDataType_t type = g.type == F32 ? ncclFloat : ncclBfloat16;
-    if (world_shards(n)) ncclCheck(ncclReduceScatter(g.p, (g + shard_offset(n)).p, shard_size(n), type, ncclSum, world.nccl, stream));
+    if (world_shards(n))
+        ncclCheck(ncclReduceScatter(g.p, (g + shard_offset(n)).p, shard_size(n), type, ncclSum, world.nccl, stream));
     else ncclCheck(ncclAllReduce(g.p, g.p, n, type, ncclSum, world.nccl, stream));
 #else
     (void)g;
@@ -1581,7 +1594,8 @@ void world_reduce_gradient(Grad g, size_t n, cudaStream_t stream) {
 void world_gather_param(floatX* param, size_t n, cudaStream_t stream) {
 #ifdef MULTI_GPU
     if (world_shards(n))
-        ncclCheck(ncclAllGather(param + shard_offset(n), param, shard_size(n), kFP32 ? ncclFloat : ncclBfloat16, world.nccl, stream));
+        ncclCheck(
+            ncclAllGather(param + shard_offset(n), param, shard_size(n), kFP32 ? ncclFloat : ncclBfloat16, world.nccl, stream));
 #else
     (void)param;
     (void)n;
@@ -1660,16 +1674,18 @@ void table_allocate(Table& table) {
             std::string text;
             for (size_t i = 0; i < 3 && i < largest.size(); i++) {
                 char line[256];
-                snprintf(line, sizeof line, "\n    %-12s %10.1f MiB   %s", largest[i]->name.c_str(), largest[i]->bytes() / 1048576.0, largest[i]->shrink);
+                snprintf(line, sizeof line, "\n    %-12s %10.1f MiB   %s", largest[i]->name.c_str(),
+                         largest[i]->bytes() / 1048576.0, largest[i]->shrink);
                 text += line;
             }
             size_t free_bytes = 0, total = 0;
             cudaMemGetInfo(&free_bytes, &total);
-            fail("out of memory at %s (%.1f MiB): the plan takes %.1f MiB, the device has room for %.1f MiB (%.1f MiB in all).\n"
-                 "  The three largest tensors, and what makes each smaller:%s\n"
-                 "  --estimate prints the whole plan without a GPU; --batch auto takes the largest batch that fits.",
-                 r.name.c_str(), r.bytes() / 1048576.0, table_bytes(table) / 1048576.0, (device_bytes + free_bytes) / 1048576.0, total / 1048576.0,
-                 text.c_str());
+            fail(
+                "out of memory at %s (%.1f MiB): the plan takes %.1f MiB, the device has room for %.1f MiB (%.1f MiB in all).\n"
+                "  The three largest tensors, and what makes each smaller:%s\n"
+                "  --estimate prints the whole plan without a GPU; --batch auto takes the largest batch that fits.",
+                r.name.c_str(), r.bytes() / 1048576.0, table_bytes(table) / 1048576.0, (device_bytes + free_bytes) / 1048576.0,
+                total / 1048576.0, text.c_str());
         }
         cudaCheck(error);
         device_bytes += r.bytes();
@@ -1706,8 +1722,8 @@ void table_print(const Table& table, size_t layers, size_t BTC, const char* mode
     for (const Row& r : table) {
         if (!full && r.kind <= OPTIMIZER) continue;
         std::string note = r.alias_of.empty() ? "" : ", in " + r.alias_of;
-        printf("%-14s %-6s %-22s %12.2f  %s, %s%s\n", r.name.c_str(), dtype_name(r.dtype), r.shape_text(" x ").c_str(), r.bytes() / 1048576.0,
-               KIND_NAME[r.kind], SCOPE_NAME[r.scope], note.c_str());
+        printf("%-14s %-6s %-22s %12.2f  %s, %s%s\n", r.name.c_str(), dtype_name(r.dtype), r.shape_text(" x ").c_str(),
+               r.bytes() / 1048576.0, KIND_NAME[r.kind], SCOPE_NAME[r.scope], note.c_str());
     }
     for (int k = PARAM; k <= WORKSPACE; k++) {
         size_t bytes = 0;
@@ -1724,8 +1740,9 @@ void table_print_json(const Table& table) {
     printf("{\"total_bytes\": %zu, \"rows\": [", table_bytes(table));
     for (size_t i = 0; i < table.size(); i++) {
         const Row& r = table[i];
-        printf("%s\n  {\"name\": \"%s\", \"dtype\": \"%s\", \"shape\": [%s], \"bytes\": %zu, \"kind\": \"%s\", \"scope\": \"%s\"", i ? "," : "", r.name.c_str(),
-               dtype_name(r.dtype), r.shape_text(", ").c_str(), r.bytes(), KIND_NAME[r.kind], SCOPE_NAME[r.scope]);
+        printf("%s\n  {\"name\": \"%s\", \"dtype\": \"%s\", \"shape\": [%s], \"bytes\": %zu, \"kind\": \"%s\", \"scope\": \"%s\"",
+               i ? "," : "", r.name.c_str(), dtype_name(r.dtype), r.shape_text(", ").c_str(), r.bytes(), KIND_NAME[r.kind],
+               SCOPE_NAME[r.scope]);
         if (!r.alias_of.empty()) printf(", \"alias_of\": \"%s\"", r.alias_of.c_str());
         printf("}");
     }
@@ -1852,8 +1869,8 @@ OptTable gpt2_opt_table(const GPT2& g, float weight_decay) {
         ParamShape s = param_shape(g.config, p);
         size_t n = s.elements(), offset = shard_offset(n);
         bool counts = !world.sharded || world_shards(n) || world.rank == 0;
-        t.t[p] = {g.param[p] + offset, g.grad[p] + offset, g.m[p], g.v[p], g.master[p], shard_size(n), offset, s.cols ? weight_decay : 0.0f,
-                  counts ? 1.0f : 0.0f, t.blocks};
+        t.t[p] = {g.param[p] + offset,          g.grad[p] + offset,   g.m[p],  g.v[p], g.master[p], shard_size(n), offset,
+                  s.cols ? weight_decay : 0.0f, counts ? 1.0f : 0.0f, t.blocks};
         t.blocks += ceil_div(shard_size(n), OPT_BLOCK);
     }
     t.count = NUM_PARAMS;
@@ -1873,8 +1890,8 @@ Table gpt2_table(GPT2& g) {
     size_t B = plan.B, T = plan.T, C = c.C, NH = c.NH, BT = B * T;
     size_t L = plan.training ? c.L : 1;   // without a backward one layer's tensors serve them all
     Table table;
-    auto row = [&](const std::string& name, auto** where, DType dtype, std::vector<size_t> shape, Kind kind, Scope scope, const char* shrink,
-                   const char* alias_of = "") {
+    auto row = [&](const std::string& name, auto** where, DType dtype, std::vector<size_t> shape, Kind kind, Scope scope,
+                   const char* shrink, const char* alias_of = "") {
         table.push_back({name, dtype, std::move(shape), kind, scope, where, shrink, alias_of});
     };
     const char* smaller = "a smaller model (-e)";
@@ -1899,7 +1916,8 @@ Table gpt2_table(GPT2& g) {
         // wte's gradient is a sum over chunks of the loss in any case
         g.grad[p].type = plan.micro_batches > 1 || p == WTE ? F32 : FLOATX;
         if (!plan.training) continue;
-        param_row("d_", p, &g.grad[p].p, g.grad[p].type, false, GRAD, plan.micro_batches > 1 ? "one micro-batch a step (--total-batch)" : smaller);
+        param_row("d_", p, &g.grad[p].p, g.grad[p].type, false, GRAD,
+                  plan.micro_batches > 1 ? "one micro-batch a step (--total-batch)" : smaller);
         param_row("m_", p, &g.m[p], F32, true, OPTIMIZER, "--zero 1 on several GPUs");
         param_row("v_", p, &g.v[p], F32, true, OPTIMIZER, "--zero 1 on several GPUs");
         if (plan.master && !kFP32) param_row("master_", p, &g.master[p], F32, true, OPTIMIZER, "--master-weights 0");
@@ -1920,7 +1938,8 @@ Table gpt2_table(GPT2& g) {
     if (!kSharedNorm) row("resid_mid", &g.resid_mid, FLOATX, {L, B, T, C}, kept, LAYER, norm_hint);
     norm_rows("ln2", &g.ln2, &g.ln2_mean, &g.ln2_rstd);
     row(kActBits ? "fch_codes" : "fch", &g.fch, kActBits ? BYTE : FLOATX, {L, B, T, act_kept(4 * C)}, kept, LAYER, act_hint);
-    if (!recomputes_act(plan)) row("fch_gelu", &g.fch_gelu, FLOATX, {L, B, T, 4 * C}, kept, LAYER, kActBits ? batch : "--recompute 1");
+    if (!recomputes_act(plan))
+        row("fch_gelu", &g.fch_gelu, FLOATX, {L, B, T, 4 * C}, kept, LAYER, kActBits ? batch : "--recompute 1");
     if (!kSharedNorm) row("resid_out", &g.resid_out, FLOATX, {L, B, T, C}, kept, LAYER, norm_hint);
     row("stream0", &g.stream0, FLOATX, {B, T, C}, kept, MODEL, batch);
     row("lnf_mean", &g.lnf_mean, F32, {B, T}, kept, MODEL, batch);
@@ -1973,7 +1992,9 @@ void gpt2_allocate(GPT2& g) {
         if (g.v[p]) cudaCheck(cudaMemsetAsync(g.v[p], 0, shard_size(n) * sizeof(float), g.stream));
     }
     // positions from T on have no gradient, ever; all other gradients are written before they are read
-    if (g.grad[WPE].p) cudaCheck(cudaMemsetAsync(g.grad[WPE].p, 0, param_shape(g.config, WPE).elements() * dtype_size(g.grad[WPE].type), g.stream));
+    if (g.grad[WPE].p)
+        cudaCheck(
+            cudaMemsetAsync(g.grad[WPE].p, 0, param_shape(g.config, WPE).elements() * dtype_size(g.grad[WPE].type), g.stream));
     g.updates = 0;
 }
 
@@ -2001,7 +2022,8 @@ void gpt2_init(GPT2& g) {
         if (drawn) init_normal_kernel<<<ceil_div(drawn, 256), 256, 0, g.stream>>>(g.param[p], drawn, std, g.seed, p);
         cudaCheck(cudaGetLastError());
         float constant = p == LN1W || p == LN2W || p == LNFW ? 1.0f : 0.0f;
-        if (n > drawn) init_constant_kernel<<<ceil_div(n - drawn, 256), 256, 0, g.stream>>>(g.param[p] + drawn, n - drawn, constant);
+        if (n > drawn)
+            init_constant_kernel<<<ceil_div(n - drawn, 256), 256, 0, g.stream>>>(g.param[p] + drawn, n - drawn, constant);
         cudaCheck(cudaGetLastError());
     }
     gpt2_master_from_params(g);
@@ -2060,7 +2082,8 @@ void gpt2_forward(GPT2& g, int B, int T) {
 
     embedding_forward(g.stream0, g.tokens, g.param[WTE], g.param[WPE], B, T, C, stream);
     LayerTensors t = gpt2_layer(g, 0, BT);
-    layernorm_forward<kSharedNorm>(nullptr, t.ln1, t.ln1_mean, t.ln1_rstd, t.residual, nullptr, g.param[LN1W], g.param[LN1B], BT, C, stream);
+    layernorm_forward<kSharedNorm>(nullptr, t.ln1, t.ln1_mean, t.ln1_rstd, t.residual, nullptr, g.param[LN1W], g.param[LN1B], BT,
+                                   C, stream);
 
     for (int l = 0; l < L; l++) {
         NvtxRange layer_range("forward layer", l);
@@ -2070,7 +2093,8 @@ void gpt2_forward(GPT2& g, int B, int T) {
         matmul_forward(t.qkv, t.ln1, qkv.weight, qkv.bias, BT, C, 3 * C, stream);
         attention_forward(t.atty, t.lse, t.qkv, B, T, C, NH, stream);
         matmul_forward(g.work_c, t.atty, W(ATTPROJW), W(ATTPROJB), BT, C, C, stream);
-        layernorm_forward<kSharedNorm>(t.resid_mid, t.ln2, t.ln2_mean, t.ln2_rstd, t.residual, g.work_c, W(LN2W), W(LN2B), BT, C, stream);
+        layernorm_forward<kSharedNorm>(t.resid_mid, t.ln2, t.ln2_mean, t.ln2_rstd, t.residual, g.work_c, W(LN2W), W(LN2B), BT, C,
+                                       stream);
         Folded fc = gpt2_fold(g, W(FCW), W(FCB), W(LN2W), W(LN2B), 4 * C);
         matmul_act_forward<kActBits>(t.fch_gelu, t.fch, t.ln2, fc.weight, fc.bias, BT, C, 4 * C, stream);
         matmul_forward(g.work_c, t.fch_gelu, W(FCPROJW), W(FCPROJB), BT, 4 * C, C, stream);
@@ -2078,10 +2102,12 @@ void gpt2_forward(GPT2& g, int B, int T) {
         // the second residual addition, fused with the norm that comes next: the following layer's first, or the last of all
         if (l + 1 < L) {
             LayerTensors next = gpt2_layer(g, l + 1, BT);
-            layernorm_forward<kSharedNorm>(t.resid_out, next.ln1, next.ln1_mean, next.ln1_rstd, t.resid_mid, g.work_c, W(LN1W) + C, W(LN1B) + C, BT, C, stream);
+            layernorm_forward<kSharedNorm>(t.resid_out, next.ln1, next.ln1_mean, next.ln1_rstd, t.resid_mid, g.work_c,
+                                           W(LN1W) + C, W(LN1B) + C, BT, C, stream);
             t = next;
         } else {   // it keeps its affine in every mode: the weight behind it is the embedding, too
-            layernorm_forward<false>(t.resid_out, g.lnf, g.lnf_mean, g.lnf_rstd, t.resid_mid, g.work_c, g.param[LNFW], g.param[LNFB], BT, C, stream);
+            layernorm_forward<false>(t.resid_out, g.lnf, g.lnf_mean, g.lnf_rstd, t.resid_mid, g.work_c, g.param[LNFW],
+                                     g.param[LNFB], BT, C, stream);
         }
     }
 }
@@ -2116,20 +2142,24 @@ void gpt2_loss(GPT2& g, int B, int T, bool train, bool first_micro_batch) {
 struct NormMatmul {
     int weight, bias, gamma, beta;   // of enum Param
 };
-void gpt2_norm_matmul_backward(GPT2& g, NormMatmul p, int l, floatX* dout, floatX* ln, float* mean, float* rstd, const floatX* residual, int OC,
-                               bool add, bool last, int BT) {
+void gpt2_norm_matmul_backward(GPT2& g, NormMatmul p, int l, floatX* dout, floatX* ln, float* mean, float* rstd,
+                               const floatX* residual, int OC, bool add, bool last, int BT) {
     const int C = g.config.C;
     auto W = [&](int p) { return (const floatX*)g.param[p] + l * param_shape(g.config, p).per_layer(); };
     auto G = [&](int p) { return g.grad[p] + l * param_shape(g.config, p).per_layer(); };
-    if (recomputes_norm(g.plan)) layernorm_forward<false>(nullptr, ln, mean, rstd, residual, nullptr, W(p.gamma), W(p.beta), BT, C, g.stream);
+    if (recomputes_norm(g.plan))
+        layernorm_forward<false>(nullptr, ln, mean, rstd, residual, nullptr, W(p.gamma), W(p.beta), BT, C, g.stream);
     matmul_backward_weight(G(p.weight), dout, ln, add, BT, C, OC, g.stream);
     Folded folded = gpt2_fold(g, W(p.weight), W(p.bias), W(p.gamma), W(p.beta), OC);
     matmul_backward_input(g.work_c, dout, folded.weight, BT, C, OC, g.stream);
     if constexpr (kSharedNorm) {
         layernorm_backward_input<true>(g.dresid, g.work_c, ln, nullptr, rstd, nullptr, true, BT, C, g.stream);
-        if (last) norm_unfold(G(p.weight), G(p.gamma), G(p.beta), g.colsum, G(p.bias), W(p.weight), W(p.gamma), W(p.beta), OC, C, g.stream);
+        if (last)
+            norm_unfold(G(p.weight), G(p.gamma), G(p.beta), g.colsum, G(p.bias), W(p.weight), W(p.gamma), W(p.beta), OC, C,
+                        g.stream);
     } else {
-        layernorm_backward(g.dresid, G(p.gamma), G(p.beta), g.colsum, g.work_c, residual, mean, rstd, W(p.gamma), true, add, BT, C, g.stream);
+        layernorm_backward(g.dresid, G(p.gamma), G(p.beta), g.colsum, g.work_c, residual, mean, rstd, W(p.gamma), true, add, BT,
+                           C, g.stream);
     }
 }
 
@@ -2141,8 +2171,8 @@ void gpt2_backward(GPT2& g, int B, int T, int buckets, int micro_batch) {
     cudaStream_t stream = g.stream;
 
     // g.lnf holds the gradient of the final norm's output since gpt2_loss
-    layernorm_backward(g.dresid, g.grad[LNFW], g.grad[LNFB], g.colsum, g.lnf, gpt2_layer(g, L - 1, BT).resid_out, g.lnf_mean, g.lnf_rstd,
-                       g.param[LNFW], false, add, BT, C, stream);
+    layernorm_backward(g.dresid, g.grad[LNFW], g.grad[LNFB], g.colsum, g.lnf, gpt2_layer(g, L - 1, BT).resid_out, g.lnf_mean,
+                       g.lnf_rstd, g.param[LNFW], false, add, BT, C, stream);
     for (int l = L - 1; l >= 0; l--) {
         NvtxRange layer_range("backward layer", l);
         const LayerTensors t = gpt2_layer(g, l, BT);
@@ -2156,7 +2186,8 @@ void gpt2_backward(GPT2& g, int B, int T, int buckets, int micro_batch) {
         matmul_backward_weight(G(FCPROJW), g.dresid, t.fch_gelu, add, BT, 4 * C, C, stream);
         floatX* dfch = g.work_4c;
         matmul_act_backward<kActBits>(dfch, G(FCB), g.colsum, g.dresid, W(FCPROJW), t.fch, add, BT, 4 * C, C, stream);
-        gpt2_norm_matmul_backward(g, {FCW, FCB, LN2W, LN2B}, l, dfch, t.ln2, t.ln2_mean, t.ln2_rstd, t.resid_mid, 4 * C, add, last, BT);
+        gpt2_norm_matmul_backward(g, {FCW, FCB, LN2W, LN2B}, l, dfch, t.ln2, t.ln2_mean, t.ln2_rstd, t.resid_mid, 4 * C, add,
+                                  last, BT);
 
         bias_backward(G(ATTPROJB), g.colsum, g.dresid, add, BT, C, stream);
         matmul_backward_weight(G(ATTPROJW), g.dresid, t.atty, add, BT, C, C, stream);
@@ -2164,7 +2195,8 @@ void gpt2_backward(GPT2& g, int B, int T, int buckets, int micro_batch) {
         floatX* dqkv = g.work_4c;
         attention_backward(dqkv, g.delta, g.work_c, t.qkv, t.atty, t.lse, B, T, C, NH, stream);
         bias_backward(G(QKVB), g.colsum, dqkv, add, BT, 3 * C, stream);
-        gpt2_norm_matmul_backward(g, {QKVW, QKVB, LN1W, LN1B}, l, dqkv, t.ln1, t.ln1_mean, t.ln1_rstd, t.residual, 3 * C, add, last, BT);
+        gpt2_norm_matmul_backward(g, {QKVW, QKVB, LN1W, LN1B}, l, dqkv, t.ln1, t.ln1_mean, t.ln1_rstd, t.residual, 3 * C, add,
+                                  last, BT);
     }
     const int* positions = g.tokens + 2 * (size_t)BT;
     const int* bucket_token = positions + BT;
@@ -2252,7 +2284,8 @@ FILE* open_with_header(const char* path, int32_t* header, int magic, const char*
     FILE* f = fopen(path, "rb");
     if (f == nullptr) fail("cannot open %s (%s): %s; %s", path, what, strerror(errno), remedy);
     if (fread(header, 1, HEADER_BYTES, f) != HEADER_BYTES)
-        fail("%s: expected %s with a header of %zu bytes, found a file of %zu bytes; %s", path, what, HEADER_BYTES, file_size(f), remedy);
+        fail("%s: expected %s with a header of %zu bytes, found a file of %zu bytes; %s", path, what, HEADER_BYTES, file_size(f),
+             remedy);
     if (header[0] != magic) fail("%s: expected %s (magic %d), found magic %d; %s", path, what, magic, header[0], remedy);
     return f;
 }
@@ -2266,7 +2299,9 @@ class AtomicFile {
         if (file != nullptr) fclose(file);
         unlink(temporary.c_str());
         fail("cannot %s %s: %s; nothing was left under that name%s", doing, path.c_str(), strerror(error),
-             error == ENOSPC || error == EFBIG || error == EDQUOT ? "; free some space; with --resume 1 a run goes on from its last whole checkpoint" : "");
+             error == ENOSPC || error == EFBIG || error == EDQUOT
+                 ? "; free some space; with --resume 1 a run goes on from its last whole checkpoint"
+                 : "");
     }
 
 public:
@@ -2376,16 +2411,19 @@ void shard_check_ids(const Shard& s, int V) {
     for (size_t i = 0; i < s.tokens; i++) {
         uint32_t id = shard_token(s, map, i);
         if (id >= (uint32_t)V)
-            fail("%s: token %zu has id %u, but the model's vocabulary is %d (expected ids 0 to %d); make the tokens with the model's "
-                 "tokenizer (prepro/text.py --tokenizer), or take a model with V%u or more (-e gpt2:...,V%u)",
-                 s.path.c_str(), i, id, V, V - 1, id + 1, id + 1);
+            fail(
+                "%s: token %zu has id %u, but the model's vocabulary is %d (expected ids 0 to %d); make the tokens with the "
+                "model's "
+                "tokenizer (prepro/text.py --tokenizer), or take a model with V%u or more (-e gpt2:...,V%u)",
+                s.path.c_str(), i, id, V, V - 1, id + 1, id + 1);
     }
     munmap((void*)map, bytes);
 }
 
 void loader_open_shard(Loader& d) {
     if (d.map != nullptr) munmap((void*)d.map, d.map_bytes);
-    if (d.shard == 0 || d.shard_order.empty()) d.shard_order = shuffled(d.shards.size(), d.shuffle, d.seed, 2 * d.epoch + (1ull << 40));
+    if (d.shard == 0 || d.shard_order.empty())
+        d.shard_order = shuffled(d.shards.size(), d.shuffle, d.seed, 2 * d.epoch + (1ull << 40));
     const Shard& s = d.shards[d.shard_order[d.shard]];
     d.window_order = shuffled(d.windows(s), d.shuffle, d.seed, ((d.epoch * d.shards.size() + d.shard) << 1) + 1 + (1ull << 41));
     d.map = shard_map(s, d.map_bytes);
@@ -2404,7 +2442,8 @@ void loader_open(Loader& d, const char* option, const char* pattern, int T, int 
     d.T = T;
     d.shuffle = shuffle;
     d.seed = seed;
-    if (is_folder(pattern)) fail("%s %s is a folder; expected a token file or a quoted pattern like '%s/*.bin'", option, pattern, pattern);
+    if (is_folder(pattern))
+        fail("%s %s is a folder; expected a token file or a quoted pattern like '%s/*.bin'", option, pattern, pattern);
     glob_t found;
     if (glob(pattern, 0, nullptr, &found) != 0 || found.gl_pathc == 0)
         fail("%s %s: no such file, and no file matches it as a pattern; %s", option, pattern, TOKENS_REMEDY);
@@ -2416,18 +2455,22 @@ void loader_open(Loader& d, const char* option, const char* pattern, int T, int 
         if (f == nullptr) fail("cannot open %s (tokens): %s; %s", path, strerror(errno), TOKENS_REMEDY);
         size_t size = file_size(f);
         if (fread(h, 1, HEADER_BYTES, f) != HEADER_BYTES)
-            fail("%s: expected tokens with a header of %zu bytes, found a file of %zu bytes; %s", path, HEADER_BYTES, size, TOKENS_REMEDY);
+            fail("%s: expected tokens with a header of %zu bytes, found a file of %zu bytes; %s", path, HEADER_BYTES, size,
+                 TOKENS_REMEDY);
         fclose(f);
         int bytes = h[0] == 20240520 && h[1] == 1 ? 2 : h[0] == 20240801 && h[1] == 7 ? 4 : 0;
         if (bytes == 0)
-            fail("%s: expected tokens (magic 20240520 version 1, or magic 20240801 version 7), found magic %d version %d; %s", path, h[0], h[1],
-                 TOKENS_REMEDY);
+            fail("%s: expected tokens (magic 20240520 version 1, or magic 20240801 version 7), found magic %d version %d; %s",
+                 path, h[0], h[1], TOKENS_REMEDY);
         size_t tokens = (uint32_t)h[2];
         if (size != HEADER_BYTES + tokens * bytes)
-            fail("%s: its header announces %zu tokens of %d bytes, so expected a file of %zu bytes, found %zu; it is damaged or was cut off: %s",
-                 path, tokens, bytes, HEADER_BYTES + tokens * bytes, size, TOKENS_REMEDY);
+            fail(
+                "%s: its header announces %zu tokens of %d bytes, so expected a file of %zu bytes, found %zu; it is damaged or "
+                "was cut off: %s",
+                path, tokens, bytes, HEADER_BYTES + tokens * bytes, size, TOKENS_REMEDY);
         if (tokens <= (size_t)T)
-            fail("%s: its %zu tokens are fewer than one sequence of -t %d and its last target; take a smaller -t, or more text", path, tokens, T);
+            fail("%s: its %zu tokens are fewer than one sequence of -t %d and its last target; take a smaller -t, or more text",
+                 path, tokens, T);
         d.shards.push_back({path, tokens, bytes});
     }
     globfree(&found);
@@ -2444,8 +2487,10 @@ void loader_set_batch(Loader& d, int B) {
     d.B = B;
     for (const Shard& s : d.shards)
         if (d.windows(s) < d.batch_windows())
-            fail("%s: its %zu tokens make %zu sequences of %d, but a batch takes %zu (%d on each of %d GPUs); take a smaller -b or -t, or more text",
-                 s.path.c_str(), s.tokens, d.windows(s), d.T, d.batch_windows(), B, world.size);
+            fail(
+                "%s: its %zu tokens make %zu sequences of %d, but a batch takes %zu (%d on each of %d GPUs); take a smaller -b "
+                "or -t, or more text",
+                s.path.c_str(), s.tokens, d.windows(s), d.T, d.batch_windows(), B, world.size);
     loader_seek(d, 0, 0, 0);
 }
 size_t loader_tokens(const Loader& d) {
@@ -2519,12 +2564,16 @@ bool tokenizer_load(Tokenizer& t, const char* path) {
     int32_t h[HEADER_INTS];
     FILE* f = open_with_header(path, h, 20240328, "a tokenizer", remedy);
     if (h[1] != 2 || h[2] <= 0 || (size_t)h[2] > file_size(f) || h[3] < 0 || h[3] >= h[2])
-        fail("%s: expected a tokenizer of version 2 whose end-of-text id is one of its tokens, found version %d, %d tokens, id %d; %s", path, h[1], h[2], h[3], remedy);
+        fail(
+            "%s: expected a tokenizer of version 2 whose end-of-text id is one of its tokens, found version %d, %d tokens, id "
+            "%d; %s",
+            path, h[1], h[2], h[3], remedy);
     t.end_of_text = h[3];
     for (int i = 0; i < h[2]; i++) {
         int length = fgetc(f);
         std::string s(length < 0 ? 0 : length, '\0');
-        if (length < 0 || fread(&s[0], 1, s.size(), f) != s.size()) fail("%s: expected %d tokens, the file ends within token %d; %s", path, h[2], i, remedy);
+        if (length < 0 || fread(&s[0], 1, s.size(), f) != s.size())
+            fail("%s: expected %d tokens, the file ends within token %d; %s", path, h[2], i, remedy);
         t.tokens.push_back(s);
     }
     fclose(f);
@@ -2574,14 +2623,17 @@ GPT2Config gpt2_read_config(const char* path) {
     if (h[1] != 3 && h[1] != 5) fail("%s: expected version 3 (fp32) or 5 (bf16), found version %d; %s", path, h[1], MODEL_REMEDY);
     GPT2Config c = {h[2], h[3], h[7], h[4], h[5], h[6]};
     // The limits keep every product below 2^63, so that the size below is the true one.
-    bool sane = c.maxT > 0 && c.V > 0 && c.V <= 1 << 30 && c.L > 0 && c.L <= 1 << 12 && c.NH > 0 && c.C > 0 && c.C <= 1 << 16 && c.C % c.NH == 0;
+    bool sane = c.maxT > 0 && c.V > 0 && c.V <= 1 << 30 && c.L > 0 && c.L <= 1 << 12 && c.NH > 0 && c.C > 0 && c.C <= 1 << 16 &&
+                c.C % c.NH == 0;
     if (!sane || c.Vp != ceil_div(c.V, 128) * 128)
-        fail("%s: its header makes no model: T %d, V %d padded to %d (expected a multiple of 128), L %d, NH %d, C %d; %s", path, c.maxT, c.V, c.Vp, c.L, c.NH, c.C,
-             MODEL_REMEDY);
+        fail("%s: its header makes no model: T %d, V %d padded to %d (expected a multiple of 128), L %d, NH %d, C %d; %s", path,
+             c.maxT, c.V, c.Vp, c.L, c.NH, c.C, MODEL_REMEDY);
     size_t expected = HEADER_BYTES + param_count(c) * (h[1] == 3 ? 4 : 2), size = file_size(f);
     if (size != expected)
-        fail("%s: its header (T %d, V %d, L %d, NH %d, C %d, version %d) asks for %zu bytes, found %zu; it is damaged or was cut off; %s", path, c.maxT, c.V, c.L, c.NH, c.C,
-             h[1], expected, size, MODEL_REMEDY);
+        fail(
+            "%s: its header (T %d, V %d, L %d, NH %d, C %d, version %d) asks for %zu bytes, found %zu; it is damaged or was cut "
+            "off; %s",
+            path, c.maxT, c.V, c.L, c.NH, c.C, h[1], expected, size, MODEL_REMEDY);
     fclose(f);
     return c;
 }
@@ -2608,7 +2660,8 @@ void gpt2_load(GPT2& g, const char* path) {
             cudaCheck(cudaMemcpy(g.param[p] + i, narrow_.data(), k * sizeof(floatX), cudaMemcpyHostToDevice));
             size_t from = std::max(i, begin), to = std::min(i + k, end);
             if (g.master[p] != nullptr && from < to)
-                cudaCheck(cudaMemcpy(g.master[p] + (from - begin), wide.data() + (from - i), (to - from) * sizeof(float), cudaMemcpyHostToDevice));
+                cudaCheck(cudaMemcpy(g.master[p] + (from - begin), wide.data() + (from - i), (to - from) * sizeof(float),
+                                     cudaMemcpyHostToDevice));
         }
     }
     fclose(f);
@@ -2638,7 +2691,8 @@ std::string checkpoint_path(const std::string& folder, const char* kind, int ste
 }
 size_t state_bytes(const GPT2& g) {
     size_t n = 0;
-    for (int p = 0; p < NUM_PARAMS; p++) n += shard_size(param_shape(g.config, p).elements()) * sizeof(float) * (g.master[p] != nullptr ? 3 : 2);
+    for (int p = 0; p < NUM_PARAMS; p++)
+        n += shard_size(param_shape(g.config, p).elements()) * sizeof(float) * (g.master[p] != nullptr ? 3 : 2);
     return HEADER_BYTES + n + sizeof(History);
 }
 void state_save(GPT2& g, const RunState& r, const Loader& train, const std::string& path) {
@@ -2660,7 +2714,8 @@ void state_save(GPT2& g, const RunState& r, const Loader& train, const std::stri
     f.write(h, sizeof h);
     for (float** tensors : {g.m, g.v, g.master})
         for (int p = 0; p < NUM_PARAMS; p++)
-            if (tensors[p] != nullptr) write_device(f, tensors[p], shard_size(param_shape(g.config, p).elements()) * sizeof(float), staging);
+            if (tensors[p] != nullptr)
+                write_device(f, tensors[p], shard_size(param_shape(g.config, p).elements()) * sizeof(float), staging);
     write_device(f, &g.state->history, sizeof(History), staging);
     f.commit();
 }
@@ -2680,31 +2735,38 @@ RunState state_load(GPT2& g, Loader& train, const std::string& path_text) {
     }
     bool master = g.master[0] != nullptr;
     if (h[2] != world.size || h[3] != world.rank || h[6] != (int)world.sharded)
-        fail("%s: was written by rank %d of %d with --zero %d, this is rank %d of %d with --zero %d; resume with as many GPUs and the same --zero",
-             path, h[3], h[2], h[6], world.rank, world.size, (int)world.sharded);
+        fail(
+            "%s: was written by rank %d of %d with --zero %d, this is rank %d of %d with --zero %d; resume with as many GPUs and "
+            "the same --zero",
+            path, h[3], h[2], h[6], world.rank, world.size, (int)world.sharded);
     if (h[4] != (int)master)
         fail("%s: its run %s fp32 master weights, this one %s them; resume with the same --master-weights and PRECISION", path,
              h[4] ? "kept" : "did without", master ? "keeps" : "does without");
     if (file_size(f) != state_bytes(g))
-        fail("%s: expected %zu bytes for this model, found %zu; it is damaged or was cut off; %s", path, state_bytes(g), file_size(f), remedy);
+        fail("%s: expected %zu bytes for this model, found %zu; it is damaged or was cut off; %s", path, state_bytes(g),
+             file_size(f), remedy);
     size_t tokens;
     memcpy(&tokens, &h[14], 8);
     if (h[11] != train.T || h[12] != (int)train.shards.size() || tokens != loader_tokens(train))
-        fail("%s: its run read %zu tokens in %d shards in sequences of %d, this one reads %zu in %zu in sequences of %d; resume with the same -i and -t",
-             path, tokens, h[12], h[11], loader_tokens(train), train.shards.size(), train.T);
+        fail(
+            "%s: its run read %zu tokens in %d shards in sequences of %d, this one reads %zu in %zu in sequences of %d; resume "
+            "with the same -i and -t",
+            path, tokens, h[12], h[11], loader_tokens(train), train.shards.size(), train.T);
     g.updates = h[22];
     r.not_finite_in_row = h[23];
     memcpy(&r.shard, &h[30], 8);
     memcpy(&r.window, &h[32], 8);
     memcpy(&r.epoch, &h[34], 8);
     if (r.step < 0 || g.updates < 0 || r.shard >= train.shards.size() || r.window > loader_tokens(train))
-        fail("%s: step %d, shard %zu, sequence %zu is no place in these data; it is damaged; %s", path, r.step, r.shard, r.window, remedy);
+        fail("%s: step %d, shard %zu, sequence %zu is no place in these data; it is damaged; %s", path, r.step, r.shard, r.window,
+             remedy);
     train.seed = g.seed;
     loader_seek(train, r.epoch, r.shard, r.window);
     std::vector<char> staging;
     for (float** tensors : {g.m, g.v, g.master})
         for (int p = 0; p < NUM_PARAMS; p++)
-            if (tensors[p] != nullptr) read_device(f, path, tensors[p], shard_size(param_shape(g.config, p).elements()) * sizeof(float), staging);
+            if (tensors[p] != nullptr)
+                read_device(f, path, tensors[p], shard_size(param_shape(g.config, p).elements()) * sizeof(float), staging);
     read_device(f, path, &g.state->history, sizeof(History), staging);
     fclose(f);
     return r;
@@ -2716,7 +2778,8 @@ std::vector<int> checkpoints_in(const std::string& folder) {
     if (DIR* dir = opendir(folder.c_str())) {
         while (dirent* entry = readdir(dir)) {
             int step, length = 0;
-            if (sscanf(entry->d_name, "DONE_%8d%n", &step, &length) == 1 && length == 13 && entry->d_name[length] == '\0') steps.push_back(step);
+            if (sscanf(entry->d_name, "DONE_%8d%n", &step, &length) == 1 && length == 13 && entry->d_name[length] == '\0')
+                steps.push_back(step);
         }
         closedir(dir);
     }
@@ -2767,7 +2830,8 @@ double device_peak_flops(const cudaDeviceProp& prop, int device, bool tensor_cor
     const double precision = kFP32 ? 0.5 : 1;   // TF32 runs at half the rate of bf16
     for (auto& k : known) {   // as a whole word: an A1000 is no A100
         const char* at = strstr(prop.name, k.name);
-        bool whole = at != nullptr && (at == prop.name || !isalnum((unsigned char)at[-1])) && !isalnum((unsigned char)at[strlen(k.name)]);
+        bool whole =
+            at != nullptr && (at == prop.name || !isalnum((unsigned char)at[-1])) && !isalnum((unsigned char)at[strlen(k.name)]);
         if (whole) return k.tflops * 1e12 * precision;
     }
     int khz = 0;
@@ -2877,7 +2941,8 @@ void options_parse(Options& options, int argc, char** argv) {
         if (!fine) {
             const char* allowed_auto = option->type == AUTO_INTEGER ? ", or auto" : "";
             if (real) fail_usage("%s %s: expected a number from %g to %g", name.c_str(), value.c_str(), option->low, option->high);
-            fail_usage("%s %s: expected a whole number from %.0f to %.0f%s", name.c_str(), value.c_str(), option->low, option->high, allowed_auto);
+            fail_usage("%s %s: expected a whole number from %.0f to %.0f%s", name.c_str(), value.c_str(), option->low,
+                       option->high, allowed_auto);
         }
         if (real) *(double*)option->value = number;
         else *(int64_t*)option->value = strtoll(value.c_str(), nullptr, 10);
@@ -2890,7 +2955,8 @@ void options_parse(Options& options, int argc, char** argv) {
 bool gpt2_parse_size(const char* option, const std::string& text, GPT2Config& c) {
     std::string size = text.compare(0, 5, "gpt2:") == 0 ? text.substr(5) : text;
     bool prefixed = size.size() != text.size();
-    const int depths[][3] = {{6, 384, 6}, {12, 768, 12}, {24, 1024, 16}, {36, 1280, 20}, {48, 1600, 25}, {60, 1920, 30}, {72, 2880, 30}, {84, 3456, 36}};
+    const int depths[][3] = {{6, 384, 6},    {12, 768, 12},  {24, 1024, 16}, {36, 1280, 20},
+                             {48, 1600, 25}, {60, 1920, 30}, {72, 2880, 30}, {84, 3456, 36}};
     bool depth = size.size() > 1 && size[0] == 'd' && size.find_first_not_of("0123456789", 1) == std::string::npos;
     if (!prefixed && !depth) return false;
     c = {1024, 50257, 0, 0, 0, 0};   // T and V are GPT-2's unless said otherwise
@@ -2898,7 +2964,8 @@ bool gpt2_parse_size(const char* option, const std::string& text, GPT2Config& c)
         for (auto& d : depths)
             if (atoi(size.c_str() + 1) == d[0]) c = {1024, 50257, 0, d[0], d[2], d[1]};
         if (c.L == 0)
-            fail_usage("%s %s: expected one of d6 d12 d24 d36 d48 d60 d72 d84, or a size like gpt2:L4,H4,C128,T64,V257", option, text.c_str());
+            fail_usage("%s %s: expected one of d6 d12 d24 d36 d48 d60 d72 d84, or a size like gpt2:L4,H4,C128,T64,V257", option,
+                       text.c_str());
     } else {
         const struct { char letter; int* value; } parts[] = {{'L', &c.L}, {'H', &c.NH}, {'C', &c.C}, {'T', &c.maxT}, {'V', &c.V}};
         std::string seen;
@@ -2912,12 +2979,15 @@ bool gpt2_parse_size(const char* option, const std::string& text, GPT2Config& c)
                 known = seen.find(letter) == std::string::npos;
             }
             if (!known || end == p + 1 || value < 1 || value > 1 << 30 || (*end != '\0' && *end != ','))
-                fail_usage("%s %s: expected a size like gpt2:L4,H4,C128,T64,V257 (layers, heads, channels, longest sequence, vocabulary)", option,
-                           text.c_str());
+                fail_usage(
+                    "%s %s: expected a size like gpt2:L4,H4,C128,T64,V257 (layers, heads, channels, longest sequence, "
+                    "vocabulary)",
+                    option, text.c_str());
             seen += letter;
             p = *end == ',' ? end + 1 : end;
         }
-        if (!c.L || !c.NH || !c.C) fail_usage("%s %s: expected L, H and C among the sizes, as in gpt2:L4,H4,C128,T64,V257", option, text.c_str());
+        if (!c.L || !c.NH || !c.C)
+            fail_usage("%s %s: expected L, H and C among the sizes, as in gpt2:L4,H4,C128,T64,V257", option, text.c_str());
     }
     c.Vp = ceil_div(c.V, 128) * 128;
     return true;
@@ -2927,8 +2997,10 @@ bool gpt2_parse_size(const char* option, const std::string& text, GPT2Config& c)
 void gpt2_check_config(const GPT2Config& c, const char* option, const char* from) {
     const int most = (int)(48 * 1024 / sizeof(floatX)) / 2;
     if (c.C % c.NH != 0 || c.C / c.NH % 8 != 0 || c.C / c.NH > 128)
-        fail_usage("%s %s: C %d in H %d heads makes heads of %g channels; expected a multiple of 8 up to 128", option, from, c.C, c.NH, (double)c.C / c.NH);
-    if (c.C > most || c.L > 1 << 12) fail_usage("%s %s: C %d, L %d; expected C up to %d and L up to 4096", option, from, c.C, c.L, most);
+        fail_usage("%s %s: C %d in H %d heads makes heads of %g channels; expected a multiple of 8 up to 128", option, from, c.C,
+                   c.NH, (double)c.C / c.NH);
+    if (c.C > most || c.L > 1 << 12)
+        fail_usage("%s %s: C %d, L %d; expected C up to %d and L up to 4096", option, from, c.C, c.L, most);
 }
 
 // Mean loss over up to `batches` batches from the start of the validation data.
@@ -2970,7 +3042,8 @@ void gpt2_sample(GPT2& g, const Tokenizer& tokenizer, int count, int top_k, floa
 
         for (int v = 0; v < V; v++) best[v] = {(float)row[v], v};
         int k = top_k > 0 ? std::min(top_k, V) : V;
-        std::partial_sort(best.begin(), best.begin() + k, best.end(), [](auto& a, auto& b) { return a.first > b.first || (a.first == b.first && a.second < b.second); });
+        std::partial_sort(best.begin(), best.begin() + k, best.end(),
+                          [](auto& a, auto& b) { return a.first > b.first || (a.first == b.first && a.second < b.second); });
         int next = best[0].second;
         if (temperature > 0) {   // 0 takes the likeliest
             double sum = 0;
@@ -2993,7 +3066,8 @@ void gpt2_sample(GPT2& g, const Tokenizer& tokenizer, int count, int top_k, floa
 // ---- settings: what the command line says
 
 struct Settings {
-    std::string train_data = "data/train.bin", val_data = "data/val.bin", model = "gpt2:d12", out, schedule = "cosine", log, estimate, tokenizer;
+    std::string train_data = "data/train.bin", val_data = "data/val.bin", model = "gpt2:d12", out, schedule = "cosine", log,
+                estimate, tokenizer;
     int64_t B = 4, T = 1024, total_batch = 0, steps = -1, warmup = 0, seed = 1337;
     int64_t recompute = 1, master = 1, loss_chunks = 0, gelu_fusion = 0, tf32 = 1, zero = 0;
     int64_t val_every = 20, val_batches = 20, sample_every = 20, sample_tokens = 64, top_k = 40, overfit = 0;
@@ -3047,15 +3121,19 @@ void settings_check(const Settings& s, const Options& o) {
     for (const char* name : SCHEDULES) known = known || s.schedule == name;
     if (!known) fail_usage("%s %s: expected cosine, linear, constant or wsd", typed(o, "schedule").c_str(), s.schedule.c_str());
     if (kActBits > 0 && s.gelu_fusion > 0)
-        fail_usage("%s %lld: this build keeps GELU's input in %d bits, which no epilogue of cuBLASLt makes; expected 0, or a build with APPROX_ACT=0",
-                   typed(o, "gelu-fusion").c_str(), (long long)s.gelu_fusion, kActBits);
+        fail_usage(
+            "%s %lld: this build keeps GELU's input in %d bits, which no epilogue of cuBLASLt makes; expected 0, or a build with "
+            "APPROX_ACT=0",
+            typed(o, "gelu-fusion").c_str(), (long long)s.gelu_fusion, kActBits);
     for (const char* needs_out : {"resume", "checkpoint-every", "keep"}) {
         int64_t value = !strcmp(needs_out, "resume") ? s.resume : !strcmp(needs_out, "keep") ? s.keep : s.checkpoint_every;
         if (value > 0 && s.out.empty())
-            fail_usage("%s %lld: expected --out DIR with it, the folder of the checkpoints", typed(o, needs_out).c_str(), (long long)value);
+            fail_usage("%s %lld: expected --out DIR with it, the folder of the checkpoints", typed(o, needs_out).c_str(),
+                       (long long)value);
     }
     if (s.steps >= 0 && s.warmup > s.steps && s.steps > 0)
-        fail_usage("%s %lld: expected at most the number of steps, %lld", typed(o, "warmup").c_str(), (long long)s.warmup, (long long)s.steps);
+        fail_usage("%s %lld: expected at most the number of steps, %lld", typed(o, "warmup").c_str(), (long long)s.warmup,
+                   (long long)s.steps);
 }
 
 // The micro-batches that make a step of --total-batch tokens out of B sequences; 0 where none do.
@@ -3083,17 +3161,23 @@ void choose_plan(GPT2& g, const Settings& s, const Options& o, size_t free_bytes
             }
         }
         if (g.plan.B == 0)
-            fail("%s auto: not even one sequence of %lld tokens fits into the %.1f MiB that are free%s; --estimate -b 1 shows what takes the room",
-                 batch.c_str(), (long long)s.T, free_bytes / 1048576.0, s.total_batch ? " and divides --total-batch" : "");
+            fail(
+                "%s auto: not even one sequence of %lld tokens fits into the %.1f MiB that are free%s; --estimate -b 1 shows "
+                "what takes the room",
+                batch.c_str(), (long long)s.T, free_bytes / 1048576.0, s.total_batch ? " and divides --total-batch" : "");
     }
     const int64_t B = g.plan.B, BT = B * s.T;
-    if (BT >= 1 << 30) fail_usage("%s %lld: %lld tokens in one micro-batch; expected fewer than 2^30", batch.c_str(), (long long)B, (long long)BT);
+    if (BT >= 1 << 30)
+        fail_usage("%s %lld: %lld tokens in one micro-batch; expected fewer than 2^30", batch.c_str(), (long long)B,
+                   (long long)BT);
     g.plan.micro_batches = (int)micro_batches(s, B);
     if (g.plan.micro_batches == 0)
-        fail_usage("%s %lld: expected a multiple of batch * seq-len * GPUs = %lld * %lld * %d = %lld", typed(o, "total-batch").c_str(),
-                   (long long)s.total_batch, (long long)B, (long long)s.T, world.size, (long long)BT * world.size);
+        fail_usage("%s %lld: expected a multiple of batch * seq-len * GPUs = %lld * %lld * %d = %lld",
+                   typed(o, "total-batch").c_str(), (long long)s.total_batch, (long long)B, (long long)s.T, world.size,
+                   (long long)BT * world.size);
     if (s.loss_chunks > BT)
-        fail_usage("%s %lld: a micro-batch has %lld rows, so expected at most that", typed(o, "loss-chunks").c_str(), (long long)s.loss_chunks, (long long)BT);
+        fail_usage("%s %lld: a micro-batch has %lld rows, so expected at most that", typed(o, "loss-chunks").c_str(),
+                   (long long)s.loss_chunks, (long long)BT);
 }
 
 // A folder that can be written to, found out now and not after an hour of training.
@@ -3109,7 +3193,8 @@ void prepare_out(const Settings& s, const Options& o) {
     unlink(probe.c_str());
     std::vector<int> steps = checkpoints_in(s.out);
     if (!s.resume && !steps.empty())   // mixed with ours, a later resume could take them for ours
-        fail("%s %s: holds checkpoints of an earlier run, up to step %d; --resume 1 goes on with it, another folder begins anew", option.c_str(), out, steps.back());
+        fail("%s %s: holds checkpoints of an earlier run, up to step %d; --resume 1 goes on with it, another folder begins anew",
+             option.c_str(), out, steps.back());
 }
 
 // Opens the log; a resumed run goes on behind the lines that its checkpoint has seen.
@@ -3191,8 +3276,12 @@ int run_loop(Run& run) {
         }
         if (last) {
             if (!speaks) break;
-            if (timed > 0) printf("%d steps after the first, %.1f ms each, %.0f tok/s\n", timed, seconds / timed * 1e3, tokens * timed / seconds);
-            if (stop) printf("interrupted after step %d%s\n", at.step, s.out.empty() ? "; without --out nothing was saved" : "; --resume 1 goes on");
+            if (timed > 0)
+                printf("%d steps after the first, %.1f ms each, %.0f tok/s\n", timed, seconds / timed * 1e3,
+                       tokens * timed / seconds);
+            if (stop)
+                printf("interrupted after step %d%s\n", at.step,
+                       s.out.empty() ? "; without --out nothing was saved" : "; --resume 1 goes on");
             break;
         }
 
@@ -3211,25 +3300,37 @@ int run_loop(Run& run) {
         bool finite = std::isfinite(v.loss) && std::isfinite(v.grad_norm);
         at.not_finite_in_row = finite ? 0 : at.not_finite_in_row + 1;
         if (speaks) {
-            double mfu = run.peak_flops > 0 ? gpt2_flops_per_token(g.config, g.plan.T) * tokens / took / (run.peak_flops * world.size) : NAN;
+            double mfu = run.peak_flops > 0
+                             ? gpt2_flops_per_token(g.config, g.plan.T) * tokens / took / (run.peak_flops * world.size)
+                             : NAN;
             char mfu_text[32] = "MFU n/a", left[64] = "";
             if (run.peak_flops > 0) snprintf(mfu_text, sizeof mfu_text, "MFU %.1f%%", 100 * mfu);
             if (terminal && timed > 0) {
                 long sec = (long)(seconds / timed * (run.steps - at.step));
                 snprintf(left, sizeof left, " | %ld:%02ld:%02ld left", sec / 3600, sec / 60 % 60, sec % 60);
             }
-            printf("step %5d/%d | loss %.4f | norm %.4f | lr %.2e | %.1f ms | %.0f tok/s | %s%s\n", at.step, run.steps, fabsf(v.loss),
-                   fabsf(v.grad_norm), h.lr, took * 1e3, tokens / took, mfu_text, left);   // fabs: neither is negative, but a NaN may be
-            if (!finite) printf("  the loss or the gradient is not finite: this step changed nothing (%d in a row)\n", at.not_finite_in_row);
-            else if (v.skip) printf("  skipped: loss %.1f, gradient norm %.1f deviations above the last %d steps\n", v.loss_z, v.grad_z, HISTORY);
+            printf("step %5d/%d | loss %.4f | norm %.4f | lr %.2e | %.1f ms | %.0f tok/s | %s%s\n", at.step, run.steps,
+                   fabsf(v.loss), fabsf(v.grad_norm), h.lr, took * 1e3, tokens / took, mfu_text,
+                   left);   // fabs: neither is negative, but a NaN may be
+            if (!finite)
+                printf("  the loss or the gradient is not finite: this step changed nothing (%d in a row)\n",
+                       at.not_finite_in_row);
+            else if (v.skip)
+                printf("  skipped: loss %.1f, gradient norm %.1f deviations above the last %d steps\n", v.loss_z, v.grad_z,
+                       HISTORY);
             fflush(stdout);
-            log_line(run.log, "{\"step\": %d, \"train_loss\": %s, \"grad_norm\": %s, \"lr\": %s, \"ms\": %.3f, \"tokens_per_s\": %.1f, \"mfu\": %s}", at.step,
-                     json_number(v.loss).c_str(), json_number(v.grad_norm).c_str(), json_number(h.lr).c_str(), took * 1e3, tokens / took,
-                     json_number(mfu).c_str());
+            log_line(run.log,
+                     "{\"step\": %d, \"train_loss\": %s, \"grad_norm\": %s, \"lr\": %s, \"ms\": %.3f, \"tokens_per_s\": %.1f, "
+                     "\"mfu\": %s}",
+                     at.step, json_number(v.loss).c_str(), json_number(v.grad_norm).c_str(), json_number(h.lr).c_str(),
+                     took * 1e3, tokens / took, json_number(mfu).c_str());
         }
         if (at.not_finite_in_row >= 10) {
-            fprintf(stderr, "%s: the loss or the gradient was not finite for 10 steps in a row, up to step %d. The weights are those of before. "
-                    "Lower the rate (--lr), lengthen --warmup, or resume from a checkpoint (--resume 1)\n", program_name, at.step);
+            fprintf(stderr,
+                    "%s: the loss or the gradient was not finite for 10 steps in a row, up to step %d. The weights are those of "
+                    "before. "
+                    "Lower the rate (--lr), lengthen --warmup, or resume from a checkpoint (--resume 1)\n",
+                    program_name, at.step);
             return 3;
         }
     }
@@ -3261,7 +3362,8 @@ int main(int argc, char** argv) {
     if (!model_file.empty()) g.config = gpt2_read_config(model_file.c_str());
     const char* model_name = model_file.empty() ? s.model.c_str() : model_file.c_str();
     gpt2_check_config(g.config, model_option.c_str(), model_name);
-    if (s.T > g.config.maxT) fail_usage("%s %lld: the model's longest sequence is %d", typed(o, "seq-len").c_str(), (long long)s.T, g.config.maxT);
+    if (s.T > g.config.maxT)
+        fail_usage("%s %lld: the model's longest sequence is %d", typed(o, "seq-len").c_str(), (long long)s.T, g.config.maxT);
 
     // ---- the device. --estimate can do without.
     int devices = 0;
@@ -3274,7 +3376,8 @@ int main(int argc, char** argv) {
         cudaCheck(cudaSetDevice(device));
         cudaCheck(cudaGetDeviceProperties(&prop, device));
         if (world.local_rank >= devices && !strstr(prop.name, "CPU"))
-            fail("this machine has %d GPUs, and this is process %d on it; expected at most one process a GPU (mpirun -np)", devices, world.local_rank + 1);
+            fail("this machine has %d GPUs, and this is process %d on it; expected at most one process a GPU (mpirun -np)",
+                 devices, world.local_rank + 1);
         run.peak_flops = device_peak_flops(prop, device, !kFP32 || s.tf32);
         if (!estimating) {   // before the memory is measured: both take some
             cublasCheck(cublasLtCreate(&matmul_state.handle));
@@ -3283,8 +3386,10 @@ int main(int argc, char** argv) {
         cudaCheck(cudaMemGetInfo(&free_bytes, &total_bytes));
         free_bytes = (size_t)world_min((double)free_bytes);   // all ranks must come to one plan
     } else if (!estimating) {
-        fail("no GPU to run on (CUDA says \"%s\", nvidia-smi lists what it sees); expected one, or a build for the CPU: make %s CPU=1",
-             cudaGetErrorString(device_error), program_name);
+        fail(
+            "no GPU to run on (CUDA says \"%s\", nvidia-smi lists what it sees); expected one, or a build for the CPU: make %s "
+            "CPU=1",
+            cudaGetErrorString(device_error), program_name);
     } else if (s.B == 0) {
         fail_usage("%s auto: no GPU is visible whose memory could be filled; expected a number", typed(o, "batch").c_str());
     }
@@ -3321,8 +3426,8 @@ int main(int argc, char** argv) {
         size_t epoch = run.train.batches_per_epoch() / g.plan.micro_batches;
         run.steps = (int)(s.steps >= 0 ? s.steps : std::min<int64_t>(epoch, 1 << 30));
         if (run.steps == 0)
-            fail("%s: one epoch makes %zu batches, fewer than the %d of one step; take a smaller --total-batch or give --steps", s.train_data.c_str(),
-                 run.train.batches_per_epoch(), g.plan.micro_batches);
+            fail("%s: one epoch makes %zu batches, fewer than the %d of one step; take a smaller --total-batch or give --steps",
+                 s.train_data.c_str(), run.train.batches_per_epoch(), g.plan.micro_batches);
     }
     if (s.val_every > 0) loader_set_batch(run.val, g.plan.B);
 
@@ -3334,17 +3439,18 @@ int main(int argc, char** argv) {
         const std::string& beside = given(o, "train-data") || !given(o, "val-data") ? s.train_data : s.val_data;
         const std::string path = s.tokenizer.empty() ? folder_of(beside) + "/tokenizer.bin" : s.tokenizer;
         bool loaded = tokenizer_load(run.tokenizer, path.c_str());
-        if (!loaded && !s.tokenizer.empty()) fail("--tokenizer %s: no such file; prepro/text.py writes one beside its token files", path.c_str());
+        if (!loaded && !s.tokenizer.empty())
+            fail("--tokenizer %s: no such file; prepro/text.py writes one beside its token files", path.c_str());
         if (!loaded) printf("no %s: samples are printed as ids\n", path.c_str());
     }
     if (speaks) {
-        printf("device     %s x %d, %.1f MiB free of %.1f (driver, libraries and others hold %.1f)\n", prop.name, world.size, free_bytes / 1048576.0,
-               total_bytes / 1048576.0, (total_bytes - free_bytes) / 1048576.0);
-        printf("model      %s: L %d, NH %d, C %d, T %d, V %d, %.2fM parameters, %s\n", model_name, g.config.L, g.config.NH, g.config.C, g.config.maxT,
-               g.config.V, param_count(g.config) / 1e6, dtype_name(FLOATX));
+        printf("device     %s x %d, %.1f MiB free of %.1f (driver, libraries and others hold %.1f)\n", prop.name, world.size,
+               free_bytes / 1048576.0, total_bytes / 1048576.0, (total_bytes - free_bytes) / 1048576.0);
+        printf("model      %s: L %d, NH %d, C %d, T %d, V %d, %.2fM parameters, %s\n", model_name, g.config.L, g.config.NH,
+               g.config.C, g.config.maxT, g.config.V, param_count(g.config) / 1e6, dtype_name(FLOATX));
         if (g.plan.training)
-            printf("step       %d sequences x %d tokens x %d micro-batches x %d GPUs = %zu tokens; %d steps, an epoch has %zu\n", g.plan.B, g.plan.T,
-                   g.plan.micro_batches, world.size, BT * g.plan.micro_batches * world.size, run.steps,
+            printf("step       %d sequences x %d tokens x %d micro-batches x %d GPUs = %zu tokens; %d steps, an epoch has %zu\n",
+                   g.plan.B, g.plan.T, g.plan.micro_batches, world.size, BT * g.plan.micro_batches * world.size, run.steps,
                    run.train.batches_per_epoch() / g.plan.micro_batches);
         printf("memory     (--estimate lists parameters, gradients and optimizer state row by row)\n");
         table_print(gpt2_table(g), kept_layers, BT * g.config.C, mode.c_str(), false);
@@ -3363,7 +3469,8 @@ int main(int argc, char** argv) {
     if (speaks && s.resume && run.resume_step < 0) printf("no checkpoint in %s yet: starting at step 0\n", s.out.c_str());
     if (speaks && run.resume_step >= 0) {
         printf("resumed at step %d from %s\n", run.state.step, model_file.c_str());
-        if (given(o, "seed") && (uint64_t)s.seed != g.seed) printf("note: the run goes on with its own seed, %llu\n", (unsigned long long)g.seed);
+        if (given(o, "seed") && (uint64_t)s.seed != g.seed)
+            printf("note: the run goes on with its own seed, %llu\n", (unsigned long long)g.seed);
     }
     struct sigaction action = {};
     action.sa_handler = on_interrupt;
@@ -3374,8 +3481,8 @@ int main(int argc, char** argv) {
     int status = run_loop(run);
 
     if (speaks) printf("device memory: %zu bytes at the peak, %zu announced\n", device_peak, estimate_bytes);
-    log_line(run.log, "{\"done\": %s, \"steps\": %d, \"peak_bytes\": %zu, \"estimate_bytes\": %zu}", status == 0 ? "true" : "false", run.state.step,
-             device_peak, estimate_bytes);
+    log_line(run.log, "{\"done\": %s, \"steps\": %d, \"peak_bytes\": %zu, \"estimate_bytes\": %zu}",
+             status == 0 ? "true" : "false", run.state.step, device_peak, estimate_bytes);
     if (run.log.file != nullptr) fclose(run.log.file);
     loader_close(run.train);
     loader_close(run.val);

@@ -283,7 +283,7 @@ def test_batch_auto_trains(lab):
 
 def test_batch_auto_when_nothing_fits(shared_lab):
     done = shared_lab.run(*options("-b", "auto"), status=1, env={"SIMT_MEMORY": 100000})
-    says(done.err, "--batch auto")
+    says(done.err, "-b auto")
 
 
 def test_out_of_memory(shared_lab):

@@ -100,6 +100,15 @@ def test_resume_of_a_finished_run(lab):
     assert lab.files("out") == before
 
 
+def test_an_earlier_run_is_not_written_over(lab):
+    """Without -y 1, a folder that holds checkpoints is refused before the first step."""
+    lab.train("-x", 2, "-o", "out")
+    before = lab.files("out")
+    done = lab.run(*options("-x", 4, "-o", "out"), status=1)
+    says(done.err, "-o out", "step 2", "--resume 1")
+    assert lab.files("out") == before
+
+
 def test_killed_at_any_moment(lab):
     """SIGKILL again and again while it writes a checkpoint at each step; at last the run is as if nothing had happened."""
     straight = lab.train("-x", 40, "-n", 40, "-o", "straight")

@@ -145,8 +145,9 @@ def test_schedules(shared_lab, schedule, warmup, final):
 
 
 def after_one_step(lab, shape, *given):
-    lab.train("-e", "start.bin", "-x", 1, *given, "-o", "out", variant="cpu-fp32")
-    return read_model(lab.path("out/model_00000001.bin"), shape)
+    folder = f"out{lab.runs}"
+    lab.train("-e", "start.bin", "-x", 1, *given, "-o", folder, variant="cpu-fp32")
+    return read_model(lab.path(folder) / "model_00000001.bin", shape)
 
 
 def test_weight_decay_is_for_matrices(lab):
