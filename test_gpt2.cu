@@ -324,7 +324,7 @@ void check_resume(const char* model, const Reference& r) {
             Loader data;
             loader_open(data, "-i", tokens.c_str(), T, c.V, true, t.g.seed);
             loader_set_batch(data, 2);
-            RunState run = state_load(t.g, data, checkpoint_path(folder, "state", 5));
+            RunState run = state_load(t.g, data, folder, 5);
             steps(t, data, run, 5);
             resumed = t.read_params();
             loader_close(data);

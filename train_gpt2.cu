@@ -2719,15 +2719,17 @@ void state_save(GPT2& g, const RunState& r, const Loader& train, const std::stri
     write_device(f, &g.state->history, sizeof(History), staging);
     f.commit();
 }
-// Puts model and loader where the run stood. A run that only evaluates needs no more than to know the step.
-RunState state_load(GPT2& g, Loader& train, const std::string& path_text) {
+// Puts model and loader where the run stood after `step` steps. A run that only evaluates needs no more than to know the step.
+RunState state_load(GPT2& g, Loader& train, const std::string& folder, int step) {
+    const std::string path_text = checkpoint_path(folder, "state", step);
     const char* path = path_text.c_str();
     const char* remedy = "remove this checkpoint's DONE file to resume from the one before, or start afresh with another --out";
     int32_t h[HEADER_INTS];
     FILE* f = open_with_header(path, h, 20240527, "the state of a run", remedy);
     if (h[1] != 1) fail("%s: expected version 1, found %d; %s", path, h[1], remedy);
+    if (h[10] != step) fail("%s: expected the state after step %d, found that after step %d; %s", path, step, h[10], remedy);
     RunState r;
-    r.step = h[10];
+    r.step = step;
     memcpy(&g.seed, &h[20], 8);
     if (!g.plan.training) {
         fclose(f);
@@ -2757,7 +2759,7 @@ RunState state_load(GPT2& g, Loader& train, const std::string& path_text) {
     memcpy(&r.shard, &h[30], 8);
     memcpy(&r.window, &h[32], 8);
     memcpy(&r.epoch, &h[34], 8);
-    if (r.step < 0 || g.updates < 0 || r.shard >= train.shards.size() || r.window > loader_tokens(train))
+    if (g.updates < 0 || r.shard >= train.shards.size() || r.window > loader_tokens(train))
         fail("%s: step %d, shard %zu, sequence %zu is no place in these data; it is damaged; %s", path, r.step, r.shard, r.window,
              remedy);
     train.seed = g.seed;
@@ -3465,7 +3467,7 @@ int main(int argc, char** argv) {
     if (model_file.empty()) gpt2_init(g);
     else gpt2_load(g, model_file.c_str());
     cudaCheck(cudaStreamSynchronize(g.stream));
-    if (run.resume_step >= 0) run.state = state_load(g, run.train, checkpoint_path(s.out, "state", run.resume_step));
+    if (run.resume_step >= 0) run.state = state_load(g, run.train, s.out, run.resume_step);
     if (speaks && s.resume && run.resume_step < 0) printf("no checkpoint in %s yet: starting at step 0\n", s.out.c_str());
     if (speaks && run.resume_step >= 0) {
         printf("resumed at step %d from %s\n", run.state.step, model_file.c_str());
