@@ -255,12 +255,13 @@ test: setup-test
 
 # Side by side in build/: a variant that does not build fails the tests that want it.
 # A name's parts are its flags: where it is built, the mode (none is exact), the precision.
-CPU_VARIANTS  := cpu-bf16 cpu-fp32 cpu-approxbp-bf16 cpu-approxbp-fp32 cpu-norm-bf16 cpu-norm-fp32 cpu-act-bf16 san-bf16 san-fp32 san-approxbp-bf16
+CPU_VARIANTS  := cpu-bf16 cpu-fp32 cpu-approxbp-bf16 cpu-approxbp-fp32 cpu-norm-bf16 cpu-norm-fp32 cpu-act-bf16 cpu-multi-fp32 san-bf16 san-fp32 san-approxbp-bf16
 NVCC_VARIANTS := nvcc-bf16 nvcc-fp32 nvcc-approxbp-bf16
 GPU_VARIANTS  := gpu-bf16 gpu-fp32 gpu-approxbp-bf16 gpu-approxbp-fp32
 flags_approxbp := USE_APPROXBP=1
 flags_norm := MS_NORM=1
 flags_act  := APPROX_ACT=2
+flags_multi = $(if $(shell command -v mpicxx),MULTI_GPU=1)# without MPI its tests are skipped
 flags_cpu  := CPU=1
 flags_san  := CPU=1 SAN=1
 flags_nvcc := CPU=0 ARCH="80 89 90" PTXAS=1

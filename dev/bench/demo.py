@@ -1,7 +1,8 @@
-"""make demo: text to tokens, tokens to a small GPT-2 trained twice, exactly and with USE_APPROXBP=1, and the two side by side.
+"""make demo: text to tokens, tokens to a small GPT-2, trained twice, and what came of it.
 
-    python3 dev/bench/demo.py ./train_gpt2 build/demo/approxbp/train_gpt2 [--gpu] FILE...
+    python3 dev/bench/demo.py EXACT_PROGRAM APPROXBP_PROGRAM [--gpu] FILE...
 
+The second program is a build with USE_APPROXBP=1; both learn the same tokens from the same weights.
 Leaves everything in build/demo; exact.jsonl and approxbp.jsonl are the logs of the runs.
 """
 import argparse
@@ -21,7 +22,8 @@ import binfmt  # noqa: E402
 import text  # noqa: E402
 
 DIR = "build/demo"
-SHOW = 25  # of the trainer's lines, one a step, those of every 25th
+ALL = rb""
+SHORT = rb"val loss|step +\d+/|kept for backward|device memory"  # the lines that a second training is worth
 
 
 def title(words):
@@ -40,92 +42,101 @@ def tokens(files):
 
 
 def sizes(gpu, shortest):
-    """Model, batch (one that the shortest of the files can fill), steps and learning rate: a minute or two on two CPU cores."""
+    """Model, batch (one that the shortest of the files can fill), steps and learning rate: a minute or so on two CPU cores."""
     if gpu and shortest > 32 * 256:
         return "gpt2:L6,H6,C384,T256,V257", 32, 256, 400, "1e-3"
     B, T = text.batch_that_fits(shortest)
     return "gpt2:L4,H4,C128,T64,V257", B, T, 300, "2e-3"
 
 
-def train(command, words):
-    """Runs the trainer and passes on what it prints, but of its steps only some."""
-    title(words)
+def train(command, every, lines=ALL):
+    """Runs the trainer and passes on the lines that begin so, but of its steps only some. Returns the seconds it took."""
     print(" ".join(map(shlex.quote, command)) + "\n", flush=True)
+    begin = time.time()
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
     for line in process.stdout:
         step = re.match(rb"step +(\d+)/(\d+)", line)
-        if not step or int(step[1]) in (1, int(step[2])) or int(step[1]) % SHOW == 0:
+        if re.match(lines, line) and (not step or int(step[1]) in (1, int(step[2])) or int(step[1]) % every == 0):
             sys.stdout.buffer.write(line)
             sys.stdout.buffer.flush()
     if process.wait() != 0:
         sys.exit(process.returncode if process.returncode > 0 else 1)
+    return time.time() - begin
 
 
-def units(estimate):
-    """What a layer keeps for backward, in units of B*T*C elements: from the rows that --estimate=json prints."""
-    rows = estimate["rows"]
-    L, *_, C = next(r["shape"] for r in rows if r["name"] == "qkvw")
-    _, B, T, _ = next(r["shape"] for r in rows if r["name"] == "qkv")
-    element = 2 if next(r["dtype"] for r in rows if r["name"] == "qkv") == "bf16" else 4
-    return sum(r["bytes"] for r in rows if r["kind"] == "saved" and r["scope"] == "layer") / (L * B * T * C * element)
+def ledger(program, options):
+    """(bytes that the model keeps for its backward, what a layer keeps of them in units of B*T*C elements)."""
+    done = subprocess.run([program, *options, "--estimate=json"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, check=True)
+    rows = [row for row in json.loads(done.stdout)["rows"] if row["kind"] == "saved"]
+    unit = next(row["bytes"] for row in rows if row["name"] == "atty")  # (L, B, T, C)
+    return sum(row["bytes"] for row in rows), sum(row["bytes"] for row in rows if row["scope"] == "layer") / unit
 
 
-def table(columns):
-    """columns: name -> (log lines, what a layer keeps). Returns the lines of the closing table."""
-    rows = [("", list(columns))]
-    val = {name: [line["val_loss"] for line in log if "val_loss" in line] for name, (log, _) in columns.items()}
-    rows.append(("validation loss at first", [f"{v[0]:.3f}" for v in val.values()]))
-    rows.append(("validation loss at last", [f"{v[-1]:.3f}" for v in val.values()]))
-    rows.append(("device memory, peak bytes", [str(log[-1]["peak_bytes"]) for log, _ in columns.values()]))
-    rows.append(("kept per layer, units of B*T*C", [f"{u:.2f}" for _, u in columns.values()]))
-    return [f"{left:32s}" + "".join(f"{cell:>18s}" for cell in cells) for left, cells in rows]
+def read_log(path):
+    with open(path) as f:
+        return [json.loads(line) for line in f]
+
+
+def result_table(exact, approxbp):
+    """Lines that set two runs beside each other; a run is (the lines of its log, its ledger)."""
+    def column(run):
+        log, (kept, units) = run
+        val = [line["val_loss"] for line in log if "val_loss" in line]
+        return [f"{val[0]:.3f}", f"{val[-1]:.3f}", f"{100 * val[-1] / val[0]:.0f} %", f"{log[-1]['peak_bytes']:,}", f"{kept:,}", f"{units:.2f}"]
+    rows = ["validation loss at first", "validation loss at last", "  of the first", "device memory, peak bytes", "  of them kept for backward",
+            "kept per layer, units of B*T*C"]
+    columns = [["exact", *column(exact)], ["USE_APPROXBP=1", *column(approxbp)]]
+    return [f"{row:30s} {left:>16s} {right:>16s}" for row, left, right in zip(["", *rows], *columns)]
+
+
+def path_of(program):
+    return program if os.path.isabs(program) else os.path.join(".", program)
 
 
 def main():
     parser = argparse.ArgumentParser(description="The demo behind make demo.")
-    parser.add_argument("exact", help="the trainer")
-    parser.add_argument("approxbp", help="the trainer built with USE_APPROXBP=1")
+    parser.add_argument("exact", metavar="EXACT_PROGRAM")
+    parser.add_argument("approxbp", metavar="APPROXBP_PROGRAM", help="the same with USE_APPROXBP=1")
     parser.add_argument("files", nargs="+", metavar="FILE")
     parser.add_argument("--gpu", action="store_true", help="the trainers run on a GPU: take a larger model")
     a = parser.parse_args()
-    a.exact, a.approxbp = (p if os.path.isabs(p) else os.path.join(".", p) for p in (a.exact, a.approxbp))
+    exact, approxbp = path_of(a.exact), path_of(a.approxbp)
 
     os.makedirs(DIR, exist_ok=True)
+    shutil.rmtree(f"{DIR}/checkpoint", ignore_errors=True)
     try:
         model, B, T, steps, lr = sizes(a.gpu, min(tokens(a.files)))
     except binfmt.Error as e:
         sys.exit(f"demo: {e}")
+    shape = ["-e", model, "-b", str(B), "-t", str(T)]
     data = ["-i", f"{DIR}/train.bin", "-j", f"{DIR}/val.bin"]
-    columns = {}
-    begin = time.time()
-    for name, program in (("exact", a.exact), ("approxbp", a.approxbp)):
-        checkpoint = f"{DIR}/checkpoint-{name}"
-        shutil.rmtree(checkpoint, ignore_errors=True)
-        command = [program, "-e", model, *data, "-b", str(B), "-t", str(T), "-x", str(steps), "-l", lr, "-u", "30", "-q", "0.05", "-c", "0.1",
-                   "-v", "100", "-s", "150", "-g", "200", "-o", checkpoint, "--log", f"{DIR}/{name}.jsonl"]
-        train(command, "Training, exact" if name == "exact" else "Training, USE_APPROXBP=1")
-        estimate = subprocess.run([program, "-e", model, "-b", str(B), "-t", str(T), "--estimate=json"], check=True, capture_output=True)
-        with open(f"{DIR}/{name}.jsonl") as f:
-            columns["exact" if name == "exact" else "USE_APPROXBP=1"] = [json.loads(line) for line in f], units(json.loads(estimate.stdout))
-    seconds = time.time() - begin
+    how = [*shape, *data, "-x", str(steps), "-l", lr, "-u", "30", "-q", "0.05", "-c", "0.1", "-v", "100"]
 
-    title("Result")
-    print("\n".join(table(columns)))
-    print(f"\n{steps} steps each, {seconds:.0f} seconds in all. A larger model is activations for the most part:\n"
-          f"  {a.exact} --estimate -e d12 -b 64      GPT-2 124M, tensor by tensor\n")
+    title("Training")
+    seconds = train([exact, *how, "-s", "150", "-g", "200", "-o", f"{DIR}/checkpoint", "--log", f"{DIR}/exact.jsonl"], every=25)
+    title("Training again, with USE_APPROXBP=1: backward has 2 bits of an activation, and one tensor for a norm and its matmul")
+    seconds_approxbp = train([approxbp, *how, "-s", "0", "--log", f"{DIR}/approxbp.jsonl"], every=100, lines=SHORT)
+
+    title("What is where, and what to try next")
     rows = [
         (f"{DIR}/exact.jsonl, approxbp.jsonl", "loss, gradient norm, rate and time of each step"),
-        (f"{DIR}/checkpoint-exact/, -approxbp/", "the models, and what a run needs to go on"),
+        (f"{DIR}/checkpoint/", "the model, and what a run needs to go on"),
         (f"{DIR}/*.bin", "tokens and tokenizer"),
         ("make demo TEXT=my.txt", "learns another text"),
-        (f"{a.exact} --help", "all options"),
+        ("make train_gpt2 USE_APPROXBP=1", "builds the second of the two as ./train_gpt2"),
+        (f"{exact} --help", "all options"),
+        (f"{exact} --estimate -e d12 -b 8", "what GPT-2 124M would take, tensor by tensor"),
         ("make test", "tests everything"),
     ]
-    print("What is where, and what to try next:")
     for left, right in rows:
-        print(f"  {left:42s} {right}")
-    more = [a.exact, *data, "-b", str(B), "-t", str(T), "-x", str(4 * steps), "-l", lr, "-q", "0.05", "-c", "0.1", "-o", f"{DIR}/checkpoint-exact", "-y", "1"]
-    print(f"To go on with the exact run to step {4 * steps}:\n  {' '.join(more)}")
+        print(f"  {left:40s} {right}")
+    more = [exact, *shape, *data, "-x", str(4 * steps), "-l", lr, "-q", "0.05", "-c", "0.1", "-o", f"{DIR}/checkpoint", "-y", "1"]
+    print(f"To go on with the first run to step {4 * steps}:\n  {' '.join(more)}")
+
+    title(f"Result: {steps} steps each, {seconds:.0f} and {seconds_approxbp:.0f} seconds")
+    print(f"The exact run computes GELU a second time in backward (--recompute 1, the default), the other has no need to;\n"
+          f"with --recompute 0 the exact one keeps {ledger(exact, [*shape, '-r', '0'])[1]:.2f} units a layer.\n")
+    print("\n".join(result_table(*((read_log(f"{DIR}/{name}.jsonl"), ledger(program, shape)) for name, program in (("exact", exact), ("approxbp", approxbp))))))
 
 
 if __name__ == "__main__":

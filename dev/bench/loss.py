@@ -178,10 +178,13 @@ def run_all(a, programs, data):
             if log is None:
                 stop(f"{name}.jsonl: expected the log of a whole run, found none")
         val = [[line["step"], line["val_loss"]] for line in log if "val_loss" in line]
+        if any(loss is None for _, loss in val):
+            stop(f"{name}.jsonl: a validation loss that is not finite; lower the rate (--lr)")
         losses = " ".join(f"{loss:.3f}" for _, loss in val)
         print(f"  validation loss {losses}" + (f"; {clock.rest()}" if ran else "; from before"), flush=True)
         runs.append({"mode": mode, "flags": MODES[mode], "seed": seed, "val": val, "peak_bytes": log[-1]["peak_bytes"],
-                     "estimate_bytes": log[-1]["estimate_bytes"], "units_per_layer": units(command[0], options), "command": " ".join(map(shlex.quote, command))})
+                     "estimate_bytes": log[-1]["estimate_bytes"], "units_per_layer": units(command[0], options),
+                     "command": " ".join(map(shlex.quote, command))})
     return runs
 
 
@@ -230,6 +233,16 @@ def verdict(of):
             for mode, x in of.items() if mode != "exact"]
 
 
+def one_run_a_line(result):
+    """JSON that a person can read: every value on a line of its own, but a run or a mode as one."""
+    def lines(values):
+        return ",\n  ".join(values)
+    parts = {key: json.dumps(value) for key, value in result.items()}
+    parts["summary"] = "{\n  " + lines(f"{json.dumps(mode)}: {json.dumps(of)}" for mode, of in result["summary"].items()) + "}"
+    parts["runs"] = "[\n  " + lines(map(json.dumps, result["runs"])) + "]"
+    return "{\n " + ",\n ".join(f"{json.dumps(key)}: {value}" for key, value in parts.items()) + "\n}\n"
+
+
 def plot(a, runs, path):
     """Validation loss over steps, a band from the smallest to the largest over seeds around the mean; beside it the same less
     exact's mean, where the eye can tell the modes apart. False without Matplotlib."""
@@ -275,7 +288,7 @@ def main():
     parser.add_argument("--lr", default="1e-3", help="at its peak; cosine to a tenth (1e-3)")
     parser.add_argument("--warmup", type=int, metavar="N", help="steps (a tenth of all, 50 at most)")
     parser.add_argument("--val-every", type=int, metavar="N", help="steps (a sixth of all)")
-    parser.add_argument("--val-batches", type=int, default=40, metavar="N", help="in a validation (40)")
+    parser.add_argument("--val-batches", type=int, default=30, metavar="N", help="in a validation (30)")
     parser.add_argument("--modes", default=",".join(MODES), metavar="A,B", help=f"of {','.join(MODES)} (all)")
     parser.add_argument("--flags", default="", metavar="'A=B'", help="more flags for make, as in --flags 'CPU=1 PRECISION=FP32'")
     parser.add_argument("--options", default="", metavar="'-r 0'", help="more options for the trainer, as in --options='-r 0'")
@@ -319,8 +332,7 @@ def main():
               "commit": commit(), "device": device[1] if device else "unknown", "make_flags": a.flags, "text": data, "model": a.model, "batch": a.batch,
               "seq_len": a.seq_len, "steps": a.steps, "seeds": a.seeds, "summary": of, "runs": runs}
     with open(f"{a.out}/loss.json", "w") as f:
-        json.dump(result, f, indent=1)
-        f.write("\n")
+        f.write(one_run_a_line(result))
     with open(f"{a.out}/loss.md", "w") as f:
         f.write(table)
     names = ["loss.json", "loss.md"] + ["loss.png"] * plot(a, runs, f"{a.out}/loss.png")

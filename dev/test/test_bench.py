@@ -1,0 +1,209 @@
+"""The scripts of dev/bench: traffic.py against the program it describes, loss.py and demo.py on runs of a second.
+
+What traffic.py says of a step is compared with the CPU build's profile (kernels, calls) and its ledger (tensors).
+"""
+import json
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from helpers import ROOT, environment, execute, program, words
+
+sys.path.insert(0, str(ROOT / "dev/bench"))
+import demo  # noqa: E402
+import loss  # noqa: E402
+import traffic  # noqa: E402
+
+VARIANT = {(0, False): "cpu-bf16", (2, False): "cpu-act-bf16", (0, True): "cpu-norm-bf16", (2, True): "cpu-approxbp-bf16"}  # (bits, norm)
+TRY = "gpt2:L3,H2,C32,T32,V257"  # three layers: a first, a middle and a last one
+B, T = 2, 32
+
+
+def run_script(name, *arguments, status=0, cwd=None):
+    done = execute(sys.executable, ROOT / "dev/bench" / name, *arguments, cwd=cwd or ROOT)
+    assert done.status == status, f"{name} ended with status {done.status}\n{done.out[-1500:]}\n{done.err[-1500:]}"
+    assert "Traceback" not in done.err
+    return done
+
+
+# ----------------------------------------------------------------------------
+# traffic.py
+
+MODES = [*traffic.MODES,
+         traffic.Mode("exact, -r 2 -ge 2", "-r 2 -ge 2", 0, False, 2, 2),
+         traffic.Mode("codes, -r 2", "-r 2", 2, False, 2, 0),
+         traffic.Mode("norm, -r 2 -ge 2", "-r 2 -ge 2", 0, True, 2, 2),
+         traffic.Mode("both, -r 1", "-r 1", 2, True, 1, 0)]
+
+
+def case(mode):
+    """The program that is this mode, and its options."""
+    return program(VARIANT[mode.bits, mode.norm]), ["-e", TRY, "-b", B, "-t", T, *mode.flags.split()]
+
+
+def calls_of_a_step(lab, mode, *options, steps=2):
+    """{kernel: calls} as the program makes them; a kernel's name without its template arguments."""
+    path, shape = case(mode)
+    done = execute(path, *shape, "-i", "train.bin", "-x", steps, "-v", 0, "-s", 0, *options, cwd=lab.folder, env={"SIMT_PROFILE": 1, "OMP_NUM_THREADS": 1})
+    assert done.status == 0, done.err
+    table = re.findall(r"^ +[\d.]+ +[\d.]+% +(\d+) +\d+ +\d+  (\S+)$", done.err, re.M)
+    assert table, done.err
+    calls = {}
+    for n, name in table:
+        name = re.sub("<.*>", "", name)
+        if name not in ("init_normal_kernel", "init_constant_kernel", "widen_kernel"):  # before the first step
+            calls[name] = calls.get(name, 0) + int(n) / steps
+    return calls
+
+
+@pytest.mark.parametrize("mode", MODES, ids=lambda m: m.name)
+def test_kernels_and_calls_are_the_programs(shared_lab, mode):
+    counted = traffic.Count(traffic.shape(TRY, B, T), mode).calls()
+    assert calls_of_a_step(shared_lab, mode) == counted
+
+
+@pytest.mark.parametrize("mode", [m for m in traffic.MODES if m.name in (traffic.BASE, "USE_APPROXBP=1")], ids=lambda m: m.name)
+def test_calls_with_micro_batches_and_chunks(shared_lab, mode):
+    counted = traffic.Count(traffic.shape(TRY, B, T, total=3 * B * T, chunks=2), mode).calls()
+    assert calls_of_a_step(shared_lab, mode, "-d", 3 * B * T, "--loss-chunks", 2, steps=1) == counted
+
+
+@pytest.mark.parametrize("micro", [1, 2])
+@pytest.mark.parametrize("mode", MODES, ids=lambda m: m.name)
+def test_tensors_are_the_ledgers(mode, micro):
+    """Every tensor of a layer, every gradient and every statistic has the bytes that the ledger gives it."""
+    path, options = case(mode)
+    done = execute(path, *options, "-d", micro * B * T, "--estimate=json", cwd=ROOT)
+    rows = json.loads(done.out)["rows"]
+    shape = traffic.shape(TRY, B, T, total=micro * B * T)
+    count = traffic.Count(shape, mode)
+    counted = count.tensors
+    here = {"resid_mid": "stream", "resid_out": "stream", "stream0": "stream"}
+    compared = 0
+    for row in rows:
+        name = here.get(row["name"], row["name"])
+        layers = shape.L if row["scope"] == "layer" else 1
+        if name in counted and "alias_of" not in row and row["kind"] != "optimizer":
+            assert counted[name] * layers == row["bytes"], row
+            compared += 1
+        elif row["kind"] in ("saved", "param", "grad"):
+            pytest.fail(f"{row['name']} is not in traffic.py")
+    assert compared >= 40
+    kept = sum(row["bytes"] for row in rows if row["kind"] == "saved" and row["scope"] == "layer") / (shape.L * B * T * shape.C * shape.element)
+    assert count.kept() == pytest.approx(kept, rel=1e-12)
+    for what, prefix in (("m", "m_"), ("master", "master_"), ("grads", "d_")):
+        assert counted[what] == sum(row["bytes"] for row in rows if row["name"].startswith(prefix)), what
+
+
+def test_what_the_flag_promises():
+    """No matmul more, no more passes over (B,T,4C) tensors and 3.5 units a layer less than with a separate GELU kernel."""
+    for precision, size in (("BF16", "d12"), ("FP32", "d12"), ("BF16", "d48")):
+        shape = traffic.shape(size, 64, 1024, precision=precision)
+        counts = [traffic.Count(shape, m) for m in traffic.MODES]
+        holds, lines = traffic.verdict(counts)
+        assert len(holds) == 3 and all(holds.values()), lines
+        assert sum("-ge 1" in line or "-ge 2" in line for line in lines) == 2
+    base, act = counts[0], next(c for c in counts if c.mode.name == "APPROX_ACT=2")
+    assert base.units() - act.units() == pytest.approx(3.0)  # 4 of fch written once and read twice, against 0.5 of codes and one pass in place
+
+
+def test_traffic_prints():
+    text = run_script("traffic.py").out
+    assert "reads and writes of (B,T,4C) tensors" in text and "at least 3.5 units a layer less traffic: yes" in text
+    found = json.loads(run_script("traffic.py", "-e", TRY, "-b", B, "-t", T, "-d", 2 * B * T, "--json").out)
+    assert [m["mode"] for m in found["modes"]] == [m.name for m in traffic.MODES]
+    for m in found["modes"]:
+        assert abs(m["bytes_per_step"] - sum(x["read"] + x["written"] for x in m["launches"])) < 100
+    for wrong in (["-e", "d13"], ["-t", "2048"], ["-d", "1000"]):
+        assert wrong[0] in run_script("traffic.py", *wrong, status=2).err
+
+
+# ----------------------------------------------------------------------------
+# loss.py
+
+def test_loss_trains_and_resumes(tmp_path):
+    (tmp_path / "text.txt").write_bytes(bytes(words(6000)))
+    arguments = ["--text", "text.txt", "--seeds", 1, "--steps", 4, "--modes", "exact,both", "--model", "gpt2:L2,H2,C32,T32,V257", "-b", 2, "-t", 32,
+                 "--val-every", 2, "--val-batches", 2, "--out", "out", "--write", "results",
+                 *[f"--program={mode}={program(variant)}" for mode, variant in (("exact", "cpu-bf16"), ("both", "cpu-approxbp-bf16"))]]
+    first = run_script("loss.py", *arguments, cwd=tmp_path)
+    assert "ms a step" not in first.out and "that was the last" in first.out
+    result = json.loads((tmp_path / "results/loss.json").read_text())
+    assert [(r["mode"], r["seed"]) for r in result["runs"]] == [("exact", 1), ("both", 1)]
+    for r in result["runs"]:
+        assert [step for step, _ in r["val"]] == [0, 2, 4]
+        assert r["peak_bytes"] == r["estimate_bytes"] > 0
+    start = [r["val"][0][1] for r in result["runs"]]
+    assert abs(start[0] - start[1]) < 0.01  # the same weights, but for rounding
+    assert 12 < result["runs"][0]["units_per_layer"] < 12.6 and 10.5 < result["runs"][1]["units_per_layer"] < 11
+    table = (tmp_path / "results/loss.md").read_text()
+    assert table.count("\n| ") == 2 and "not known (that takes exact and two seeds)" in table
+    assert str(tmp_path) not in json.dumps(result["text"])
+
+    # what is complete is not run again; what was cut off is
+    again = run_script("loss.py", *arguments, cwd=tmp_path)
+    assert again.out.count("from before") == 2
+    log = tmp_path / "out/both-seed1.jsonl"
+    whole = log.read_text()
+    log.write_text("".join(whole.splitlines(True)[:-1]))
+    again = run_script("loss.py", *arguments, cwd=tmp_path)
+    assert again.out.count("from before") == 1 and "run 2/2: USE_APPROXBP=1, seed 1" in again.out
+    assert json.loads(log.read_text().splitlines()[-1])["done"]
+    # and other options make another run
+    again = run_script("loss.py", *arguments, "--lr", "2e-3", cwd=tmp_path)
+    assert "from before" not in again.out
+
+
+def made_up(mode, *finals):
+    return [{"mode": mode, "seed": seed, "val": [[0, 5.5], [10, final]], "peak_bytes": 100, "units_per_layer": 12.0} for seed, final in enumerate(finals, 1)]
+
+
+def test_loss_judges_by_the_spread():
+    of = loss.summary(made_up("exact", 2.0, 2.1, 2.05) + made_up("act", 2.1, 2.2, 2.1) + made_up("norm", 2.2, 2.2, 2.2) + made_up("both", 1.9, 1.8, 1.9))
+    assert of["exact"]["mean"] == pytest.approx(2.05) and of["exact"]["spread"] == pytest.approx(0.1)
+    assert of["act"]["difference"] == pytest.approx(0.25 / 3)
+    assert [of[mode]["no_worse"] for mode in loss.MODES] == [None, True, False, True]
+    lines = loss.verdict(of)
+    assert [("yes" in line, "NO" in line) for line in lines] == [(True, False), (False, True), (True, False)]
+    table = loss.markdown(SimpleNamespace(seeds=3, steps=10, batch=2, seq_len=32, model="m"), {"files": ["x"], "train_tokens": 9, "val_tokens": 1}, of)
+    assert "| exact | 2.0000 | 2.1000 | 2.0500 | 2.0500 | 0.1000 |  | 100 | 12.00 |" in table
+    nan = loss.summary(made_up("exact", 2.0, 2.1) + made_up("both", 2.0, float("nan")))
+    assert nan["both"]["no_worse"] is False
+
+
+def test_loss_builds_what_it_says(tmp_path):
+    """make, asked what it would do, compiles each mode with that mode's flags."""
+    for mode, defines in (("exact", set()), ("act", {"-DAPPROX_ACT=2"}), ("norm", {"-DMS_NORM=1"}), ("both", {"-DAPPROX_ACT=2", "-DMS_NORM=1"})):
+        command = loss.build_command(mode, str(tmp_path), ["CPU=1"])
+        done = subprocess.run([*command, "-n"], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        assert set(re.findall(r"-D(?:APPROX_ACT|MS_NORM)=\w+", done.stdout)) == defines
+
+
+def test_loss_plots(tmp_path):
+    pytest.importorskip("matplotlib")
+    a = SimpleNamespace(model="m", seeds=2)
+    assert loss.plot(a, made_up("exact", 2.0, 2.1) + made_up("both", 2.0, 2.05), str(tmp_path / "x.png"))
+    assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_loss_says_what_is_wrong(tmp_path):
+    assert "--modes fast" in run_script("loss.py", "--modes", "fast", status=2, cwd=tmp_path).err
+    assert "--steps 0" in run_script("loss.py", "--steps", 0, status=2, cwd=tmp_path).err
+    assert "nowhere.txt: no such file" in run_script("loss.py", "--text", "nowhere.txt", "--out", "out", status=1, cwd=tmp_path).err
+
+
+# ----------------------------------------------------------------------------
+# demo.py
+
+def test_demo_table():
+    def log(last, peak):
+        return [{"step": 0, "val_loss": 5.556}, {"step": 1, "train_loss": 5.5}, {"step": 9, "val_loss": last}, {"done": True, "peak_bytes": peak}]
+    lines = demo.result_table((log(2.5, 48123456), (12000000, 12.125)), (log(2.25, 46000000), (9000000, 10.56)))
+    assert [line.split()[-2:] for line in lines[1:3] + lines[4:]] == [["5.556", "5.556"], ["2.500", "2.250"], ["48,123,456", "46,000,000"],
+                                                                         ["12,000,000", "9,000,000"], ["12.12", "10.56"]]
+    assert lines[0].split() == ["exact", "USE_APPROXBP=1"] and lines[3].split() == ["of", "the", "first", "45", "%", "40", "%"]
+    assert len({len(line) for line in lines}) == 1
