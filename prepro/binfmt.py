@@ -16,7 +16,10 @@ import re
 import sys
 from dataclasses import dataclass
 
-import numpy as np
+try:
+    import numpy as np
+except ImportError:
+    sys.exit(f"{sys.executable} has no NumPy. On Debian and Ubuntu: apt-get install python3-numpy, and use /usr/bin/python3; elsewhere: pip install numpy")
 
 HEADER_BYTES = 256 * 4
 MODEL_MAGIC, STATE_MAGIC, TOKENIZER_MAGIC = 20240326, 20240327, 20240328

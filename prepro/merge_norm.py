@@ -17,9 +17,8 @@ OUT has IN's precision. In bf16 the merged weights are rounded once more, to 8 b
 import argparse
 import os
 
+import binfmt  # before numpy: it says what to install where that is missing
 import numpy as np
-
-import binfmt
 from binfmt import Error
 
 PAIRS = [("ln1", "qkv"), ("ln2", "fc")]

@@ -21,9 +21,8 @@ import argparse
 import math
 import os
 
+import binfmt  # before numpy: it says what to install where that is missing
 import numpy as np
-
-import binfmt
 import codes
 from binfmt import Config, Error
 

@@ -22,9 +22,8 @@ import sys
 from dataclasses import dataclass
 from typing import Callable
 
+import binfmt  # before numpy: it says what to install where that is missing
 import numpy as np
-
-import binfmt
 from binfmt import Error
 
 VENV = "python3 -m venv --system-site-packages venv && venv/bin/pip install {0}, then venv/bin/python prepro/text.py ..."
