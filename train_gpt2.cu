@@ -1708,11 +1708,15 @@ void table_free(Table& table) {
     table.clear();
 }
 
-// What one layer keeps for its backward, in units of B*T*C elements: the number by which memory modes are compared.
-double table_units(const Table& table, size_t layers, size_t BTC) {
+// What one layer keeps for its backward, in units of B*T*C elements: the number by which memory modes are compared. Statistics
+// are what a norm or attention keeps of a row: a few floats.
+double table_units(const Table& table, size_t layers, size_t BTC, bool statistics) {
+    auto is_statistic = [](const std::string& name) {
+        return name == "lse" || (name.size() > 5 && (name.substr(name.size() - 5) == "_mean" || name.substr(name.size() - 5) == "_rstd"));
+    };
     size_t bytes = 0;
     for (const Row& r : table)
-        if (r.kind == SAVED && r.scope == LAYER) bytes += r.bytes();
+        if (r.kind == SAVED && r.scope == LAYER && (statistics || !is_statistic(r.name))) bytes += r.bytes();
     return (double)bytes / (layers * BTC * sizeof(floatX));
 }
 
@@ -1732,8 +1736,10 @@ void table_print(const Table& table, size_t layers, size_t BTC, const char* mode
         if (bytes) printf("%-44s %12.2f\n", KIND_NAME[k], bytes / 1048576.0);
     }
     printf("%-44s %12.2f\n", "total", table_bytes(table) / 1048576.0);
-    double units = table_units(table, layers, BTC);
-    if (units > 0) printf("kept for backward per layer: %.2f units of B*T*C %s elements (%s)\n", units, dtype_name(FLOATX), mode);
+    double units = table_units(table, layers, BTC, true);
+    if (units > 0)
+        printf("kept for backward per layer: %.2f units of B*T*C %s elements, %.2f without statistics (%s)\n", units, dtype_name(FLOATX),
+               table_units(table, layers, BTC, false), mode);
 }
 
 void table_print_json(const Table& table) {
