@@ -262,8 +262,9 @@ void check_against_reference(const char* model, const Reference& r) {
 // 10 steps on end, and 5, a checkpoint, a new process' worth of everything, 5: equal to the bit, with and without master
 // weights, over the end of an epoch.
 void check_resume(const char* model, const Reference& r) {
-    char folder[] = "/tmp/test_gpt2.XXXXXX";
-    if (mkdtemp(folder) == nullptr) fail("cannot make a folder under /tmp: %s", strerror(errno));
+    std::string name = "/tmp/test_gpt2." + std::string(6, 'X');
+    const char* folder = mkdtemp(&name[0]);
+    if (folder == nullptr) fail("cannot make a folder under /tmp: %s", strerror(errno));
     const GPT2Config c = gpt2_read_config(model);
     const int T = std::min(r.T, 16);
     const std::string tokens = std::string(folder) + "/tokens.bin";
