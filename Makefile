@@ -7,6 +7,7 @@ make demo           from nothing to a trained GPT-2: installs, builds, trains, p
 make test           builds all variants and tests everything
 make train_gpt2     the trainer
 make test_gpt2      its check against PyTorch's numbers
+make dev/cuda/NAME  one of the kernels on its own, with its test and benchmark
 make setup          installs what building and the demo need (Debian, Ubuntu: apt-get)
 make setup-test     installs what the tests need besides
 make twins          checks that what the trainers share is the same in both
@@ -34,6 +35,8 @@ Others:
 endef
 
 PROGRAMS := train_gpt2 test_gpt2
+KERNELS  := $(basename $(wildcard dev/cuda/*.cu))
+ALL      := $(PROGRAMS) $(KERNELS)
 TRAINERS := train_gpt2.cu train_llama.cu
 
 # ----------------------------------------------------------------------------
@@ -115,8 +118,8 @@ INTO := $(or $(BUILD:%/=%),build)
 OUT  := $(if $(BUILD),$(INTO)/)
 
 ifneq ($(BUILD),)
-.PHONY: $(PROGRAMS)
-$(PROGRAMS): %: $(OUT)%
+.PHONY: $(ALL)
+$(ALL): %: $(OUT)%
 endif
 
 include dev/cpu/cpu.mk
@@ -127,12 +130,13 @@ COMPILE := $(CPU_CXX) $(CPU_CXXFLAGS) $(if $(filter 1,$(SAN)),$(CPU_SANFLAGS)) $
 LIBS    += $(CPU_LDLIBS)
 
 # The translated source keeps its line numbers, and takes in what the file includes of ours.
-$(PROGRAMS:%=$(INTO)/%.cpp): $(INTO)/%.cpp: %.cu $(CPU_DEPS) $(INTO)/flags
+$(ALL:%=$(INTO)/%.cpp): $(INTO)/%.cpp: %.cu $(CPU_DEPS) $(INTO)/flags
 	@$(call need,$(missing_cpu))
+	@mkdir -p $(@D)
 	$(CPU_TRANSLATE) $< -o $@
 
 # The old program goes first: a build that fails must not leave one behind that still runs.
-$(PROGRAMS:%=$(OUT)%): $(OUT)%: $(INTO)/%.cpp
+$(ALL:%=$(OUT)%): $(OUT)%: $(INTO)/%.cpp
 	@rm -f $@
 	@$(if $(CPU_CHOSEN),$(say_cpu))
 	$(COMPILE) $< -o $@ $(LIBS)
@@ -157,14 +161,16 @@ COMPILE := $(NVCC) -O3 -std=c++17 -lineinfo $(if $(word 2,$(ARCHS)),--threads 0)
            $(if $(filter 1,$(PTXAS)),-Xptxas -v) $(DEFINES) $(NVCCFLAGS)
 LIBS    += -lcublas -lcublasLt $(if $(filter 1,$(MULTI_GPU)),-lnccl)
 
-$(PROGRAMS:%=$(OUT)%): $(OUT)%: %.cu $(INTO)/flags
+$(ALL:%=$(OUT)%): $(OUT)%: %.cu $(INTO)/flags
 	@rm -f $@
+	@mkdir -p $(@D)
 	@$(if $(NVCC),,$(no_nvcc))
 	$(COMPILE) $< -o $@ $(LIBS) $(if $(filter 1,$(PTXAS)),2>&1 | tee $(INTO)/$(@F).log)
 
 endif
 
-$(filter %test_gpt2 %test_gpt2.cpp,$(PROGRAMS:%=$(OUT)%) $(PROGRAMS:%=$(INTO)/%.cpp)): train_gpt2.cu
+# All but the trainer include the trainer.
+$(filter-out %train_gpt2 %train_gpt2.cpp,$(ALL:%=$(OUT)%) $(if $(filter 1,$(CPU)),$(ALL:%=$(INTO)/%.cpp))): train_gpt2.cu $(wildcard dev/cuda/*.cuh)
 
 # The flags of the last build; where they differ from this one's the programs are out of date.
 FLAGS := $(strip $(COMPILE) $(LIBS))
@@ -289,4 +295,4 @@ help:
 	$(info $(HELP))@:
 
 clean:
-	rm -rf build $(PROGRAMS)
+	rm -rf build $(ALL)
