@@ -15,7 +15,7 @@ The measure is ||ours - reference|| / ||reference|| over a whole tensor, and for
 #define TESTING
 #include "train_gpt2.cu"
 
-// bf16 keeps 8 bits of mantissa, so one rounding is off by up to 2^-9 = 0.002; a few dozen of them lie between the input and
+// bf16 keeps 8 bits of mantissa, so one rounding is off by up to 2^-8 = 0.004; a few dozen of them lie between the input and
 // the gradient of the first layer. fp32 rounds at 6e-8; its bars leave room for sums of a few thousand terms.
 constexpr float LOGITS_BAR = kFP32 ? 1e-5f : 2e-2f;
 constexpr float LOSS_BAR = kFP32 ? 1e-4f : 2e-2f;

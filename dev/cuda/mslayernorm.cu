@@ -125,6 +125,7 @@ void norm_unfold_1(Grad dweight, Grad dgamma, Grad dbeta, Grad dbias, const floa
 // the reference: LayerNorm and Linear, in double precision
 
 using Doubles = std::vector<double>;
+constexpr double EPSILON = 1e-5;   // GPT-2's, not taken from the trainer
 Doubles doubles(const std::vector<floatX>& v) {
     Doubles d(v.size());
     for (size_t i = 0; i < v.size(); i++) d[i] = (float)v[i];
@@ -171,7 +172,7 @@ Result reference(const Problem& p) {
             double mean = 0, var = 0;
             for (int c = 0; c < C; c++) mean += xr[c] / C;
             for (int c = 0; c < C; c++) var += (xr[c] - mean) * (xr[c] - mean) / C;
-            double rstd = 1 / sqrt(var + NORM_EPS);
+            double rstd = 1 / sqrt(var + EPSILON);
             for (int c = 0; c < C; c++) {
                 z[c] = (xr[c] - mean) * rstd;
                 ln[c] = gamma[c] * z[c] + beta[c];
@@ -439,7 +440,7 @@ void test_norm(uint64_t seed) {
                         size += fabs((double)(float)x[base + c]) / C;
                     }
                     for (int c = 0; c < C; c++) var += ((float)x[base + c] - mean) * ((float)x[base + c] - mean) / C;
-                    double reference = 1 / sqrt(var + NORM_EPS);
+                    double reference = 1 / sqrt(var + EPSILON);
                     double shift = size * EPS32 * (row_depth(C) + 1) * reference;        // of z, by the mean's error
                     double spread = EPS32 * (row_depth(C) + 4) / 2 + shift * shift;      // of rstd, relative
                     worst_shift = std::max(worst_shift, shift);

@@ -443,8 +443,9 @@ void test_backward(const Codes& h, uint64_t seed) {
     report({&slope, &fused32, &fused16, &again, &nan, &two, &one});
 }
 
-// The backward kernel's own index, row * columns + column, beyond 2^31 and 2^32: five rows of more than 2^30 columns. A single block is
-// launched, which touches the first 256 columns of each row. On the CPU the tensor is address space that nobody has filled.
+// The backward kernel's own index, row * columns + column, beyond 2^31 and 2^32: five rows of more than 2^30 columns. A single
+// block is launched, which touches the first 256 columns of each row. On the CPU the tensor is address space that nobody has
+// filled.
 void test_backward_far(const Codes& h) {
     constexpr int COLUMNS = (1 << 30) + 64, ROWS = 5, SEEN = 256;
     const size_t n = (size_t)ROWS * COLUMNS, d_bytes = n * sizeof(floatX), kept_bytes = n / 8 * h.bits;

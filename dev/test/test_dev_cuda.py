@@ -24,7 +24,8 @@ ORDERS = {"forward": {}, "reverse": {}, "priority1": {"SIMT_SEED": 1}, "priority
 @functools.lru_cache(None)
 def make_variable(name):
     makefile = f"include dev/cpu/cpu.mk\nshow:\n\t@echo $({name})\n"
-    return subprocess.run(["make", "-s", "-f", "-", "show"], input=makefile, cwd=ROOT, text=True, check=True, stdout=subprocess.PIPE).stdout.split()
+    done = subprocess.run(["make", "-s", "-f", "-", "show"], input=makefile, cwd=ROOT, text=True, check=True, stdout=subprocess.PIPE)
+    return done.stdout.split()
 
 
 def build_cpu(name, precision, san):
@@ -40,9 +41,9 @@ def build_cpu(name, precision, san):
 
 
 def build_gpu(name, precision):
-    """bf16 is a program, as on a GPU; fp32 is for ptxas alone, without nvcc's second half."""
+    """What nvcc makes of the kernels, and for bf16 whether g++ takes what nvcc makes of the rest; neither is linked, to save time."""
     program = OUT / f"{name}-{precision}-nvcc"
-    last = ["-cubin"] if precision == "fp32" else ["-Xcompiler", "-fwhole-program", "-lcublas", "-lcublasLt"]
+    last = ["-cubin"] if precision == "fp32" else ["-c", "-Xcompiler", "-fsyntax-only"]
     return execute(nvcc(), "-O3", "-std=c++17", "-arch=sm_90", "-Xptxas", "-v", f"-DFP32={PRECISIONS[precision]}", "-Idev/cuda",
                    f"dev/cuda/{name}.cu", "-o", program, *last, cwd=ROOT, timeout=300)
 
@@ -106,8 +107,11 @@ def test_two_threads_another_seed(builds, name):
     assert one.out.splitlines()[-2].split()[1] != run_cached(program).out.splitlines()[-2].split()[1]
 
 
-@pytest.mark.parametrize("name,rows", [("regelu2", {"forward, exact": 4, "forward, version 3": 4.25, "backward, exact": 6, "backward, version 3": 4.25}),
-                                       ("mslayernorm", {"backward, version 2": 12, "backward, version 3": 8})])
+BYTES = {"regelu2": {"forward, exact": 4, "forward, version 3": 4.25, "backward, exact": 6, "backward, version 3": 4.25},
+         "mslayernorm": {"backward, version 2": 12, "backward, version 3": 8}}
+
+
+@pytest.mark.parametrize("name,rows", BYTES.items(), ids=NAMES)
 def test_bench_without_a_gpu(builds, name, rows):
     """Bytes, and no times."""
     done = run(built(builds, name, "bf16"), "--bench")
