@@ -2601,6 +2601,7 @@ void print_token(const Tokenizer& t, int id) {
 struct Log {
     FILE* file = nullptr;
     std::string path;
+    int val_step = -1;   // of the last validation that stands in it
 };
 std::string json_number(double x) {   // JSON has no NaN
     char s[32];
@@ -3213,8 +3214,9 @@ void log_open(Log& log, const Settings& s, const Options& o, int resume_step) {
         char line[512];
         while (fgets(line, sizeof line, old)) {
             int step;
-            bool val = strstr(line, "\"val_loss\"") != nullptr;   // this step's is computed again
-            if (sscanf(line, "{\"step\": %d", &step) == 1 && (step < resume_step || (step == resume_step && !val))) kept += line;
+            if (sscanf(line, "{\"step\": %d", &step) != 1 || step > resume_step) continue;
+            if (strstr(line, "\"val_loss\"") != nullptr) log.val_step = step;
+            kept += line;
         }
         fclose(old);
     }
@@ -3267,7 +3269,9 @@ int run_loop(Run& run) {
         if (s.val_every > 0 && !stop && (last || at.step % s.val_every == 0)) {
             float loss = gpt2_validate(g, run.val, (int)s.val_batches, run.host_tokens);
             if (speaks) printf("val loss %.4f at step %d\n", loss, at.step);
-            log_line(run.log, "{\"step\": %d, \"val_loss\": %s}", at.step, json_number(loss).c_str());
+            if (run.log.val_step != at.step)
+                log_line(run.log, "{\"step\": %d, \"val_loss\": %s}", at.step, json_number(loss).c_str());
+            run.log.val_step = at.step;
         }
         if (s.sample_every > 0 && !stop && speaks && (last || (at.step > 0 && at.step % s.sample_every == 0))) {
             printf("---- sample\n");
