@@ -1812,7 +1812,7 @@ inline bool recomputes_norm(const Plan& p) { return p.recompute >= 2 && !kShared
 inline int plan_chunk_rows(const Plan& p, int Vp) {
     size_t rows = (size_t)p.B * p.T;
     size_t chunks = p.loss_chunks;
-    if (chunks == 0) chunks = ceil_div(rows * Vp * sizeof(floatX), (size_t)256 << 20);
+    if (chunks == 0) chunks = rows * Vp * sizeof(floatX) / ((size_t)256 << 20) + 1;
     return ceil_div(rows, std::min(chunks, rows));
 }
 
@@ -2712,7 +2712,6 @@ void state_save(GPT2& g, const RunState& r, const Loader& train, const std::stri
     memcpy(&h[14], &tokens, 8);
     memcpy(&h[20], &g.seed, 8);
     h[22] = g.updates;
-    h[23] = r.not_finite_in_row;
     memcpy(&h[30], &r.shard, 8);
     memcpy(&h[32], &r.window, 8);
     memcpy(&h[34], &r.epoch, 8);
@@ -2762,7 +2761,6 @@ RunState state_load(GPT2& g, Loader& train, const std::string& folder, int step)
             "with the same -i and -t",
             path, tokens, h[12], h[11], loader_tokens(train), train.shards.size(), train.T);
     g.updates = h[22];
-    r.not_finite_in_row = h[23];
     memcpy(&r.shard, &h[30], 8);
     memcpy(&r.window, &h[32], 8);
     memcpy(&r.epoch, &h[34], 8);
@@ -3140,6 +3138,9 @@ void settings_check(const Settings& s, const Options& o) {
             fail_usage("%s %lld: expected --out DIR with it, the folder of the checkpoints", typed(o, needs_out).c_str(),
                        (long long)value);
     }
+    if (s.steps == 0 && s.checkpoint_every > 0)
+        fail_usage("%s %lld: nothing is trained with --steps 0, so there is nothing to write; expected 0, or some steps",
+                   typed(o, "checkpoint-every").c_str(), (long long)s.checkpoint_every);
     if (s.steps >= 0 && s.warmup > s.steps && s.steps > 0)
         fail_usage("%s %lld: expected at most the number of steps, %lld", typed(o, "warmup").c_str(), (long long)s.warmup,
                    (long long)s.steps);
@@ -3209,20 +3210,22 @@ void prepare_out(const Settings& s, const Options& o) {
 // Opens the log; a resumed run goes on behind the lines that its checkpoint has seen.
 void log_open(Log& log, const Settings& s, const Options& o, int resume_step) {
     log.path = s.log;
-    std::string kept;
     if (FILE* old = resume_step >= 0 ? fopen(s.log.c_str(), "r") : nullptr) {
+        AtomicFile kept(s.log);   // the old lines are safe until the new file is whole
         char line[512];
         while (fgets(line, sizeof line, old)) {
             int step;
-            if (sscanf(line, "{\"step\": %d", &step) != 1 || step > resume_step) continue;
+            const size_t length = strlen(line);   // a line that a full disk cut off is not kept
+            bool whole = length > 1 && strcmp(line + length - 2, "}\n") == 0;
+            if (!whole || sscanf(line, "{\"step\": %d", &step) != 1 || step > resume_step) continue;
             if (strstr(line, "\"val_loss\"") != nullptr) log.val_step = step;
-            kept += line;
+            kept.write(line, length);
         }
         fclose(old);
+        kept.commit();
     }
-    log.file = fopen(s.log.c_str(), "w");
+    log.file = fopen(s.log.c_str(), resume_step >= 0 ? "a" : "w");
     if (log.file == nullptr) fail("%s %s: cannot open it: %s", typed(o, "log").c_str(), s.log.c_str(), strerror(errno));
-    fputs(kept.c_str(), log.file);
 }
 
 // ---- the loop. Step s is the s-th update: what is logged under s has seen s updates.
@@ -3346,7 +3349,7 @@ int run_loop(Run& run) {
             return 3;
         }
     }
-    return interrupted ? 128 + interrupted : 0;
+    return interrupted && at.step < run.steps ? 128 + interrupted : 0;
 }
 
 int main(int argc, char** argv) {
@@ -3365,6 +3368,8 @@ int main(int argc, char** argv) {
     const std::string model_option = typed(o, "model");
     std::vector<int> checkpoints;
     if (s.resume) checkpoints = checkpoints_in(s.out);
+    if (s.resume && s.steps == 0 && checkpoints.empty())
+        fail("%s 1: %s holds no whole checkpoint, so there is nothing to evaluate; expected DONE_* in it", typed(o, "resume").c_str(), s.out.c_str());
     if (!checkpoints.empty()) {
         run.resume_step = checkpoints.back();
         model_file = checkpoint_path(s.out, "model", run.resume_step);
@@ -3446,7 +3451,6 @@ int main(int argc, char** argv) {
     // ---- what is written and printed
     signal(SIGXFSZ, SIG_IGN);   // a file-size limit is then an error of write(), with a message, and not a death
     if (!s.out.empty() && g.plan.training) prepare_out(s, o);
-    if (!s.log.empty() && speaks) log_open(run.log, s, o, run.resume_step);
     if (s.sample_every > 0 && speaks) {
         const std::string& beside = given(o, "train-data") || !given(o, "val-data") ? s.train_data : s.val_data;
         const std::string path = s.tokenizer.empty() ? folder_of(beside) + "/tokenizer.bin" : s.tokenizer;
@@ -3484,6 +3488,7 @@ int main(int argc, char** argv) {
         if (given(o, "seed") && (uint64_t)s.seed != g.seed)
             printf("note: the run goes on with its own seed, %llu\n", (unsigned long long)g.seed);
     }
+    if (!s.log.empty() && speaks) log_open(run.log, s, o, run.resume_step);   // after all that could still refuse to run
     struct sigaction action = {};
     action.sa_handler = on_interrupt;
     action.sa_flags = SA_RESETHAND;   // a second Ctrl-C ends the program at once
