@@ -151,6 +151,10 @@ __device__ inline Vec narrow(const Floats& f) {
 __device__ inline Floats load(const floatX* p) { return widen(*reinterpret_cast<const Vec*>(p)); }
 __device__ inline void store(floatX* p, const Floats& f) { *reinterpret_cast<Vec*>(p) = narrow(f); }
 
+inline void check_vec(const char* what, int n) {   // of the launchers whose kernels know no other case
+    if (n % VEC != 0) fail("%s is %d: expected a multiple of %d, because a thread takes %d neighbouring elements", what, n, VEC, VEC);
+}
+
 constexpr unsigned ALL_LANES = 0xffffffffu;
 __device__ inline float warp_sum(float x) {   // every lane gets the same bits: the butterfly adds in one order for all
 #pragma unroll
@@ -366,6 +370,7 @@ void embedding_forward(floatX* out,         // (B, T, C)
                        const floatX* wte,   // (Vp, C)
                        const floatX* wpe,   // (maxT, C)
                        int B, int T, int C, cudaStream_t stream) {
+    check_vec("embedding_forward: C", C);
     size_t n = (size_t)B * T * C;
     embedding_forward_kernel<<<ceil_div(n, 256 * VEC), 256, 0, stream>>>(out, tokens, wte, wpe, n, T, C);
     cudaCheck(cudaGetLastError());
@@ -422,6 +427,7 @@ void embedding_backward(Grad dwte,                // (Vp, C), added to: tied to 
                         const int* bucket_token,  // (buckets) the tokens that occur
                         const int* bucket_start,  // (buckets + 1) where each one's positions begin
                         int buckets, bool accumulate, int B, int T, int C, cudaStream_t stream) {
+    check_vec("embedding_backward: C", C);
     dim3 grid(buckets, ceil_div(C, 32 * VEC));
     embedding_backward_wte_kernel<<<grid, 256, 0, stream>>>(dwte, dout, positions, bucket_token, bucket_start, C);
     cudaCheck(cudaGetLastError());
@@ -518,6 +524,7 @@ void bias_backward(Grad dbias,           // (OC)
                    float* scratch,       // colsum_scratch(OC) floats
                    const floatX* dout,   // (rows, OC)
                    bool accumulate, int rows, int OC, cudaStream_t stream) {
+    check_vec("bias_backward: OC", OC);
     int slices = colsum_slices(rows);
     dim3 grid(ceil_div(OC, 32 * VEC), slices);
     colsum_kernel<false><<<grid, 256, 0, stream>>>(scratch, nullptr, dout, nullptr, nullptr, nullptr, rows, OC);
@@ -597,6 +604,7 @@ void layernorm_forward(floatX* residual,     // (rows, C) out: inp + add; null t
                        const floatX* gamma,  // (C); SHARED: not read
                        const floatX* beta,   // (C); SHARED: not read
                        int rows, int C, cudaStream_t stream) {
+    check_vec("layernorm_forward: C", C);
     int warps = norm_warps(C);
     layernorm_forward_kernel<SHARED><<<ceil_div(rows, warps), warps * 32, warps * C * sizeof(floatX), stream>>>(
         residual, out, mean, rstd, inp, add, gamma, beta, rows, C);
@@ -652,6 +660,7 @@ void layernorm_backward_input(floatX* dresidual,    // (rows, C), added to if ac
                               const float* rstd,    // (rows)
                               const floatX* gamma,  // (C); SHARED: not read
                               bool accumulate, int rows, int C, cudaStream_t stream) {
+    check_vec("layernorm_backward: C", C);
     layernorm_backward_kernel<SHARED>
         <<<ceil_div(rows, 8), 256, 0, stream>>>(dresidual, dout, kept, mean, rstd, gamma, accumulate, rows, C);
     cudaCheck(cudaGetLastError());
@@ -715,6 +724,7 @@ void norm_fold(floatX* folded,       // (OC, C) W'
                const floatX* gamma,  // (C)
                const floatX* beta,   // (C)
                int OC, int C, cudaStream_t stream) {
+    check_vec("norm_fold: C", C);
     norm_fold_kernel<<<ceil_div(OC, 8), 256, 0, stream>>>(folded, folded_bias, weight, bias, gamma, beta, OC, C);
     cudaCheck(cudaGetLastError());
 }
@@ -752,6 +762,7 @@ void norm_unfold(Grad dweight,         // (OC, C) in: G, out: dW
                  const floatX* gamma,  // (C)
                  const floatX* beta,   // (C)
                  int OC, int C, cudaStream_t stream) {
+    check_vec("norm_unfold: C", C);
     int slices = colsum_slices(OC);
     float* scratch2 = scratch + (size_t)slices * C;
     norm_unfold_kernel<<<dim3(ceil_div(C, 32 * VEC), slices), 256, 0, stream>>>(dweight, scratch, scratch2, dbias, weight, gamma,
@@ -896,7 +907,10 @@ void matmul_backward_weight(Grad dweight,        // (OC, C)
 // This is the plain-arithmetic version. A thread keeps 32 channels of its row in registers, so G = 1, 2 or 4 neighbouring
 // threads share a row of a head of up to 32, 64 or 128 channels; a tile of the other side lies in shared memory, from where
 // all rows of the block read the same line at once (a broadcast). Nothing is permuted: q, k and v are read where the
-// matmul left them, in rows of (B, T, 3C), and the gradients are written to rows of the same form.
+// matmul left them, in rows of NH + 2 NKV heads, and the gradients are written to rows of the same form.
+//
+// NH query heads share NKV key-value heads, NH / NKV neighbours each (grouped queries: Ainslie et al., arXiv 2305.13245). In
+// GPT-2 every query head has its own: NKV = NH.
 
 // At most 256 threads a block, and one block is enough for us (the 1 of the launch bounds): a row's state takes up to 240 registers,
 // and a compiler that aims at more blocks spills some of them.
@@ -958,15 +972,24 @@ __device__ inline void att_load_tile(AttTile<G>& tile, const floatX* head, size_
         for (int k = 0; k < VEC; k++) tile[r][c / ATT_CHANNELS][c % ATT_CHANNELS + k] = f[k];
     }
 }
+// What the kernels know of the heads, and where in a row of qkv (or of its gradient) a head's q, k and v stand.
+struct AttShape {
+    int T, NH, NKV, HS;
+    float scale;   // 1 / sqrt(HS)
+    __device__ size_t stride() const { return (size_t)(NH + 2 * NKV) * HS; }   // of a row of qkv
+    __device__ int group() const { return NH / NKV; }                          // query heads that share a key-value head
+    __device__ int k_head(int h) const { return NH + h / group(); }
+    __device__ int v_head(int h) const { return NH + NKV + h / group(); }
+};
 // Where a block and a thread of the three kernels below stand: head, row, share of the row.
 template <int G>
 struct AttPlace {
     int b, h, first, row, g, warp_first, warp_last;
-    __device__ AttPlace(int T, int NH) {
+    __device__ AttPlace(int T, int heads) {
         int row_blocks = (T + ATT_ROWS - 1) / ATT_ROWS;
         int bh = blockIdx.x / row_blocks;
-        b = bh / NH;
-        h = bh % NH;
+        b = bh / heads;
+        h = bh % heads;
         first = blockIdx.x % row_blocks * ATT_ROWS;
         row = first + threadIdx.x / G;
         g = threadIdx.x % G;
@@ -978,26 +1001,26 @@ struct AttPlace {
 
 template <int G>
 __global__ void __launch_bounds__(ATT_ROWS * G, 1)
-attention_forward_kernel(floatX* out, float* lse, const floatX* qkv, int T, int NH, int HS, float scale) {
+attention_forward_kernel(floatX* out, float* lse, const floatX* qkv, AttShape shape) {
     __shared__ AttTile<G> k_tile, v_tile;
+    const int T = shape.T, NH = shape.NH, HS = shape.HS;
     AttPlace<G> at(T, NH);
-    int C = NH * HS;
-    size_t stride = 3 * (size_t)C;
-    const floatX* head = qkv + at.b * T * stride + at.h * HS;   // q of row 0; k and v stand C and 2C further
+    size_t stride = shape.stride();
+    const floatX* row0 = qkv + at.b * T * stride;
     float q[ATT_CHANNELS], o[ATT_CHANNELS] = {};
-    att_load_row(q, head + at.row * stride, at.g, HS, at.row < T);
+    att_load_row(q, row0 + at.row * stride + at.h * HS, at.g, HS, at.row < T);
     float max = -INFINITY, sum = 0;
     int end = min(at.first + ATT_ROWS, T);
     for (int t0 = 0; t0 < end; t0 += ATT_TILE) {
         __syncthreads();   // the tile before has been used
-        att_load_tile<G>(k_tile, head + C, stride, t0, T, HS);
-        att_load_tile<G>(v_tile, head + 2 * C, stride, t0, T, HS);
+        att_load_tile<G>(k_tile, row0 + shape.k_head(at.h) * HS, stride, t0, T, HS);
+        att_load_tile<G>(v_tile, row0 + shape.v_head(at.h) * HS, stride, t0, T, HS);
         __syncthreads();
         if (t0 > at.warp_last) continue;
         float s[ATT_TILE], tile_max = max;
 #pragma unroll
         for (int j = 0; j < ATT_TILE; j++) {
-            s[j] = att_row_sum<G>(att_dot(q, k_tile[j][at.g])) * scale;
+            s[j] = att_row_sum<G>(att_dot(q, k_tile[j][at.g])) * shape.scale;
             if (t0 + j > at.row) s[j] = -INFINITY;
             tile_max = fmaxf(tile_max, s[j]);
         }
@@ -1014,8 +1037,8 @@ attention_forward_kernel(floatX* out, float* lse, const floatX* qkv, int T, int 
         }
     }
     if (at.row >= T) return;
-    att_store_row(out + ((size_t)at.b * T + at.row) * C + at.h * HS, o, at.g, HS, 1.0f / sum);
-    if (at.g == 0) lse[(size_t)(at.b * NH + at.h) * T + at.row] = max + logf(sum);
+    att_store_row(out + (((size_t)at.b * T + at.row) * NH + at.h) * HS, o, at.g, HS, 1.0f / sum);
+    if (at.g == 0) lse[((size_t)at.b * NH + at.h) * T + at.row] = max + logf(sum);
 }
 
 // Backward, first half: rows are queries. With p = exp(s - lse), dp = dout v^T and delta = sum_c dout * out,
@@ -1023,40 +1046,40 @@ attention_forward_kernel(floatX* out, float* lse, const floatX* qkv, int T, int 
 template <int G>
 __global__ void __launch_bounds__(ATT_ROWS * G, 1)
 attention_backward_dq_kernel(floatX* dqkv, float* delta, const floatX* dout, const floatX* qkv, const floatX* out,
-                             const float* lse, int T, int NH, int HS, float scale) {
+                             const float* lse, AttShape shape) {
     __shared__ AttTile<G> k_tile, v_tile;
+    const int T = shape.T, NH = shape.NH, HS = shape.HS;
     AttPlace<G> at(T, NH);
-    int C = NH * HS;
-    size_t stride = 3 * (size_t)C;
-    const floatX* head = qkv + at.b * T * stride + at.h * HS;
+    size_t stride = shape.stride();
+    const floatX* row0 = qkv + at.b * T * stride;
     bool there = at.row < T;
-    size_t out_row = ((size_t)at.b * T + at.row) * C + at.h * HS;
-    size_t stat = (size_t)(at.b * NH + at.h) * T + at.row;
+    size_t out_row = (((size_t)at.b * T + at.row) * NH + at.h) * HS;
+    size_t stat = ((size_t)at.b * NH + at.h) * T + at.row;
     float q[ATT_CHANNELS], d[ATT_CHANNELS], dq[ATT_CHANNELS];
     att_load_row(q, out + out_row, at.g, HS, there);   // q's registers hold out for a moment
     att_load_row(d, dout + out_row, at.g, HS, there);
     float row_delta = att_row_sum<G>(att_dot(q, d));
     if (there && at.g == 0) delta[stat] = row_delta;
-    att_load_row(q, head + at.row * stride, at.g, HS, there);
+    att_load_row(q, row0 + at.row * stride + at.h * HS, at.g, HS, there);
     float row_lse = there ? lse[stat] : 0;
 #pragma unroll
     for (int c = 0; c < ATT_CHANNELS; c++) dq[c] = 0;
     int end = min(at.first + ATT_ROWS, T);
     for (int t0 = 0; t0 < end; t0 += ATT_TILE) {
         __syncthreads();
-        att_load_tile<G>(k_tile, head + C, stride, t0, T, HS);
-        att_load_tile<G>(v_tile, head + 2 * C, stride, t0, T, HS);
+        att_load_tile<G>(k_tile, row0 + shape.k_head(at.h) * HS, stride, t0, T, HS);
+        att_load_tile<G>(v_tile, row0 + shape.v_head(at.h) * HS, stride, t0, T, HS);
         __syncthreads();
         if (t0 > at.warp_last) continue;
 #pragma unroll 2
         for (int j = 0; j < ATT_TILE; j++) {
-            float s = att_row_sum<G>(att_dot(q, k_tile[j][at.g])) * scale;
+            float s = att_row_sum<G>(att_dot(q, k_tile[j][at.g])) * shape.scale;
             float dp = att_row_sum<G>(att_dot(d, v_tile[j][at.g]));
             float p = t0 + j > at.row ? 0.0f : expf(s - row_lse);
             att_add(dq, p * (dp - row_delta), k_tile[j][at.g]);
         }
     }
-    if (there) att_store_row(dqkv + ((size_t)at.b * T + at.row) * stride + at.h * HS, dq, at.g, HS, scale);
+    if (there) att_store_row(dqkv + ((size_t)at.b * T + at.row) * stride + at.h * HS, dq, at.g, HS, shape.scale);
 }
 
 // Second half: rows are keys, and the tiles are the queries that see them. dv = p^T dout, dk = scale * ds^T q. Every sum
@@ -1064,85 +1087,95 @@ attention_backward_dq_kernel(floatX* dqkv, float* delta, const floatX* dout, con
 template <int G>
 __global__ void __launch_bounds__(ATT_ROWS * G, 1)
 attention_backward_dkv_kernel(floatX* dqkv, const floatX* dout, const floatX* qkv, const float* lse, const float* delta,
-                              int T, int NH, int HS, float scale) {
+                              AttShape shape) {
     __shared__ AttTile<G> q_tile, d_tile;
     __shared__ float lse_tile[ATT_TILE], delta_tile[ATT_TILE];
-    AttPlace<G> at(T, NH);
-    int C = NH * HS;
-    size_t stride = 3 * (size_t)C;
-    const floatX* head = qkv + at.b * T * stride + at.h * HS;
-    const floatX* dout_head = dout + (size_t)at.b * T * C + at.h * HS;
-    size_t stat = (size_t)(at.b * NH + at.h) * T;
+    const int T = shape.T, NH = shape.NH, HS = shape.HS;
+    AttPlace<G> at(T, shape.NKV);   // h is a key-value head
+    size_t stride = shape.stride();
+    const floatX* row0 = qkv + at.b * T * stride;
+    size_t k_offset = (size_t)(NH + at.h) * HS, v_offset = k_offset + (size_t)shape.NKV * HS;
     bool there = at.row < T;
     float k[ATT_CHANNELS], v[ATT_CHANNELS], dk[ATT_CHANNELS] = {}, dv[ATT_CHANNELS] = {};
-    att_load_row(k, head + C + at.row * stride, at.g, HS, there);
-    att_load_row(v, head + 2 * C + at.row * stride, at.g, HS, there);
-    for (int t0 = at.first; t0 < T; t0 += ATT_TILE) {   // queries before the block's first key see none of its keys
-        __syncthreads();
-        att_load_tile<G>(q_tile, head, stride, t0, T, HS);
-        att_load_tile<G>(d_tile, dout_head, C, t0, T, HS);
-        if (threadIdx.x < ATT_TILE) {
-            bool query = t0 + (int)threadIdx.x < T;
-            lse_tile[threadIdx.x] = query ? lse[stat + t0 + threadIdx.x] : 0;
-            delta_tile[threadIdx.x] = query ? delta[stat + t0 + threadIdx.x] : 0;
-        }
-        __syncthreads();
-        if (t0 + ATT_TILE <= at.warp_first) continue;
+    att_load_row(k, row0 + at.row * stride + k_offset, at.g, HS, there);
+    att_load_row(v, row0 + at.row * stride + v_offset, at.g, HS, there);
+    for (int h = at.h * shape.group(); h < (at.h + 1) * shape.group(); h++) {   // the query heads that share it, in order
+        const floatX* dout_head = dout + ((size_t)at.b * T * NH + h) * HS;
+        size_t stat = ((size_t)at.b * NH + h) * T;
+        for (int t0 = at.first; t0 < T; t0 += ATT_TILE) {   // queries before the block's first key see none of its keys
+            __syncthreads();
+            att_load_tile<G>(q_tile, row0 + (size_t)h * HS, stride, t0, T, HS);
+            att_load_tile<G>(d_tile, dout_head, (size_t)NH * HS, t0, T, HS);
+            if (threadIdx.x < ATT_TILE) {
+                bool query = t0 + (int)threadIdx.x < T;
+                lse_tile[threadIdx.x] = query ? lse[stat + t0 + threadIdx.x] : 0;
+                delta_tile[threadIdx.x] = query ? delta[stat + t0 + threadIdx.x] : 0;
+            }
+            __syncthreads();
+            if (t0 + ATT_TILE <= at.warp_first) continue;
 #pragma unroll 2
-        for (int i = 0; i < ATT_TILE; i++) {
-            float s = att_row_sum<G>(att_dot(q_tile[i][at.g], k)) * scale;
-            float dp = att_row_sum<G>(att_dot(d_tile[i][at.g], v));
-            bool sees = t0 + i >= at.row && t0 + i < T;
-            float p = sees ? expf(s - lse_tile[i]) : 0.0f;
-            att_add(dv, p, d_tile[i][at.g]);
-            att_add(dk, p * (dp - delta_tile[i]), q_tile[i][at.g]);
+            for (int i = 0; i < ATT_TILE; i++) {
+                float s = att_row_sum<G>(att_dot(q_tile[i][at.g], k)) * shape.scale;
+                float dp = att_row_sum<G>(att_dot(d_tile[i][at.g], v));
+                bool sees = t0 + i >= at.row && t0 + i < T;
+                float p = sees ? expf(s - lse_tile[i]) : 0.0f;
+                att_add(dv, p, d_tile[i][at.g]);
+                att_add(dk, p * (dp - delta_tile[i]), q_tile[i][at.g]);
+            }
         }
     }
     if (!there) return;
-    floatX* row = dqkv + ((size_t)at.b * T + at.row) * stride + at.h * HS;
-    att_store_row(row + C, dk, at.g, HS, scale);
-    att_store_row(row + 2 * C, dv, at.g, HS, 1.0f);
+    floatX* row = dqkv + ((size_t)at.b * T + at.row) * stride;
+    att_store_row(row + k_offset, dk, at.g, HS, shape.scale);
+    att_store_row(row + v_offset, dv, at.g, HS, 1.0f);
 }
 
 template <int G>
-void attention_forward_launch(floatX* out, float* lse, const floatX* qkv, int B, int T, int NH, int HS, cudaStream_t stream) {
-    int blocks = B * NH * ceil_div(T, ATT_ROWS);
-    attention_forward_kernel<G><<<blocks, ATT_ROWS * G, 0, stream>>>(out, lse, qkv, T, NH, HS, 1.0f / sqrtf((float)HS));
+void attention_forward_launch(floatX* out, float* lse, const floatX* qkv, int B, AttShape shape, cudaStream_t stream) {
+    int blocks = B * shape.NH * ceil_div(shape.T, ATT_ROWS);
+    attention_forward_kernel<G><<<blocks, ATT_ROWS * G, 0, stream>>>(out, lse, qkv, shape);
     cudaCheck(cudaGetLastError());
 }
-
-void attention_forward(floatX* out,        // (B, T, C)
-                       float* lse,         // (B, NH, T), natural logarithm
-                       const floatX* qkv,  // (B, T, 3C): q, k, v of all heads
-                       int B, int T, int C, int NH, cudaStream_t stream) {
-    int HS = C / NH;
-    if (HS <= 32) attention_forward_launch<1>(out, lse, qkv, B, T, NH, HS, stream);
-    else if (HS <= 64) attention_forward_launch<2>(out, lse, qkv, B, T, NH, HS, stream);
-    else attention_forward_launch<4>(out, lse, qkv, B, T, NH, HS, stream);
-}
-
 template <int G>
 void attention_backward_launch(floatX* dqkv, float* delta, const floatX* dout, const floatX* qkv, const floatX* out,
-                               const float* lse, int B, int T, int NH, int HS, cudaStream_t stream) {
-    int blocks = B * NH * ceil_div(T, ATT_ROWS);
-    float scale = 1.0f / sqrtf((float)HS);
-    attention_backward_dq_kernel<G><<<blocks, ATT_ROWS * G, 0, stream>>>(dqkv, delta, dout, qkv, out, lse, T, NH, HS, scale);
+                               const float* lse, int B, AttShape shape, cudaStream_t stream) {
+    int row_blocks = ceil_div(shape.T, ATT_ROWS);
+    attention_backward_dq_kernel<G>
+        <<<B * shape.NH * row_blocks, ATT_ROWS * G, 0, stream>>>(dqkv, delta, dout, qkv, out, lse, shape);
     cudaCheck(cudaGetLastError());
-    attention_backward_dkv_kernel<G><<<blocks, ATT_ROWS * G, 0, stream>>>(dqkv, dout, qkv, lse, delta, T, NH, HS, scale);
+    attention_backward_dkv_kernel<G>
+        <<<B * shape.NKV * row_blocks, ATT_ROWS * G, 0, stream>>>(dqkv, dout, qkv, lse, delta, shape);
     cudaCheck(cudaGetLastError());
 }
 
-void attention_backward(floatX* dqkv,        // (B, T, 3C)
+AttShape att_shape(int T, int NH, int NKV, int HS) {
+    if (NKV < 1 || NH % NKV != 0) fail("attention: %d query heads, %d key-value heads: expected a multiple", NH, NKV);
+    if (HS < VEC || HS > 4 * ATT_CHANNELS || HS % VEC != 0)
+        fail("attention: a head has %d channels: expected a multiple of %d, up to %d", HS, VEC, 4 * ATT_CHANNELS);
+    return {T, NH, NKV, HS, 1.0f / sqrtf((float)HS)};
+}
+
+void attention_forward(floatX* out,        // (B, T, NH*HS)
+                       float* lse,         // (B, NH, T), natural logarithm
+                       const floatX* qkv,  // (B, T, (NH + 2 NKV)*HS): q of all heads, then k, then v
+                       int B, int T, int NH, int NKV, int HS, cudaStream_t stream) {
+    AttShape shape = att_shape(T, NH, NKV, HS);
+    if (HS <= 32) attention_forward_launch<1>(out, lse, qkv, B, shape, stream);
+    else if (HS <= 64) attention_forward_launch<2>(out, lse, qkv, B, shape, stream);
+    else attention_forward_launch<4>(out, lse, qkv, B, shape, stream);
+}
+
+void attention_backward(floatX* dqkv,        // (B, T, (NH + 2 NKV)*HS)
                         float* delta,        // (B, NH, T) scratch
-                        const floatX* dout,  // (B, T, C)
-                        const floatX* qkv,   // (B, T, 3C)
-                        const floatX* out,   // (B, T, C)
+                        const floatX* dout,  // (B, T, NH*HS)
+                        const floatX* qkv,   // (B, T, (NH + 2 NKV)*HS)
+                        const floatX* out,   // (B, T, NH*HS)
                         const float* lse,    // (B, NH, T)
-                        int B, int T, int C, int NH, cudaStream_t stream) {
-    int HS = C / NH;
-    if (HS <= 32) attention_backward_launch<1>(dqkv, delta, dout, qkv, out, lse, B, T, NH, HS, stream);
-    else if (HS <= 64) attention_backward_launch<2>(dqkv, delta, dout, qkv, out, lse, B, T, NH, HS, stream);
-    else attention_backward_launch<4>(dqkv, delta, dout, qkv, out, lse, B, T, NH, HS, stream);
+                        int B, int T, int NH, int NKV, int HS, cudaStream_t stream) {
+    AttShape shape = att_shape(T, NH, NKV, HS);
+    if (HS <= 32) attention_backward_launch<1>(dqkv, delta, dout, qkv, out, lse, B, shape, stream);
+    else if (HS <= 64) attention_backward_launch<2>(dqkv, delta, dout, qkv, out, lse, B, shape, stream);
+    else attention_backward_launch<4>(dqkv, delta, dout, qkv, out, lse, B, shape, stream);
 }
 // ==== end twin
 
@@ -1171,6 +1204,7 @@ void act_forward(floatX* out,          // (rows, OC)
                  const floatX* inp,    // (rows, OC)
                  const floatX* bias,   // (OC) or null
                  size_t rows, int OC, cudaStream_t stream) {
+    check_vec("act_forward: OC", OC);
     size_t n = rows * OC;
     act_forward_kernel<BITS><<<ceil_div(n, 256 * VEC), 256, 0, stream>>>(out, kept, inp, bias, n, OC);
     cudaCheck(cudaGetLastError());
@@ -1201,6 +1235,7 @@ void act_backward(floatX* d,                  // (rows, OC) in: gradient of the 
                   float* scratch,             // colsum_scratch(OC) floats
                   const ActKept<BITS>* kept,  // (rows, OC) what forward kept
                   bool accumulate, int rows, int OC, cudaStream_t stream) {
+    check_vec("act_backward: OC", OC);
     int slices = colsum_slices(rows);
     act_backward_kernel<BITS><<<dim3(ceil_div(OC, 32 * VEC), slices), 256, 0, stream>>>(d, scratch, kept, rows, OC);
     cudaCheck(cudaGetLastError());
@@ -1303,6 +1338,7 @@ void classifier(floatX* logits,      // (rows, Vp); out, if train: their gradien
                 float* losses,       // (rows), nats
                 const int* targets,  // (rows)
                 float dloss, bool train, int rows, int V, int Vp, cudaStream_t stream) {
+    check_vec("classifier: Vp", Vp);
     classifier_kernel<<<ceil_div(rows, 4), 128, 0, stream>>>(logits, losses, targets, dloss, train, rows, V, Vp);
     cudaCheck(cudaGetLastError());
 }
@@ -2097,7 +2133,7 @@ void gpt2_forward(GPT2& g, int B, int T) {
 
         Folded qkv = gpt2_fold(g, W(QKVW), W(QKVB), W(LN1W), W(LN1B), 3 * C);
         matmul_forward(t.qkv, t.ln1, qkv.weight, qkv.bias, BT, C, 3 * C, stream);
-        attention_forward(t.atty, t.lse, t.qkv, B, T, C, NH, stream);
+        attention_forward(t.atty, t.lse, t.qkv, B, T, NH, NH, C / NH, stream);
         matmul_forward(g.work_c, t.atty, W(ATTPROJW), W(ATTPROJB), BT, C, C, stream);
         layernorm_forward<kSharedNorm>(t.resid_mid, t.ln2, t.ln2_mean, t.ln2_rstd, t.residual, g.work_c, W(LN2W), W(LN2B), BT, C,
                                        stream);
@@ -2199,7 +2235,7 @@ void gpt2_backward(GPT2& g, int B, int T, int buckets, int micro_batch) {
         matmul_backward_weight(G(ATTPROJW), g.dresid, t.atty, add, BT, C, C, stream);
         matmul_backward_input(g.work_c, g.dresid, W(ATTPROJW), BT, C, C, stream);
         floatX* dqkv = g.work_4c;
-        attention_backward(dqkv, g.delta, g.work_c, t.qkv, t.atty, t.lse, B, T, C, NH, stream);
+        attention_backward(dqkv, g.delta, g.work_c, t.qkv, t.atty, t.lse, B, T, NH, NH, C / NH, stream);
         bias_backward(G(QKVB), g.colsum, dqkv, add, BT, 3 * C, stream);
         gpt2_norm_matmul_backward(g, {QKVW, QKVB, LN1W, LN1B}, l, dqkv, t.ln1, t.ln1_mean, t.ln1_rstd, t.residual, 3 * C, add,
                                   last, BT);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <inttypes.h>
+#include <sys/wait.h>
 
 #include <cmath>
 
@@ -11,24 +12,35 @@
 struct Arguments {
     uint64_t seed = 1337;
     bool bench = false, large = false;
+    std::string misuse;   // see test_misuse
 };
+bool bench_json = false;      // a line of JSON for each row of the benchmark, instead of tables
+size_t guard_bytes = 256;     // on either side of a tensor (a multiple of cudaMalloc's alignment)
 Arguments parse_arguments(int argc, char** argv, const char* what) {
     Arguments o;
     program_name = argv[0];
+#if defined(SIMT_ASAN) && SIMT_ASAN
+    guard_bytes = 0;   // the sanitizer has guards of its own, and they catch reading too
+#endif
     for (int i = 1; i < argc; i++) {
         std::string a = argv[i];
         char* end = nullptr;
         if (a == "--bench") o.bench = true;
+        else if (a == "--json") o.bench = bench_json = true;
         else if (a == "--large") o.large = true;
+        else if (a == "--tight") guard_bytes = 0;
+        else if (a == "--misuse" && i + 1 < argc) o.misuse = argv[++i];   // by test_misuse alone
         else if (a == "--seed" && i + 1 < argc && (o.seed = strtoull(argv[++i], &end, 10), end != argv[i] && *end == 0))
             continue;
         else if (a == "--help" || a == "-h") {
             printf("%s\n  without arguments it tests, and exits with 0 or 1\n"
                    "  --bench     bytes moved, time and bandwidth of each version instead\n"
+                   "  --json      the same, a line of JSON a row\n"
                    "  --seed N    of the test's random numbers (1337)\n"
-                   "  --large     tests with 2^31 elements even where that is slow or memory may be short\n", what);
+                   "  --large     tests with 2^31 elements even where that is slow or memory may be short\n"
+                   "  --tight     no guards around tensors, so that compute-sanitizer sees their ends\n", what);
             exit(0);
-        } else fail_usage("%s: expected --bench, --seed N, --large or --help", a.c_str());
+        } else fail_usage("%s: expected --bench, --json, --seed N, --large, --tight or --help", a.c_str());
     }
     return o;
 }
@@ -106,6 +118,32 @@ void report(std::initializer_list<Property*> properties) {
     }
 }
 
+// Calls that a launcher must refuse: the program runs itself again for each, because refusing ends it. `call` must fail before
+// it touches the GPU. Call this first in main.
+struct Misuse {
+    const char *name, *expected;   // a part of the message
+    std::function<void()> call;
+};
+void test_misuse(const Arguments& o, const std::vector<Misuse>& cases) {
+    if (!o.misuse.empty()) {
+        for (const Misuse& m : cases)
+            if (o.misuse == m.name) m.call();
+        exit(0);   // was not refused
+    }
+    Property p("what the kernels cannot do is refused, with a message and status 1");
+    for (const Misuse& m : cases) {
+        set_case("%s", m.name);
+        std::string said, command = "'" + std::string(program_name) + "' --misuse '" + m.name + "' 2>&1";
+        FILE* f = popen(command.c_str(), "r");
+        if (f == nullptr) fail("could not run %s", command.c_str());
+        for (int c; (c = fgetc(f)) != EOF;) said += (char)c;
+        int status = pclose(f);
+        p.is(WIFEXITED(status) && WEXITSTATUS(status) == 1, "expected exit status 1");
+        p.is(said.find(m.expected) != std::string::npos, ("expected \"" + std::string(m.expected) + "\", it said: " + said).c_str());
+    }
+    report({&p});
+}
+
 constexpr double EPS32 = 0x1p-24;                       // half a unit in the last place of fp32, relative
 constexpr double EPS16 = 0x1p-8;                        // and of bf16, which has 8 bits, the first of them implied
 constexpr double EPSX = kFP32 ? EPS32 : EPS16;          // what storing a result may cost
@@ -137,20 +175,36 @@ struct Random {
 };
 inline std::vector<float> floats(const std::vector<floatX>& v) { return std::vector<float>(v.begin(), v.end()); }
 
+using Doubles = std::vector<double>;
+template <class T>
+Doubles doubles(const std::vector<T>& v) {
+    Doubles d(v.size());
+    for (size_t i = 0; i < v.size(); i++) d[i] = (float)v[i];
+    return d;
+}
+// ||ours - reference|| / ||reference||
+inline double distance(const Doubles& ours, const Doubles& reference) {
+    double diff = 0, size = 0;
+    for (size_t i = 0; i < ours.size(); i++) {
+        diff += (ours[i] - reference[i]) * (ours[i] - reference[i]);
+        size += reference[i] * reference[i];
+    }
+    return sqrt(diff / size);
+}
+
 // ---- device memory
 
 // n elements between two guards. What nobody has written is NaN (all bits set), in fp32 and in bf16.
 template <class T>
 struct Buffer {
-    static constexpr size_t GUARD = 256;   // bytes; keeps cudaMalloc's alignment
     T* p = nullptr;
-    size_t n;
+    size_t n, guard = guard_bytes;
     uint8_t* base = nullptr;
 
     explicit Buffer(size_t n) : n(n) {
-        cudaCheck(cudaMalloc((void**)&base, bytes() + 2 * GUARD));
-        cudaCheck(cudaMemset(base, 0xa5, bytes() + 2 * GUARD));
-        p = (T*)(base + GUARD);
+        cudaCheck(cudaMalloc((void**)&base, bytes() + 2 * guard));
+        if (guard > 0) cudaCheck(cudaMemset(base, 0xa5, bytes() + 2 * guard));
+        p = (T*)(base + guard);
         cudaCheck(cudaMemset(p, 0xff, bytes()));
     }
     explicit Buffer(const std::vector<T>& v) : Buffer(v.size()) { write(v); }
@@ -164,11 +218,11 @@ struct Buffer {
         std::vector<T> v(n);
         cudaCheck(cudaDeviceSynchronize());
         cudaCheck(cudaMemcpy(v.data(), p, bytes(), cudaMemcpyDeviceToHost));
-        uint8_t guard[2 * GUARD];
-        cudaCheck(cudaMemcpy(guard, base, GUARD, cudaMemcpyDeviceToHost));
-        cudaCheck(cudaMemcpy(guard + GUARD, (uint8_t*)p + bytes(), GUARD, cudaMemcpyDeviceToHost));
-        for (uint8_t g : guard)
-            if (g != 0xa5) fail("%s: something was written beside a tensor of %zu elements", case_name.c_str(), n);
+        std::vector<uint8_t> beside(2 * guard);
+        cudaCheck(cudaMemcpy(beside.data(), base, guard, cudaMemcpyDeviceToHost));
+        cudaCheck(cudaMemcpy(beside.data() + guard, (uint8_t*)p + bytes(), guard, cudaMemcpyDeviceToHost));
+        for (uint8_t b : beside)
+            if (b != 0xa5) fail("%s: something was written beside a tensor of %zu elements", case_name.c_str(), n);
         digest(v.data(), bytes());
         return v;
     }
@@ -202,6 +256,68 @@ bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
     return a.size() == b.size() && memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0;
 }
 
+// Index arithmetic beyond 2^31: a tensor of n elements of which a test touches a few. On the CPU it is address space that
+// nobody has filled (and reads as 0); on a GPU it is memory, if there is so much.
+template <class T>
+struct FarBuffer {
+    T* p = nullptr;   // null: no room
+    size_t n;
+    explicit FarBuffer(size_t n) : n(n) {
+        if (on_cpu_backend()) {
+            void* m = mmap(nullptr, bytes(), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+            if (m != MAP_FAILED) p = (T*)m;
+        } else if (free_memory() > bytes() + ((size_t)1 << 30)) {
+            cudaCheck(cudaMalloc((void**)&p, bytes()));
+            cudaCheck(cudaMemset(p, 0, bytes()));
+        }
+        if (p == nullptr) printf("  skipped: %s wants %.1f GB\n", case_name.c_str(), bytes() / 1e9);
+    }
+    FarBuffer(const FarBuffer&) = delete;
+    FarBuffer& operator=(const FarBuffer&) = delete;
+    ~FarBuffer() {
+        if (p == nullptr) return;
+        if (on_cpu_backend()) munmap(p, bytes());
+        else cudaFree(p);
+    }
+    size_t bytes() const { return n * sizeof(T); }
+    void write(size_t at, const std::vector<T>& v) {
+        if (on_cpu_backend()) memcpy(p + at, v.data(), v.size() * sizeof(T));
+        else cudaCheck(cudaMemcpy(p + at, v.data(), v.size() * sizeof(T), cudaMemcpyHostToDevice));
+    }
+    std::vector<T> read(size_t at, size_t count) const {   // waits for what runs; adds to the digest
+        std::vector<T> v(count);
+        cudaCheck(cudaDeviceSynchronize());
+        if (on_cpu_backend()) memcpy(v.data(), p + at, count * sizeof(T));
+        else cudaCheck(cudaMemcpy(v.data(), p + at, count * sizeof(T), cudaMemcpyDeviceToHost));
+        digest(v.data(), count * sizeof(T));
+        return v;
+    }
+};
+// Launches what `launch` launches; on the CPU only the blocks first to last of each grid run (numbered x fastest, then y, z).
+template <class F>
+void launch_blocks(int64_t first, int64_t last, F&& launch) {
+#ifdef __CUDACC__
+    (void)first, (void)last;
+    launch();
+#else
+    simt::run_only_blocks(first, last);
+    launch();
+    simt::run_all_blocks();
+#endif
+}
+
+// cuBLASLt, for the files that multiply.
+struct MatmulSession {
+    MatmulSession() {
+        cublasCheck(cublasLtCreate(&matmul_state.handle));
+        cudaCheck(cudaMalloc(&matmul_state.workspace, MATMUL_WORKSPACE));
+    }
+    ~MatmulSession() {
+        cudaFree(matmul_state.workspace);
+        cublasLtDestroy(matmul_state.handle);
+    }
+};
+
 // ---- the benchmark
 
 __global__ void copy_kernel(floatX* out, const floatX* inp, size_t n) {
@@ -231,39 +347,72 @@ float measure_ms(F&& run) {
     return times[10];
 }
 
-// One table: what each version moves to and from memory for an element, and on a GPU how fast it does so. Bytes are counted
-// from the shapes, a tensor once for each kernel that reads or writes it: what a kernel reads twice in a row, a cache holds.
+// Tables of versions. A kernel that moves memory is held against a copy on the same GPU, one that multiplies against cuBLASLt's
+// matmul of two 8192 x 8192 matrices. Bytes and flops are counted from the shapes, a tensor once for each kernel that reads or
+// writes it: what a kernel reads twice in a row, a cache holds. On the CPU backend that is all that is printed.
 struct BenchTable {
+    enum Unit { BYTES, FLOPS };
+    const char* title;
+    Unit unit;
+    size_t n;            // elements that bytes and flops are given per
     bool timed;
-    size_t n;
-    double copy = 0;   // GB/s
+    double best = 0;     // the device's: GB/s of a copy, or TFLOP/s of a matmul
 
-    BenchTable(const char* title, size_t n) : timed(!on_cpu_backend()), n(n) {
-        printf("\n%s\n  %-62s %9s", title, "", "B/element");
-        if (timed) {
+    BenchTable(const char* title, size_t n, Unit unit = BYTES) : title(title), unit(unit), n(n), timed(!on_cpu_backend()) {
+        if (timed) best = unit == BYTES ? copy_rate() : matmul_rate();
+        if (bench_json) return;
+        printf("\n%s\n  %-62s %11s", title, "", unit == BYTES ? "B/element" : "flop/element");
+        if (timed) printf(" %9s %8s %9s", "ms", unit == BYTES ? "GB/s" : "TFLOP/s", unit == BYTES ? "of copy" : "of matmul");
+        printf("\n");
+        if (timed) printf("  %-62s %11s %9s %8.0f %8.0f%%\n", unit == BYTES ? "a copy, 16 bytes a thread" : "cuBLASLt, 8192 x 8192 x 8192", "", "", best, 100.0);
+    }
+    static double copy_rate() {
+        static double rate = 0;
+        const size_t n = (size_t)1 << 28;   // beyond any cache
+        if (rate == 0) {
             Buffer<floatX> a(n), b(n);
-            copy =
+            rate =
                 2.0 * sizeof(floatX) * n / 1e6 / measure_ms([&] { copy_kernel<<<ceil_div(n, 256 * VEC), 256>>>(a.p, b.p, n); });
-            printf(" %9s %8s %7s", "ms", "GB/s", "of copy");
         }
-        printf("\n");
-        if (timed) print("a copy, 16 bytes a thread", 2 * sizeof(floatX), 2.0 * sizeof(floatX) * n / 1e6 / copy);
+        return rate;
     }
-    void print(const char* name, double bytes, double ms) {
-        printf("  %-62s %9.2f", name, bytes);
-        if (timed) printf(" %9.3f %8.0f %6.0f%%", ms, bytes * n / 1e6 / ms, 100 * bytes * n / 1e6 / ms / copy);
-        printf("\n");
+    static double matmul_rate() {
+        static double rate = 0;
+        const int N = 8192;
+        if (rate == 0) {
+            Buffer<floatX> a((size_t)N * N), b((size_t)N * N), d((size_t)N * N);
+            for (Buffer<floatX>* x : {&a, &b}) cudaCheck(cudaMemset(x->p, 0x3c, x->bytes()));   // 0.0115
+            rate = 2.0 * N * N * N / 1e9 / measure_ms([&] { matmul_forward(d.p, a.p, b.p, nullptr, N, N, N, 0); });
+        }
+        return rate;
     }
+    // One version: bytes it moves (or flops it makes) for an element, and how to run it.
     template <class F>
-    void row(const char* name, double bytes, F&& run) {
-        print(name, bytes, timed ? measure_ms(run) : 0);
+    void row(const char* name, double per_element, F&& run) {
+        double ms = timed ? measure_ms(run) : 0, rate = timed ? per_element * n / ms / (unit == BYTES ? 1e6 : 1e9) : 0;
+        if (bench_json) {
+            printf("{\"program\": \"%s\", \"case\": \"%s\", \"version\": \"%s\", \"%s_per_element\": %.4g", base_name(), title, name,
+                   unit == BYTES ? "bytes" : "flops", per_element);
+            if (timed) printf(", \"ms\": %.4f, \"%s\": %.1f, \"share\": %.4f", ms, unit == BYTES ? "gb_s" : "tflop_s", rate, rate / best);
+            printf("}\n");
+            return;
+        }
+        printf("  %-62s %11.2f", name, per_element);
+        if (timed) printf(" %9.3f %8.0f %8.0f%%", ms, rate, 100 * rate / best);
+        printf("\n");
+    }
+    static const char* base_name() {
+        const char* slash = strrchr(program_name, '/');
+        return slash ? slash + 1 : program_name;
     }
 };
 
 void bench_device() {
+    if (bench_json) return;
     cudaDeviceProp p;
     cudaCheck(cudaGetDeviceProperties(&p, 0));
     printf("%s, %s\n", p.name, dtype_name(FLOATX));
     if (on_cpu_backend())
-        printf("Times mean nothing on the CPU backend: here are the bytes that each version moves, counted from the shapes.\n");
+        printf("Times mean nothing on the CPU backend: here are the bytes that each version moves, or the flops that it makes,\n"
+               "counted from the shapes.\n");
 }

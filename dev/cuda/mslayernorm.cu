@@ -124,13 +124,7 @@ void norm_unfold_1(Grad dweight, Grad dgamma, Grad dbeta, Grad dbias, const floa
 // ---------------------------------------------------------------------------------------------------------------------
 // the reference: LayerNorm and Linear, in double precision
 
-using Doubles = std::vector<double>;
 constexpr double EPSILON = 1e-5;   // GPT-2's, not taken from the trainer
-Doubles doubles(const std::vector<floatX>& v) {
-    Doubles d(v.size());
-    for (size_t i = 0; i < v.size(); i++) d[i] = (float)v[i];
-    return d;
-}
 
 struct Problem {
     int micro, rows, C, OC;   // micro-batches; each has `rows` rows
@@ -255,16 +249,6 @@ Result compute(const Problem& p, Way way, DType grad_type) {
     result.dweight = wide(dweight.read());
     result.dbias = wide(dbias.read());
     return result;
-}
-
-// ||ours - reference|| / ||reference||
-double distance(const Doubles& ours, const Doubles& reference) {
-    double diff = 0, size = 0;
-    for (size_t i = 0; i < ours.size(); i++) {
-        diff += (ours[i] - reference[i]) * (ours[i] - reference[i]);
-        size += reference[i] * reference[i];
-    }
-    return sqrt(diff / size);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -571,15 +555,16 @@ int main(int argc, char** argv) {
         bench("1558M, B 8, T 1024", 8 * 1024, 1600, 4 * 1600);
         return 0;
     }
-    cublasCheck(cublasLtCreate(&matmul_state.handle));
-    cudaCheck(cudaMalloc(&matmul_state.workspace, MATMUL_WORKSPACE));
+    test_misuse(o, {{"C of 12", "norm_fold: C is 12: expected a multiple of 8",
+                     [] { norm_fold(nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, 8, 12, 0); }},
+                    {"C of 12, unfolding", "norm_unfold: C is 12: expected a multiple of 8",
+                     [] { norm_unfold({}, {}, {}, nullptr, {}, nullptr, nullptr, nullptr, 8, 12, 0); }}});
+    MatmulSession cublas;
     printf("mslayernorm, %s\n", dtype_name(FLOATX));
     test_norm(o.seed);
     test_fold(o.seed);
     test_gradients(o.seed);
     test_unfold_once(o.seed);
     test_nan(o.seed);
-    cudaCheck(cudaFree(matmul_state.workspace));
-    cublasCheck(cublasLtDestroy(matmul_state.handle));
     return finish(o);
 }

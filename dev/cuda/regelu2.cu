@@ -591,6 +591,10 @@ int main(int argc, char** argv) {
         bench("1558M, B 8, T 1024", 8 * 1024, 4 * 1600);
         return 0;
     }
+    test_misuse(o, {{"OC of 12", "act_forward: OC is 12: expected a multiple of 8",
+                     [] { act_forward<2>(nullptr, nullptr, nullptr, nullptr, 1, 12, 0); }},
+                    {"OC of 12, backward", "act_backward: OC is 12: expected a multiple of 8",
+                     [] { act_backward<2>(nullptr, {}, nullptr, nullptr, false, 1, 12, 0); }}});
     printf("regelu2, %s\n", dtype_name(FLOATX));
     for (const Codes& h : {codes_of<1>(), codes_of<2>(), codes_of<3>(), codes_of<4>()}) {
         printf("%d bit%s\n", h.bits, h.bits > 1 ? "s" : "");

@@ -91,9 +91,17 @@ inline cudaError_t check_config(const char* kernel, Site site, const Config& c, 
 // Blocks have no order among themselves on a GPU either, so this cannot change a correct program's results.
 constexpr double kWorthSharing = 20e-6;     // seconds
 
+// A test may run a few blocks of a grid that is too large to run: where in a tensor of 2^31 elements a block reads and writes
+// depends on its number, not on the other blocks.
+inline int64_t first_block_to_run = 0, last_block_to_run = INT64_MAX;
+inline void run_only_blocks(int64_t first, int64_t last) { first_block_to_run = first, last_block_to_run = last; }
+inline void run_all_blocks() { run_only_blocks(0, INT64_MAX); }
+
 inline void run_grid(const Launch& launch, double* seconds_per_block) {
-    const int64_t blocks = (int64_t)launch.grid.x * launch.grid.y * launch.grid.z;
-    // The i-th block to run is number (first + i * step) mod blocks.
+    const int64_t offset = first_block_to_run;
+    const int64_t blocks = std::min((int64_t)launch.grid.x * launch.grid.y * launch.grid.z - 1, last_block_to_run) + 1 - offset;
+    if (blocks <= 0) return;
+    // The i-th block to run is number (first + i * step) mod blocks, counted from the offset.
     int64_t first = 0, step = 1;
     if (options.order == kReverse) first = blocks - 1, step = blocks - 1;
     if (options.order == kPriority) {
@@ -106,7 +114,7 @@ inline void run_grid(const Launch& launch, double* seconds_per_block) {
     auto run = [&](int64_t i) {
         prepare_worker();
         uint64_t before = worker->switches;
-        run_block(launch, (first + (__int128)i * step) % blocks);
+        run_block(launch, offset + (int64_t)((first + (__int128)i * step) % blocks));
         if (options.profile) switches += worker->switches - before;
     };
     double start = seconds();
