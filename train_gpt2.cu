@@ -1148,6 +1148,477 @@ void attention_backward_launch(floatX* dqkv, float* delta, const floatX* dout, c
     cudaCheck(cudaGetLastError());
 }
 
+// ---- attention, on tensor cores
+//
+// The same for bf16 heads of 64 and 128 channels, which nearly all models have. A warp multiplies matrices by
+// mma.sync.m16n8k16: a (16 x 16) times b (16 x 8), bf16, added to a 16 x 8 in fp32. The matrices lie spread over the registers
+// of its 32 lanes. With g = lane / 4 and t = lane % 4, and two bf16 to a register,
+//     a[0] = (row g,     columns 2t, 2t+1)       a[2] = (row g,     columns 2t+8, 2t+9)
+//     a[1] = (row g + 8, columns 2t, 2t+1)       a[3] = (row g + 8, columns 2t+8, 2t+9)
+//     b[0] = (rows 2t, 2t+1, column g)           b[1] = (rows 2t+8, 2t+9, column g)
+//     d[0], d[1] = (row g, columns 2t, 2t+1)     d[2], d[3] = (row g + 8, columns 2t, 2t+1)
+// so two neighbouring results, 16 x 16, have the form of an a: the probabilities go into the next product as they are.
+//
+// A warp owns rows (queries, or keys) and keeps their a in registers. The other side comes in tiles of 64 rows, copied from
+// global to shared memory asynchronously, the next one while this one is used; ldmatrix takes b from there. Products with the
+// same tile are made 16 of its rows at a time. As in the plain version every sum belongs to one thread.
+
+typedef __nv_bfloat16 bf16;
+constexpr int TC_THREADS = 128;   // 4 warps
+constexpr int TC_ROWS = 64;       // rows of a tile
+constexpr float LOG2E = 1.4426950408889634f;   // the hardware's exponential is of 2
+
+__device__ inline void mma_16816(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {   // d += a b
+#ifdef __CUDACC__
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#else
+    const uint32_t b[2] = {b0, b1};
+    simt::mma_m16n8k16_bf16(d, a, b, d);
+#endif
+}
+// Four 8 x 8 matrices from shared memory (whose addresses are 32-bit numbers, in bytes); lane 8i + j gives the address of row j of matrix i. r[i] of every lane is a pair of
+// matrix i: row g, columns 2t and 2t+1; or with TRANSPOSE rows 2t and 2t+1, column g.
+template <bool TRANSPOSE>
+__device__ inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t address) {
+#ifdef __CUDACC__
+    if constexpr (TRANSPOSE)
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+    else
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+#else
+    simt::ldmatrix<4, TRANSPOSE>(r, address);
+#endif
+}
+// Begins to copy 16 bytes to shared memory; zeros if not `there`, and then nothing is read.
+__device__ inline void cp_async_16(uint32_t address, const bf16* global, bool there) {
+    int bytes = there ? 16 : 0;
+#ifdef __CUDACC__
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(address), "l"(global), "r"(bytes) : "memory");
+#else
+    simt::cp_async<16>(address, global, bytes);
+#endif
+}
+__device__ inline void cp_async_wait_all() {   // for this thread's copies; a barrier makes it everybody's
+#ifdef __CUDACC__
+    asm volatile("cp.async.wait_all;" ::: "memory");
+#else
+    simt::cp_async_commit();
+    simt::cp_async_wait(0);
+#endif
+}
+__device__ inline float exp_2(float x) {
+#ifdef __CUDACC__
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#else
+    return exp2f(x);
+#endif
+}
+
+// Where 8 channels of a row of a tile begin, in bytes. Rows are 128 or 256 bytes, so the same channels of 8 rows would all lie in
+// the same banks, and ldmatrix asks for just those: each row is shuffled differently instead.
+template <int HS>
+__device__ inline uint32_t tc_at(uint32_t row, uint32_t channel) { return row * (2 * HS) + ((channel / 8) ^ (row % 8)) * 16; }
+template <int HS>
+constexpr uint32_t TC_TILE = TC_ROWS * HS * sizeof(bf16);   // bytes
+// Begins to copy rows [t0, t0 + 64) of one head into a tile, zeros where there is nothing. The whole block takes part.
+template <int HS>
+__device__ inline void tc_load_tile(uint32_t tile, const bf16* head, int stride, int t0, int T) {
+    constexpr int CHUNKS = HS / 8, STEP = TC_THREADS / CHUNKS;   // of 16 bytes in a row; rows that the block copies at a time
+    int r = threadIdx.x / CHUNKS, c = threadIdx.x % CHUNKS * 8;
+    const bf16* from = head + (size_t)(t0 + r) * stride + c;
+    uint32_t to = tile + tc_at<HS>(r, c);   // STEP is a multiple of 8, so further rows are shuffled alike
+#pragma unroll
+    for (int i = 0; i < TC_ROWS; i += STEP) cp_async_16(to + i * (2 * HS), from + i * stride, t0 + r + i < T);
+}
+// Two b from a tile. By rows: 16 rows as columns, times 16 channels; b[0] and b[1] are the first 8 rows', b[2] and b[3] the
+// others'. By channels: 16 channels as columns, times 16 rows. `row` and `channel` are multiples of 16, so what they add to a
+// lane's address needs no shuffling anew: rows are added, and channels are bits that the lane's part does not have.
+template <int HS>
+struct TcLane {
+    uint32_t by_rows, by_channels;
+    __device__ TcLane() {
+        uint32_t lane = threadIdx.x % 32;
+        by_rows = tc_at<HS>(lane / 16 * 8 + lane % 8, lane / 8 % 2 * 8);
+        by_channels = tc_at<HS>(lane / 8 % 2 * 8 + lane % 8, lane / 16 * 8);
+    }
+    __device__ void load_rows(uint32_t (&b)[4], uint32_t tile, int row, int channel) const {
+        ldmatrix_x4<false>(b, tile + row * (2 * HS) + (by_rows ^ (2 * channel)));
+    }
+    __device__ void load_channels(uint32_t (&b)[4], uint32_t tile, int row, int channel) const {
+        ldmatrix_x4<true>(b, tile + row * (2 * HS) + (by_channels ^ (2 * channel)));
+    }
+};
+// Rows [row, row + 16) of one head in global memory as HS / 16 a, zeros where there is nothing.
+template <int HS>
+__device__ inline void tc_load_a(uint32_t (&a)[HS / 16][4], const bf16* head, int stride, int row, int T) {
+    int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+#pragma unroll
+    for (int i = 0; i < HS / 16 * 4; i++) {
+        int r = row + g + i % 2 * 8, c = i / 4 * 16 + i / 2 % 2 * 8 + 2 * t;
+        a[i / 4][i % 4] = r < T ? *(const uint32_t*)(head + (size_t)r * stride + c) : 0;
+    }
+}
+__device__ inline uint32_t tc_pack(float low, float high) {
+    __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return *(const uint32_t*)&pair;
+}
+// Two neighbouring results, 16 x 16, as an a
+__device__ inline void tc_as_a(uint32_t (&a)[4], const float (&left)[4], const float (&right)[4]) {
+    a[0] = tc_pack(left[0], left[1]), a[1] = tc_pack(left[2], left[3]);
+    a[2] = tc_pack(right[0], right[1]), a[3] = tc_pack(right[2], right[3]);
+}
+// Results of rows [row, row + 16) to global memory, times a factor: its rows g, and its rows g + 8.
+template <int HS>
+__device__ inline void tc_store(bf16* head, int stride, const float (&d)[HS / 8][4], int row, int T, const float (&factor)[2]) {
+    int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        int r = row + g + 8 * half;
+        if (r >= T) continue;
+#pragma unroll
+        for (int n = 0; n < HS / 8; n++)
+            *(uint32_t*)(head + (size_t)r * stride + n * 8 + 2 * t) =
+                tc_pack(d[n][2 * half] * factor[half], d[n][2 * half + 1] * factor[half]);
+    }
+}
+// Over the 4 lanes that share a row
+__device__ inline float quad_sum(float x) {
+    x += __shfl_xor_sync(ALL_LANES, x, 1);
+    return x + __shfl_xor_sync(ALL_LANES, x, 2);
+}
+__device__ inline float quad_max(float x) {
+    x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 1));
+    return fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 2));
+}
+
+// Where a block of `rows` rows stands. Blocks with the most to do should begin first: those of the last queries, since a query
+// sees all keys before it, or of the first keys.
+struct TcPlace {
+    int b, h, first;
+    __device__ TcPlace(int T, int heads, int rows, bool last_first) {
+        int row_blocks = (T + rows - 1) / rows, bh = blockIdx.x % (gridDim.x / row_blocks);
+        int row_block = blockIdx.x / (gridDim.x / row_blocks);
+        b = bh / heads;
+        h = bh % heads;
+        first = (last_first ? row_blocks - 1 - row_block : row_block) * rows;
+    }
+};
+
+// A warp owns M times 16 queries: a tile that it has read from shared memory serves that many.
+template <int HS, int M>
+__global__ void __launch_bounds__(TC_THREADS)
+attention_forward_tc_kernel(bf16* out, float* lse, const bf16* qkv, AttShape shape) {
+    extern __shared__ __align__(128) bf16 tc_tiles[];   // two stages of a tile of k and one of v
+    constexpr uint32_t TILE = TC_TILE<HS>;
+    const uint32_t tiles = (uint32_t)__cvta_generic_to_shared(tc_tiles);
+    const TcLane<HS> lane;
+    const int T = shape.T, NH = shape.NH, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    TcPlace at(T, NH, 64 * M, true);
+    const int stride = (int)shape.stride();
+    const bf16* row0 = qkv + (size_t)at.b * T * stride;
+    const bf16 *k_head = row0 + shape.k_head(at.h) * HS, *v_head = row0 + shape.v_head(at.h) * HS;
+    const int row = at.first + threadIdx.x / 32 * 16 * M, last = row + 16 * M - 1;   // this warp's
+    const float scale = shape.scale * LOG2E;
+
+    uint32_t q[M][HS / 16][4];
+    float o[M][HS / 8][4] = {}, max[M][2], sum[M][2];
+#pragma unroll
+    for (int m = 0; m < M; m++) {
+        tc_load_a<HS>(q[m], row0 + at.h * HS, stride, row + 16 * m, T);
+        max[m][0] = max[m][1] = -INFINITY;
+        sum[m][0] = sum[m][1] = 0;
+    }
+    const int end = min(at.first + 64 * M, T);
+    tc_load_tile<HS>(tiles, k_head, stride, 0, T);
+    tc_load_tile<HS>(tiles + TILE, v_head, stride, 0, T);
+    for (int t0 = 0; t0 < end; t0 += TC_ROWS) {
+        const uint32_t k_tile = tiles + t0 / TC_ROWS % 2 * 2 * TILE, v_tile = k_tile + TILE;
+        cp_async_wait_all();
+        __syncthreads();   // this tile is there, and nobody reads the one before any more
+        if (t0 + TC_ROWS < end) {
+            uint32_t next = tiles + (t0 / TC_ROWS + 1) % 2 * 2 * TILE;
+            tc_load_tile<HS>(next, k_head, stride, t0 + TC_ROWS, T);
+            tc_load_tile<HS>(next + TILE, v_head, stride, t0 + TC_ROWS, T);
+        }
+        if (t0 > last) continue;   // masked for all rows of the warp
+
+        float s[M][TC_ROWS / 8][4] = {};   // q k^T
+#pragma unroll
+        for (int c = 0; c < HS / 16; c++)
+#pragma unroll
+            for (int n = 0; n < TC_ROWS / 16; n++) {
+                uint32_t k[4];
+                lane.load_rows(k, k_tile, 16 * n, 16 * c);
+#pragma unroll
+                for (int m = 0; m < M; m++) {
+                    mma_16816(s[m][2 * n], q[m][c], k[0], k[1]);
+                    mma_16816(s[m][2 * n + 1], q[m][c], k[2], k[3]);
+                }
+            }
+#pragma unroll
+        for (int m = 0; m < M; m++) {
+            if (t0 + TC_ROWS - 1 > row + 16 * m) {   // some key comes after some query
+#pragma unroll
+                for (int i = 0; i < TC_ROWS / 2; i++)
+                    if (t0 + i / 4 * 8 + 2 * t + i % 2 > row + 16 * m + g + i / 2 % 2 * 8) s[m][i / 4][i % 4] = -INFINITY;
+            }
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                float tile_max = max[m][half];
+#pragma unroll
+                for (int n = 0; n < TC_ROWS / 8; n++) tile_max = fmaxf(tile_max, fmaxf(s[m][n][2 * half], s[m][n][2 * half + 1]));
+                tile_max = quad_max(tile_max);
+                float shrink = exp_2((max[m][half] - tile_max) * scale);   // what was summed so far was relative to the old maximum
+                max[m][half] = tile_max;
+                sum[m][half] *= shrink;
+#pragma unroll
+                for (int n = 0; n < HS / 8; n++) o[m][n][2 * half] *= shrink, o[m][n][2 * half + 1] *= shrink;
+#pragma unroll
+                for (int n = 0; n < TC_ROWS / 8; n++)
+#pragma unroll
+                    for (int i = 2 * half; i < 2 * half + 2; i++) {
+                        s[m][n][i] = exp_2(s[m][n][i] * scale - tile_max * scale);
+                        sum[m][half] += s[m][n][i];   // of this lane's columns; the quad's are added at the end
+                    }
+            }
+        }
+#pragma unroll
+        for (int n = 0; n < TC_ROWS / 16; n++) {   // o += p v
+            uint32_t p[M][4];
+#pragma unroll
+            for (int m = 0; m < M; m++) tc_as_a(p[m], s[m][2 * n], s[m][2 * n + 1]);
+#pragma unroll
+            for (int c = 0; c < HS / 16; c++) {
+                uint32_t v[4];
+                lane.load_channels(v, v_tile, 16 * n, 16 * c);
+#pragma unroll
+                for (int m = 0; m < M; m++) {
+                    mma_16816(o[m][2 * c], p[m], v[0], v[1]);
+                    mma_16816(o[m][2 * c + 1], p[m], v[2], v[3]);
+                }
+            }
+        }
+    }
+#pragma unroll
+    for (int m = 0; m < M; m++) {
+        float factor[2];
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            float total = quad_sum(sum[m][half]);
+            factor[half] = 1.0f / total;
+            int r = row + 16 * m + g + 8 * half;
+            if (t == 0 && r < T) lse[((size_t)at.b * NH + at.h) * T + r] = max[m][half] * shape.scale + logf(total);
+        }
+        tc_store<HS>(out + ((size_t)at.b * T * NH + at.h) * HS, NH * HS, o[m], row + 16 * m, T, factor);
+    }
+}
+
+// dq, and delta for the other half. A warp owns 16 queries.
+template <int HS>
+__global__ void __launch_bounds__(TC_THREADS)
+attention_backward_dq_tc_kernel(bf16* dqkv, float* delta, const bf16* dout, const bf16* qkv, const bf16* out, const float* lse,
+                                AttShape shape) {
+    extern __shared__ __align__(128) bf16 tc_tiles[];   // two stages of a tile of k and one of v
+    constexpr uint32_t TILE = TC_TILE<HS>;
+    const uint32_t tiles = (uint32_t)__cvta_generic_to_shared(tc_tiles);
+    const TcLane<HS> lane;
+    const int T = shape.T, NH = shape.NH, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    TcPlace at(T, NH, 64, true);
+    const int stride = (int)shape.stride(), out_stride = NH * HS;
+    const bf16* row0 = qkv + (size_t)at.b * T * stride;
+    const bf16 *k_head = row0 + shape.k_head(at.h) * HS, *v_head = row0 + shape.v_head(at.h) * HS;
+    const size_t out_head = ((size_t)at.b * T * NH + at.h) * HS, stat = ((size_t)at.b * NH + at.h) * T;
+    const int row = at.first + threadIdx.x / 32 * 16, last = row + 15;   // this warp's
+    const float scale = shape.scale * LOG2E;
+
+    tc_load_tile<HS>(tiles, k_head, stride, 0, T);
+    tc_load_tile<HS>(tiles + TILE, v_head, stride, 0, T);
+    uint32_t q[HS / 16][4], d[HS / 16][4];
+    float row_lse[2], row_delta[2] = {}, dq[HS / 8][4] = {};
+    tc_load_a<HS>(q, out + out_head, out_stride, row, T);   // q's registers hold out for a moment
+    tc_load_a<HS>(d, dout + out_head, out_stride, row, T);
+#pragma unroll
+    for (int i = 0; i < HS / 16 * 4; i++) {
+        __nv_bfloat162 a = *(const __nv_bfloat162*)&q[i / 4][i % 4], b = *(const __nv_bfloat162*)&d[i / 4][i % 4];
+        row_delta[i % 2] += (float)a.x * (float)b.x + (float)a.y * (float)b.y;
+    }
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        int r = row + g + 8 * half;
+        row_delta[half] = quad_sum(row_delta[half]);
+        row_lse[half] = r < T ? lse[stat + r] * LOG2E : 0;
+        if (t == 0 && r < T) delta[stat + r] = row_delta[half];
+    }
+    tc_load_a<HS>(q, row0 + at.h * HS, stride, row, T);
+    const int end = min(at.first + 64, T);
+    for (int t0 = 0; t0 < end; t0 += TC_ROWS) {
+        const uint32_t k_tile = tiles + t0 / TC_ROWS % 2 * 2 * TILE, v_tile = k_tile + TILE;
+        cp_async_wait_all();
+        __syncthreads();
+        if (t0 + TC_ROWS < end) {
+            uint32_t next = tiles + (t0 / TC_ROWS + 1) % 2 * 2 * TILE;
+            tc_load_tile<HS>(next, k_head, stride, t0 + TC_ROWS, T);
+            tc_load_tile<HS>(next + TILE, v_head, stride, t0 + TC_ROWS, T);
+        }
+#pragma unroll
+        for (int j = 0; j < TC_ROWS; j += 16) {
+            if (t0 + j > last) break;
+            float s[2][4] = {}, dp[2][4] = {};   // q k^T and dout v^T for 16 keys
+#pragma unroll
+            for (int c = 0; c < HS / 16; c++) {
+                uint32_t k[4], v[4];
+                lane.load_rows(k, k_tile, j, 16 * c);
+                lane.load_rows(v, v_tile, j, 16 * c);
+                mma_16816(s[0], q[c], k[0], k[1]);
+                mma_16816(s[1], q[c], k[2], k[3]);
+                mma_16816(dp[0], d[c], v[0], v[1]);
+                mma_16816(dp[1], d[c], v[2], v[3]);
+            }
+#pragma unroll
+            for (int i = 0; i < 8; i++) {   // ds = p (dp - delta), in place of s
+                int half = i / 2 % 2;
+                bool sees = t0 + j + i / 4 * 8 + 2 * t + i % 2 <= row + g + 8 * half;
+                float p = sees ? exp_2(s[i / 4][i % 4] * scale - row_lse[half]) : 0.0f;
+                s[i / 4][i % 4] = p * (dp[i / 4][i % 4] - row_delta[half]);
+            }
+            uint32_t ds[4];
+            tc_as_a(ds, s[0], s[1]);
+#pragma unroll
+            for (int c = 0; c < HS / 16; c++) {   // dq += ds k
+                uint32_t k[4];
+                lane.load_channels(k, k_tile, j, 16 * c);
+                mma_16816(dq[2 * c], ds, k[0], k[1]);
+                mma_16816(dq[2 * c + 1], ds, k[2], k[3]);
+            }
+        }
+    }
+    const float factor[2] = {shape.scale, shape.scale};
+    tc_store<HS>(dqkv + (size_t)at.b * T * stride + at.h * HS, stride, dq, row, T, factor);
+}
+
+// dk and dv. A warp owns 16 keys, and everything is transposed: s^T = k q^T, dv = p^T dout, dk = scale * ds^T q.
+template <int HS>
+__global__ void __launch_bounds__(TC_THREADS)
+attention_backward_dkv_tc_kernel(bf16* dqkv, const bf16* dout, const bf16* qkv, const float* lse, const float* delta,
+                                 AttShape shape) {
+    extern __shared__ __align__(128) bf16 tc_tiles[];   // two stages of a tile of q and one of dout
+    __shared__ float lse_tile[2][TC_ROWS], delta_tile[2][TC_ROWS];
+    constexpr uint32_t TILE = TC_TILE<HS>;
+    const uint32_t tiles = (uint32_t)__cvta_generic_to_shared(tc_tiles);
+    const TcLane<HS> lane;
+    const int T = shape.T, NH = shape.NH, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    TcPlace at(T, shape.NKV, 64, false);   // h is a key-value head
+    const int stride = (int)shape.stride(), out_stride = NH * HS;
+    const bf16* row0 = qkv + (size_t)at.b * T * stride;
+    const size_t k_offset = (size_t)(NH + at.h) * HS, v_offset = k_offset + (size_t)shape.NKV * HS;
+    const int row = at.first + threadIdx.x / 32 * 16;   // this warp's first key
+    const float scale = shape.scale * LOG2E;
+
+    // Tile i of the block: queries from `first` on, of the first query head that shares these keys, then of the next.
+    const int tiles_of_head = (T - at.first + TC_ROWS - 1) / TC_ROWS, count = tiles_of_head * shape.group();
+    auto load_stage = [&](int i) {
+        int h = at.h * shape.group() + i / tiles_of_head, t0 = at.first + i % tiles_of_head * TC_ROWS;
+        uint32_t tile = tiles + i % 2 * 2 * TILE;
+        tc_load_tile<HS>(tile, row0 + h * HS, stride, t0, T);
+        tc_load_tile<HS>(tile + TILE, dout + ((size_t)at.b * T * NH + h) * HS, out_stride, t0, T);
+        if (threadIdx.x < TC_ROWS) {
+            bool query = t0 + (int)threadIdx.x < T;   // one that is not there has p = exp(-inf) = 0
+            size_t stat = ((size_t)at.b * NH + h) * T + t0 + threadIdx.x;
+            lse_tile[i % 2][threadIdx.x] = query ? lse[stat] * LOG2E : INFINITY;
+            delta_tile[i % 2][threadIdx.x] = query ? delta[stat] : 0;
+        }
+    };
+    load_stage(0);
+    uint32_t k[HS / 16][4], v[HS / 16][4];
+    float dk[HS / 8][4] = {}, dv[HS / 8][4] = {};
+    tc_load_a<HS>(k, row0 + k_offset, stride, row, T);
+    tc_load_a<HS>(v, row0 + v_offset, stride, row, T);
+    for (int i = 0; i < count; i++) {
+        const uint32_t q_tile = tiles + i % 2 * 2 * TILE, d_tile = q_tile + TILE;
+        const int t0 = at.first + i % tiles_of_head * TC_ROWS;
+        cp_async_wait_all();
+        __syncthreads();
+        if (i + 1 < count) load_stage(i + 1);
+#pragma unroll
+        for (int j = 0; j < TC_ROWS; j += 16) {
+            if (t0 + j + 15 < row) continue;   // these queries come before all keys of the warp
+            float s[2][4] = {}, dp[2][4] = {};
+#pragma unroll
+            for (int c = 0; c < HS / 16; c++) {
+                uint32_t q[4], d[4];
+                lane.load_rows(q, q_tile, j, 16 * c);
+                lane.load_rows(d, d_tile, j, 16 * c);
+                mma_16816(s[0], k[c], q[0], q[1]);
+                mma_16816(s[1], k[c], q[2], q[3]);
+                mma_16816(dp[0], v[c], d[0], d[1]);
+                mma_16816(dp[1], v[c], d[2], d[3]);
+            }
+#pragma unroll
+            for (int e = 0; e < 8; e++) {   // p in place of s, ds of dp
+                int query = j + e / 4 * 8 + 2 * t + e % 2;
+                bool sees = t0 + query >= row + g + e / 2 % 2 * 8;
+                float p = sees ? exp_2(s[e / 4][e % 4] * scale - lse_tile[i % 2][query]) : 0.0f;
+                s[e / 4][e % 4] = p;
+                dp[e / 4][e % 4] = p * (dp[e / 4][e % 4] - delta_tile[i % 2][query]);
+            }
+            uint32_t p[4], ds[4];
+            tc_as_a(p, s[0], s[1]);
+            tc_as_a(ds, dp[0], dp[1]);
+#pragma unroll
+            for (int c = 0; c < HS / 16; c++) {
+                uint32_t q[4], d[4];
+                lane.load_channels(d, d_tile, j, 16 * c);
+                lane.load_channels(q, q_tile, j, 16 * c);
+                mma_16816(dv[2 * c], p, d[0], d[1]);
+                mma_16816(dv[2 * c + 1], p, d[2], d[3]);
+                mma_16816(dk[2 * c], ds, q[0], q[1]);
+                mma_16816(dk[2 * c + 1], ds, q[2], q[3]);
+            }
+        }
+    }
+    bf16* head = dqkv + (size_t)at.b * T * stride;
+    const float factor_k[2] = {shape.scale, shape.scale}, factor_v[2] = {1, 1};
+    tc_store<HS>(head + k_offset, stride, dk, row, T, factor_k);
+    tc_store<HS>(head + v_offset, stride, dv, row, T, factor_v);
+}
+
+// Two stages of two tiles: 32 KB, or 64 KB, which a kernel has to ask for.
+template <int HS, class Kernel>
+int tc_shared_bytes(Kernel kernel) {
+    constexpr int bytes = 2 * 2 * TC_TILE<HS>;
+    cudaCheck(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+    return bytes;
+}
+template <int HS>
+void attention_forward_tc(void* out, float* lse, const void* qkv, int B, AttShape shape, cudaStream_t stream) {
+    constexpr int M = HS == 64 ? 2 : 1;   // 2 x 128 channels of o would fill the registers
+    auto kernel = attention_forward_tc_kernel<HS, M>;
+    static int bytes = tc_shared_bytes<HS>(kernel);
+    int blocks = B * shape.NH * ceil_div(shape.T, 64 * M);
+    kernel<<<blocks, TC_THREADS, bytes, stream>>>((bf16*)out, lse, (const bf16*)qkv, shape);
+    cudaCheck(cudaGetLastError());
+}
+template <int HS>
+void attention_backward_tc(void* dqkv, float* delta, const void* dout, const void* qkv, const void* out, const float* lse, int B,
+                           AttShape shape, cudaStream_t stream) {
+    auto dq_kernel = attention_backward_dq_tc_kernel<HS>;
+    auto dkv_kernel = attention_backward_dkv_tc_kernel<HS>;
+    static int bytes = std::min(tc_shared_bytes<HS>(dq_kernel), tc_shared_bytes<HS>(dkv_kernel));   // the same for both
+    int row_blocks = ceil_div(shape.T, 64);
+    dq_kernel<<<B * shape.NH * row_blocks, TC_THREADS, bytes, stream>>>((bf16*)dqkv, delta, (const bf16*)dout, (const bf16*)qkv,
+                                                                        (const bf16*)out, lse, shape);
+    cudaCheck(cudaGetLastError());
+    dkv_kernel<<<B * shape.NKV * row_blocks, TC_THREADS, bytes, stream>>>((bf16*)dqkv, (const bf16*)dout, (const bf16*)qkv, lse,
+                                                                          delta, shape);
+    cudaCheck(cudaGetLastError());
+}
+
 AttShape att_shape(int T, int NH, int NKV, int HS) {
     if (NKV < 1 || NH % NKV != 0) fail("attention: %d query heads, %d key-value heads: expected a multiple", NH, NKV);
     if (HS < VEC || HS > 4 * ATT_CHANNELS || HS % VEC != 0)
@@ -1160,7 +1631,9 @@ void attention_forward(floatX* out,        // (B, T, NH*HS)
                        const floatX* qkv,  // (B, T, (NH + 2 NKV)*HS): q of all heads, then k, then v
                        int B, int T, int NH, int NKV, int HS, cudaStream_t stream) {
     AttShape shape = att_shape(T, NH, NKV, HS);
-    if (HS <= 32) attention_forward_launch<1>(out, lse, qkv, B, shape, stream);
+    if (!kFP32 && HS == 64) attention_forward_tc<64>(out, lse, qkv, B, shape, stream);
+    else if (!kFP32 && HS == 128) attention_forward_tc<128>(out, lse, qkv, B, shape, stream);
+    else if (HS <= 32) attention_forward_launch<1>(out, lse, qkv, B, shape, stream);
     else if (HS <= 64) attention_forward_launch<2>(out, lse, qkv, B, shape, stream);
     else attention_forward_launch<4>(out, lse, qkv, B, shape, stream);
 }
@@ -1173,7 +1646,9 @@ void attention_backward(floatX* dqkv,        // (B, T, (NH + 2 NKV)*HS)
                         const float* lse,    // (B, NH, T)
                         int B, int T, int NH, int NKV, int HS, cudaStream_t stream) {
     AttShape shape = att_shape(T, NH, NKV, HS);
-    if (HS <= 32) attention_backward_launch<1>(dqkv, delta, dout, qkv, out, lse, B, shape, stream);
+    if (!kFP32 && HS == 64) attention_backward_tc<64>(dqkv, delta, dout, qkv, out, lse, B, shape, stream);
+    else if (!kFP32 && HS == 128) attention_backward_tc<128>(dqkv, delta, dout, qkv, out, lse, B, shape, stream);
+    else if (HS <= 32) attention_backward_launch<1>(dqkv, delta, dout, qkv, out, lse, B, shape, stream);
     else if (HS <= 64) attention_backward_launch<2>(dqkv, delta, dout, qkv, out, lse, B, shape, stream);
     else attention_backward_launch<4>(dqkv, delta, dout, qkv, out, lse, B, shape, stream);
 }
