@@ -130,26 +130,32 @@ inline int ceil_div(size_t a, size_t b) { return (int)((a + b - 1) / b); }
 // A GPU reaches its memory bandwidth with 16 bytes a thread and access. A thread takes 8 elements: one such access in bf16, two
 // in fp32. Kernels read them, widen them to fp32, compute, and round once when they store.
 constexpr int VEC = 8;
-struct alignas(16) Vec { floatX x[VEC]; };
+template <class X>
+struct alignas(16) VecOf { X x[VEC]; };
+using Vec = VecOf<floatX>;
 struct Floats {
     float x[VEC];
     __device__ float& operator[](int i) { return x[i]; }
     __device__ float operator[](int i) const { return x[i]; }
 };
-__device__ inline Floats widen(const Vec& v) {
+template <class X>
+__device__ inline Floats widen(const VecOf<X>& v) {
     Floats f;
 #pragma unroll
     for (int i = 0; i < VEC; i++) f[i] = (float)v.x[i];
     return f;
 }
-__device__ inline Vec narrow(const Floats& f) {
-    Vec v;
+template <class X = floatX>
+__device__ inline VecOf<X> narrow(const Floats& f) {
+    VecOf<X> v;
 #pragma unroll
-    for (int i = 0; i < VEC; i++) v.x[i] = (floatX)f[i];
+    for (int i = 0; i < VEC; i++) v.x[i] = (X)f[i];
     return v;
 }
-__device__ inline Floats load(const floatX* p) { return widen(*reinterpret_cast<const Vec*>(p)); }
-__device__ inline void store(floatX* p, const Floats& f) { *reinterpret_cast<Vec*>(p) = narrow(f); }
+template <class X>
+__device__ inline Floats load(const X* p) { return widen(*reinterpret_cast<const VecOf<X>*>(p)); }
+template <class X>
+__device__ inline void store(X* p, const Floats& f) { *reinterpret_cast<VecOf<X>*>(p) = narrow<X>(f); }
 
 inline void check_vec(const char* what, int n) {   // of the launchers whose kernels know no other case
     if (n % VEC != 0) fail("%s is %d: expected a multiple of %d, because a thread takes %d neighbouring elements", what, n, VEC, VEC);
@@ -191,6 +197,13 @@ __device__ inline void grad_store(Grad g, size_t i, float value, bool accumulate
     if (accumulate) value += grad_load(g, i);
     if (g.type == F32) ((float*)g.p)[i] = value;
     else ((__nv_bfloat16*)g.p)[i] = (__nv_bfloat16)value;
+}
+__device__ inline Floats grad_load_vec(Grad g, size_t i) {   // elements [i, i + VEC), i a multiple of VEC
+    return g.type == F32 ? load((const float*)g.p + i) : load((const __nv_bfloat16*)g.p + i);
+}
+__device__ inline void grad_store_vec(Grad g, size_t i, const Floats& value) {
+    if (g.type == F32) store((float*)g.p + i, value);
+    else store((__nv_bfloat16*)g.p + i, value);
 }
 
 // Random numbers without a state: a hash of (seed, stream, index) gives the same bits in whatever order threads run, and
@@ -411,13 +424,13 @@ __global__ void embedding_backward_wpe_kernel(Grad dwpe, const floatX* dout, int
     size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC;   // element of (T, C)
     if (i >= (size_t)T * C) return;
     Floats sum = {};
+    if (accumulate) sum = grad_load_vec(dwpe, i);
     for (int b = 0; b < B; b++) {
         Floats d = load(dout + (size_t)b * T * C + i);
 #pragma unroll
         for (int k = 0; k < VEC; k++) sum[k] += d[k];
     }
-#pragma unroll
-    for (int k = 0; k < VEC; k++) grad_store(dwpe, i + k, sum[k], accumulate);
+    grad_store_vec(dwpe, i, sum);
 }
 
 void embedding_backward(Grad dwte,                // (Vp, C), added to: tied to the lm-head, whose gradient is there already
@@ -443,8 +456,12 @@ void embedding_backward(Grad dwte,                // (Vp, C), added to: tied to 
 // never on the GPU, and so do the bits of the result.
 constexpr int COLSUM_SLICES = 64;
 inline int colsum_slices(int rows) { return std::clamp(rows / 64, 1, COLSUM_SLICES); }
-// floats of scratch that sums over a tensor of `columns` columns take: two sums (gamma, beta) at most
-inline size_t colsum_scratch(size_t columns) { return 2 * columns * COLSUM_SLICES; }
+// The norm's backward cuts its rows finer: its blocks are small.
+constexpr int NORM_SLICES = 512;
+inline int norm_slices(int rows) { return std::clamp(rows / 16, 1, NORM_SLICES); }
+// floats of scratch: for sums over a tensor of 4C columns, for two (gamma and beta, when they are unfolded) of C, and for the
+// norm's three of C
+inline size_t colsum_scratch(size_t C) { return 3 * C * NORM_SLICES; }
 
 // z = (x - mean) * rstd for elements [i, i + VEC) of a row, from what the norm kept: x, or z itself.
 template <bool SHARED>
@@ -484,52 +501,54 @@ __device__ inline void colsum_store(float* partial, const Floats& sum, float (&s
     }
 }
 
-// partial[slice, c] = sum over the slice's rows of dout, and with NORM also partial2[slice, c] = sum of dout * z
-template <bool NORM>
-__global__ void colsum_kernel(float* partial, float* partial2, const floatX* dout, const floatX* inp, const float* mean,
-                              const float* rstd, int rows, int columns) {
+// partial[slice, c] = sum over the slice's rows of dout
+__global__ void colsum_kernel(float* partial, const floatX* dout, int rows, int columns) {
     __shared__ float shared[8][32 * VEC];
     ColsumPlace at(rows);
-    Floats sum = {}, sum2 = {};
+    Floats sum = {};
     for (int r = at.first + at.warp; at.c < columns && r < at.end; r += 8) {
-        size_t i = (size_t)r * columns + at.c;
-        Floats d = load(dout + i);
+        Floats d = load(dout + (size_t)r * columns + at.c);
 #pragma unroll
         for (int k = 0; k < VEC; k++) sum[k] += d[k];
-        if constexpr (NORM) {
-            Floats z = load_norm<false>(inp, i, mean[r], rstd[r]);
-#pragma unroll
-            for (int k = 0; k < VEC; k++) sum2[k] += d[k] * z[k];
-        }
     }
     colsum_store(partial, sum, shared, at, columns);
-    if constexpr (NORM) colsum_store(partial2, sum2, shared, at, columns);
 }
 
-__global__ void colsum_finish_kernel(Grad out, const float* partial, int slices, int columns, bool accumulate) {
-    int c = blockIdx.x * blockDim.x + threadIdx.x;
-    if (c >= columns) return;
+// Up to three results whose partial sums stand one behind the other; one with a null pointer is not wanted.
+struct ColsumOut { Grad sum[3]; };
+__global__ void colsum_finish_kernel(ColsumOut out, const float* partial, int slices, int columns, bool accumulate) {
+    __shared__ float shared[32][32];
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    int c = blockIdx.x * 32 + lane;
+    Grad result = blockIdx.y == 0 ? out.sum[0] : blockIdx.y == 1 ? out.sum[1] : out.sum[2];
+    if (result.p == nullptr) return;
+    partial += (size_t)blockIdx.y * slices * columns;
     float total = 0;
-    for (int s = 0; s < slices; s++) total += partial[(size_t)s * columns + c];
-    grad_store(out, c, total, accumulate);
+    for (int s = warp; c < columns && s < slices; s += warps) total += partial[(size_t)s * columns + c];
+    shared[warp][lane] = total;
+    __syncthreads();
+    if (warp > 0 || c >= columns) return;
+    for (int w = 1; w < warps; w++) total += shared[w][lane];
+    grad_store(result, c, total, accumulate);
 }
 
 // out (+)= the slices' partial sums
-void colsum_finish(Grad out, const float* partial, int slices, int columns, bool accumulate, cudaStream_t stream) {
-    colsum_finish_kernel<<<ceil_div(columns, 128), 128, 0, stream>>>(out, partial, slices, columns, accumulate);
+void colsum_finish(ColsumOut out, int sums, const float* partial, int slices, int columns, bool accumulate, cudaStream_t stream) {
+    int warps = std::clamp(slices / 8, 1, 32);
+    colsum_finish_kernel<<<dim3(ceil_div(columns, 32), sums), warps * 32, 0, stream>>>(out, partial, slices, columns, accumulate);
     cudaCheck(cudaGetLastError());
 }
 
 void bias_backward(Grad dbias,           // (OC)
-                   float* scratch,       // colsum_scratch(OC) floats
+                   float* scratch,       // COLSUM_SLICES * OC floats
                    const floatX* dout,   // (rows, OC)
                    bool accumulate, int rows, int OC, cudaStream_t stream) {
     check_vec("bias_backward: OC", OC);
     int slices = colsum_slices(rows);
     dim3 grid(ceil_div(OC, 32 * VEC), slices);
-    colsum_kernel<false><<<grid, 256, 0, stream>>>(scratch, nullptr, dout, nullptr, nullptr, nullptr, rows, OC);
+    colsum_kernel<<<grid, 256, 0, stream>>>(scratch, dout, rows, OC);
     cudaCheck(cudaGetLastError());
-    colsum_finish(dbias, scratch, slices, OC, accumulate, stream);
+    colsum_finish({dbias}, 1, scratch, slices, OC, accumulate, stream);
 }
 // ==== end twin
 
@@ -612,77 +631,84 @@ void layernorm_forward(floatX* residual,     // (rows, C) out: inp + add; null t
 }
 
 // dx = rstd * (dz - mean(dz) - z * mean(dz * z)). Added to the gradient of the residual stream that goes around the norm, in
-// place. dz = dout * gamma; SHARED: dout is dz, the folded matmul's gradient, and z is what was kept.
+// place. dz = dout * gamma; SHARED: z is what was kept.
+//
+// Two kinds of sums are wanted: along each row, for dx; and along columns, for dbeta and dgamma (SHARED: the matmul has made
+// those), and for the bias of the matmul whose output was added to the stream here: its gradient is the sum of what this kernel
+// writes. So a block takes 8 rows at a time: first a warp a row for the sums along it, then a thread a vector of columns, down
+// the same 8 rows, which lie in the cache by now.
+constexpr int NORM_ROWS = 8;
+constexpr int NORM_THREADS = 512;   // at most: 4096 columns; where there are more, further blocks do the rows' sums once more
 template <bool SHARED>
-__global__ void layernorm_backward_kernel(floatX* dresidual, const floatX* dout, const floatX* kept, const float* mean,
-                                          const float* rstd, const floatX* gamma, bool accumulate, int rows, int C) {
-    int lane = threadIdx.x % 32;
-    int row = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
-    if (row >= rows) return;
-    size_t base = (size_t)row * C;
-    float mu = SHARED ? 0 : mean[row], rs = rstd[row];
-    auto load_dz = [&](int c) {
-        Floats d = load(dout + base + c);
-        if constexpr (!SHARED) {
-            Floats g = load(gamma + c);
+__global__ void __launch_bounds__(NORM_THREADS)
+layernorm_backward_kernel(floatX* dresidual, float* partial, const floatX* dout, const floatX* kept, const float* mean,
+                          const float* rstd, const floatX* gamma, bool accumulate, int rows, int C) {
+    __shared__ float mean_dz[2][NORM_ROWS], mean_dz_z[2][NORM_ROWS];   // twice: the rows before may still be in use
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    int column = (blockIdx.y * blockDim.x + threadIdx.x) * VEC;
+    int first = (int)((size_t)rows * blockIdx.x / gridDim.x), end = (int)((size_t)rows * (blockIdx.x + 1) / gridDim.x);
+    Floats sum_dx = {}, sum_d = {}, sum_d_z = {};
+    for (int r0 = first, turn = 0; r0 < end; r0 += NORM_ROWS, turn ^= 1) {
+        int count = min(NORM_ROWS, end - r0);
+        for (int i = warp; i < count; i += warps) {
+            size_t base = (size_t)(r0 + i) * C;
+            float mu = SHARED ? 0 : mean[r0 + i], rs = rstd[r0 + i], sum = 0, sum_z = 0;
+            for (int c = lane * VEC; c < C; c += 32 * VEC) {
+                Floats d = load(dout + base + c), z = load_norm<SHARED>(kept, base + c, mu, rs), g = load(gamma + c);
 #pragma unroll
-            for (int k = 0; k < VEC; k++) d[k] *= g[k];
+                for (int k = 0; k < VEC; k++) {
+                    sum += d[k] * g[k];
+                    sum_z += d[k] * g[k] * z[k];
+                }
+            }
+            sum = warp_sum(sum) / C;
+            sum_z = warp_sum(sum_z) / C;
+            if (lane == 0) mean_dz[turn][i] = sum, mean_dz_z[turn][i] = sum_z;
         }
-        return d;
-    };
-    float sum = 0, sum_z = 0;
-    for (int c = lane * VEC; c < C; c += 32 * VEC) {
-        Floats dz = load_dz(c), z = load_norm<SHARED>(kept, base + c, mu, rs);
+        __syncthreads();
+        for (int i = 0; column < C && i < count; i++) {
+            size_t at = (size_t)(r0 + i) * C + column;
+            float mu = SHARED ? 0 : mean[r0 + i], rs = rstd[r0 + i];
+            Floats d = load(dout + at), z = load_norm<SHARED>(kept, at, mu, rs), g = load(gamma + column), dx = {};
+            if (accumulate) dx = load(dresidual + at);
 #pragma unroll
-        for (int k = 0; k < VEC; k++) {
-            sum += dz[k];
-            sum_z += dz[k] * z[k];
+            for (int k = 0; k < VEC; k++) {
+                dx[k] += rs * (d[k] * g[k] - mean_dz[turn][i] - z[k] * mean_dz_z[turn][i]);
+                sum_dx[k] += dx[k];
+                sum_d[k] += d[k];
+                sum_d_z[k] += d[k] * z[k];
+            }
+            store(dresidual + at, dx);
         }
     }
-    sum = warp_sum(sum) / C;
-    sum_z = warp_sum(sum_z) / C;
-    for (int c = lane * VEC; c < C; c += 32 * VEC) {
-        Floats dz = load_dz(c), z = load_norm<SHARED>(kept, base + c, mu, rs);
-        Floats dx = {};
-        if (accumulate) dx = load(dresidual + base + c);
-#pragma unroll
-        for (int k = 0; k < VEC; k++) dx[k] += rs * (dz[k] - sum - z[k] * sum_z);
-        store(dresidual + base + c, dx);
+    if (column >= C) return;
+    size_t sums = (size_t)gridDim.x * C, at = (size_t)blockIdx.x * C + column;
+    store(partial + at, sum_dx);
+    if constexpr (!SHARED) {
+        store(partial + sums + at, sum_d);
+        store(partial + 2 * sums + at, sum_d_z);
     }
 }
 
-// The gradient of x alone.
 template <bool SHARED>
-void layernorm_backward_input(floatX* dresidual,    // (rows, C), added to if accumulate
-                              const floatX* dout,   // (rows, C)
-                              const floatX* kept,   // (rows, C): x; SHARED: z
-                              const float* mean,    // (rows); SHARED: not read
-                              const float* rstd,    // (rows)
-                              const floatX* gamma,  // (C); SHARED: not read
-                              bool accumulate, int rows, int C, cudaStream_t stream) {
-    check_vec("layernorm_backward: C", C);
-    layernorm_backward_kernel<SHARED>
-        <<<ceil_div(rows, 8), 256, 0, stream>>>(dresidual, dout, kept, mean, rstd, gamma, accumulate, rows, C);
-    cudaCheck(cudaGetLastError());
-}
-
 void layernorm_backward(floatX* dresidual,    // (rows, C), added to if accumulate_residual
-                        Grad dgamma,          // (C)
+                        Grad dbias,           // (C) column sums of dresidual as it comes out; null: not wanted
+                        Grad dgamma,          // (C); SHARED: not written, nor is dbeta
                         Grad dbeta,           // (C)
                         float* scratch,       // colsum_scratch(C) floats
                         const floatX* dout,   // (rows, C)
-                        const floatX* inp,    // (rows, C)
-                        const float* mean,    // (rows)
+                        const floatX* kept,   // (rows, C): x; SHARED: z
+                        const float* mean,    // (rows); SHARED: not read
                         const float* rstd,    // (rows)
                         const floatX* gamma,  // (C)
                         bool accumulate_residual, bool accumulate, int rows, int C, cudaStream_t stream) {
-    layernorm_backward_input<false>(dresidual, dout, inp, mean, rstd, gamma, accumulate_residual, rows, C, stream);
-    int slices = colsum_slices(rows);
-    float* scratch2 = scratch + (size_t)slices * C;
-    colsum_kernel<true><<<dim3(ceil_div(C, 32 * VEC), slices), 256, 0, stream>>>(scratch, scratch2, dout, inp, mean, rstd, rows, C);
+    check_vec("layernorm_backward: C", C);
+    int slices = norm_slices(rows), threads = std::min(ceil_div(C, 32 * VEC) * 32, NORM_THREADS);
+    layernorm_backward_kernel<SHARED><<<dim3(slices, ceil_div(C, threads * VEC)), threads, 0, stream>>>(
+        dresidual, scratch, dout, kept, mean, rstd, gamma, accumulate_residual, rows, C);
     cudaCheck(cudaGetLastError());
-    colsum_finish(dbeta, scratch, slices, C, accumulate, stream);
-    colsum_finish(dgamma, scratch2, slices, C, accumulate, stream);
+    if (!SHARED || dbias.p != nullptr)
+        colsum_finish({dbias, dbeta, dgamma}, SHARED ? 1 : 3, scratch, slices, C, accumulate, stream);
 }
 
 // ==== twin: norm shared with its matmul
@@ -691,7 +717,7 @@ void layernorm_backward(floatX* dresidual,    // (rows, C), added to if accumula
 // The matmul behind a norm computes y = (gamma * z + beta) W^T + b. With W' = W * gamma (by columns) and b' = b + W beta that is
 // y = z W'^T + b', and z is all that norm and matmul keep. gamma and beta stay parameters:
 //     forward            W', b' into scratch (fold), then the matmul
-//     backward           dz = dy W'; the usual weight gradient, of z instead of the norm's output, gathers G = dy^T z in dW
+//     backward           dz = (dy W) * gamma; the usual weight gradient, of z instead of the norm's output, gathers G = dy^T z in dW
 //     once a step        dgamma = colsum(G * W), dbeta = W^T db, dW = G * gamma + db beta^T   (unfold)
 // This is the exact gradient. W, gamma and beta do not change within a step, so unfolding the sum over micro-batches is right,
 // and unfolding each would count db beta^T more than once. The published method (arXiv 2406.16282) merges gamma and beta into
@@ -738,15 +764,15 @@ __global__ void norm_unfold_kernel(Grad dweight, float* partial_gamma, float* pa
         Floats g = load(gamma + at.c), b = load(beta + at.c);
         for (int o = at.first + at.warp; o < at.end; o += 8) {
             size_t i = (size_t)o * C + at.c;
-            Floats w = load(weight + i);
+            Floats w = load(weight + i), G = grad_load_vec(dweight, i);
             float db = grad_load(dbias, o);
 #pragma unroll
             for (int k = 0; k < VEC; k++) {
-                float G = grad_load(dweight, i + k);
-                sum_gamma[k] += G * w[k];
+                sum_gamma[k] += G[k] * w[k];
                 sum_beta[k] += w[k] * db;
-                grad_store(dweight, i + k, G * g[k] + db * b[k], false);
+                G[k] = G[k] * g[k] + db * b[k];
             }
+            grad_store_vec(dweight, i, G);
         }
     }
     colsum_store(partial_gamma, sum_gamma, shared, at, C);
@@ -756,7 +782,7 @@ __global__ void norm_unfold_kernel(Grad dweight, float* partial_gamma, float* pa
 void norm_unfold(Grad dweight,         // (OC, C) in: G, out: dW
                  Grad dgamma,          // (C)
                  Grad dbeta,           // (C)
-                 float* scratch,       // colsum_scratch(C) floats
+                 float* scratch,       // 2 * COLSUM_SLICES * C floats
                  Grad dbias,           // (OC)
                  const floatX* weight, // (OC, C)
                  const floatX* gamma,  // (C)
@@ -764,12 +790,10 @@ void norm_unfold(Grad dweight,         // (OC, C) in: G, out: dW
                  int OC, int C, cudaStream_t stream) {
     check_vec("norm_unfold: C", C);
     int slices = colsum_slices(OC);
-    float* scratch2 = scratch + (size_t)slices * C;
-    norm_unfold_kernel<<<dim3(ceil_div(C, 32 * VEC), slices), 256, 0, stream>>>(dweight, scratch, scratch2, dbias, weight, gamma,
-                                                                                beta, OC, C);
+    norm_unfold_kernel<<<dim3(ceil_div(C, 32 * VEC), slices), 256, 0, stream>>>(dweight, scratch, scratch + (size_t)slices * C,
+                                                                                dbias, weight, gamma, beta, OC, C);
     cudaCheck(cudaGetLastError());
-    colsum_finish(dgamma, scratch, slices, C, false, stream);
-    colsum_finish(dbeta, scratch2, slices, C, false, stream);
+    colsum_finish({dgamma, dbeta}, 2, scratch, slices, C, false, stream);
 }
 // ==== end twin
 
@@ -1137,8 +1161,8 @@ void attention_forward_launch(floatX* out, float* lse, const floatX* qkv, int B,
     cudaCheck(cudaGetLastError());
 }
 template <int G>
-void attention_backward_launch(floatX* dqkv, float* delta, const floatX* dout, const floatX* qkv, const floatX* out,
-                               const float* lse, int B, AttShape shape, cudaStream_t stream) {
+void attention_backward_launch(floatX* dqkv, Grad dbias, float* delta, float* scratch, const floatX* dout, const floatX* qkv,
+                               const floatX* out, const float* lse, bool accumulate, int B, AttShape shape, cudaStream_t stream) {
     int row_blocks = ceil_div(shape.T, ATT_ROWS);
     attention_backward_dq_kernel<G>
         <<<B * shape.NH * row_blocks, ATT_ROWS * G, 0, stream>>>(dqkv, delta, dout, qkv, out, lse, shape);
@@ -1146,6 +1170,7 @@ void attention_backward_launch(floatX* dqkv, float* delta, const floatX* dout, c
     attention_backward_dkv_kernel<G>
         <<<B * shape.NKV * row_blocks, ATT_ROWS * G, 0, stream>>>(dqkv, dout, qkv, lse, delta, shape);
     cudaCheck(cudaGetLastError());
+    bias_backward(dbias, scratch, dqkv, accumulate, B * shape.T, (shape.NH + 2 * shape.NKV) * shape.HS, stream);
 }
 
 // ---- attention, on tensor cores
@@ -1166,6 +1191,8 @@ void attention_backward_launch(floatX* dqkv, float* delta, const floatX* dout, c
 typedef __nv_bfloat16 bf16;
 constexpr int TC_THREADS = 128;   // 4 warps
 constexpr int TC_ROWS = 64;       // rows of a tile
+template <int HS>
+constexpr int TC_BLOCKS = HS == 64 ? 3 : 2;   // on a multiprocessor at a time: what 65,536 registers allow
 constexpr float LOG2E = 1.4426950408889634f;   // the hardware's exponential is of 2
 
 __device__ inline void mma_16816(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {   // d += a b
@@ -1287,6 +1314,22 @@ __device__ inline void tc_store(bf16* head, int stride, const float (&d)[HS / 8]
                 tc_pack(d[n][2 * half] * factor[half], d[n][2 * half + 1] * factor[half]);
     }
 }
+// column_sums[c] = factor * the sum of results over the block's 64 rows, by way of `shared`, 4 * HS floats that nobody uses. The
+// whole block takes part; rows that are not there have results of 0.
+template <int HS>
+__device__ inline void tc_column_sums(float* column_sums, const float (&d)[HS / 8][4], float factor, float* shared) {
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+#pragma unroll
+    for (int i = 0; i < HS / 4; i++) {
+        float x = d[i / 2][i % 2] + d[i / 2][i % 2 + 2];
+#pragma unroll
+        for (int o = 4; o < 32; o <<= 1) x += __shfl_xor_sync(ALL_LANES, x, o);
+        if (lane < 4) shared[warp * HS + i / 2 * 8 + 2 * lane + i % 2] = x;
+    }
+    __syncthreads();
+    for (int c = threadIdx.x; c < HS; c += TC_THREADS)
+        column_sums[c] = factor * ((shared[c] + shared[HS + c]) + (shared[2 * HS + c] + shared[3 * HS + c]));
+}
 // Over the 4 lanes that share a row
 __device__ inline float quad_sum(float x) {
     x += __shfl_xor_sync(ALL_LANES, x, 1);
@@ -1310,9 +1353,9 @@ struct TcPlace {
     }
 };
 
-// A warp owns M times 16 queries: a tile that it has read from shared memory serves that many.
-template <int HS, int M>
-__global__ void __launch_bounds__(TC_THREADS)
+// A warp owns M times 16 queries: what it has read from shared memory serves that many. It looks at KEYS keys at a time.
+template <int HS, int M, int KEYS>
+__global__ void __launch_bounds__(TC_THREADS, TC_BLOCKS<HS>)
 attention_forward_tc_kernel(bf16* out, float* lse, const bf16* qkv, AttShape shape) {
     extern __shared__ __align__(128) bf16 tc_tiles[];   // two stages of a tile of k and one of v
     constexpr uint32_t TILE = TC_TILE<HS>;
@@ -1322,7 +1365,8 @@ attention_forward_tc_kernel(bf16* out, float* lse, const bf16* qkv, AttShape sha
     TcPlace at(T, NH, 64 * M, true);
     const int stride = (int)shape.stride();
     const bf16* row0 = qkv + (size_t)at.b * T * stride;
-    const bf16 *k_head = row0 + shape.k_head(at.h) * HS, *v_head = row0 + shape.v_head(at.h) * HS;
+    const bf16* k_head = row0 + shape.k_head(at.h) * HS;
+    const int to_v = shape.NKV * HS;
     const int row = at.first + threadIdx.x / 32 * 16 * M, last = row + 16 * M - 1;   // this warp's
     const float scale = shape.scale * LOG2E;
 
@@ -1336,7 +1380,7 @@ attention_forward_tc_kernel(bf16* out, float* lse, const bf16* qkv, AttShape sha
     }
     const int end = min(at.first + 64 * M, T);
     tc_load_tile<HS>(tiles, k_head, stride, 0, T);
-    tc_load_tile<HS>(tiles + TILE, v_head, stride, 0, T);
+    tc_load_tile<HS>(tiles + TILE, k_head + to_v, stride, 0, T);
     for (int t0 = 0; t0 < end; t0 += TC_ROWS) {
         const uint32_t k_tile = tiles + t0 / TC_ROWS % 2 * 2 * TILE, v_tile = k_tile + TILE;
         cp_async_wait_all();
@@ -1344,63 +1388,66 @@ attention_forward_tc_kernel(bf16* out, float* lse, const bf16* qkv, AttShape sha
         if (t0 + TC_ROWS < end) {
             uint32_t next = tiles + (t0 / TC_ROWS + 1) % 2 * 2 * TILE;
             tc_load_tile<HS>(next, k_head, stride, t0 + TC_ROWS, T);
-            tc_load_tile<HS>(next + TILE, v_head, stride, t0 + TC_ROWS, T);
+            tc_load_tile<HS>(next + TILE, k_head + to_v, stride, t0 + TC_ROWS, T);
         }
-        if (t0 > last) continue;   // masked for all rows of the warp
-
-        float s[M][TC_ROWS / 8][4] = {};   // q k^T
 #pragma unroll
-        for (int c = 0; c < HS / 16; c++)
+        for (int j = 0; j < TC_ROWS; j += KEYS) {
+            const int key = t0 + j;   // the first of KEYS
+            if (key > last) break;    // masked for all rows of the warp, as is what follows
+            float s[M][KEYS / 8][4] = {};   // q k^T
 #pragma unroll
-            for (int n = 0; n < TC_ROWS / 16; n++) {
-                uint32_t k[4];
-                lane.load_rows(k, k_tile, 16 * n, 16 * c);
+            for (int c = 0; c < HS / 16; c++)
 #pragma unroll
-                for (int m = 0; m < M; m++) {
-                    mma_16816(s[m][2 * n], q[m][c], k[0], k[1]);
-                    mma_16816(s[m][2 * n + 1], q[m][c], k[2], k[3]);
+                for (int n = 0; n < KEYS / 16; n++) {
+                    uint32_t k[4];
+                    lane.load_rows(k, k_tile, j + 16 * n, 16 * c);
+#pragma unroll
+                    for (int m = 0; m < M; m++) {
+                        mma_16816(s[m][2 * n], q[m][c], k[0], k[1]);
+                        mma_16816(s[m][2 * n + 1], q[m][c], k[2], k[3]);
+                    }
+                }
+#pragma unroll
+            for (int m = 0; m < M; m++) {
+                if (key + KEYS - 1 > row + 16 * m) {   // some key comes after some query
+#pragma unroll
+                    for (int i = 0; i < KEYS / 2; i++)
+                        if (key + i / 4 * 8 + 2 * t + i % 2 > row + 16 * m + g + i / 2 % 2 * 8) s[m][i / 4][i % 4] = -INFINITY;
+                }
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    float new_max = max[m][half];
+#pragma unroll
+                    for (int n = 0; n < KEYS / 8; n++) new_max = fmaxf(new_max, fmaxf(s[m][n][2 * half], s[m][n][2 * half + 1]));
+                    new_max = quad_max(new_max);
+                    float shrink = exp_2((max[m][half] - new_max) * scale);   // what was summed so far was relative to the old one
+                    max[m][half] = new_max;
+                    sum[m][half] *= shrink;
+#pragma unroll
+                    for (int n = 0; n < HS / 8; n++) o[m][n][2 * half] *= shrink, o[m][n][2 * half + 1] *= shrink;
+#pragma unroll
+                    for (int n = 0; n < KEYS / 8; n++)
+#pragma unroll
+                        for (int i = 2 * half; i < 2 * half + 2; i++) {
+                            s[m][n][i] = exp_2(s[m][n][i] * scale - new_max * scale);
+                            sum[m][half] += s[m][n][i];   // of this lane's columns; the quad's are added at the end
+                        }
                 }
             }
 #pragma unroll
-        for (int m = 0; m < M; m++) {
-            if (t0 + TC_ROWS - 1 > row + 16 * m) {   // some key comes after some query
+            for (int n = 0; n < KEYS / 16; n++) {   // o += p v
+                uint32_t p[M][4];
 #pragma unroll
-                for (int i = 0; i < TC_ROWS / 2; i++)
-                    if (t0 + i / 4 * 8 + 2 * t + i % 2 > row + 16 * m + g + i / 2 % 2 * 8) s[m][i / 4][i % 4] = -INFINITY;
-            }
+                for (int m = 0; m < M; m++) tc_as_a(p[m], s[m][2 * n], s[m][2 * n + 1]);
 #pragma unroll
-            for (int half = 0; half < 2; half++) {
-                float tile_max = max[m][half];
+                for (int c = 0; c < HS / 16; c++) {
+                    uint32_t v[4];
+                    lane.load_channels(v, v_tile, j + 16 * n, 16 * c);
 #pragma unroll
-                for (int n = 0; n < TC_ROWS / 8; n++) tile_max = fmaxf(tile_max, fmaxf(s[m][n][2 * half], s[m][n][2 * half + 1]));
-                tile_max = quad_max(tile_max);
-                float shrink = exp_2((max[m][half] - tile_max) * scale);   // what was summed so far was relative to the old maximum
-                max[m][half] = tile_max;
-                sum[m][half] *= shrink;
-#pragma unroll
-                for (int n = 0; n < HS / 8; n++) o[m][n][2 * half] *= shrink, o[m][n][2 * half + 1] *= shrink;
-#pragma unroll
-                for (int n = 0; n < TC_ROWS / 8; n++)
-#pragma unroll
-                    for (int i = 2 * half; i < 2 * half + 2; i++) {
-                        s[m][n][i] = exp_2(s[m][n][i] * scale - tile_max * scale);
-                        sum[m][half] += s[m][n][i];   // of this lane's columns; the quad's are added at the end
+                    for (int m = 0; m < M; m++) {
+                        mma_16816(o[m][2 * c], p[m], v[0], v[1]);
+                        mma_16816(o[m][2 * c + 1], p[m], v[2], v[3]);
                     }
-            }
-        }
-#pragma unroll
-        for (int n = 0; n < TC_ROWS / 16; n++) {   // o += p v
-            uint32_t p[M][4];
-#pragma unroll
-            for (int m = 0; m < M; m++) tc_as_a(p[m], s[m][2 * n], s[m][2 * n + 1]);
-#pragma unroll
-            for (int c = 0; c < HS / 16; c++) {
-                uint32_t v[4];
-                lane.load_channels(v, v_tile, 16 * n, 16 * c);
-#pragma unroll
-                for (int m = 0; m < M; m++) {
-                    mma_16816(o[m][2 * c], p[m], v[0], v[1]);
-                    mma_16816(o[m][2 * c + 1], p[m], v[2], v[3]);
                 }
             }
         }
@@ -1419,10 +1466,11 @@ attention_forward_tc_kernel(bf16* out, float* lse, const bf16* qkv, AttShape sha
     }
 }
 
-// dq, and delta for the other half. A warp owns 16 queries.
+// dq, delta for the other half, and the sums of dq over the block's rows, for the bias of the matmul that made qkv. A warp owns
+// 16 queries.
 template <int HS>
-__global__ void __launch_bounds__(TC_THREADS)
-attention_backward_dq_tc_kernel(bf16* dqkv, float* delta, const bf16* dout, const bf16* qkv, const bf16* out, const float* lse,
+__global__ void __launch_bounds__(TC_THREADS, TC_BLOCKS<HS>)
+attention_backward_dq_tc_kernel(bf16* dqkv, float* partial, float* delta, const bf16* dout, const bf16* qkv, const bf16* out, const float* lse,
                                 AttShape shape) {
     extern __shared__ __align__(128) bf16 tc_tiles[];   // two stages of a tile of k and one of v
     constexpr uint32_t TILE = TC_TILE<HS>;
@@ -1432,13 +1480,14 @@ attention_backward_dq_tc_kernel(bf16* dqkv, float* delta, const bf16* dout, cons
     TcPlace at(T, NH, 64, true);
     const int stride = (int)shape.stride(), out_stride = NH * HS;
     const bf16* row0 = qkv + (size_t)at.b * T * stride;
-    const bf16 *k_head = row0 + shape.k_head(at.h) * HS, *v_head = row0 + shape.v_head(at.h) * HS;
+    const bf16* k_head = row0 + shape.k_head(at.h) * HS;
+    const int to_v = shape.NKV * HS;
     const size_t out_head = ((size_t)at.b * T * NH + at.h) * HS, stat = ((size_t)at.b * NH + at.h) * T;
     const int row = at.first + threadIdx.x / 32 * 16, last = row + 15;   // this warp's
     const float scale = shape.scale * LOG2E;
 
     tc_load_tile<HS>(tiles, k_head, stride, 0, T);
-    tc_load_tile<HS>(tiles + TILE, v_head, stride, 0, T);
+    tc_load_tile<HS>(tiles + TILE, k_head + to_v, stride, 0, T);
     uint32_t q[HS / 16][4], d[HS / 16][4];
     float row_lse[2], row_delta[2] = {}, dq[HS / 8][4] = {};
     tc_load_a<HS>(q, out + out_head, out_stride, row, T);   // q's registers hold out for a moment
@@ -1464,7 +1513,7 @@ attention_backward_dq_tc_kernel(bf16* dqkv, float* delta, const bf16* dout, cons
         if (t0 + TC_ROWS < end) {
             uint32_t next = tiles + (t0 / TC_ROWS + 1) % 2 * 2 * TILE;
             tc_load_tile<HS>(next, k_head, stride, t0 + TC_ROWS, T);
-            tc_load_tile<HS>(next + TILE, v_head, stride, t0 + TC_ROWS, T);
+            tc_load_tile<HS>(next + TILE, k_head + to_v, stride, t0 + TC_ROWS, T);
         }
 #pragma unroll
         for (int j = 0; j < TC_ROWS; j += 16) {
@@ -1500,13 +1549,15 @@ attention_backward_dq_tc_kernel(bf16* dqkv, float* delta, const bf16* dout, cons
     }
     const float factor[2] = {shape.scale, shape.scale};
     tc_store<HS>(dqkv + (size_t)at.b * T * stride + at.h * HS, stride, dq, row, T, factor);
+    __syncthreads();   // nobody reads tiles any more
+    tc_column_sums<HS>(partial + (size_t)(at.b * ((T + 63) / 64) + at.first / 64) * stride + at.h * HS, dq, shape.scale, (float*)tc_tiles);
 }
 
-// dk and dv. A warp owns 16 keys, and everything is transposed: s^T = k q^T, dv = p^T dout, dk = scale * ds^T q.
+// dk and dv, and their sums over rows. A warp owns 16 keys, and everything is transposed: s^T = k q^T, dv = p^T dout, dk = scale * ds^T q.
 template <int HS>
-__global__ void __launch_bounds__(TC_THREADS)
-attention_backward_dkv_tc_kernel(bf16* dqkv, const bf16* dout, const bf16* qkv, const float* lse, const float* delta,
-                                 AttShape shape) {
+__global__ void __launch_bounds__(TC_THREADS, TC_BLOCKS<HS>)
+attention_backward_dkv_tc_kernel(bf16* dqkv, float* partial, const bf16* dout, const bf16* qkv, const float* lse,
+                                 const float* delta, AttShape shape) {
     extern __shared__ __align__(128) bf16 tc_tiles[];   // two stages of a tile of q and one of dout
     __shared__ float lse_tile[2][TC_ROWS], delta_tile[2][TC_ROWS];
     constexpr uint32_t TILE = TC_TILE<HS>;
@@ -1586,6 +1637,10 @@ attention_backward_dkv_tc_kernel(bf16* dqkv, const bf16* dout, const bf16* qkv, 
     const float factor_k[2] = {shape.scale, shape.scale}, factor_v[2] = {1, 1};
     tc_store<HS>(head + k_offset, stride, dk, row, T, factor_k);
     tc_store<HS>(head + v_offset, stride, dv, row, T, factor_v);
+    float *sums = partial + (size_t)(at.b * ((T + 63) / 64) + at.first / 64) * stride, *shared = (float*)tc_tiles;
+    __syncthreads();   // nobody reads tiles any more
+    tc_column_sums<HS>(sums + k_offset, dk, shape.scale, shared);
+    tc_column_sums<HS>(sums + v_offset, dv, 1, shared + 4 * HS);
 }
 
 // Two stages of two tiles: 32 KB, or 64 KB, which a kernel has to ask for.
@@ -1597,26 +1652,27 @@ int tc_shared_bytes(Kernel kernel) {
 }
 template <int HS>
 void attention_forward_tc(void* out, float* lse, const void* qkv, int B, AttShape shape, cudaStream_t stream) {
-    constexpr int M = HS == 64 ? 2 : 1;   // 2 x 128 channels of o would fill the registers
-    auto kernel = attention_forward_tc_kernel<HS, M>;
+    constexpr int M = HS == 64 ? 2 : 1;   // what fits in registers: M * HS sums of o and M * KEYS scores are in 32 lanes
+    auto kernel = attention_forward_tc_kernel<HS, M, 64 / M>;
     static int bytes = tc_shared_bytes<HS>(kernel);
     int blocks = B * shape.NH * ceil_div(shape.T, 64 * M);
     kernel<<<blocks, TC_THREADS, bytes, stream>>>((bf16*)out, lse, (const bf16*)qkv, shape);
     cudaCheck(cudaGetLastError());
 }
 template <int HS>
-void attention_backward_tc(void* dqkv, float* delta, const void* dout, const void* qkv, const void* out, const float* lse, int B,
-                           AttShape shape, cudaStream_t stream) {
+void attention_backward_tc(void* dqkv, Grad dbias, float* delta, float* scratch, const void* dout, const void* qkv, const void* out,
+                           const float* lse, bool accumulate, int B, AttShape shape, cudaStream_t stream) {
     auto dq_kernel = attention_backward_dq_tc_kernel<HS>;
     auto dkv_kernel = attention_backward_dkv_tc_kernel<HS>;
     static int bytes = std::min(tc_shared_bytes<HS>(dq_kernel), tc_shared_bytes<HS>(dkv_kernel));   // the same for both
     int row_blocks = ceil_div(shape.T, 64);
-    dq_kernel<<<B * shape.NH * row_blocks, TC_THREADS, bytes, stream>>>((bf16*)dqkv, delta, (const bf16*)dout, (const bf16*)qkv,
-                                                                        (const bf16*)out, lse, shape);
+    dq_kernel<<<B * shape.NH * row_blocks, TC_THREADS, bytes, stream>>>((bf16*)dqkv, scratch, delta, (const bf16*)dout,
+                                                                        (const bf16*)qkv, (const bf16*)out, lse, shape);
     cudaCheck(cudaGetLastError());
-    dkv_kernel<<<B * shape.NKV * row_blocks, TC_THREADS, bytes, stream>>>((bf16*)dqkv, (const bf16*)dout, (const bf16*)qkv, lse,
-                                                                          delta, shape);
+    dkv_kernel<<<B * shape.NKV * row_blocks, TC_THREADS, bytes, stream>>>((bf16*)dqkv, scratch, (const bf16*)dout,
+                                                                          (const bf16*)qkv, lse, delta, shape);
     cudaCheck(cudaGetLastError());
+    colsum_finish({dbias}, 1, scratch, B * row_blocks, (shape.NH + 2 * shape.NKV) * shape.HS, accumulate, stream);
 }
 
 AttShape att_shape(int T, int NH, int NKV, int HS) {
@@ -1638,19 +1694,28 @@ void attention_forward(floatX* out,        // (B, T, NH*HS)
     else attention_forward_launch<4>(out, lse, qkv, B, shape, stream);
 }
 
+// floats of scratch that backward takes
+inline size_t attention_scratch(size_t B, size_t T, size_t NH, size_t NKV, size_t HS) {
+    return std::max((size_t)COLSUM_SLICES, B * ceil_div(T, 64)) * (NH + 2 * NKV) * HS;
+}
 void attention_backward(floatX* dqkv,        // (B, T, (NH + 2 NKV)*HS)
+                        Grad dbias,          // ((NH + 2 NKV)*HS) column sums of dqkv
                         float* delta,        // (B, NH, T) scratch
+                        float* scratch,      // attention_scratch(B, T, NH, NKV, HS)
                         const floatX* dout,  // (B, T, NH*HS)
                         const floatX* qkv,   // (B, T, (NH + 2 NKV)*HS)
                         const floatX* out,   // (B, T, NH*HS)
                         const float* lse,    // (B, NH, T)
-                        int B, int T, int NH, int NKV, int HS, cudaStream_t stream) {
+                        bool accumulate, int B, int T, int NH, int NKV, int HS, cudaStream_t stream) {
     AttShape shape = att_shape(T, NH, NKV, HS);
-    if (!kFP32 && HS == 64) attention_backward_tc<64>(dqkv, delta, dout, qkv, out, lse, B, shape, stream);
-    else if (!kFP32 && HS == 128) attention_backward_tc<128>(dqkv, delta, dout, qkv, out, lse, B, shape, stream);
-    else if (HS <= 32) attention_backward_launch<1>(dqkv, delta, dout, qkv, out, lse, B, shape, stream);
-    else if (HS <= 64) attention_backward_launch<2>(dqkv, delta, dout, qkv, out, lse, B, shape, stream);
-    else attention_backward_launch<4>(dqkv, delta, dout, qkv, out, lse, B, shape, stream);
+    auto run = [&](auto backward) {
+        backward(dqkv, dbias, delta, scratch, dout, qkv, out, lse, accumulate, B, shape, stream);
+    };
+    if (!kFP32 && HS == 64) run(attention_backward_tc<64>);
+    else if (!kFP32 && HS == 128) run(attention_backward_tc<128>);
+    else if (HS <= 32) run(attention_backward_launch<1>);
+    else if (HS <= 64) run(attention_backward_launch<2>);
+    else run(attention_backward_launch<4>);
 }
 // ==== end twin
 
@@ -1707,14 +1772,14 @@ __global__ void act_backward_kernel(floatX* d, float* partial, const ActKept<BIT
 template <int BITS>
 void act_backward(floatX* d,                  // (rows, OC) in: gradient of the output, out: of the input
                   Grad dbias,                 // (OC)
-                  float* scratch,             // colsum_scratch(OC) floats
+                  float* scratch,             // COLSUM_SLICES * OC floats
                   const ActKept<BITS>* kept,  // (rows, OC) what forward kept
                   bool accumulate, int rows, int OC, cudaStream_t stream) {
     check_vec("act_backward: OC", OC);
     int slices = colsum_slices(rows);
     act_backward_kernel<BITS><<<dim3(ceil_div(OC, 32 * VEC), slices), 256, 0, stream>>>(d, scratch, kept, rows, OC);
     cudaCheck(cudaGetLastError());
-    colsum_finish(dbias, scratch, slices, OC, accumulate, stream);
+    colsum_finish({dbias}, 1, scratch, slices, OC, accumulate, stream);
 }
 
 // The activation once more, where forward kept its input and not its output.
@@ -1747,7 +1812,7 @@ void matmul_act_forward(floatX* out,           // (rows, OC)
 template <int BITS>
 void matmul_act_backward(floatX* dbefore,            // (rows, C)
                          Grad dbias,                 // (C), of the bias before the GELU
-                         float* scratch,             // colsum_scratch(C) floats
+                         float* scratch,             // COLSUM_SLICES * C floats
                          const floatX* dout,         // (rows, OC)
                          const floatX* weight,       // (OC, C)
                          const ActKept<BITS>* kept,  // (rows, C)
@@ -1765,23 +1830,23 @@ void matmul_act_backward(floatX* dbefore,            // (rows, C)
 // ---- loss
 //
 // Softmax and cross-entropy of a row of logits, and their gradient in place: dlogits = (softmax - onehot(target)) * dloss.
-// A warp owns a row: one pass for the maximum and the sum together, a second that writes. Padded columns [V, Vp) take no
-// part, and their gradient is 0.
-__global__ void classifier_kernel(floatX* logits, float* losses, const int* targets, float dloss, bool train, int rows, int V,
-                                  int Vp) {
-    int lane = threadIdx.x % 32;
-    int row = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
-    if (row >= rows) return;
-    floatX* x = logits + (size_t)row * Vp;
+// A block owns a row, so that few rows are under way at a time and the second pass, which writes, finds in the cache what the
+// first, for the maximum and the sum together, has read. Padded columns [V, Vp) take no part, and their gradient is 0.
+__global__ void __launch_bounds__(1024)
+classifier_kernel(floatX* logits, float* losses, const int* targets, float dloss, bool train, int V, int Vp) {
+    __shared__ float shared_max[32], shared_sum[32];
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    size_t row = blockIdx.x;
+    floatX* x = logits + row * Vp;
     int target = targets[row];
-    float max = -INFINITY, sum = 0, target_logit = 0;
-    for (int c = lane * VEC; c < V; c += 32 * VEC) {
+    float target_logit = (float)x[target];   // before it is overwritten
+    float max = -INFINITY, sum = 0;
+    for (int c = threadIdx.x * VEC; c < V; c += blockDim.x * VEC) {
         Floats f = load(x + c);
         float vec_max = max;
 #pragma unroll
         for (int k = 0; k < VEC; k++) {
             if (c + k >= V) f[k] = -INFINITY;
-            if (c + k == target) target_logit = f[k];
             vec_max = fmaxf(vec_max, f[k]);
         }
         if (vec_max > max) {
@@ -1792,13 +1857,18 @@ __global__ void classifier_kernel(floatX* logits, float* losses, const int* targ
         for (int k = 0; k < VEC; k++) sum += expf(f[k] - max);
     }
     float row_max = warp_max(max);
-    // A lane without columns has max = -inf and sum = 0. A lane with only -inf columns gave exp(-inf - -inf) = NaN, rightly.
+    if (lane == 0) shared_max[warp] = row_max;
+    __syncthreads();
+    row_max = warp_max(lane < warps ? shared_max[lane] : -INFINITY);
+    // A thread without columns has max = -inf and sum = 0. One with only -inf columns has exp(-inf - -inf) = NaN, rightly.
     sum = warp_sum(max == row_max ? sum : sum * expf(max - row_max));
-    target_logit = warp_sum(target_logit);   // the other lanes hold 0
-    if (lane == 0) losses[row] = logf(sum) + row_max - target_logit;
+    if (lane == 0) shared_sum[warp] = sum;
+    __syncthreads();
+    sum = warp_sum(lane < warps ? shared_sum[lane] : 0.0f);
+    if (threadIdx.x == 0) losses[row] = logf(sum) + row_max - target_logit;
     if (!train) return;
     float scale = 1.0f / sum;
-    for (int c = lane * VEC; c < Vp; c += 32 * VEC) {
+    for (int c = threadIdx.x * VEC; c < Vp; c += blockDim.x * VEC) {
         Floats f = load(x + c);
 #pragma unroll
         for (int k = 0; k < VEC; k++) {
@@ -1814,7 +1884,8 @@ void classifier(floatX* logits,      // (rows, Vp); out, if train: their gradien
                 const int* targets,  // (rows)
                 float dloss, bool train, int rows, int V, int Vp, cudaStream_t stream) {
     check_vec("classifier: Vp", Vp);
-    classifier_kernel<<<ceil_div(rows, 4), 128, 0, stream>>>(logits, losses, targets, dloss, train, rows, V, Vp);
+    int threads = std::clamp(ceil_div(Vp, 32 * VEC), 1, 32) * 32;
+    classifier_kernel<<<rows, threads, 0, stream>>>(logits, losses, targets, dloss, train, V, Vp);
     cudaCheck(cudaGetLastError());
 }
 
@@ -1842,7 +1913,7 @@ void loss_sum(float* sum,           // (1)
 // to the host: the verdict (by what factor to clip, whether to skip the step) stays on the device, and AdamW reads it there.
 
 constexpr int MAX_PARAMS = 16;
-constexpr int OPT_BLOCK = 2048;   // elements a block of 256 threads takes
+constexpr int OPT_BLOCK = 256 * VEC;   // elements a block takes
 
 // What the optimizer sees of one parameter tensor (or of this rank's share of it). Fits in a kernel's arguments.
 struct OptTensor {
@@ -1850,7 +1921,7 @@ struct OptTensor {
     Grad grad;            // (n)
     float *m, *v;         // (n)
     float* master;        // (n) or null
-    size_t n, offset;     // offset: where this rank's share begins in the whole tensor
+    size_t n, offset;     // multiples of VEC; offset: where this rank's share begins in the whole tensor
     float decay;          // weight decay: 2-D tensors alone
     float norm_weight;    // 1, or 0 where another rank counts this tensor into the norm
     unsigned first_block; // of this tensor in the launch
@@ -1869,13 +1940,12 @@ __device__ inline int opt_tensor_of_block(const OptTable& table, unsigned block)
 __global__ void square_sum_kernel(float* partial, OptTable table) {
     __shared__ float shared[8];
     const OptTensor& t = table.t[opt_tensor_of_block(table, blockIdx.x)];
-    size_t first = (size_t)(blockIdx.x - t.first_block) * OPT_BLOCK;
+    size_t i = (size_t)(blockIdx.x - t.first_block) * OPT_BLOCK + threadIdx.x * VEC;
     float sum = 0;
-    for (int k = threadIdx.x; k < OPT_BLOCK; k += 256) {
-        size_t i = first + k;
-        if (i >= t.n) break;
-        float g = grad_load(t.grad, i);
-        sum += g * g;
+    if (i < t.n) {
+        Floats g = grad_load_vec(t.grad, i);
+#pragma unroll
+        for (int k = 0; k < VEC; k++) sum += g[k] * g[k];
     }
     sum = block_sum_256(sum * t.norm_weight, shared);
     if (threadIdx.x == 0) partial[blockIdx.x] = sum;
@@ -1950,23 +2020,28 @@ __global__ void adamw_kernel(OptTable table, const Verdict* verdict, AdamW a) {
     float clip = verdict->clip;
     int which = opt_tensor_of_block(table, blockIdx.x);
     const OptTensor& t = table.t[which];
-    size_t first = (size_t)(blockIdx.x - t.first_block) * OPT_BLOCK;
-    for (int k = threadIdx.x; k < OPT_BLOCK; k += 256) {
-        size_t i = first + k;
-        if (i >= t.n) return;
-        float g = grad_load(t.grad, i) * clip;
-        float m = a.beta1 * t.m[i] + (1 - a.beta1) * g;
-        float v = a.beta2 * t.v[i] + (1 - a.beta2) * g * g;
-        t.m[i] = m;
-        t.v[i] = v;
-        float old = t.master != nullptr ? t.master[i] : (float)t.param[i];
-        float next = old - a.lr * ((m / a.correction1) / (sqrtf(v / a.correction2) + a.eps) + t.decay * old);
-        if (t.master != nullptr) {
-            t.master[i] = next;
-            t.param[i] = (floatX)next;
-        } else {
-            t.param[i] = round_stochastic(next, (uint32_t)hash64(a.seed, a.step * MAX_PARAMS + which, t.offset + i));
-        }
+    size_t i = (size_t)(blockIdx.x - t.first_block) * OPT_BLOCK + threadIdx.x * VEC;
+    if (i >= t.n) return;
+    Floats g = grad_load_vec(t.grad, i), m = load(t.m + i), v = load(t.v + i);
+    Floats x = t.master != nullptr ? load(t.master + i) : load(t.param + i);
+#pragma unroll
+    for (int k = 0; k < VEC; k++) {
+        g[k] *= clip;
+        m[k] = a.beta1 * m[k] + (1 - a.beta1) * g[k];
+        v[k] = a.beta2 * v[k] + (1 - a.beta2) * g[k] * g[k];
+        x[k] -= a.lr * ((m[k] / a.correction1) / (sqrtf(v[k] / a.correction2) + a.eps) + t.decay * x[k]);
+    }
+    store(t.m + i, m);
+    store(t.v + i, v);
+    if (t.master != nullptr) {
+        store(t.master + i, x);
+        store(t.param + i, x);
+    } else {
+        Vec rounded;
+#pragma unroll
+        for (int k = 0; k < VEC; k++)
+            rounded.x[k] = round_stochastic(x[k], (uint32_t)hash64(a.seed, a.step * MAX_PARAMS + which, t.offset + i + k));
+        *reinterpret_cast<Vec*>(t.param + i) = rounded;
     }
 }
 
@@ -2000,8 +2075,8 @@ struct World {
 #endif
 } world;
 
-// A tensor of n elements is shared out if that works evenly; else every rank updates all of it.
-inline bool world_shards(size_t n) { return world.sharded && world.size > 1 && n % world.size == 0; }
+// A tensor of n elements is shared out if that works evenly, in whole vectors; else every rank updates all of it.
+inline bool world_shards(size_t n) { return world.sharded && world.size > 1 && n % ((size_t)world.size * VEC) == 0; }
 inline size_t shard_size(size_t n) { return world_shards(n) ? n / world.size : n; }
 inline size_t shard_offset(size_t n) { return world_shards(n) ? n / world.size * world.rank : 0; }
 
@@ -2475,7 +2550,7 @@ Table gpt2_table(GPT2& g) {
     if (plan.training) {
         row("dresid", &g.dresid, FLOATX, {B, T, C}, SCRATCH, MODEL, batch);
         row("delta", &g.delta, F32, {B, NH, T}, SCRATCH, MODEL, batch);
-        row("colsum", &g.colsum, F32, {colsum_scratch(4 * C)}, SCRATCH, MODEL, smaller);
+        row("colsum", &g.colsum, F32, {std::max(colsum_scratch(C), attention_scratch(B, T, NH, NH, C / NH))}, SCRATCH, MODEL, batch);
         row("squares", &g.squares, F32, {opt_blocks(c)}, SCRATCH, MODEL, smaller);
     }
     row("tokens", &g.tokens, I32, {token_ints(BT, c.V)}, SCRATCH, MODEL, batch);
@@ -2655,29 +2730,23 @@ void gpt2_loss(GPT2& g, int B, int T, bool train, bool first_micro_batch) {
 // ---- backward: the figure, right to left
 
 // One matmul with the norm before it: from the gradient of the matmul's output (whose bias gradient is done) to that of the
-// residual stream. `last` is the step's last micro-batch.
+// residual stream, and of the bias that was added to the stream before this norm. `last` is the step's last micro-batch.
 struct NormMatmul {
     int weight, bias, gamma, beta;   // of enum Param
 };
-void gpt2_norm_matmul_backward(GPT2& g, NormMatmul p, int l, floatX* dout, floatX* ln, float* mean, float* rstd,
-                               const floatX* residual, int OC, bool add, bool last, int BT) {
+void gpt2_norm_matmul_backward(GPT2& g, NormMatmul p, int l, Grad dbias_before, floatX* dout, floatX* ln, float* mean,
+                               float* rstd, const floatX* residual, int OC, bool add, bool last, int BT) {
     const int C = g.config.C;
     auto W = [&](int p) { return (const floatX*)g.param[p] + l * param_shape(g.config, p).per_layer(); };
     auto G = [&](int p) { return g.grad[p] + l * param_shape(g.config, p).per_layer(); };
     if (recomputes_norm(g.plan))
         layernorm_forward<false>(nullptr, ln, mean, rstd, residual, nullptr, W(p.gamma), W(p.beta), BT, C, g.stream);
     matmul_backward_weight(G(p.weight), dout, ln, add, BT, C, OC, g.stream);
-    Folded folded = gpt2_fold(g, W(p.weight), W(p.bias), W(p.gamma), W(p.beta), OC);
-    matmul_backward_input(g.work_c, dout, folded.weight, BT, C, OC, g.stream);
-    if constexpr (kSharedNorm) {
-        layernorm_backward_input<true>(g.dresid, g.work_c, ln, nullptr, rstd, nullptr, true, BT, C, g.stream);
-        if (last)
-            norm_unfold(G(p.weight), G(p.gamma), G(p.beta), g.colsum, G(p.bias), W(p.weight), W(p.gamma), W(p.beta), OC, C,
-                        g.stream);
-    } else {
-        layernorm_backward(g.dresid, G(p.gamma), G(p.beta), g.colsum, g.work_c, residual, mean, rstd, W(p.gamma), true, add, BT,
-                           C, g.stream);
-    }
+    matmul_backward_input(g.work_c, dout, W(p.weight), BT, C, OC, g.stream);
+    layernorm_backward<kSharedNorm>(g.dresid, dbias_before, G(p.gamma), G(p.beta), g.colsum, g.work_c, kSharedNorm ? ln : residual,
+                                    mean, rstd, W(p.gamma), true, add, BT, C, g.stream);
+    if (kSharedNorm && last)
+        norm_unfold(G(p.weight), G(p.gamma), G(p.beta), g.colsum, G(p.bias), W(p.weight), W(p.gamma), W(p.beta), OC, C, g.stream);
 }
 
 // Micro-batch 0 writes the gradients, the others add to them.
@@ -2688,8 +2757,8 @@ void gpt2_backward(GPT2& g, int B, int T, int buckets, int micro_batch) {
     cudaStream_t stream = g.stream;
 
     // g.lnf holds the gradient of the final norm's output since gpt2_loss
-    layernorm_backward(g.dresid, g.grad[LNFW], g.grad[LNFB], g.colsum, g.lnf, gpt2_layer(g, L - 1, BT).resid_out, g.lnf_mean,
-                       g.lnf_rstd, g.param[LNFW], false, add, BT, C, stream);
+    layernorm_backward<false>(g.dresid, g.grad[FCPROJB] + (size_t)(L - 1) * C, g.grad[LNFW], g.grad[LNFB], g.colsum, g.lnf,
+                              gpt2_layer(g, L - 1, BT).resid_out, g.lnf_mean, g.lnf_rstd, g.param[LNFW], false, add, BT, C, stream);
     for (int l = L - 1; l >= 0; l--) {
         NvtxRange layer_range("backward layer", l);
         const LayerTensors t = gpt2_layer(g, l, BT);
@@ -2699,20 +2768,18 @@ void gpt2_backward(GPT2& g, int B, int T, int buckets, int micro_batch) {
         // What forward did not keep is computed again, by the same kernels from the same bits. work_4c holds GELU's output
         // until the weight gradient has used it; then the gradient of the matmul's input takes its place.
         if (recomputes_act(g.plan)) act_recompute<kActBits>(t.fch_gelu, t.fch, BT, 4 * C, stream);
-        bias_backward(G(FCPROJB), g.colsum, g.dresid, add, BT, C, stream);
         matmul_backward_weight(G(FCPROJW), g.dresid, t.fch_gelu, add, BT, 4 * C, C, stream);
         floatX* dfch = g.work_4c;
         matmul_act_backward<kActBits>(dfch, G(FCB), g.colsum, g.dresid, W(FCPROJW), t.fch, add, BT, 4 * C, C, stream);
-        gpt2_norm_matmul_backward(g, {FCW, FCB, LN2W, LN2B}, l, dfch, t.ln2, t.ln2_mean, t.ln2_rstd, t.resid_mid, 4 * C, add,
+        gpt2_norm_matmul_backward(g, {FCW, FCB, LN2W, LN2B}, l, G(ATTPROJB), dfch, t.ln2, t.ln2_mean, t.ln2_rstd, t.resid_mid, 4 * C, add,
                                   last, BT);
 
-        bias_backward(G(ATTPROJB), g.colsum, g.dresid, add, BT, C, stream);
         matmul_backward_weight(G(ATTPROJW), g.dresid, t.atty, add, BT, C, C, stream);
         matmul_backward_input(g.work_c, g.dresid, W(ATTPROJW), BT, C, C, stream);
         floatX* dqkv = g.work_4c;
-        attention_backward(dqkv, g.delta, g.work_c, t.qkv, t.atty, t.lse, B, T, NH, NH, C / NH, stream);
-        bias_backward(G(QKVB), g.colsum, dqkv, add, BT, 3 * C, stream);
-        gpt2_norm_matmul_backward(g, {QKVW, QKVB, LN1W, LN1B}, l, dqkv, t.ln1, t.ln1_mean, t.ln1_rstd, t.residual, 3 * C, add,
+        attention_backward(dqkv, G(QKVB), g.delta, g.colsum, g.work_c, t.qkv, t.atty, t.lse, add, B, T, NH, NH, C / NH, stream);
+        Grad below = l > 0 ? g.grad[FCPROJB] + (size_t)(l - 1) * C : Grad{};   // what was added to the stream before this block
+        gpt2_norm_matmul_backward(g, {QKVW, QKVB, LN1W, LN1B}, l, below, dqkv, t.ln1, t.ln1_mean, t.ln1_rstd, t.residual, 3 * C, add,
                                   last, BT);
     }
     const int* positions = g.tokens + 2 * (size_t)BT;

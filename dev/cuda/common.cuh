@@ -147,9 +147,18 @@ void test_misuse(const Arguments& o, const std::vector<Misuse>& cases) {
 constexpr double EPS32 = 0x1p-24;                       // half a unit in the last place of fp32, relative
 constexpr double EPS16 = 0x1p-8;                        // and of bf16, which has 8 bits, the first of them implied
 constexpr double EPSX = kFP32 ? EPS32 : EPS16;          // what storing a result may cost
-// How many additions stand one behind the other in a column sum: a warp's rows, the 8 warps, the slices, and the gradient that
-// was there. Each rounds the sum so far, which is at most the sum of absolute values.
-inline double colsum_depth(int rows) { return ceil_div(rows, colsum_slices(rows) * 8) + 8 + colsum_slices(rows) + 1; }
+// How many additions stand one behind the other in a column sum: a warp's rows, the 8 warps, then the slices over the warps of
+// the block that finishes, these warps, and the gradient that was there. Each rounds the sum so far, which is at most the sum of
+// absolute values.
+inline double finish_depth(int slices) {
+    int warps = std::clamp(slices / 8, 1, 32);
+    return ceil_div(slices, warps) + warps + 1;
+}
+inline double colsum_depth(int rows) {
+    return ceil_div(rows, colsum_slices(rows) * 8) + 8 + finish_depth(colsum_slices(rows));
+}
+// The same for the norm's backward, where a thread goes down all rows of a slice.
+inline double norm_colsum_depth(int rows) { return ceil_div(rows, norm_slices(rows)) + finish_depth(norm_slices(rows)); }
 
 int finish(const Arguments& o) {
     printf("checksum %016" PRIx64 " (seed %" PRIu64 ")\n%s\n", digest_state, o.seed, failures ? "FAILED" : "all is well");

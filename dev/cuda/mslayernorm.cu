@@ -60,14 +60,13 @@ void layernorm_backward_1(floatX* dresidual, Grad dgamma, Grad dbeta, const floa
     cudaCheck(cudaGetLastError());
 }
 
-// Version 2 is the trainer's exact layernorm_backward: a warp a row, whose lanes read neighbours, and a column sum over 64
-// slices of the rows. It runs near the speed of memory, and still moves 6 elements: the sums over rows that gamma and beta want
-// have another shape than those along rows that x wants, so there are two passes over dout and x. (One pass that keeps partial
-// sums of the columns beside those of the rows trades the second reading for shared memory, or for atomics, whose order nobody
-// knows.) Version 3, layernorm_backward_input<true>, has no second pass: dz arrives with gamma in it from the folded matmul,
-// and what gamma and beta want is in G already, which the weight's gradient matmul had to compute anyway. 4 elements, and no
-// sum over rows; once a step the unfolding reads G and W, which have a twentieth of the activation's elements at 124M and B =
-// 64.
+// Version 2 is the trainer's exact layernorm_backward: a block takes 8 rows at a time, first a warp a row for the sums along it,
+// then a thread 8 columns, down the same rows while they are in the cache. So dout and x come from memory once: 4 elements.
+//
+// Version 3, the same kernel with SHARED, has fewer sums to make: what gamma and beta want is in G already, which the weight's
+// gradient matmul had to compute anyway, and once a step the unfolding reads G and W, which have a twentieth of the activation's
+// elements at 124M and B = 64. It moves as much as version 2, and reads z where that reads x: the norm has kept one tensor, not
+// two.
 
 // ---------------------------------------------------------------------------------------------------------------------
 // versions of folding and unfolding
@@ -209,7 +208,7 @@ Result compute(const Problem& p, Way way, DType grad_type) {
     const size_t RC = (size_t)rows * C, RO = (size_t)rows * OC;
     Buffer<floatX> gamma(p.gamma), beta(p.beta), weight(p.weight), bias(p.bias), folded((size_t)OC * C), folded_bias(OC);
     Buffer<floatX> x(RC), kept(RC), y(RO), dy(RO), dln(RC), dx(RC);
-    Buffer<float> mean(rows), rstd(rows), scratch(colsum_scratch(std::max(C, OC)));
+    Buffer<float> mean(rows), rstd(rows), scratch(std::max(colsum_scratch(C), (size_t)COLSUM_SLICES * OC));
     GradBuffer dweight((size_t)OC * C, grad_type), dbias(OC, grad_type), dgamma(C, grad_type), dbeta(C, grad_type);
     const bool shared = way == SHARED || way == UNFOLD_EACH;
     Result result;
@@ -228,15 +227,15 @@ Result compute(const Problem& p, Way way, DType grad_type) {
         }
         bias_backward(dbias.grad(), scratch.p, dy.p, add, rows, OC, 0);
         matmul_backward_weight(dweight.grad(), dy.p, kept.p, add, rows, C, OC, 0);
-        matmul_backward_input(dln.p, dy.p, shared ? folded.p : weight.p, rows, C, OC, 0);
+        matmul_backward_input(dln.p, dy.p, weight.p, rows, C, OC, 0);
         if (shared) {
-            layernorm_backward_input<true>(dx.p, dln.p, kept.p, nullptr, rstd.p, nullptr, true, rows, C, 0);
+            layernorm_backward<true>(dx.p, {}, {}, {}, scratch.p, dln.p, kept.p, nullptr, rstd.p, gamma.p, true, add, rows, C, 0);
             if (m == p.micro - 1 || way == UNFOLD_EACH)
                 norm_unfold(dweight.grad(), dgamma.grad(), dbeta.grad(), scratch.p, dbias.grad(), weight.p, gamma.p, beta.p, OC,
                             C, 0);
         } else if (way == EXACT) {
-            layernorm_backward(dx.p, dgamma.grad(), dbeta.grad(), scratch.p, dln.p, x.p, mean.p, rstd.p, gamma.p, true, add,
-                               rows, C, 0);
+            layernorm_backward<false>(dx.p, {}, dgamma.grad(), dbeta.grad(), scratch.p, dln.p, x.p, mean.p, rstd.p, gamma.p, true,
+                                      add, rows, C, 0);
         } else {
             layernorm_backward_1(dx.p, dgamma.grad(), dbeta.grad(), dln.p, x.p, mean.p, rstd.p, gamma.p, add, rows, C, 0);
         }
@@ -411,7 +410,9 @@ void test_norm(uint64_t seed) {
                 alias.is(same_bits(x, a.read()) && same_bits(got, z2.read()) && same_bits(rs, rstd2.read()), "other bits");
                 std::vector<floatX> dz = random.normals(n);
                 Buffer<floatX> d(dz), dx(n);
-                layernorm_backward_input<true>(dx.p, d.p, z.p, nullptr, rstd.p, nullptr, false, rows, C, 0);
+                Buffer<floatX> ones(std::vector<floatX>(C, (floatX)1.0f));
+                Buffer<float> scratch(colsum_scratch(C));
+                layernorm_backward<true>(dx.p, {}, {}, {}, scratch.p, d.p, z.p, nullptr, rstd.p, ones.p, false, false, rows, C, 0);
                 Doubles ours = doubles(dx.read()), ref(n);
                 double worst_shift = 0;
                 for (int r = 0; r < rows; r++) {
@@ -512,7 +513,7 @@ void bench(const char* model, int rows, int C, int OC) {
         weight(w), folded(w), bias(random.normals(OC)), folded_bias(OC);
     for (Buffer<floatX>* b : {&x, &add, &out, &dout, &dresidual, &weight})
         cudaCheck(cudaMemset(b->p, 0x3c, b->bytes()));   // 0.0115
-    Buffer<float> mean(t.timed ? rows : 1), rstd(t.timed ? rows : 1), scratch(colsum_scratch(std::max(C, OC)));
+    Buffer<float> mean(t.timed ? rows : 1), rstd(t.timed ? rows : 1), scratch(std::max(colsum_scratch(C), (size_t)COLSUM_SLICES * OC));
     cudaCheck(cudaMemset(mean.p, 0, mean.bytes()));
     cudaCheck(cudaMemset(rstd.p, 0x3c, rstd.bytes()));
     GradBuffer dgamma(C, F32), dbeta(C, F32), dbias(OC, F32), dweight(w, F32);
@@ -525,16 +526,18 @@ void bench(const char* model, int rows, int C, int OC) {
     t.row("backward, version 1: a row a thread, then a column a thread", 6 * X, [&] {
         layernorm_backward_1(dresidual.p, dgamma.grad(), dbeta.grad(), dout.p, x.p, mean.p, rstd.p, gamma.p, false, rows, C, 0);
     });
-    t.row("backward, version 2: the trainer's exact one", 6 * X, [&] {
-        layernorm_backward(dresidual.p, dgamma.grad(), dbeta.grad(), scratch.p, dout.p, x.p, mean.p, rstd.p, gamma.p, true,
-                           false, rows, C, 0);
+    t.row("backward, version 2: the trainer's exact one", 4 * X, [&] {
+        layernorm_backward<false>(dresidual.p, {}, dgamma.grad(), dbeta.grad(), scratch.p, dout.p, x.p, mean.p, rstd.p, gamma.p,
+                                  true, false, rows, C, 0);
     });
-    t.row("backward, version 3: the trainer's shared one", 4 * X,
-          [&] { layernorm_backward_input<true>(dresidual.p, dout.p, out.p, nullptr, rstd.p, nullptr, true, rows, C, 0); });
+    t.row("backward, version 3: the trainer's shared one", 4 * X, [&] {
+        layernorm_backward<true>(dresidual.p, {}, {}, {}, scratch.p, dout.p, out.p, nullptr, rstd.p, gamma.p, true, false, rows, C,
+                                 0);
+    });
 
     snprintf(title, sizeof title, "GPT-2 %s: the matmul's weight, OC %d, C %d, gradients in fp32", model, OC, C);
     BenchTable u(title, (size_t)OC * C);
-    u.row("fold, version 1 (twice a micro-batch: forward, backward)", 3 * X,
+    u.row("fold, version 1 (once a micro-batch)", 3 * X,
           [&] { norm_fold_1(folded.p, folded_bias.p, weight.p, bias.p, gamma.p, beta.p, OC, C, 0); });
     u.row("fold, version 2: the trainer's", 2 * X,
           [&] { norm_fold(folded.p, folded_bias.p, weight.p, bias.p, gamma.p, beta.p, OC, C, 0); });

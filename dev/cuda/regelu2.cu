@@ -393,7 +393,7 @@ void test_backward(const Codes& h, uint64_t seed) {
         }
         Buffer<uint8_t> k(kept);
         Buffer<floatX> x(n);
-        Buffer<float> scratch(colsum_scratch(OC));
+        Buffer<float> scratch(COLSUM_SLICES * OC);
         for (DType type : {F32, BF16})
             for (bool accumulate : {false, true}) {
                 set_case("%d bits, rows %d, OC %d, %s gradient, %s", h.bits, rows, OC, dtype_name(type),
@@ -504,7 +504,7 @@ void test_large(bool asked) {
     const Codes h = codes_of<2>();
     const int OC = 1024;
     const int rows = (1 << 21) + 5;
-    const size_t n = (size_t)rows * OC, bytes = n * sizeof(floatX) + n / 8 * h.bits + colsum_scratch(OC) * sizeof(float);
+    const size_t n = (size_t)rows * OC, bytes = n * sizeof(floatX) + n / 8 * h.bits + COLSUM_SLICES * OC * sizeof(float);
     if (!asked && (on_cpu_backend() || free_memory() < bytes + ((size_t)1 << 30))) {
         printf("  skipped: 2^31 elements for real take %.1f GB, and minutes on a CPU (--large)\n", bytes / 1e9);
         return;
@@ -516,7 +516,7 @@ void test_large(bool asked) {
     uint8_t* kept;
     cudaCheck(cudaMalloc((void**)&x, n * sizeof(floatX)));
     cudaCheck(cudaMalloc((void**)&kept, n / 8 * h.bits));
-    Buffer<float> scratch(colsum_scratch(OC));
+    Buffer<float> scratch(COLSUM_SLICES * OC);
     GradBuffer dbias(OC, F32);
     const size_t window = 4096;
     std::vector<floatX> got(window);
@@ -561,7 +561,7 @@ void bench(const char* model, int rows, int OC) {
     size_t m = t.timed ? n : OC;
     Buffer<floatX> x(m), y(m), bias(OC);
     Buffer<uint8_t> kept(m / 8 * BITS), byte_codes(m);
-    Buffer<float> scratch(colsum_scratch(OC));
+    Buffer<float> scratch(COLSUM_SLICES * OC);
     GradBuffer dbias(OC, F32);
     pattern_kernel<<<ceil_div(m, 256), 256>>>(x.p, m, 0);
     pattern_kernel<<<ceil_div(OC, 256), 256>>>(bias.p, OC, 1);
