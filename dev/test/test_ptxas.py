@@ -14,7 +14,7 @@ def build_log(variant, name):
     return (ROOT / f"build/{variant}/{name}.log").read_text()
 
 
-@pytest.mark.parametrize("variant", ["nvcc-bf16", "nvcc-fp32"])
+@pytest.mark.parametrize("variant", ["nvcc-bf16", "nvcc-fp32", "nvcc-approxbp-bf16"])
 @pytest.mark.parametrize("name", ["train_gpt2", "test_gpt2"])
 def test_no_kernel_spills(variant, name):
     log = build_log(variant, name)
@@ -32,6 +32,21 @@ def test_no_kernel_spills(variant, name):
 def test_no_warning(variant, name):
     log = build_log(variant, name)
     assert [line for line in log.splitlines() if re.search(r"warning|error", line, re.I)] == []
+
+
+def test_attention_runs_on_tensor_cores(tmp_path):
+    """Heads of 64 and 128 channels: products by mma.sync from ldmatrix, tiles by cp.async, nothing in local memory."""
+    done = execute(nvcc(), "-ptx", "-O3", "-std=c++17", "-arch=compute_80", "train_gpt2.cu", "-o", tmp_path / "x.ptx", cwd=ROOT, timeout=300)
+    assert done.status == 0, done.err
+    entries = dict(re.findall(r"\.entry (\w+)\((.*?)\n}", (tmp_path / "x.ptx").read_text(), re.S))
+    kernels = [name for name in entries if re.search(r"attention_\w+_tc_kernel", name)]
+    assert len(kernels) == 6, kernels
+    for name in kernels:
+        body = entries[name]
+        for instruction in ("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32", "ldmatrix.sync.aligned.m8n8.x4.shared",
+                            "ldmatrix.sync.aligned.m8n8.x4.trans.shared", "cp.async.cg.shared.global", "cp.async.wait_all", "ex2.approx"):
+            assert instruction in body, (name, instruction)
+        assert ".local" not in body, name
 
 
 def test_the_plain_command(tmp_path):
