@@ -161,6 +161,33 @@ inline void check_vec(const char* what, int n) {   // of the launchers whose ker
     if (n % VEC != 0) fail("%s is %d: expected a multiple of %d, because a thread takes %d neighbouring elements", what, n, VEC, VEC);
 }
 
+// exp(x) and 1/x. The hardware has an exponential of 2 and a reciprocal that are right to 22 bits and take an instruction each,
+// where exact ones take ten; a pass that is to run at the speed of memory has time for about 30 an element. bf16 builds use them.
+constexpr float LOG2E = 1.4426950408889634f;
+__device__ inline float exp_2(float x) {
+#ifdef __CUDACC__
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#else
+    return exp2f(x);
+#endif
+}
+__device__ inline float exp_e(float x) {
+    if constexpr (kFP32) return expf(x);
+    else return exp_2(x * LOG2E);
+}
+__device__ inline float reciprocal(float x) {
+#ifdef __CUDACC__
+    if constexpr (!kFP32) {
+        float y;
+        asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+        return y;
+    }
+#endif
+    return 1.0f / x;
+}
+
 constexpr unsigned ALL_LANES = 0xffffffffu;
 __device__ inline float warp_sum(float x) {   // every lane gets the same bits: the butterfly adds in one order for all
 #pragma unroll
@@ -265,7 +292,7 @@ constexpr float GELU_SCALE = 0.79788456080286536f;   // sqrt(2/pi)
 constexpr float GELU_CUBIC = 0.044715f;
 __device__ inline float gelu_gate(float x) {
     float u = GELU_SCALE * (x + GELU_CUBIC * x * x * x);
-    return 1.0f / (1.0f + expf(-2.0f * u));
+    return reciprocal(1.0f + exp_e(-2.0f * u));
 }
 __device__ inline float gelu(float x) { return x * gelu_gate(x); }
 __device__ inline float gelu_derivative(float x) {
@@ -1193,7 +1220,6 @@ constexpr int TC_THREADS = 128;   // 4 warps
 constexpr int TC_ROWS = 64;       // rows of a tile
 template <int HS>
 constexpr int TC_BLOCKS = HS == 64 ? 3 : 2;   // on a multiprocessor at a time: what 65,536 registers allow
-constexpr float LOG2E = 1.4426950408889634f;   // the hardware's exponential is of 2
 
 __device__ inline void mma_16816(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {   // d += a b
 #ifdef __CUDACC__
@@ -1205,8 +1231,8 @@ __device__ inline void mma_16816(float (&d)[4], const uint32_t (&a)[4], uint32_t
     simt::mma_m16n8k16_bf16(d, a, b, d);
 #endif
 }
-// Four 8 x 8 matrices from shared memory (whose addresses are 32-bit numbers, in bytes); lane 8i + j gives the address of row j of matrix i. r[i] of every lane is a pair of
-// matrix i: row g, columns 2t and 2t+1; or with TRANSPOSE rows 2t and 2t+1, column g.
+// Four 8 x 8 matrices from shared memory, whose addresses are 32-bit numbers; lane 8i + j gives the address of row j of matrix i.
+// r[i] of every lane is a pair of matrix i: row g, columns 2t and 2t+1; or with TRANSPOSE rows 2t and 2t+1, column g.
 template <bool TRANSPOSE>
 __device__ inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t address) {
 #ifdef __CUDACC__
@@ -1235,15 +1261,6 @@ __device__ inline void cp_async_wait_all() {   // for this thread's copies; a ba
 #else
     simt::cp_async_commit();
     simt::cp_async_wait(0);
-#endif
-}
-__device__ inline float exp_2(float x) {
-#ifdef __CUDACC__
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-#else
-    return exp2f(x);
 #endif
 }
 
@@ -1850,29 +1867,30 @@ classifier_kernel(floatX* logits, float* losses, const int* targets, float dloss
             vec_max = fmaxf(vec_max, f[k]);
         }
         if (vec_max > max) {
-            sum *= expf(max - vec_max);
+            sum *= exp_e(max - vec_max);
             max = vec_max;
         }
+        float base = max == -INFINITY ? 0.0f : max;   // of -inf alone: exp(-inf - 0) = 0, where -inf - -inf is no number
 #pragma unroll
-        for (int k = 0; k < VEC; k++) sum += expf(f[k] - max);
+        for (int k = 0; k < VEC; k++) sum += exp_e(f[k] - base);
     }
     float row_max = warp_max(max);
     if (lane == 0) shared_max[warp] = row_max;
     __syncthreads();
     row_max = warp_max(lane < warps ? shared_max[lane] : -INFINITY);
-    // A thread without columns has max = -inf and sum = 0. One with only -inf columns has exp(-inf - -inf) = NaN, rightly.
-    sum = warp_sum(max == row_max ? sum : sum * expf(max - row_max));
+    // A thread without columns, or with -inf alone, has max = -inf and sum = 0. Where all have, the loss is NaN, rightly.
+    sum = warp_sum(max == row_max ? sum : sum * exp_e(max - row_max));
     if (lane == 0) shared_sum[warp] = sum;
     __syncthreads();
     sum = warp_sum(lane < warps ? shared_sum[lane] : 0.0f);
-    if (threadIdx.x == 0) losses[row] = logf(sum) + row_max - target_logit;
+    if (threadIdx.x == 0) losses[row] = logf(sum) + (row_max - target_logit);
     if (!train) return;
     float scale = 1.0f / sum;
     for (int c = threadIdx.x * VEC; c < Vp; c += blockDim.x * VEC) {
         Floats f = load(x + c);
 #pragma unroll
         for (int k = 0; k < VEC; k++) {
-            float p = expf(f[k] - row_max) * scale;
+            float p = exp_e(f[k] - row_max) * scale;
             f[k] = c + k < V ? (p - (c + k == target ? 1.0f : 0.0f)) * dloss : 0.0f;
         }
         store(x + c, f);

@@ -1,0 +1,526 @@
+/*
+Softmax, cross-entropy and their gradient, in place of the logits: the trainer's kernels, tested, and simpler ones beside them
+to learn from. Section 3 of train_gpt2.cu has them under "loss".
+
+    make dev/cuda/classifier && ./dev/cuda/classifier [--bench]        or, with nothing but the CUDA Toolkit:
+    nvcc -O3 -std=c++17 -arch=sm_90 dev/cuda/classifier.cu -lcublas -lcublasLt -o classifier
+
+A row of V logits x and a target t: loss = log sum exp(x) - x[t], and in training x becomes (softmax(x) - onehot(t)) * dloss.
+exp overflows beyond 88, so everything is taken relative to the row's maximum m: p = exp(x - m) / sum exp(x - m), loss = log sum
+exp(x - m) + m - x[t]. A row has Vp >= V columns, a multiple of 8. Whatever stands in columns V and up takes no part, and its
+gradient is 0. loss_sum adds up the losses of a micro-batch.
+*/
+#define TESTING
+#include "../../train_gpt2.cu"
+
+#include "common.cuh"
+
+// ---------------------------------------------------------------------------------------------------------------------
+// versions
+//
+// Which pass over a row goes to memory, and which to a cache? GPT-2 has 50257 columns, 100 KB a row in bf16, and the trainer
+// makes logits in chunks of about 256 MB, 2622 rows at B = 64 and T = 1024. An H100 has 50 MB of L2 cache. Where all rows of a
+// chunk are under way at once, a second pass over a row finds nothing of the first, and counts as bytes moved.
+
+// Version 1: a row a thread, and a pass for each step: the maximum, the sum, the gradient. Read, read, read and write: 8 bytes
+// an element in bf16. The 32 lanes of a warp stand in 32 rows, 100 KB apart, so that each load of the warp touches 32 lines to
+// use 2 bytes of each, and the lines have to stay cached until the lanes have walked through them. 2622 rows make 82 warps, on
+// a GPU that can hold 8448. And a sum of 50257 terms one by one rounds as often.
+__global__ void classifier_1_kernel(floatX* logits, float* losses, const int* targets, float dloss, bool train, int rows, int V,
+                                    int Vp) {
+    int row = blockIdx.x * blockDim.x + threadIdx.x;
+    if (row >= rows) return;
+    floatX* x = logits + (size_t)row * Vp;
+    int target = targets[row];
+    float max = -INFINITY, sum = 0;
+    for (int c = 0; c < V; c++) max = fmaxf(max, (float)x[c]);
+    for (int c = 0; c < V; c++) sum += expf((float)x[c] - max);
+    losses[row] = logf(sum) + max - (float)x[target];
+    if (!train) return;
+    for (int c = 0; c < V; c++) x[c] = (floatX)((expf((float)x[c] - max) / sum - (c == target ? 1.0f : 0.0f)) * dloss);
+    for (int c = V; c < Vp; c++) x[c] = (floatX)0.0f;
+}
+void classifier_1(floatX* logits, float* losses, const int* targets, float dloss, bool train, int rows, int V, int Vp,
+                  cudaStream_t stream) {
+    classifier_1_kernel<<<ceil_div(rows, 128), 128, 0, stream>>>(logits, losses, targets, dloss, train, rows, V, Vp);
+    cudaCheck(cudaGetLastError());
+}
+
+// Version 2: a row a warp, whose lanes take 8 neighbouring columns each: a load of the warp is 512 bytes in a row and uses all
+// of them, a row's sum is made of 32 sums, and a chunk is 2622 warps. But all of these are under way at once, and there are as
+// many passes as before, 8 bytes, because exp(x - m) wants m, and m is known when all of the row has been seen; so it seems.
+__global__ void classifier_2_kernel(floatX* logits, float* losses, const int* targets, float dloss, bool train, int rows, int V,
+                                    int Vp) {
+    int lane = threadIdx.x % 32;
+    int row = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
+    if (row >= rows) return;
+    floatX* x = logits + (size_t)row * Vp;
+    int target = targets[row];
+    float max = -INFINITY, sum = 0;
+    for (int c = lane * VEC; c < V; c += 32 * VEC) {
+        Floats f = load(x + c);
+#pragma unroll
+        for (int k = 0; k < VEC; k++)
+            if (c + k < V) max = fmaxf(max, f[k]);
+    }
+    max = warp_max(max);
+    for (int c = lane * VEC; c < V; c += 32 * VEC) {
+        Floats f = load(x + c);
+#pragma unroll
+        for (int k = 0; k < VEC; k++)
+            if (c + k < V) sum += expf(f[k] - max);
+    }
+    sum = warp_sum(sum);
+    if (lane == 0) losses[row] = logf(sum) + max - (float)x[target];
+    __syncwarp();   // lane 0 reads a logit that another lane is about to overwrite
+    if (!train) return;
+    for (int c = lane * VEC; c < Vp; c += 32 * VEC) {
+        Floats f = load(x + c);
+#pragma unroll
+        for (int k = 0; k < VEC; k++)
+            f[k] = c + k < V ? (expf(f[k] - max) / sum - (c + k == target ? 1.0f : 0.0f)) * dloss : 0.0f;
+        store(x + c, f);
+    }
+}
+void classifier_2(floatX* logits, float* losses, const int* targets, float dloss, bool train, int rows, int V, int Vp,
+                  cudaStream_t stream) {
+    classifier_2_kernel<<<ceil_div(rows, 4), 128, 0, stream>>>(logits, losses, targets, dloss, train, rows, V, Vp);
+    cudaCheck(cudaGetLastError());
+}
+
+// Version 3 knows that a sum relative to one maximum becomes the sum relative to another by one factor, exp(old - new)
+// (Milakov and Gimelshein, arXiv 1805.02867). A lane starts with the maximum of its first 8 columns, and multiplies when a
+// later one is larger, which grows rare; at the end lanes do the same to one another. Maximum and sum take one pass: 6 bytes,
+// and 2 instead of 4 where only the loss is wanted. The division has become a multiplication. What remains is the second
+// reading.
+__global__ void classifier_3_kernel(floatX* logits, float* losses, const int* targets, float dloss, bool train, int rows, int V,
+                                    int Vp) {
+    int lane = threadIdx.x % 32;
+    int row = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
+    if (row >= rows) return;
+    floatX* x = logits + (size_t)row * Vp;
+    int target = targets[row];
+    float max = -INFINITY, sum = 0;
+    for (int c = lane * VEC; c < V; c += 32 * VEC) {
+        Floats f = load(x + c);
+        float old = max;
+#pragma unroll
+        for (int k = 0; k < VEC; k++) {
+            if (c + k >= V) f[k] = -INFINITY;
+            max = fmaxf(max, f[k]);
+        }
+        if (max > old) sum *= expf(old - max);
+        float base = max == -INFINITY ? 0.0f : max;   // of -inf alone: exp(-inf - 0) = 0, where -inf - -inf is no number
+#pragma unroll
+        for (int k = 0; k < VEC; k++) sum += expf(f[k] - base);
+    }
+    float row_max = warp_max(max);
+    sum = warp_sum(max == row_max ? sum : sum * expf(max - row_max));
+    if (lane == 0) losses[row] = logf(sum) + row_max - (float)x[target];
+    __syncwarp();
+    if (!train) return;
+    float scale = 1.0f / sum;
+    for (int c = lane * VEC; c < Vp; c += 32 * VEC) {
+        Floats f = load(x + c);
+#pragma unroll
+        for (int k = 0; k < VEC; k++)
+            f[k] = c + k < V ? (expf(f[k] - row_max) * scale - (c + k == target ? 1.0f : 0.0f)) * dloss : 0.0f;
+        store(x + c, f);
+    }
+}
+void classifier_3(floatX* logits, float* losses, const int* targets, float dloss, bool train, int rows, int V, int Vp,
+                  cudaStream_t stream) {
+    classifier_3_kernel<<<ceil_div(rows, 4), 128, 0, stream>>>(logits, losses, targets, dloss, train, rows, V, Vp);
+    cudaCheck(cudaGetLastError());
+}
+
+// Version 4, the trainer's classifier, gives a row to a block, of 1024 threads where it is that long. Two blocks fit on a
+// multiprocessor, so that 264 rows are under way on an H100 instead of 2622, 26 MB: the second reading finds its row in L2,
+// and memory sees every logit read once and its gradient written once, 4 bytes. (In fp32 it is 53 MB, and some of it falls
+// out.) The price is two barriers a row, and threads that wait: 6288 vectors of 8 take 1024 threads 7 turns, the last of them
+// for 144. A thread's sum has 56 terms at most instead of 1576.
+
+struct Version {
+    const char* name;
+    decltype(&classifier) run;
+    int rows_a_block;
+};
+const Version versions[] = {{"version 1", classifier_1, 128},
+                            {"version 2", classifier_2, 4},
+                            {"version 3", classifier_3, 4},
+                            {"the trainer's", classifier, 1}};
+enum { ONE, TWO, THREE, TRAINER, VERSIONS };
+
+// ---------------------------------------------------------------------------------------------------------------------
+// the reference, in double precision
+
+// How many roundings a term may have been through when it is part of the sum: 2 for expf, which may be off by a unit in the
+// last place, two halves; an addition for each term of its thread that comes after it; 5 in a warp's tree, and 5 in that of
+// the warps; and where a sum is taken to a larger maximum 3 (expf and the product), at each but the first vector of a thread,
+// and at the end.
+double sum_depth(int version, int V, int Vp) {
+    if (version == ONE) return 2 + (V - 1);
+    int lanes = version == TRAINER ? std::min(ceil_div(Vp, 256), 32) * 32 : 32, n = ceil_div(V, lanes * VEC);
+    return 2 + (8 * n - 1) + (version == TRAINER ? 10 : 5) + (version == TWO ? 0 : 3 * (n - 1) + 3);
+}
+
+// The smallest steps there are, where nothing relative holds: of exp (twice, see above), of the two products behind it, and of
+// the result's type.
+constexpr double TINY = 4 * 0x1p-149 + (kFP32 ? 0 : 0x1p-134);
+
+struct Reference {
+    double loss, loss_bound;
+    Doubles gradient, gradient_bound;   // (V)
+};
+Reference reference(const floatX* x, int target, double dloss, int V, int Vp, int version) {
+    Reference r;
+    double max = -INFINITY, sum = 0, spread = 0;
+    for (int c = 0; c < V; c++) max = std::max(max, (double)(float)x[c]);
+    for (int c = 0; c < V; c++) {
+        double e = exp((float)x[c] - max);
+        sum += e;
+        // x - max is rounded, and exp makes a relative error of an absolute one
+        if (e > 0) spread += e * (max - (float)x[c]);
+    }
+    double sum_error = 1.01 * EPS32 * (sum_depth(version, V, Vp) + spread / sum);   // relative
+    r.loss = log(sum) + max - (float)x[target];
+    // logf may be off by a unit; then there is an addition and a subtraction
+    r.loss_bound = sum_error + EPS32 * (2 * log(sum) + fabs(log(sum) + max) + fabs(r.loss));
+    for (int c = 0; c < V; c++) {
+        double p = exp((float)x[c] - max) / sum, hot = c == target, distance = p > 0 ? max - (float)x[c] : 0;
+        // x - max; 2 for expf, 1 / sum, the product; then the difference, the product with dloss, and storing
+        double error = p * (1.01 * EPS32 * (distance + 4) + sum_error) + EPS32 * fabs(p - hot);
+        double g = (p - hot) * dloss;
+        r.gradient.push_back(g);
+        r.gradient_bound.push_back((error * fabs(dloss) + fabs(g) * EPS32) * (1 + EPSX) + fabs(g) * EPSX + TINY);
+    }
+    return r;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// tests
+
+// What may stand in the padding.
+floatX garbage(Random& random) {
+    const float values[] = {NAN, INFINITY, -INFINITY, 1e38f, 50, 0};
+    return (floatX)values[random.bits() % 6];
+}
+
+enum Logits { NORMAL, WIDE, RISING, FALLING, EQUAL, FAR_APART, LARGE, KINDS };
+const char* kind_names[] = {"normal", "wide", "rising", "falling", "equal", "1e4 apart", "around 1e4"};
+float logit(Random& random, int kind, int c, float same) {
+    switch (kind) {
+        case NORMAL: return 3 * random.normal();
+        case WIDE: return 40 * random.normal();   // down to the denormals of exp and below
+        case RISING: return 0.01f * c - 2;   // every vector of a lane has a new maximum
+        case FALLING: return 2 - 0.01f * c;
+        case EQUAL: return same;
+        case FAR_APART: return random.bits() % 2 ? 1e4f : -1e4f;
+        default: return 1e4f + 64 * (float)(random.bits() % 4);   // 64 is bf16's step there
+    }
+}
+
+// V and Vp: V below, at and above a vector of 8, what a warp takes in a turn, and what the largest block does; with and
+// without a padding, and with one that is longer than the row.
+struct Shape { int V, Vp; };
+const Shape shapes[] = {{1, 8},       {1, 600},     {5, 8},      {7, 8},     {8, 8},       {8, 16},      {9, 16},
+                        {15, 16},     {16, 16},     {16, 24},    {31, 32},   {33, 40},     {127, 128},   {248, 248},
+                        {249, 256},   {255, 256},   {256, 256},  {256, 264}, {257, 264},   {264, 264},   {265, 528},
+                        {511, 512},   {512, 512},   {513, 520},  {520, 520}, {1031, 1152}, {8184, 8184}, {8191, 8192},
+                        {8192, 8192}, {8192, 8200}, {8193, 8200}};
+
+void test_classifier(uint64_t seed) {
+    Property loss("loss", "11 n + 11 roundings of the sum, n vectors a thread; of |x - max|; logf and two additions"),
+        gradient("gradient", "the same, 4 for softmax, 2 after it, storing"),
+        zero("the gradients of a row add up to 0", "the sum of their bounds"),
+        padding("the gradient of padded columns is 0, whatever stood there"),
+        only_loss("without training: the same loss, and the logits stay"), again("the same bits in a second run"),
+        one("version 1: loss and gradient", "as many roundings of the sum as there are columns"),
+        two("version 2: loss and gradient", "8 n + 6 roundings of the sum, n vectors a lane"),
+        three("version 3: loss and gradient", "11 n + 6"), rest("versions 1, 2, 3: padding, and without training");
+    // A row for a block of 32 warps, run before one of fewer, leaves in shared memory what nobody must take for its own
+    // maximum.
+    Buffer<floatX> tall(std::vector<floatX>(8192, (floatX)1e4f));
+    Buffer<float> tall_loss(1);
+    Buffer<int> tall_target(std::vector<int>{0});
+    int number = 0;
+    auto test = [&](int rows, int V, int Vp, int kind) {
+        set_case("rows %d, V %d, Vp %d, %s", rows, V, Vp, kind_names[kind]);
+        Random random(seed, ++number);
+        const float dloss = number % 3 == 0 ? 1 : number % 3 == 1 ? 1 / 65536.0f : -0.3f, same = 3 * random.normal();
+        const size_t n = (size_t)rows * Vp;
+        std::vector<floatX> x(n);
+        std::vector<int> targets(rows);
+        for (int r = 0; r < rows; r++) {
+            for (int c = 0; c < Vp; c++) x[(size_t)r * Vp + c] = c < V ? (floatX)logit(random, kind, c, same) : garbage(random);
+            targets[r] = r == 0 ? 0 : r == 1 ? V - 1 : (int)(random.bits() % V);
+        }
+        Buffer<int> t(targets);
+        for (int v = 0; v < VERSIONS; v++) {
+            Buffer<floatX> logits(x), kept(x);
+            Buffer<float> losses(rows), only_losses(rows);
+            if (kind == NORMAL && V < 8000) versions[v].run(tall.p, tall_loss.p, tall_target.p, 1, false, 1, 8192, 8192, 0);
+            versions[v].run(logits.p, losses.p, t.p, dloss, true, rows, V, Vp, 0);
+            versions[v].run(kept.p, only_losses.p, t.p, dloss, false, rows, V, Vp, 0);
+            std::vector<floatX> d = logits.read();
+            std::vector<float> l = losses.read();
+            (v == TRAINER ? only_loss : rest)
+                .is(same_bits(l, only_losses.read()) && same_bits(x, kept.read()), "another loss, or other logits");
+            if (v == TRAINER) {
+                versions[v].run(kept.p, only_losses.p, t.p, dloss, true, rows, V, Vp, 0);
+                again.is(same_bits(l, only_losses.read()) && same_bits(d, kept.read()), "other bits");
+            }
+            Property *simple[] = {&one, &two, &three}, &pl = v == TRAINER ? loss : *simple[v],
+                     &pg = v == TRAINER ? gradient : *simple[v], &pp = v == TRAINER ? padding : rest;
+            for (int r = 0; r < rows; r++) {
+                Reference ref = reference(&x[(size_t)r * Vp], targets[r], dloss, V, Vp, v);
+                const floatX* g = &d[(size_t)r * Vp];
+                pl.within(r, l[r], ref.loss, ref.loss_bound);
+                double sum = 0, sum_bound = 0;
+                for (int c = 0; c < V; c++) {
+                    pg.within(r * (size_t)Vp + c, (float)g[c], ref.gradient[c], ref.gradient_bound[c]);
+                    sum += (float)g[c];
+                    sum_bound += ref.gradient_bound[c];
+                }
+                if (v == TRAINER) zero.within(r, sum, 0, sum_bound);
+                for (int c = V; c < Vp; c++) pp.equal(r * (size_t)Vp + c, (float)g[c], 0);
+            }
+        }
+    };
+    for (Shape s : shapes)
+        for (int kind = 0; kind < KINDS; kind++) {
+            if (s.V < 8000) test(1 + number % 9, s.V, s.Vp, kind);   // 4 rows are a block in versions 2 and 3
+            else if (kind == NORMAL || kind == RISING || kind == FALLING) test(2, s.V, s.Vp, kind);
+        }
+    test(3, 50257, 50304, NORMAL);
+    printf("loss and gradient\n");
+    report({&loss, &gradient, &zero, &padding, &only_loss, &again, &one, &two, &three, &rest});
+}
+
+// What is no number, or not finite, must reach the loss and all of its row's gradient, and no other row.
+void test_special(uint64_t seed) {
+    Property nan("a NaN or +inf: the loss and its row's gradient are NaN"),
+        minus("-inf: a probability of 0; an infinite loss if it is the target", "as above"), all_minus("a row of -inf: NaN"),
+        large("the largest number there is, among its negatives: 0"), denormal("denormals: log V", "as above"),
+        others("the other rows have the bits they have without it"), padding("padded columns are 0 all the same");
+    const int rows = 9, V = 521, Vp = 536, broken = 4;
+    const float dloss = 0.25f, largest = kFP32 ? 3.402823466e38f : 3.38953139e38f;
+    Random random(seed, 1000000);
+    std::vector<floatX> clean = random.normals((size_t)rows * Vp, 0, 3);
+    std::vector<int> targets(rows);
+    for (int r = 0; r < rows; r++) {
+        targets[r] = (int)(random.bits() % V);
+        for (int c = V; c < Vp; c++) clean[(size_t)r * Vp + c] = garbage(random);
+    }
+    for (int v = 0; v < VERSIONS; v++) {
+        // The row `broken` becomes what `change` makes of it, and `check` sees its logits, loss and gradient.
+        auto run = [&](const std::vector<floatX>& x, int target, std::vector<floatX>* d, std::vector<float>* losses) {
+            std::vector<int> tt = targets;
+            tt[broken] = target;
+            Buffer<int> t(tt);
+            Buffer<floatX> logits(x);
+            Buffer<float> l(rows);
+            versions[v].run(logits.p, l.p, t.p, dloss, true, rows, V, Vp, 0);
+            *d = logits.read();
+            *losses = l.read();
+        };
+        std::vector<floatX> d0, d;
+        std::vector<float> l0, l;
+        run(clean, targets[broken], &d0, &l0);
+        auto with = [&](int target, auto change, auto check) {
+            std::vector<floatX> x = clean;
+            change(&x[(size_t)broken * Vp]);
+            run(x, target, &d, &l);
+            for (int r = 0; r < rows; r++) {
+                const floatX *g = &d[(size_t)r * Vp], *g0 = &d0[(size_t)r * Vp];
+                if (r != broken)
+                    others.is(memcmp(&l[r], &l0[r], 4) == 0 && memcmp(g, g0, V * sizeof(floatX)) == 0, "other bits");
+                for (int c = V; c < Vp; c++) padding.equal(c, (float)g[c], 0);
+            }
+            check(&x[(size_t)broken * Vp], l[broken], &d[(size_t)broken * Vp]);
+        };
+        auto set = [](int first, int last, float value) {
+            return [=](floatX* x) { std::fill(x + first, x + last + 1, (floatX)value); };
+        };
+        auto is_nan = [&](Property& p) {
+            return [&p](const floatX*, float loss, const floatX* g) {
+                p.is(std::isnan(loss), "the loss is a number");
+                for (int c = 0; c < V; c++) p.is(std::isnan((float)g[c]), "a gradient is a number");
+            };
+        };
+        auto is_right = [&](Property& p, int target) {
+            return [&p, v, target, dloss](const floatX* x, float loss, const floatX* g) {
+                Reference ref = reference(x, target, dloss, V, Vp, v);
+                if (std::isinf(ref.loss)) p.equal(0, loss, ref.loss);
+                else p.within(0, loss, ref.loss, ref.loss_bound);
+                for (int c = 0; c < V; c++) {
+                    if (std::isinf((float)x[c])) p.equal(c, (float)g[c], c == target ? -dloss : 0);
+                    else p.within(c, (float)g[c], ref.gradient[c], ref.gradient_bound[c]);
+                }
+            };
+        };
+        for (int c : {0, 7, 8, 255, 256, 263, 512, 519, V - 1})   // first and last of a vector, a turn of the warp, the row
+            for (int target : {c, 300}) {
+                const char* which = target == c ? "the target" : "column";
+                for (float value : {NAN, -NAN, INFINITY}) {
+                    set_case("%s: %g in %s %d", versions[v].name, value, which, c);
+                    with(target, set(c, c, value), is_nan(nan));
+                }
+                set_case("%s: -inf in %s %d", versions[v].name, which, c);
+                with(target, set(c, c, -INFINITY), is_right(minus, target));
+            }
+        set_case("%s: the first 256 columns are -inf", versions[v].name);   // all that a thread begins with
+        with(300, set(0, 255, -INFINITY), is_right(minus, 300));
+        for (int target : {0, 1, V - 1}) {
+            auto fill = [&](float even, float odd) {
+                return [=](floatX* x) {
+                    for (int c = 0; c < V; c++) x[c] = (floatX)(c % 2 ? odd : even);
+                };
+            };
+            set_case("%s: every other column is -inf, target %d", versions[v].name, target);
+            with(target, fill(1, -INFINITY), is_right(minus, target));
+            set_case("%s: every other column is NaN, target %d", versions[v].name, target);
+            with(target, fill(1, NAN), is_nan(nan));
+            set_case("%s: all infinite, target %d", versions[v].name, target);
+            with(target, fill(INFINITY, INFINITY), is_nan(nan));
+            with(target, fill(-INFINITY, INFINITY), is_nan(nan));
+            set_case("%s: all -inf, target %d", versions[v].name, target);
+            with(target, fill(-INFINITY, -INFINITY), is_nan(all_minus));
+            set_case("%s: denormals, target %d", versions[v].name, target);
+            with(target, fill(1e-40f, -1e-40f), is_right(denormal, target));
+            set_case("%s: the largest number, target %d", versions[v].name, target);
+            auto one_large = [&](floatX* x) {
+                for (int c = 0; c < V; c++) x[c] = (floatX)(c == target ? largest : -largest);
+            };
+            auto is_zero = [&](const floatX*, float loss, const floatX* g) {
+                large.equal(0, loss, 0);
+                for (int c = 0; c < V; c++) large.equal(c, (float)g[c], 0);
+            };
+            with(target, one_large, is_zero);
+        }
+    }
+    printf("special values, all versions\n");
+    report({&nan, &minus, &all_minus, &large, &denormal, &others, &padding});
+}
+
+// A row's index times Vp, beyond 2^31: rows of GPT-2's width, of which the first three and the last three are looked at.
+void test_far(uint64_t seed) {
+    Property p("loss and gradient of rows beyond 2^31 elements, all versions", "as above");
+    const int V = 50257, Vp = 50304, rows = 128 * 335 + 3;
+    set_case("%d rows of %d", rows, Vp);
+    FarBuffer<floatX> logits((size_t)rows * Vp);
+    if (logits.p == nullptr) return;
+    FarBuffer<float> losses(rows);
+    FarBuffer<int> targets(rows);
+    Random random(seed, 2000000);
+    std::vector<floatX> x = random.normals(3 * (size_t)Vp, 0, 3);
+    const std::vector<int> t = {0, V - 1, 1234};
+    for (int v = 0; v < VERSIONS; v++)
+        for (bool last : {false, true}) {
+            if (v == ONE && !last) continue;   // its first block has 128 rows
+            set_case("%s, the %s 3 of %d rows of %d", versions[v].name, last ? "last" : "first", rows, Vp);
+            const int row = last ? rows - 3 : 0;
+            logits.write((size_t)row * Vp, x);
+            targets.write(row, t);
+            const int first_block = row / versions[v].rows_a_block, last_block = (row + 2) / versions[v].rows_a_block;
+            launch_blocks(first_block, last_block,
+                          [&] { versions[v].run(logits.p, losses.p, targets.p, 1, true, rows, V, Vp, 0); });
+            std::vector<float> l = losses.read(row, 3);
+            std::vector<floatX> d = logits.read((size_t)row * Vp, 3 * (size_t)Vp);
+            for (int r = 0; r < 3; r++) {
+                Reference ref = reference(&x[(size_t)r * Vp], t[r], 1, V, Vp, v);
+                p.within(r, l[r], ref.loss, ref.loss_bound);
+                for (int c = 0; c < V; c++) p.within(c, (float)d[(size_t)r * Vp + c], ref.gradient[c], ref.gradient_bound[c]);
+                for (int c = V; c < Vp; c++) p.equal(c, (float)d[(size_t)r * Vp + c], 0);
+            }
+        }
+    report({&p});
+}
+
+// The sum of the losses: 256 threads, then a block's sum. What stands behind the last loss is NaN.
+void test_loss_sum(uint64_t seed) {
+    Property sum("written over NaN, and added to what is there", "n / 256 + 14 additions that stand one behind the other"),
+        again("the same bits in a second run"), nan("a NaN or an infinity among the losses, or in the sum so far, stays");
+    for (int n : {1, 2, 31, 32, 33, 255, 256, 257, 511, 512, 513, 1000, 4099})
+        for (bool beside : {false, true}) {   // with and without neighbours: the end of memory is found by the sanitizers
+            Random random(seed, 3000000 + n);
+            std::vector<float> losses(n);
+            for (float& l : losses) l = 3 + random.normal();
+            Buffer<float> l(n + (beside ? 256 : 0)), total(1), total2(1);
+            for (bool accumulate : {false, true}) {
+                set_case("%d losses, %s", n, accumulate ? "added" : "written");
+                const float before = 1000 * random.normal();
+                if (accumulate) total.write({before}), total2.write({before});
+                else total.write({NAN}), total2.write({NAN});
+                l.write(losses);
+                loss_sum(total.p, l.p, accumulate, n, 0);
+                loss_sum(total2.p, l.p, accumulate, n, 0);
+                double reference = accumulate ? before : 0, terms = fabs(reference);
+                for (float x : losses) reference += x, terms += fabs(x);
+                std::vector<float> got = total.read();
+                sum.within(0, got[0], reference, terms * EPS32 * (ceil_div(n, 256) + 5 + 8 + 1));
+                again.is(same_bits(got, total2.read()), "other bits");
+                for (int where : {0, n / 2, n - 1})
+                    for (float value : {NAN, INFINITY, -INFINITY}) {
+                        std::vector<float> broken = losses;
+                        broken[where] = value;
+                        l.write(broken);
+                        total.write({accumulate ? 1.0f : NAN});
+                        loss_sum(total.p, l.p, accumulate, n, 0);
+                        nan.equal(where, total.read()[0], value);
+                    }
+            }
+            total.write({NAN});
+            l.write(losses);
+            loss_sum(total.p, l.p, true, n, 0);
+            nan.equal(0, total.read()[0], NAN);
+        }
+    printf("the sum of the losses\n");
+    report({&sum, &again, &nan});
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// benchmark: a chunk of logits as the trainer makes it
+
+void bench(const char* model, int B, int T) {
+    const GPT2Config c = {1024, 50257, 50304, 0, 0, 0};
+    const Plan plan = {B, T, 1, true, 0, false, 0};
+    const int rows = plan_chunk_rows(plan, c.Vp);
+    const double X = sizeof(floatX);
+    char title[200];
+    snprintf(title, sizeof title, "GPT-2 %s: a chunk of %d rows, V %d", model, rows, c.V);
+    BenchTable t(title, (size_t)rows * c.Vp);
+    const int r = t.timed ? rows : 1;   // without a GPU nothing runs
+    Buffer<floatX> logits((size_t)r * c.Vp);
+    Buffer<float> losses(r);
+    Buffer<int> targets(std::vector<int>(r, 1));
+    cudaCheck(cudaMemset(logits.p, 0x3c, logits.bytes()));   // 0.0115
+    const float dloss = 1.0f / (B * T);
+    for (bool train : {false, true}) {
+        const char* names[] = {"version 1: a row a thread", "version 2: a row a warp", "version 3: maximum and sum in one pass",
+                               "version 4: the trainer's, a row a block"};
+        const int reads[] = {train ? 3 : 2, train ? 3 : 2, train ? 2 : 1, 1};   // that find nothing in a cache
+        for (int v = 0; v < VERSIONS; v++)
+            t.row((std::string(train ? "loss and gradient, " : "loss, ") + names[v]).c_str(), (reads[v] + train) * X,
+                  [&] { versions[v].run(logits.p, losses.p, targets.p, dloss, train, rows, c.V, c.Vp, 0); });
+    }
+}
+
+int main(int argc, char** argv) {
+    Arguments o = parse_arguments(argc, argv, "classifier: softmax, cross-entropy and their gradient in place of the logits");
+    if (o.bench) {
+        bench_device();
+        bench("124M, B 64, T 1024", 64, 1024);
+        bench("1558M, B 8, T 1024", 8, 1024);
+        return 0;
+    }
+    test_misuse(o, {{"Vp of 12", "classifier: Vp is 12: expected a multiple of 8",
+                     [] { classifier(nullptr, nullptr, nullptr, 1, true, 1, 9, 12, 0); }}});
+    printf("classifier, %s\n", dtype_name(FLOATX));
+    test_classifier(o.seed);
+    test_special(o.seed);
+    printf("large\n");
+    test_far(o.seed);
+    test_loss_sum(o.seed);
+    return finish(o);
+}
