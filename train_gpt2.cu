@@ -651,6 +651,8 @@ void layernorm_forward(floatX* residual,     // (rows, C) out: inp + add; null t
                        const floatX* beta,   // (C); SHARED: not read
                        int rows, int C, cudaStream_t stream) {
     check_vec("layernorm_forward: C", C);
+    const int most = 48 * 1024 / sizeof(floatX);
+    if (C > most) fail("layernorm_forward: C is %d: expected at most %d, because a row must fit 48 KB of shared memory", C, most);
     int warps = norm_warps(C);
     layernorm_forward_kernel<SHARED><<<ceil_div(rows, warps), warps * 32, warps * C * sizeof(floatX), stream>>>(
         residual, out, mean, rstd, inp, add, gamma, beta, rows, C);

@@ -121,7 +121,7 @@ void report(std::initializer_list<Property*> properties) {
 // Calls that a launcher must refuse: the program runs itself again for each, because refusing ends it. `call` must fail before
 // it touches the GPU. Call this first in main.
 struct Misuse {
-    const char *name, *expected;   // a part of the message
+    const char *name, *expected;   // without apostrophes: it passes through a shell; a part of the message
     std::function<void()> call;
 };
 void test_misuse(const Arguments& o, const std::vector<Misuse>& cases) {
