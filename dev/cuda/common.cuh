@@ -262,7 +262,7 @@ struct GradBuffer {
 
 template <class T>
 bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
-    return a.size() == b.size() && memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0;
+    return a.size() == b.size() && (a.empty() || memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
 }
 
 // Index arithmetic beyond 2^31: a tensor of n elements of which a test touches a few. On the CPU it is address space that

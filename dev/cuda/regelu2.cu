@@ -205,9 +205,8 @@ Codes codes_of() {
 double gelu_reference(double x) { return x / (1 + exp(-2 * sqrt(2 / M_PI) * (x + 0.044715 * x * x * x))); }
 
 // The trainer computes x / (1 + exp(-2u)). Each of half a dozen roundings on the way to u is worth |2u| of them once it has
-// been through the exponential, which is less the flatter the sigmoid; a handful come after, and as many
-// again where bf16 builds use the hardware's approximations. Below the smallest normal number
-// there is nothing relative any more.
+// been through the exponential, which is less the flatter the sigmoid; a handful come after, and as many again where bf16 builds
+// use the hardware's approximations. Below the smallest normal number there is nothing relative any more.
 double gelu_bound(double x) {
     double u = fabs(sqrt(2 / M_PI) * (x + 0.044715 * x * x * x)), flat = x > 0 ? 2 / (1 + exp(2 * u)) : 1;
     return fabs(gelu_reference(x)) * (EPS32 * (6 + 6 * !kFP32 + 12 * u * flat) + EPSX) + 1e-37;
