@@ -1598,9 +1598,9 @@ attention_backward_dkv_tc_kernel(bf16* dqkv, float* partial, const bf16* dout, c
         tc_load_tile<HS>(tile, row0 + h * HS, stride, t0, T);
         tc_load_tile<HS>(tile + TILE, dout + ((size_t)at.b * T * NH + h) * HS, out_stride, t0, T);
         if (threadIdx.x < TC_ROWS) {
-            bool query = t0 + (int)threadIdx.x < T;   // one that is not there has p = exp(-inf) = 0
+            bool query = t0 + (int)threadIdx.x < T;
             size_t stat = ((size_t)at.b * NH + h) * T + t0 + threadIdx.x;
-            lse_tile[i % 2][threadIdx.x] = query ? lse[stat] * LOG2E : INFINITY;
+            lse_tile[i % 2][threadIdx.x] = query ? lse[stat] * LOG2E : 0;
             delta_tile[i % 2][threadIdx.x] = query ? delta[stat] : 0;
         }
     };
@@ -1632,7 +1632,7 @@ attention_backward_dkv_tc_kernel(bf16* dqkv, float* partial, const bf16* dout, c
 #pragma unroll
             for (int e = 0; e < 8; e++) {   // p in place of s, ds of dp
                 int query = j + e / 4 * 8 + 2 * t + e % 2;
-                bool sees = t0 + query >= row + g + e / 2 % 2 * 8;
+                bool sees = t0 + query >= row + g + e / 2 % 2 * 8 && t0 + query < T;
                 float p = sees ? exp_2(s[e / 4][e % 4] * scale - lse_tile[i % 2][query]) : 0.0f;
                 s[e / 4][e % 4] = p;
                 dp[e / 4][e % 4] = p * (dp[e / 4][e % 4] - delta_tile[i % 2][query]);

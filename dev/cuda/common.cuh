@@ -14,6 +14,7 @@ struct Arguments {
     bool bench = false, large = false;
     std::string misuse;   // see test_misuse
 };
+bool small_only = false;      // no tensors of more than 2^31 elements
 bool bench_json = false;      // a line of JSON for each row of the benchmark, instead of tables
 size_t guard_bytes = 256;     // on either side of a tensor (a multiple of cudaMalloc's alignment)
 Arguments parse_arguments(int argc, char** argv, const char* what) {
@@ -28,6 +29,7 @@ Arguments parse_arguments(int argc, char** argv, const char* what) {
         if (a == "--bench") o.bench = true;
         else if (a == "--json") o.bench = bench_json = true;
         else if (a == "--large") o.large = true;
+        else if (a == "--small") small_only = true;
         else if (a == "--tight") guard_bytes = 0;
         else if (a == "--misuse" && i + 1 < argc) o.misuse = argv[++i];   // by test_misuse alone
         else if (a == "--seed" && i + 1 < argc && (o.seed = strtoull(argv[++i], &end, 10), end != argv[i] && *end == 0))
@@ -38,9 +40,10 @@ Arguments parse_arguments(int argc, char** argv, const char* what) {
                    "  --json      the same, a line of JSON a row\n"
                    "  --seed N    of the test's random numbers (1337)\n"
                    "  --large     tests with 2^31 elements even where that is slow or memory may be short\n"
+                   "  --small     leaves out index arithmetic beyond 2^31, which takes much memory on a GPU\n"
                    "  --tight     no guards around tensors, so that compute-sanitizer sees their ends\n", what);
             exit(0);
-        } else fail_usage("%s: expected --bench, --json, --seed N, --large, --tight or --help", a.c_str());
+        } else fail_usage("%s: expected --bench, --json, --seed N, --large, --small, --tight or --help", a.c_str());
     }
     return o;
 }
@@ -272,7 +275,8 @@ struct FarBuffer {
     T* p = nullptr;   // null: no room
     size_t n;
     explicit FarBuffer(size_t n) : n(n) {
-        if (on_cpu_backend()) {
+        if (small_only) {
+        } else if (on_cpu_backend()) {
             void* m = mmap(nullptr, bytes(), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
             if (m != MAP_FAILED) p = (T*)m;
         } else if (free_memory() > bytes() + ((size_t)1 << 30)) {

@@ -3,6 +3,7 @@ sanitizers; compiled by nvcc where that is installed. Programs are built into $B
 """
 import concurrent.futures
 import functools
+import json
 import os
 import re
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 from helpers import ROOT, execute, nvcc
 
 OUT = ROOT / os.environ.get("BUILD", "build") / "dev_cuda"
-NAMES = ["regelu2", "mslayernorm"]
+NAMES = sorted(path.stem for path in (ROOT / "dev/cuda").glob("*.cu"))
 PRECISIONS = {"bf16": 0, "fp32": 1}
 BOTH = [(name, precision) for name in NAMES for precision in PRECISIONS]
 ORDERS = {"forward": {}, "reverse": {}, "priority1": {"SIMT_SEED": 1}, "priority2": {"SIMT_SEED": 2}}
@@ -48,28 +49,37 @@ def build_gpu(name, precision):
                    f"dev/cuda/{name}.cu", "-o", program, *last, cwd=ROOT, timeout=300)
 
 
+def build_and_run(name, precision, san=False):
+    """A build, and {which run: what it said} in each order; where threads are told by two of them, with another seed."""
+    done, program = build_cpu(name, precision, san)
+    if done.status != 0:
+        return done, {}
+    if san:
+        return done, {"san": run(program)}
+    runs = {order: run(program, SIMT_ORDER=order.rstrip("12"), **env) for order, env in ORDERS.items()}
+    if precision == "bf16":
+        runs.update({f"{n} threads": run(program, "--seed", 7, OMP_NUM_THREADS=n) for n in (1, 2)}, bench=run(program, "--bench"))
+        runs["json"] = run(program, "--json")
+    return done, runs
+
+
 @pytest.fixture(scope="module")
-def builds():
-    """{key: future}: tests begin while others still compile."""
+def jobs():
+    """{key: future}: all of it is built and run on all cores, as soon as the first test wants something."""
     OUT.mkdir(parents=True, exist_ok=True)
     make_variable("CPU_CXX")
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        jobs = {(name, precision): pool.submit(build_cpu, name, precision, False) for name, precision in BOTH}
-        jobs.update({(name, "san"): pool.submit(build_cpu, name, "bf16", True) for name in NAMES})
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        jobs = {(name, precision): pool.submit(build_and_run, name, precision) for name, precision in BOTH}
+        jobs.update({(name, "san"): pool.submit(build_and_run, name, "bf16", True) for name in NAMES})
         if nvcc():
             jobs.update({(name, precision, "nvcc"): pool.submit(build_gpu, name, precision) for name, precision in BOTH})
         yield jobs
 
 
-def built(builds, *key):
-    done, program = builds[key].result()
+def runs_of(jobs, *key):
+    done, runs = jobs[key].result()
     assert done.status == 0, done.out + done.err
-    return program
-
-
-@functools.lru_cache(None)
-def run_cached(program):
-    return run(program)
+    return runs
 
 
 def run(program, *arguments, **env):
@@ -79,50 +89,67 @@ def run(program, *arguments, **env):
 # ----------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name,precision", BOTH)
-def test_in_every_order(builds, name, precision):
+def test_in_every_order(jobs, name, precision):
     """What is printed has every error that was found and a digest of every result: all of it is the same in any order."""
-    program = built(builds, name, precision)
-    printed = {}
-    for order, env in ORDERS.items():
-        done = run_cached(program) if order == "forward" else run(program, SIMT_ORDER=order.rstrip("12"), **env)
-        assert done.status == 0, f"{order}\n{done.out}{done.err}"
-        assert re.search(r"^checksum [0-9a-f]{16} \(seed 1337\)\nall is well$", done.out, re.M), done.out
-        printed[order] = done.out
-    assert len(set(printed.values())) == 1, printed
+    runs = runs_of(jobs, name, precision)
+    for order in ORDERS:
+        assert runs[order].status == 0, f"{order}\n{runs[order].out}{runs[order].err}"
+        assert re.search(r"^checksum [0-9a-f]{16} \(seed 1337\)\nall is well$", runs[order].out, re.M), runs[order].out
+    assert len({runs[order].out for order in ORDERS}) == 1, [runs[order].out for order in ORDERS]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_with_sanitizers(builds, name):
-    done = run(built(builds, name, "san"))
+def test_with_sanitizers(jobs, name):
+    done = runs_of(jobs, name, "san")["san"]
     assert (done.status, done.err) == (0, ""), done.out[-500:] + done.err
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_two_threads_another_seed(builds, name):
+def test_two_threads_another_seed(jobs, name):
     """Blocks on two threads, and other numbers; the digest tells that they are others."""
-    program = built(builds, name, "bf16")
-    one, two = (run(program, "--seed", 7, OMP_NUM_THREADS=n) for n in (1, 2))
+    runs = runs_of(jobs, name, "bf16")
+    one, two = runs["1 threads"], runs["2 threads"]
     assert one.status == two.status == 0, one.out + two.out
     assert one.out == two.out and "(seed 7)" in one.out
-    assert one.out.splitlines()[-2].split()[1] != run_cached(program).out.splitlines()[-2].split()[1]
+    assert one.out.splitlines()[-2].split()[1] != runs["forward"].out.splitlines()[-2].split()[1]
 
 
 BYTES = {"regelu2": {"forward, exact": 4, "forward, version 3": 4.25, "backward, exact": 6, "backward, version 3": 4.25},
-         "mslayernorm": {"backward, version 2": 8, "backward, version 3": 8}}
+         "mslayernorm": {"backward, version 2": 8, "backward, version 3": 8},
+         "layernorm": {"forward, version 3": 4, "backward, version 1": 20, "backward, version 3": 8},
+         "classifier": {"loss, version 4": 2, "loss and gradient, version 4": 4},
+         "adamw": {"version 1": 36, "version 3: the": 22, "version 3 with a master copy and": 30},
+         "gelu": {"forward, version 1": 8, "forward, version 3: the": 4, "backward, version 3: the": 6}}
 
 
-@pytest.mark.parametrize("name,rows", BYTES.items(), ids=NAMES)
-def test_bench_without_a_gpu(builds, name, rows):
-    """Bytes, and no times."""
-    done = run(built(builds, name, "bf16"), "--bench")
-    assert done.status == 0 and "Times mean nothing" in done.out and "GB/s" not in done.out
-    for row, count in rows.items():
-        found = [float(line.split()[-1]) for line in done.out.splitlines() if line.strip().startswith(row)]
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bench_without_a_gpu(jobs, name):
+    """Bytes or flops, and no times, for both models; the same as JSON."""
+    runs = runs_of(jobs, name, "bf16")
+    text = runs["bench"].out
+    assert runs["bench"].status == runs["json"].status == 0, runs["bench"].err + runs["json"].err
+    assert "Times mean nothing" in text and not re.search(r"GB/s|TFLOP/s|\bms\b", text)
+    assert "124M" in text and "1558M" in text
+    rows = [json.loads(line) for line in runs["json"].out.splitlines()]
+    printed = [float(line.split()[-1]) for line in text.splitlines() if line.startswith("  ") and re.search(r" [\d.]+$", line)]
+    assert len(rows) == len(printed) >= 4
+    for row, value in zip(rows, printed):
+        assert row["program"] == f"{name}-bf16" and set(row) - {"bytes_per_element", "flops_per_element"} == {"program", "case", "version"}
+        assert row.get("bytes_per_element", row.get("flops_per_element")) == pytest.approx(value, rel=0.01) and value > 0
+    for row, count in BYTES.get(name, {}).items():
+        found = [r["bytes_per_element"] for r in rows if r["version"].startswith(row) and "bytes_per_element" in r]
         assert found == [count, count], (row, found)
 
 
-def test_arguments(builds):
-    program = built(builds, "regelu2", "bf16")
+@pytest.mark.parametrize("name", NAMES)
+def test_the_readme_has_a_table_of_it(name):
+    assert f"`{name}.cu`" in (ROOT / "dev/cuda/README.md").read_text()
+
+
+def test_arguments(jobs):
+    runs_of(jobs, NAMES[0], "bf16")
+    program = OUT / f"{NAMES[0]}-bf16"
     assert run(program, "--help").status == 0
     for wrong in (["--sede", "1"], ["--seed"], ["--seed", "x"]):
         done = run(program, *wrong)
@@ -131,9 +158,9 @@ def test_arguments(builds):
 
 @pytest.mark.skipif(not nvcc(), reason="nvcc is not installed")
 @pytest.mark.parametrize("name,precision", BOTH)
-def test_nvcc(builds, name, precision):
+def test_nvcc(jobs, name, precision):
     """No warning, and no kernel that spills registers."""
-    done = builds[name, precision, "nvcc"].result()
+    done = jobs[name, precision, "nvcc"].result()
     said = done.out + done.err
     assert done.status == 0, said
     assert [line for line in said.splitlines() if re.search("warning|error", line, re.I)] == []

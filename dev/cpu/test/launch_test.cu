@@ -9,6 +9,12 @@ template <class T> __global__ void dynamic_kernel(T* out) {
     if (out) out[threadIdx.x] = bytes[threadIdx.x];
 }
 
+__global__ void mark_kernel(unsigned char* ran, unsigned* last) {
+    unsigned block = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
+    if (block < 24) ran[block]++;
+    *last = block;
+}
+
 // the error that is pending, which this clears
 static cudaError_t pending() {
     EXPECT(cudaPeekAtLastError() == cudaPeekAtLastError());
@@ -33,6 +39,31 @@ int main(int argc, char** argv) {
     EXPECT(pending() == cudaErrorInvalidConfiguration);
     nothing_kernel<<<dim3(1, 65535), 1024>>>(p);
     EXPECT(pending() == cudaSuccess);
+
+#ifndef __CUDACC__
+    // a few blocks of a grid: x counts fastest
+    unsigned char *ran, marks[24];
+    unsigned *last, block = 0;
+    cudaCheck(cudaMalloc(&ran, sizeof marks));
+    cudaCheck(cudaMalloc(&last, sizeof block));
+    cudaCheck(cudaMemset(ran, 0, sizeof marks));
+    simt::run_only_blocks(5, 13);
+    mark_kernel<<<dim3(4, 3, 2), 1>>>(ran, last);
+    cudaCheck(cudaMemcpy(marks, ran, sizeof marks, cudaMemcpyDeviceToHost));
+    for (int i = 0; i < 24; i++) EXPECT(marks[i] == (i >= 5 && i <= 13));
+    simt::run_only_blocks(2147483646, INT64_MAX);
+    mark_kernel<<<2147483647, 1>>>(ran, last);
+    cudaCheck(cudaMemcpy(&block, last, sizeof block, cudaMemcpyDeviceToHost));
+    EXPECT(block == 2147483646);
+    simt::run_only_blocks(24, 30);   // there are none
+    mark_kernel<<<dim3(4, 3, 2), 1>>>(ran, last);
+    simt::run_all_blocks();
+    mark_kernel<<<dim3(4, 3, 2), 1>>>(ran, last);
+    cudaCheck(cudaMemcpy(marks, ran, sizeof marks, cudaMemcpyDeviceToHost));
+    for (int i = 0; i < 24; i++) EXPECT(marks[i] == 1 + (i >= 5 && i <= 13));
+    cudaCheck(cudaFree(ran));
+    cudaCheck(cudaFree(last));
+#endif
 
     // dynamic shared memory: 48 KB, more with the attribute, and that per kernel
     int* no_ints = NULL;

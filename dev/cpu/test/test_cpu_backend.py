@@ -165,6 +165,21 @@ def test_missing_wait_for_an_asynchronous_copy_shows(programs, order):
     assert result.returncode == 1 and result.stdout.count('WRONG') == 3, result.stdout
 
 
+def test_example_of_the_readme(tmp_path):
+    """Its kernel is the file's, its commands run as they stand there, and print what it says."""
+    section = open(os.path.join(CPU, 'README.md')).read().split('## Finding a race in your own kernel')[1].split('\n## ')[0]
+    blocks = [re.sub('^    ', '', b, flags=re.M) for b in re.findall(r'(?:^    .*\n)+', section, re.M)]
+    source = open(os.path.join(HERE, 'planted/differences.cu')).read()
+    assert [b in source for b in blocks] == ['$ ' not in b for b in blocks]
+    os.symlink(os.path.join(ROOT, 'dev'), tmp_path / 'dev')
+    steps = re.findall(r'^\$ (.*\n)((?:[^$].*\n)*)', ''.join(b for b in blocks if '$ ' in b), re.M)
+    assert len(steps) == 15
+    for command, expected in steps:
+        result = run(['bash', '-c', f'cd {tmp_path} && ' + command.replace('-lopenblas', ' '.join(LDLIBS))])
+        assert result.stdout == expected, command
+        assert (result.returncode != 0) == (' race' in command or ' overrun' in command)
+
+
 # ---- errors that are named ----------------------------------------------------------------------------
 
 def line_of(source, text):
