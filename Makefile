@@ -195,6 +195,7 @@ missing_demo = $(if $(filter 1,$(CPU)),$(missing_cpu),$(missing_gpu)) \
                $(call lacks,$(PYTHON) -c "import numpy",python3-numpy)
 missing_test = $(missing_cpu) $(call lacks,$(PYTHON) -c "import numpy",python3-numpy) \
                $(call lacks,$(PYTHON) -c "import pytest",python3-pytest) \
+               $(call lacks,$(PYTHON) -c "import xdist",python3-pytest-xdist) \
                $(call lacks,$(PYTHON) -c "import ensurepip",python3-venv) \
                $(call lacks,command -v mpicxx,libopenmpi-dev) $(call lacks,command -v mpirun,openmpi-bin)
 
@@ -256,8 +257,9 @@ demo: setup
 .PHONY: test variants twins
 test: setup-test
 	-@$(MAKE) $(if $(findstring jobserver,$(MAKEFLAGS)),,-j$$(nproc)) -k variants
-	@$$([ -x $(VENV)/bin/python ] && echo $(VENV)/bin/python || echo $(PYTHON)) -B -m pytest -q -rs --tb=short -p no:cacheprovider \
-	  $(or $(TESTS),dev/test dev/cpu/test) </dev/null
+	@python=$$([ -x $(VENV)/bin/python ] && echo $(VENV)/bin/python || echo $(PYTHON)); \
+	 two=$$($$python -c "import xdist" 2>/dev/null && echo "-n 2 --dist loadfile"); \
+	 $$python -B -m pytest -q -rs --tb=short -p no:cacheprovider $$two $(or $(TESTS),dev/test dev/cpu/test) </dev/null
 
 # Side by side in build/: a variant that does not build fails the tests that want it.
 # A name's parts are its flags: where it is built, the mode (none is exact), the precision.

@@ -694,7 +694,7 @@ void test_init(uint64_t seed) {
         shape("init, normal: largest distance from the distribution function", "2.6 / sqrt(n), by Kolmogorov: 3 in a million"),
         free("init, normal: no correlation between neighbours, tensors, seeds", "5 standard deviations of chance"),
         again("init, normal: the same bits in a second run, and in a tensor of another length"),
-        constant("init, constant", "every bit");
+        constant("init, constant", "every bit"), wide("a master copy of weights that have none", "every bit");
     for (size_t n : {1, 7, 255, 256, 257, 511, 512, 513, 1031}) {
         set_case("n %zu", n);
         Buffer<floatX> x(n), y(n + 300);
@@ -703,6 +703,11 @@ void test_init(uint64_t seed) {
         std::vector<floatX> a = x.read(), b = y.read();
         for (size_t i = 0; i < n; i++) normal_within(value, i, (float)a[i], 0.02f, seed, 3);
         again.is(memcmp(a.data(), b.data(), n * sizeof(floatX)) == 0, "other bits");
+        Buffer<float> master(n);
+        widen_kernel<<<ceil_div(n, 256), 256>>>(master.p, x.p, n);
+        cudaCheck(cudaGetLastError());
+        std::vector<float> m = master.read();
+        for (size_t i = 0; i < n; i++) wide.equal(i, m[i], (float)a[i]);
         init_constant(x.p, n, 1);
         for (floatX c : x.read()) constant.equal(n, (float)c, 1);
     }
@@ -741,7 +746,7 @@ void test_init(uint64_t seed) {
     }
     set_case("correlation");
     for (int k = 0; k < 3; k++) free.within(k, products[k], 0, 5 / sqrt((double)n));
-    report({&value, &moments, &shape, &free, &again, &constant});
+    report({&value, &moments, &shape, &free, &again, &wide, &constant});
 
     const size_t many = ((size_t)1 << 32) + 256 + 3;
     set_case("2^32 + 259 elements");
