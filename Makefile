@@ -195,7 +195,6 @@ missing_demo = $(if $(filter 1,$(CPU)),$(missing_cpu),$(missing_gpu)) \
                $(call lacks,$(PYTHON) -c "import numpy",python3-numpy)
 missing_test = $(missing_cpu) $(call lacks,$(PYTHON) -c "import numpy",python3-numpy) \
                $(call lacks,$(PYTHON) -c "import pytest",python3-pytest) \
-               $(call lacks,$(PYTHON) -c "import xdist",python3-pytest-xdist) \
                $(call lacks,$(PYTHON) -c "import ensurepip",python3-venv) \
                $(call lacks,command -v mpicxx,libopenmpi-dev) $(call lacks,command -v mpirun,openmpi-bin)
 
@@ -225,16 +224,16 @@ endef
 setup:
 	$(call install,$(missing_demo))
 
-# The tests of prepro can use two libraries that Debian does not package: into an environment of
-# their own. Without a network the tests that need them are skipped.
+# The tests of prepro can use two libraries that Debian does not package, and a third runs two files of tests at a time: into an
+# environment of their own. Without a network the tests that need them are skipped, and files run one after the other.
 VENV := build/venv
 setup-test:
 	$(call install,$(missing_test))
 	@[ -x $(VENV)/bin/python ] || $(PYTHON) -m venv --system-site-packages $(VENV)
-	@for library in tokenizers tiktoken; do \
-	   $(VENV)/bin/python -c "import $$library" 2>/dev/null || \
+	@for library in tokenizers tiktoken pytest-xdist; do \
+	   $(VENV)/bin/python -c "import $${library#pytest-}" 2>/dev/null || \
 	   $(VENV)/bin/python -m pip install -q --disable-pip-version-check --retries 0 --timeout 15 $$library 2>/dev/null || \
-	   echo "pip could not install $$library: the tests that need it are skipped"; \
+	   echo "pip could not install $$library: $$([ $$library = pytest-xdist ] && echo the tests take longer || echo the tests that need it are skipped)"; \
 	 done
 
 # ----------------------------------------------------------------------------

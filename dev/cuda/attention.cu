@@ -584,7 +584,7 @@ void test_random(uint64_t seed) {
         for (int T : {1, 31, 63, 64, 65, 128, 129, 257}) {
             const bool tc = tensor_cores(TRAINER, HS), all_sizes = HS == 24 || HS == 40 || HS == 64 || HS == 72 || HS == 128;
             if (!all_sizes && T != 1 && T != 31 && T != 65) continue;
-            if (T == 257 && HS != 24 && HS != 64) continue;   // T = 1000: see below
+            if (T == 257 && HS != 24 && HS != 64 && HS != 128) continue;   // T = 1000: see below
             if (SANITIZED && T != 1 && T != 31 && T != 65 && T * HS != 129 * 64) continue;
             turn++;
             Shape s = {1 + turn % 3, T, heads[turn % 5][0], heads[turn % 5][1], HS};
