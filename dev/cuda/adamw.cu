@@ -428,12 +428,6 @@ void test_shares(uint64_t seed) {
 }
 
 // Index arithmetic beyond 2^31 and 2^32, in a tensor between two small ones: its first block, those at 2^31 and 2^32, its last.
-// On a GPU one launch runs them all.
-template <class F>
-void run_blocks(std::initializer_list<int64_t> blocks, F&& launch) {
-    if (!on_cpu_backend()) return launch();
-    for (int64_t b : blocks) launch_blocks(b, b, launch);
-}
 void test_far(uint64_t seed) {
     const size_t window = OPT_BLOCK, tail = 24, n = ((size_t)1 << 32) + window + tail;
     set_case("2^32 + %zu elements", window + tail);

@@ -39,7 +39,7 @@ Arguments parse_arguments(int argc, char** argv, const char* what) {
                    "  --bench     bytes moved, time and bandwidth of each version instead\n"
                    "  --json      the same, a line of JSON a row\n"
                    "  --seed N    of the test's random numbers (1337)\n"
-                   "  --large     tests with 2^31 elements even where that is slow or memory may be short\n"
+                   "  --large     what is slow too: 2^31 elements for real, attention over 1000 positions\n"
                    "  --small     leaves out index arithmetic beyond 2^31, which takes much memory on a GPU\n"
                    "  --tight     no guards around tensors, so that compute-sanitizer sees their ends\n", what);
             exit(0);
@@ -317,6 +317,13 @@ void launch_blocks(int64_t first, int64_t last, F&& launch) {
     launch();
     simt::run_all_blocks();
 #endif
+}
+
+// The same for blocks here and there, one after the other on the CPU; on a GPU one launch runs them all.
+template <class F>
+void run_blocks(const std::vector<int64_t>& blocks, F&& launch) {
+    if (!on_cpu_backend()) return launch();
+    for (int64_t b : blocks) launch_blocks(b, b, launch);
 }
 
 // cuBLASLt, for the files that multiply.

@@ -407,13 +407,6 @@ void test_backward(uint64_t seed) {
 
 // ---- index arithmetic beyond 2^31
 
-// On the CPU the numbered blocks of each kernel that `launch` launches, one after the other; on a GPU one launch runs them all.
-template <class F>
-void run_blocks(const std::vector<int64_t>& blocks, F&& launch) {
-    if (!on_cpu_backend()) return launch();
-    for (int64_t b : blocks) launch_blocks(b, b, launch);
-}
-
 // The first block, those at 2^31 and 2^32, the last.
 void test_forward_far(uint64_t seed) {
     const int OC = 1000;

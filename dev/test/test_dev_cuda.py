@@ -145,6 +145,13 @@ def test_the_readme_has_a_table_of_it(name):
     assert f"`{name}.cu`" in (ROOT / "dev/cuda/README.md").read_text()
 
 
+def test_attention_over_1000_positions(jobs):
+    """All of it, where the usual run takes the blocks with the most to do."""
+    runs_of(jobs, "attention", "bf16")
+    done = run(OUT / "attention-bf16", "--large")
+    assert done.status == 0 and "all is well" in done.out, done.out + done.err
+
+
 def test_arguments(jobs):
     runs_of(jobs, NAMES[0], "bf16")
     program = OUT / f"{NAMES[0]}-bf16"
