@@ -139,7 +139,7 @@ struct Floats {
     __device__ float operator[](int i) const { return x[i]; }
 };
 template <class X>
-__device__ inline Floats widen(const VecOf<X>& v) {
+__device__ inline Floats widen(VecOf<X> v) {   // by value: through a reference nvcc reads memory element by element
     Floats f;
 #pragma unroll
     for (int i = 0; i < VEC; i++) f[i] = (float)v.x[i];
@@ -669,7 +669,7 @@ void layernorm_forward(floatX* residual,     // (rows, C) out: inp + add; null t
 constexpr int NORM_ROWS = 8;
 constexpr int NORM_THREADS = 512;   // at most: 4096 columns; where there are more, further blocks do the rows' sums once more
 template <bool SHARED>
-__global__ void __launch_bounds__(NORM_THREADS)
+__global__ void __launch_bounds__(NORM_THREADS, 1)   // the 1: it needs up to 85 registers, and room for two such blocks leaves 64
 layernorm_backward_kernel(floatX* dresidual, float* partial, const floatX* dout, const floatX* kept, const float* mean,
                           const float* rstd, const floatX* gamma, bool accumulate, int rows, int C) {
     __shared__ float mean_dz[2][NORM_ROWS], mean_dz_z[2][NORM_ROWS];   // twice: the rows before may still be in use
@@ -1028,24 +1028,47 @@ __device__ inline void att_load_tile(AttTile<G>& tile, const floatX* head, size_
 // What the kernels know of the heads, and where in a row of qkv (or of its gradient) a head's q, k and v stand.
 struct AttShape {
     int T, NH, NKV, HS;
-    float scale;   // 1 / sqrt(HS)
+    float scale;    // 1 / sqrt(HS)
+    int together;   // heads whose blocks run at about the same time, see att_place
     __device__ size_t stride() const { return (size_t)(NH + 2 * NKV) * HS; }   // of a row of qkv
     __device__ int group() const { return NH / NKV; }                          // query heads that share a key-value head
     __device__ int k_head(int h) const { return NH + h / group(); }
     __device__ int v_head(int h) const { return NH + NKV + h / group(); }
 };
-// Where a block and a thread of the three kernels below stand: head, row, share of the row.
+// The same number, but the compiler does not know: what is computed from it is computed again and not kept in registers.
+__device__ inline uint32_t again(uint32_t x) {
+#ifdef __CUDACC__
+    asm volatile("" : "+r"(x));
+#endif
+    return x;
+}
+// The head and the rows of a block. Two things matter, since blocks begin in the order of their numbers. A block reads all keys
+// that its queries see (or all queries that see its keys), so blocks of one head should run while the L2 cache holds them: the
+// heads go by in groups that fit. And the blocks with most to do should begin first, or the last of them runs alone: within a
+// group those of the last queries, since a query sees all keys before it, or of the first keys. dev/bench/l2.py simulates this.
+struct AttPlace { int head, row_block; };
+__host__ __device__ inline AttPlace att_place(int block, int heads, int row_blocks, int together, bool last_first) {
+    int first = block / (together * row_blocks) * together, i = block % (together * row_blocks);
+    int size = heads - first < together ? heads - first : together;   // of this group
+    return {first + i % size, last_first ? row_blocks - 1 - i / size : i / size};
+}
+inline int att_heads_together(int T, int HS, size_t l2_bytes) {   // a third of the cache, for their keys and values
+    return (int)std::clamp(l2_bytes / 3 / (2 * sizeof(floatX) * T * HS), (size_t)1, (size_t)1 << 10);
+}
+struct AttBlock { int b, h, first, row_blocks; };
+__device__ inline AttBlock att_block(const AttShape& shape, int heads, int rows, bool last_first) {
+    int row_blocks = (shape.T + rows - 1) / rows;
+    int together = max(1, shape.together * heads / shape.NH);   // a key-value head counts as all query heads that share it
+    AttPlace place = att_place(blockIdx.x, gridDim.x / row_blocks, row_blocks, together, last_first);
+    return {place.head / heads, place.head % heads, place.row_block * rows, row_blocks};
+}
+// Where a thread of the three kernels below stands: its block, its row, its share of the row.
 template <int G>
-struct AttPlace {
-    int b, h, first, row, g, warp_first, warp_last;
-    __device__ AttPlace(int T, int heads) {
-        int row_blocks = (T + ATT_ROWS - 1) / ATT_ROWS;
-        int bh = blockIdx.x / row_blocks;
-        b = bh / heads;
-        h = bh % heads;
-        first = blockIdx.x % row_blocks * ATT_ROWS;
+struct AttThread : AttBlock {
+    int row, share, warp_first, warp_last;
+    __device__ AttThread(const AttShape& shape, int heads, bool last_first) : AttBlock(att_block(shape, heads, ATT_ROWS, last_first)) {
         row = first + threadIdx.x / G;
-        g = threadIdx.x % G;
+        share = threadIdx.x % G;
         // A tile that is masked for every row of interest is skipped. With G > 1 the warp must decide as one, for its shuffles.
         warp_first = G == 1 ? row : first + (int)(threadIdx.x & ~31u) / G;
         warp_last = G == 1 ? row : first + (int)(threadIdx.x | 31u) / G;
@@ -1057,11 +1080,11 @@ __global__ void __launch_bounds__(ATT_ROWS * G, 1)
 attention_forward_kernel(floatX* out, float* lse, const floatX* qkv, AttShape shape) {
     __shared__ AttTile<G> k_tile, v_tile;
     const int T = shape.T, NH = shape.NH, HS = shape.HS;
-    AttPlace<G> at(T, NH);
+    const AttThread<G> at(shape, NH, true);
     size_t stride = shape.stride();
     const floatX* row0 = qkv + at.b * T * stride;
     float q[ATT_CHANNELS], o[ATT_CHANNELS] = {};
-    att_load_row(q, row0 + at.row * stride + at.h * HS, at.g, HS, at.row < T);
+    att_load_row(q, row0 + at.row * stride + at.h * HS, at.share, HS, at.row < T);
     float max = -INFINITY, sum = 0;
     int end = min(at.first + ATT_ROWS, T);
     for (int t0 = 0; t0 < end; t0 += ATT_TILE) {
@@ -1073,7 +1096,7 @@ attention_forward_kernel(floatX* out, float* lse, const floatX* qkv, AttShape sh
         float s[ATT_TILE], tile_max = max;
 #pragma unroll
         for (int j = 0; j < ATT_TILE; j++) {
-            s[j] = att_row_sum<G>(att_dot(q, k_tile[j][at.g])) * shape.scale;
+            s[j] = att_row_sum<G>(att_dot(q, k_tile[j][at.share])) * shape.scale;
             if (t0 + j > at.row) s[j] = -INFINITY;
             tile_max = fmaxf(tile_max, s[j]);
         }
@@ -1086,12 +1109,12 @@ attention_forward_kernel(floatX* out, float* lse, const floatX* qkv, AttShape sh
         for (int j = 0; j < ATT_TILE; j++) {
             float p = expf(s[j] - max);
             sum += p;
-            att_add(o, p, v_tile[j][at.g]);
+            att_add(o, p, v_tile[j][at.share]);
         }
     }
     if (at.row >= T) return;
-    att_store_row(out + (((size_t)at.b * T + at.row) * NH + at.h) * HS, o, at.g, HS, 1.0f / sum);
-    if (at.g == 0) lse[((size_t)at.b * NH + at.h) * T + at.row] = max + logf(sum);
+    att_store_row(out + (((size_t)at.b * T + at.row) * NH + at.h) * HS, o, at.share, HS, 1.0f / sum);
+    if (at.share == 0) lse[((size_t)at.b * NH + at.h) * T + at.row] = max + logf(sum);
 }
 
 // Backward, first half: rows are queries. With p = exp(s - lse), dp = dout v^T and delta = sum_c dout * out,
@@ -1102,18 +1125,18 @@ attention_backward_dq_kernel(floatX* dqkv, float* delta, const floatX* dout, con
                              const float* lse, AttShape shape) {
     __shared__ AttTile<G> k_tile, v_tile;
     const int T = shape.T, NH = shape.NH, HS = shape.HS;
-    AttPlace<G> at(T, NH);
+    const AttThread<G> at(shape, NH, true);
     size_t stride = shape.stride();
     const floatX* row0 = qkv + at.b * T * stride;
     bool there = at.row < T;
     size_t out_row = (((size_t)at.b * T + at.row) * NH + at.h) * HS;
     size_t stat = ((size_t)at.b * NH + at.h) * T + at.row;
     float q[ATT_CHANNELS], d[ATT_CHANNELS], dq[ATT_CHANNELS];
-    att_load_row(q, out + out_row, at.g, HS, there);   // q's registers hold out for a moment
-    att_load_row(d, dout + out_row, at.g, HS, there);
+    att_load_row(q, out + out_row, at.share, HS, there);   // q's registers hold out for a moment
+    att_load_row(d, dout + out_row, at.share, HS, there);
     float row_delta = att_row_sum<G>(att_dot(q, d));
-    if (there && at.g == 0) delta[stat] = row_delta;
-    att_load_row(q, row0 + at.row * stride + at.h * HS, at.g, HS, there);
+    if (there && at.share == 0) delta[stat] = row_delta;
+    att_load_row(q, row0 + at.row * stride + at.h * HS, at.share, HS, there);
     float row_lse = there ? lse[stat] : 0;
 #pragma unroll
     for (int c = 0; c < ATT_CHANNELS; c++) dq[c] = 0;
@@ -1126,13 +1149,13 @@ attention_backward_dq_kernel(floatX* dqkv, float* delta, const floatX* dout, con
         if (t0 > at.warp_last) continue;
 #pragma unroll 2
         for (int j = 0; j < ATT_TILE; j++) {
-            float s = att_row_sum<G>(att_dot(q, k_tile[j][at.g])) * shape.scale;
-            float dp = att_row_sum<G>(att_dot(d, v_tile[j][at.g]));
+            float s = att_row_sum<G>(att_dot(q, k_tile[j][at.share])) * shape.scale;
+            float dp = att_row_sum<G>(att_dot(d, v_tile[j][at.share]));
             float p = t0 + j > at.row ? 0.0f : expf(s - row_lse);
-            att_add(dq, p * (dp - row_delta), k_tile[j][at.g]);
+            att_add(dq, p * (dp - row_delta), k_tile[j][at.share]);
         }
     }
-    if (there) att_store_row(dqkv + ((size_t)at.b * T + at.row) * stride + at.h * HS, dq, at.g, HS, shape.scale);
+    if (there) att_store_row(dqkv + ((size_t)at.b * T + at.row) * stride + at.h * HS, dq, at.share, HS, shape.scale);
 }
 
 // Second half: rows are keys, and the tiles are the queries that see them. dv = p^T dout, dk = scale * ds^T q. Every sum
@@ -1144,14 +1167,14 @@ attention_backward_dkv_kernel(floatX* dqkv, const floatX* dout, const floatX* qk
     __shared__ AttTile<G> q_tile, d_tile;
     __shared__ float lse_tile[ATT_TILE], delta_tile[ATT_TILE];
     const int T = shape.T, NH = shape.NH, HS = shape.HS;
-    AttPlace<G> at(T, shape.NKV);   // h is a key-value head
+    const AttThread<G> at(shape, shape.NKV, false);   // h is a key-value head
     size_t stride = shape.stride();
     const floatX* row0 = qkv + at.b * T * stride;
     size_t k_offset = (size_t)(NH + at.h) * HS, v_offset = k_offset + (size_t)shape.NKV * HS;
     bool there = at.row < T;
     float k[ATT_CHANNELS], v[ATT_CHANNELS], dk[ATT_CHANNELS] = {}, dv[ATT_CHANNELS] = {};
-    att_load_row(k, row0 + at.row * stride + k_offset, at.g, HS, there);
-    att_load_row(v, row0 + at.row * stride + v_offset, at.g, HS, there);
+    att_load_row(k, row0 + at.row * stride + k_offset, at.share, HS, there);
+    att_load_row(v, row0 + at.row * stride + v_offset, at.share, HS, there);
     for (int h = at.h * shape.group(); h < (at.h + 1) * shape.group(); h++) {   // the query heads that share it, in order
         const floatX* dout_head = dout + ((size_t)at.b * T * NH + h) * HS;
         size_t stat = ((size_t)at.b * NH + h) * T;
@@ -1168,19 +1191,19 @@ attention_backward_dkv_kernel(floatX* dqkv, const floatX* dout, const floatX* qk
             if (t0 + ATT_TILE <= at.warp_first) continue;
 #pragma unroll 2
             for (int i = 0; i < ATT_TILE; i++) {
-                float s = att_row_sum<G>(att_dot(q_tile[i][at.g], k)) * shape.scale;
-                float dp = att_row_sum<G>(att_dot(d_tile[i][at.g], v));
+                float s = att_row_sum<G>(att_dot(q_tile[i][at.share], k)) * shape.scale;
+                float dp = att_row_sum<G>(att_dot(d_tile[i][at.share], v));
                 bool sees = t0 + i >= at.row && t0 + i < T;
                 float p = sees ? expf(s - lse_tile[i]) : 0.0f;
-                att_add(dv, p, d_tile[i][at.g]);
-                att_add(dk, p * (dp - delta_tile[i]), q_tile[i][at.g]);
+                att_add(dv, p, d_tile[i][at.share]);
+                att_add(dk, p * (dp - delta_tile[i]), q_tile[i][at.share]);
             }
         }
     }
     if (!there) return;
     floatX* row = dqkv + ((size_t)at.b * T + at.row) * stride;
-    att_store_row(row + k_offset, dk, at.g, HS, shape.scale);
-    att_store_row(row + v_offset, dv, at.g, HS, 1.0f);
+    att_store_row(row + k_offset, dk, at.share, HS, shape.scale);
+    att_store_row(row + v_offset, dv, at.share, HS, 1.0f);
 }
 
 template <int G>
@@ -1205,36 +1228,48 @@ void attention_backward_launch(floatX* dqkv, Grad dbias, float* delta, float* sc
 // ---- attention, on tensor cores
 //
 // The same for bf16 heads of 64 and 128 channels, which nearly all models have. A warp multiplies matrices by
-// mma.sync.m16n8k16: a (16 x 16) times b (16 x 8), bf16, added to a 16 x 8 in fp32. The matrices lie spread over the registers
-// of its 32 lanes. With g = lane / 4 and t = lane % 4, and two bf16 to a register,
-//     a[0] = (row g,     columns 2t, 2t+1)       a[2] = (row g,     columns 2t+8, 2t+9)
-//     a[1] = (row g + 8, columns 2t, 2t+1)       a[3] = (row g + 8, columns 2t+8, 2t+9)
-//     b[0] = (rows 2t, 2t+1, column g)           b[1] = (rows 2t+8, 2t+9, column g)
-//     d[0], d[1] = (row g, columns 2t, 2t+1)     d[2], d[3] = (row g + 8, columns 2t, 2t+1)
-// so two neighbouring results, 16 x 16, have the form of an a: the probabilities go into the next product as they are.
+// mma.sync.m16n8k16: a (16 x 16) times b (16 x 8), bf16, added to c (16 x 8) in fp32. The matrices lie spread over the registers
+// of its 32 lanes, two bf16 to a register. PTX calls such a share of a matrix a fragment. With row = lane / 4 and
+// col = lane % 4 * 2, a lane holds
 //
-// A warp owns rows (queries, or keys) and keeps their a in registers. The other side comes in tiles of 64 rows, copied from
-// global to shared memory asynchronously, the next one while this one is used; ldmatrix takes b from there. Products with the
-// same tile are made 16 of its rows at a time. As in the plain version every sum belongs to one thread.
+//             col, col+1    col+8, col+9                       column row                    col, col+1
+//     a =   [    a[0]           a[2]     ]  row       b =   [    b[0]    ]  col, col+1    c = [ c[0], c[1] ]  row
+//           [    a[1]           a[3]     ]  row+8           [    b[1]    ]  col+8, col+9      [ c[2], c[3] ]  row+8
+//
+// so two neighbouring c, 16 x 16, have the form of an a: the probabilities go into the next product as they are. For example
+// lane 5 (row 1, col 2) holds c's elements (1, 2), (1, 3), (9, 2) and (9, 3).
+//
+// A warp owns 16 M rows (queries, or keys) and keeps their a in registers. The other side comes in tiles of 64 rows, copied from
+// global to shared memory asynchronously, the next one while this one is used; ldmatrix takes b from there. What is read from
+// shared memory serves M products, and shared memory, not the tensor cores, is what M = 1 would wait for. As in the plain
+// version every sum belongs to one thread.
 
 typedef __nv_bfloat16 bf16;
 constexpr int TC_THREADS = 128;   // 4 warps
 constexpr int TC_ROWS = 64;       // rows of a tile
 template <int HS>
-constexpr int TC_BLOCKS = HS == 64 ? 3 : 2;   // on a multiprocessor at a time: what 65,536 registers allow
+constexpr int TC_M = HS == 64 ? 2 : 1;   // what fits in registers: a warp keeps 16 M rows, and sums of that shape
+// Blocks that share a multiprocessor's 65,536 registers. Three leave 168 registers to a thread of attention's forward, which is
+// enough but on the newest architectures; two leave 255.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+template <int HS> constexpr int TC_FORWARD_BLOCKS = 2;
+#else
+template <int HS> constexpr int TC_FORWARD_BLOCKS = HS == 64 ? 3 : 2;
+#endif
+constexpr int TC_BACKWARD_BLOCKS = 2;
 
-__device__ inline void mma_16816(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {   // d += a b
+__device__ inline void mma_16816(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {   // c += a b
 #ifdef __CUDACC__
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 #else
     const uint32_t b[2] = {b0, b1};
-    simt::mma_m16n8k16_bf16(d, a, b, d);
+    simt::mma_m16n8k16_bf16(c, a, b, c);
 #endif
 }
 // Four 8 x 8 matrices from shared memory, whose addresses are 32-bit numbers; lane 8i + j gives the address of row j of matrix i.
-// r[i] of every lane is a pair of matrix i: row g, columns 2t and 2t+1; or with TRANSPOSE rows 2t and 2t+1, column g.
+// In every lane r[i] is a pair of matrix i: (row lane / 4, columns col, col+1); or with TRANSPOSE (rows col, col+1, column lane / 4).
 template <bool TRANSPOSE>
 __device__ inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t address) {
 #ifdef __CUDACC__
@@ -1248,13 +1283,17 @@ __device__ inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t address) {
     simt::ldmatrix<4, TRANSPOSE>(r, address);
 #endif
 }
-// Begins to copy 16 bytes to shared memory; zeros if not `there`, and then nothing is read.
-__device__ inline void cp_async_16(uint32_t address, const bf16* global, bool there) {
-    int bytes = there ? 16 : 0;
+// Begins to copy 16 bytes, or 4, to shared memory; zeros if not `there`, and then nothing is read.
+template <int BYTES>
+__device__ inline void cp_async(uint32_t address, const void* global, bool there) {
+    int bytes = there ? BYTES : 0;
 #ifdef __CUDACC__
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(address), "l"(global), "r"(bytes) : "memory");
+    if constexpr (BYTES == 16)
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(address), "l"(global), "r"(bytes) : "memory");
+    else
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" :: "r"(address), "l"(global), "n"(BYTES), "r"(bytes) : "memory");
 #else
-    simt::cp_async<16>(address, global, bytes);
+    simt::cp_async<BYTES>(address, global, bytes);
 #endif
 }
 __device__ inline void cp_async_wait_all() {   // for this thread's copies; a barrier makes it everybody's
@@ -1265,9 +1304,10 @@ __device__ inline void cp_async_wait_all() {   // for this thread's copies; a ba
     simt::cp_async_wait(0);
 #endif
 }
+__device__ inline uint32_t shared_address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
 
 // Where 8 channels of a row of a tile begin, in bytes. Rows are 128 or 256 bytes, so the same channels of 8 rows would all lie in
-// the same banks, and ldmatrix asks for just those: each row is shuffled differently instead.
+// the same banks, and ldmatrix asks for just those. So the 16-byte pieces of row r change places: piece i stands at i XOR r % 8.
 template <int HS>
 __device__ inline uint32_t tc_at(uint32_t row, uint32_t channel) { return row * (2 * HS) + ((channel / 8) ^ (row % 8)) * 16; }
 template <int HS>
@@ -1275,38 +1315,65 @@ constexpr uint32_t TC_TILE = TC_ROWS * HS * sizeof(bf16);   // bytes
 // Begins to copy rows [t0, t0 + 64) of one head into a tile, zeros where there is nothing. The whole block takes part.
 template <int HS>
 __device__ inline void tc_load_tile(uint32_t tile, const bf16* head, int stride, int t0, int T) {
-    constexpr int CHUNKS = HS / 8, STEP = TC_THREADS / CHUNKS;   // of 16 bytes in a row; rows that the block copies at a time
-    int r = threadIdx.x / CHUNKS, c = threadIdx.x % CHUNKS * 8;
+    constexpr int PIECES = HS / 8, STEP = TC_THREADS / PIECES;   // of 16 bytes in a row; rows that the block copies at a time
+    int thread = again(threadIdx.x), r = thread / PIECES, c = thread % PIECES * 8;
     const bf16* from = head + (size_t)(t0 + r) * stride + c;
-    uint32_t to = tile + tc_at<HS>(r, c);   // STEP is a multiple of 8, so further rows are shuffled alike
+    uint32_t to = tile + tc_at<HS>(r, c);   // STEP is a multiple of 8, so the pieces of further rows change places alike
 #pragma unroll
-    for (int i = 0; i < TC_ROWS; i += STEP) cp_async_16(to + i * (2 * HS), from + i * stride, t0 + r + i < T);
+    for (int i = 0; i < TC_ROWS; i += STEP) cp_async<16>(to + i * (2 * HS), from + i * stride, t0 + r + i < T);
 }
-// Two b from a tile. By rows: 16 rows as columns, times 16 channels; b[0] and b[1] are the first 8 rows', b[2] and b[3] the
-// others'. By channels: 16 channels as columns, times 16 rows. `row` and `channel` are multiples of 16, so what they add to a
-// lane's address needs no shuffling anew: rows are added, and channels are bits that the lane's part does not have.
+// Reads b from a tile, by one ldmatrix each:
+//     columns_8    8 rows of the tile as columns, times 32 channels: b[0], b[1] are the first 16 channels', b[2], b[3] the others'
+//     columns_16   16 channels as columns, times 16 rows: b[0], b[1] are the first 8 channels', b[2], b[3] the others'
+// `row` is a multiple of 8 or 16 and `channel` one of 32 or 16. What they add to a lane's address is a sum for rows, and for
+// channels an XOR with bits that the lane's part does not have.
 template <int HS>
-struct TcLane {
-    uint32_t by_rows, by_channels;
-    __device__ TcLane() {
+struct TileReader {
+    uint32_t at_8, at_16;
+    __device__ TileReader(uint32_t at_8, uint32_t at_16) : at_8(at_8), at_16(at_16) {}
+    __device__ TileReader() {
         uint32_t lane = threadIdx.x % 32;
-        by_rows = tc_at<HS>(lane / 16 * 8 + lane % 8, lane / 8 % 2 * 8);
-        by_channels = tc_at<HS>(lane / 8 % 2 * 8 + lane % 8, lane / 16 * 8);
+        at_8 = tc_at<HS>(lane % 8, lane / 8 * 8);
+        at_16 = tc_at<HS>(lane / 8 % 2 * 8 + lane % 8, lane / 16 * 8);
     }
-    __device__ void load_rows(uint32_t (&b)[4], uint32_t tile, int row, int channel) const {
-        ldmatrix_x4<false>(b, tile + row * (2 * HS) + (by_rows ^ (2 * channel)));
+    __device__ void columns_8(uint32_t (&b)[4], uint32_t tile, int row, int channel) const {
+        ldmatrix_x4<false>(b, tile + row * (2 * HS) + (at_8 ^ (2 * channel)));
     }
-    __device__ void load_channels(uint32_t (&b)[4], uint32_t tile, int row, int channel) const {
-        ldmatrix_x4<true>(b, tile + row * (2 * HS) + (by_channels ^ (2 * channel)));
+    __device__ void columns_16(uint32_t (&b)[4], uint32_t tile, int row, int channel) const {
+        ldmatrix_x4<true>(b, tile + row * (2 * HS) + (at_16 ^ (2 * channel)));
     }
 };
+// c[n][m] = the products of M times 16 rows, in a, with 8 rows of a tile, from `row` + 8 n on
+template <int HS, int M, int N>
+__device__ inline void tc_scores(float (&c)[N][M][4], const uint32_t (&a)[M][HS / 16][4], const TileReader<HS>& read, uint32_t tile, int row) {
+#pragma unroll
+    for (int i = 0; i < HS / 16; i += 2)
+#pragma unroll
+        for (int n = 0; n < N; n++) {
+            uint32_t b[4];
+            read.columns_8(b, tile, row + 8 * n, 16 * i);
+#pragma unroll
+            for (int m = 0; m < M; m++) mma_16816(c[n][m], a[m][i], b[0], b[1]), mma_16816(c[n][m], a[m][i + 1], b[2], b[3]);
+        }
+}
+// sum[m] += a[m] times 16 rows of a tile
+template <int HS, int M>
+__device__ inline void tc_add(float (&sum)[M][HS / 8][4], const uint32_t (&a)[M][4], const TileReader<HS>& read, uint32_t tile, int row) {
+#pragma unroll
+    for (int i = 0; i < HS / 16; i++) {
+        uint32_t b[4];
+        read.columns_16(b, tile, row, 16 * i);
+#pragma unroll
+        for (int m = 0; m < M; m++) mma_16816(sum[m][2 * i], a[m], b[0], b[1]), mma_16816(sum[m][2 * i + 1], a[m], b[2], b[3]);
+    }
+}
 // Rows [row, row + 16) of one head in global memory as HS / 16 a, zeros where there is nothing.
 template <int HS>
 __device__ inline void tc_load_a(uint32_t (&a)[HS / 16][4], const bf16* head, int stride, int row, int T) {
-    int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    int lane = again(threadIdx.x) % 32, lane_row = lane / 4, lane_col = lane % 4 * 2;
 #pragma unroll
     for (int i = 0; i < HS / 16 * 4; i++) {
-        int r = row + g + i % 2 * 8, c = i / 4 * 16 + i / 2 % 2 * 8 + 2 * t;
+        int r = row + lane_row + i % 2 * 8, c = i / 4 * 16 + i / 2 % 2 * 8 + lane_col;
         a[i / 4][i % 4] = r < T ? *(const uint32_t*)(head + (size_t)r * stride + c) : 0;
     }
 }
@@ -1314,40 +1381,42 @@ __device__ inline uint32_t tc_pack(float low, float high) {
     __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
     return *(const uint32_t*)&pair;
 }
-// Two neighbouring results, 16 x 16, as an a
-__device__ inline void tc_as_a(uint32_t (&a)[4], const float (&left)[4], const float (&right)[4]) {
-    a[0] = tc_pack(left[0], left[1]), a[1] = tc_pack(left[2], left[3]);
-    a[2] = tc_pack(right[0], right[1]), a[3] = tc_pack(right[2], right[3]);
+// A c as half of an a: its left 8 columns, or its right ones
+__device__ inline void tc_as_a(uint32_t (&a)[4], const float (&c)[4], bool right) {
+    a[2 * right] = tc_pack(c[0], c[1]);
+    a[2 * right + 1] = tc_pack(c[2], c[3]);
 }
-// Results of rows [row, row + 16) to global memory, times a factor: its rows g, and its rows g + 8.
+// Results of rows [row, row + 16) to global memory, times a factor for lane_row and one for lane_row + 8.
 template <int HS>
-__device__ inline void tc_store(bf16* head, int stride, const float (&d)[HS / 8][4], int row, int T, const float (&factor)[2]) {
-    int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+__device__ inline void tc_store(bf16* head, int stride, const float (&c)[HS / 8][4], int row, int T, float factor0, float factor1) {
+    int lane = again(threadIdx.x) % 32, lane_row = lane / 4, lane_col = lane % 4 * 2;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        int r = row + g + 8 * half;
+        int r = row + lane_row + 8 * half;
+        float factor = half ? factor1 : factor0;
         if (r >= T) continue;
 #pragma unroll
         for (int n = 0; n < HS / 8; n++)
-            *(uint32_t*)(head + (size_t)r * stride + n * 8 + 2 * t) =
-                tc_pack(d[n][2 * half] * factor[half], d[n][2 * half + 1] * factor[half]);
+            *(uint32_t*)(head + (size_t)r * stride + n * 8 + lane_col) = tc_pack(c[n][2 * half] * factor, c[n][2 * half + 1] * factor);
     }
 }
-// column_sums[c] = factor * the sum of results over the block's 64 rows, by way of `shared`, 4 * HS floats that nobody uses. The
+// column_sums[i] = factor * the sum of results over the block's rows, by way of `shared`, 4 * HS floats that nobody uses. The
 // whole block takes part; rows that are not there have results of 0.
-template <int HS>
-__device__ inline void tc_column_sums(float* column_sums, const float (&d)[HS / 8][4], float factor, float* shared) {
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+template <int HS, int M>
+__device__ inline void tc_column_sums(float* column_sums, const float (&c)[M][HS / 8][4], float factor, float* shared) {
+    int thread = again(threadIdx.x), lane = thread % 32, warp = thread / 32;
 #pragma unroll
     for (int i = 0; i < HS / 4; i++) {
-        float x = d[i / 2][i % 2] + d[i / 2][i % 2 + 2];
+        float x = 0;
+#pragma unroll
+        for (int m = 0; m < M; m++) x += c[m][i / 2][i % 2] + c[m][i / 2][i % 2 + 2];
 #pragma unroll
         for (int o = 4; o < 32; o <<= 1) x += __shfl_xor_sync(ALL_LANES, x, o);
         if (lane < 4) shared[warp * HS + i / 2 * 8 + 2 * lane + i % 2] = x;
     }
     __syncthreads();
-    for (int c = threadIdx.x; c < HS; c += TC_THREADS)
-        column_sums[c] = factor * ((shared[c] + shared[HS + c]) + (shared[2 * HS + c] + shared[3 * HS + c]));
+    for (int i = threadIdx.x; i < HS; i += TC_THREADS)
+        column_sums[i] = factor * ((shared[i] + shared[HS + i]) + (shared[2 * HS + i] + shared[3 * HS + i]));
 }
 // Over the 4 lanes that share a row
 __device__ inline float quad_sum(float x) {
@@ -1359,34 +1428,21 @@ __device__ inline float quad_max(float x) {
     return fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 2));
 }
 
-// Where a block of `rows` rows stands. Blocks with the most to do should begin first: those of the last queries, since a query
-// sees all keys before it, or of the first keys.
-struct TcPlace {
-    int b, h, first;
-    __device__ TcPlace(int T, int heads, int rows, bool last_first) {
-        int row_blocks = (T + rows - 1) / rows, bh = blockIdx.x % (gridDim.x / row_blocks);
-        int row_block = blockIdx.x / (gridDim.x / row_blocks);
-        b = bh / heads;
-        h = bh % heads;
-        first = (last_first ? row_blocks - 1 - row_block : row_block) * rows;
-    }
-};
-
-// A warp owns M times 16 queries: what it has read from shared memory serves that many. It looks at KEYS keys at a time.
+// KEYS: how many keys a warp looks at between two corrections of its maximum.
 template <int HS, int M, int KEYS>
-__global__ void __launch_bounds__(TC_THREADS, TC_BLOCKS<HS>)
+__global__ void __launch_bounds__(TC_THREADS, TC_FORWARD_BLOCKS<HS>)
 attention_forward_tc_kernel(bf16* out, float* lse, const bf16* qkv, AttShape shape) {
     extern __shared__ __align__(128) bf16 tc_tiles[];   // two stages of a tile of k and one of v
     constexpr uint32_t TILE = TC_TILE<HS>;
-    const uint32_t tiles = (uint32_t)__cvta_generic_to_shared(tc_tiles);
-    const TcLane<HS> lane;
-    const int T = shape.T, NH = shape.NH, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-    TcPlace at(T, NH, 64 * M, true);
+    const uint32_t tiles = shared_address(tc_tiles);
+    const TileReader<HS> read;
+    const int T = shape.T, NH = shape.NH, lane_ahead = (int)threadIdx.x % 4 * 2 - (int)threadIdx.x % 32 / 4;   // column less row
+    const AttBlock at = att_block(shape, NH, 64 * M, true);
     const int stride = (int)shape.stride();
     const bf16* row0 = qkv + (size_t)at.b * T * stride;
     const bf16* k_head = row0 + shape.k_head(at.h) * HS;
     const int to_v = shape.NKV * HS;
-    const int row = at.first + threadIdx.x / 32 * 16 * M, last = row + 16 * M - 1;   // this warp's
+    const int row = at.first + threadIdx.x / 32 * 16 * M;   // this warp's first
     const float scale = shape.scale * LOG2E;
 
     uint32_t q[M][HS / 16][4];
@@ -1409,35 +1465,24 @@ attention_forward_tc_kernel(bf16* out, float* lse, const bf16* qkv, AttShape sha
             tc_load_tile<HS>(next, k_head, stride, t0 + TC_ROWS, T);
             tc_load_tile<HS>(next + TILE, k_head + to_v, stride, t0 + TC_ROWS, T);
         }
-#pragma unroll
+#pragma unroll 1
         for (int j = 0; j < TC_ROWS; j += KEYS) {
-            const int key = t0 + j;   // the first of KEYS
-            if (key > last) break;    // masked for all rows of the warp, as is what follows
-            float s[M][KEYS / 8][4] = {};   // q k^T
-#pragma unroll
-            for (int c = 0; c < HS / 16; c++)
-#pragma unroll
-                for (int n = 0; n < KEYS / 16; n++) {
-                    uint32_t k[4];
-                    lane.load_rows(k, k_tile, j + 16 * n, 16 * c);
-#pragma unroll
-                    for (int m = 0; m < M; m++) {
-                        mma_16816(s[m][2 * n], q[m][c], k[0], k[1]);
-                        mma_16816(s[m][2 * n + 1], q[m][c], k[2], k[3]);
-                    }
-                }
+            const int ahead = t0 + j - row;   // of the warp's first query is the first of KEYS keys
+            if (ahead > 16 * M - 1) break;    // masked for all rows of the warp, as is what follows
+            float s[KEYS / 8][M][4] = {};   // q k^T
+            tc_scores<HS, M>(s, q, read, k_tile, j);
 #pragma unroll
             for (int m = 0; m < M; m++) {
-                if (key + KEYS - 1 > row + 16 * m) {   // some key comes after some query
+                if (ahead + KEYS - 1 > 16 * m) {   // some key comes after some query
 #pragma unroll
                     for (int i = 0; i < KEYS / 2; i++)
-                        if (key + i / 4 * 8 + 2 * t + i % 2 > row + 16 * m + g + i / 2 % 2 * 8) s[m][i / 4][i % 4] = -INFINITY;
+                        if (ahead + lane_ahead > 16 * m + i / 2 % 2 * 8 - i / 4 * 8 - i % 2) s[i / 4][m][i % 4] = -INFINITY;
                 }
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
                     float new_max = max[m][half];
 #pragma unroll
-                    for (int n = 0; n < KEYS / 8; n++) new_max = fmaxf(new_max, fmaxf(s[m][n][2 * half], s[m][n][2 * half + 1]));
+                    for (int n = 0; n < KEYS / 8; n++) new_max = fmaxf(new_max, fmaxf(s[n][m][2 * half], s[n][m][2 * half + 1]));
                     new_max = quad_max(new_max);
                     float shrink = exp_2((max[m][half] - new_max) * scale);   // what was summed so far was relative to the old one
                     max[m][half] = new_max;
@@ -1448,26 +1493,17 @@ attention_forward_tc_kernel(bf16* out, float* lse, const bf16* qkv, AttShape sha
                     for (int n = 0; n < KEYS / 8; n++)
 #pragma unroll
                         for (int i = 2 * half; i < 2 * half + 2; i++) {
-                            s[m][n][i] = exp_2(s[m][n][i] * scale - new_max * scale);
-                            sum[m][half] += s[m][n][i];   // of this lane's columns; the quad's are added at the end
+                            s[n][m][i] = exp_2(s[n][m][i] * scale - new_max * scale);
+                            sum[m][half] += s[n][m][i];   // of this lane's columns; the quad's are added at the end
                         }
                 }
             }
 #pragma unroll
-            for (int n = 0; n < KEYS / 16; n++) {   // o += p v
+            for (int n = 0; n < KEYS / 8; n += 2) {   // o += p v
                 uint32_t p[M][4];
 #pragma unroll
-                for (int m = 0; m < M; m++) tc_as_a(p[m], s[m][2 * n], s[m][2 * n + 1]);
-#pragma unroll
-                for (int c = 0; c < HS / 16; c++) {
-                    uint32_t v[4];
-                    lane.load_channels(v, v_tile, j + 16 * n, 16 * c);
-#pragma unroll
-                    for (int m = 0; m < M; m++) {
-                        mma_16816(o[m][2 * c], p[m], v[0], v[1]);
-                        mma_16816(o[m][2 * c + 1], p[m], v[2], v[3]);
-                    }
-                }
+                for (int m = 0; m < M; m++) tc_as_a(p[m], s[n][m], false), tc_as_a(p[m], s[n + 1][m], true);
+                tc_add<HS, M>(o, p, read, v_tile, j + 8 * n);
             }
         }
     }
@@ -1478,53 +1514,56 @@ attention_forward_tc_kernel(bf16* out, float* lse, const bf16* qkv, AttShape sha
         for (int half = 0; half < 2; half++) {
             float total = quad_sum(sum[m][half]);
             factor[half] = 1.0f / total;
-            int r = row + 16 * m + g + 8 * half;
-            if (t == 0 && r < T) lse[((size_t)at.b * NH + at.h) * T + r] = max[m][half] * shape.scale + logf(total);
+            int r = row + 16 * m + threadIdx.x % 32 / 4 + 8 * half;
+            if (threadIdx.x % 4 == 0 && r < T) lse[((size_t)at.b * NH + at.h) * T + r] = max[m][half] * shape.scale + logf(total);
         }
-        tc_store<HS>(out + ((size_t)at.b * T * NH + at.h) * HS, NH * HS, o[m], row + 16 * m, T, factor);
+        tc_store<HS>(out + ((size_t)at.b * T * NH + at.h) * HS, NH * HS, o[m], row + 16 * m, T, factor[0], factor[1]);
     }
 }
 
-// dq, delta for the other half, and the sums of dq over the block's rows, for the bias of the matmul that made qkv. A warp owns
-// 16 queries.
-template <int HS>
-__global__ void __launch_bounds__(TC_THREADS, TC_BLOCKS<HS>)
-attention_backward_dq_tc_kernel(bf16* dqkv, float* partial, float* delta, const bf16* dout, const bf16* qkv, const bf16* out, const float* lse,
-                                AttShape shape) {
+// dq, delta for the other half, and the sums of dq over the block's rows, for the bias of the matmul that made qkv. Rows are
+// queries.
+template <int HS, int M>
+__global__ void __launch_bounds__(TC_THREADS, TC_BACKWARD_BLOCKS)
+attention_backward_dq_tc_kernel(bf16* dqkv, float* partial, float* delta, const bf16* dout, const bf16* qkv, const bf16* out,
+                                const float* lse, AttShape shape) {
     extern __shared__ __align__(128) bf16 tc_tiles[];   // two stages of a tile of k and one of v
     constexpr uint32_t TILE = TC_TILE<HS>;
-    const uint32_t tiles = (uint32_t)__cvta_generic_to_shared(tc_tiles);
-    const TcLane<HS> lane;
-    const int T = shape.T, NH = shape.NH, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-    TcPlace at(T, NH, 64, true);
+    const uint32_t tiles = shared_address(tc_tiles);
+    const TileReader<HS> read;
+    const int T = shape.T, NH = shape.NH, lane_ahead = (int)threadIdx.x % 4 * 2 - (int)threadIdx.x % 32 / 4;
+    const AttBlock at = att_block(shape, NH, 64 * M, true);
     const int stride = (int)shape.stride(), out_stride = NH * HS;
     const bf16* row0 = qkv + (size_t)at.b * T * stride;
     const bf16* k_head = row0 + shape.k_head(at.h) * HS;
     const int to_v = shape.NKV * HS;
     const size_t out_head = ((size_t)at.b * T * NH + at.h) * HS, stat = ((size_t)at.b * NH + at.h) * T;
-    const int row = at.first + threadIdx.x / 32 * 16, last = row + 15;   // this warp's
+    const int row = at.first + threadIdx.x / 32 * 16 * M;   // this warp's first
     const float scale = shape.scale * LOG2E;
 
     tc_load_tile<HS>(tiles, k_head, stride, 0, T);
     tc_load_tile<HS>(tiles + TILE, k_head + to_v, stride, 0, T);
-    uint32_t q[HS / 16][4], d[HS / 16][4];
-    float row_lse[2], row_delta[2] = {}, dq[HS / 8][4] = {};
-    tc_load_a<HS>(q, out + out_head, out_stride, row, T);   // q's registers hold out for a moment
-    tc_load_a<HS>(d, dout + out_head, out_stride, row, T);
+    uint32_t q[M][HS / 16][4], dout_a[M][HS / 16][4];
+    float row_lse[M][2], row_delta[M][2] = {}, dq[M][HS / 8][4] = {};
 #pragma unroll
-    for (int i = 0; i < HS / 16 * 4; i++) {
-        __nv_bfloat162 a = *(const __nv_bfloat162*)&q[i / 4][i % 4], b = *(const __nv_bfloat162*)&d[i / 4][i % 4];
-        row_delta[i % 2] += (float)a.x * (float)b.x + (float)a.y * (float)b.y;
-    }
+    for (int m = 0; m < M; m++) {
+        tc_load_a<HS>(q[m], out + out_head, out_stride, row + 16 * m, T);   // q's registers hold out for a moment
+        tc_load_a<HS>(dout_a[m], dout + out_head, out_stride, row + 16 * m, T);
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-        int r = row + g + 8 * half;
-        row_delta[half] = quad_sum(row_delta[half]);
-        row_lse[half] = r < T ? lse[stat + r] * LOG2E : 0;
-        if (t == 0 && r < T) delta[stat + r] = row_delta[half];
+        for (int i = 0; i < HS / 16 * 4; i++) {
+            __nv_bfloat162 x = *(const __nv_bfloat162*)&q[m][i / 4][i % 4], y = *(const __nv_bfloat162*)&dout_a[m][i / 4][i % 4];
+            row_delta[m][i % 2] += (float)x.x * (float)y.x + (float)x.y * (float)y.y;
+        }
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            int r = row + 16 * m + threadIdx.x % 32 / 4 + 8 * half;
+            row_delta[m][half] = quad_sum(row_delta[m][half]);
+            row_lse[m][half] = r < T ? lse[stat + r] * LOG2E : 0;
+            if (threadIdx.x % 4 == 0 && r < T) delta[stat + r] = row_delta[m][half];
+        }
+        tc_load_a<HS>(q[m], row0 + at.h * HS, stride, row + 16 * m, T);
     }
-    tc_load_a<HS>(q, row0 + at.h * HS, stride, row, T);
-    const int end = min(at.first + 64, T);
+    const int end = min(at.first + 64 * M, T);
     for (int t0 = 0; t0 < end; t0 += TC_ROWS) {
         const uint32_t k_tile = tiles + t0 / TC_ROWS % 2 * 2 * TILE, v_tile = k_tile + TILE;
         cp_async_wait_all();
@@ -1536,130 +1575,135 @@ attention_backward_dq_tc_kernel(bf16* dqkv, float* partial, float* delta, const 
         }
 #pragma unroll
         for (int j = 0; j < TC_ROWS; j += 16) {
-            if (t0 + j > last) break;
-            float s[2][4] = {}, dp[2][4] = {};   // q k^T and dout v^T for 16 keys
+            const int ahead = t0 + j - row;
+            if (ahead > 16 * M - 1) break;
+            uint32_t ds[M][4];
 #pragma unroll
-            for (int c = 0; c < HS / 16; c++) {
-                uint32_t k[4], v[4];
-                lane.load_rows(k, k_tile, j, 16 * c);
-                lane.load_rows(v, v_tile, j, 16 * c);
-                mma_16816(s[0], q[c], k[0], k[1]);
-                mma_16816(s[1], q[c], k[2], k[3]);
-                mma_16816(dp[0], d[c], v[0], v[1]);
-                mma_16816(dp[1], d[c], v[2], v[3]);
-            }
+            for (int right = 0; right < 2; right++) {   // 8 keys, then 8 more
+                float s[1][M][4] = {}, dp[1][M][4] = {};   // q k^T and dout v^T
+                tc_scores<HS, M>(s, q, read, k_tile, j + 8 * right);
+                tc_scores<HS, M>(dp, dout_a, read, v_tile, j + 8 * right);
 #pragma unroll
-            for (int i = 0; i < 8; i++) {   // ds = p (dp - delta), in place of s
-                int half = i / 2 % 2;
-                bool sees = t0 + j + i / 4 * 8 + 2 * t + i % 2 <= row + g + 8 * half;
-                float p = sees ? exp_2(s[i / 4][i % 4] * scale - row_lse[half]) : 0.0f;
-                s[i / 4][i % 4] = p * (dp[i / 4][i % 4] - row_delta[half]);
-            }
-            uint32_t ds[4];
-            tc_as_a(ds, s[0], s[1]);
+                for (int m = 0; m < M; m++) {
+                    if (ahead + 8 * right + 7 > 16 * m) {   // some key comes after some query
 #pragma unroll
-            for (int c = 0; c < HS / 16; c++) {   // dq += ds k
-                uint32_t k[4];
-                lane.load_channels(k, k_tile, j, 16 * c);
-                mma_16816(dq[2 * c], ds, k[0], k[1]);
-                mma_16816(dq[2 * c + 1], ds, k[2], k[3]);
+                        for (int i = 0; i < 4; i++)
+                            if (ahead + lane_ahead > 16 * m + i / 2 * 8 - 8 * right - i % 2) s[0][m][i] = -INFINITY;
+                    }
+#pragma unroll
+                    for (int i = 0; i < 4; i++)   // ds = p (dp - delta)
+                        dp[0][m][i] = exp_2(s[0][m][i] * scale - row_lse[m][i / 2]) * (dp[0][m][i] - row_delta[m][i / 2]);
+                    tc_as_a(ds[m], dp[0][m], right);
+                }
             }
+            tc_add<HS, M>(dq, ds, read, k_tile, j);   // dq += ds k
         }
     }
-    const float factor[2] = {shape.scale, shape.scale};
-    tc_store<HS>(dqkv + (size_t)at.b * T * stride + at.h * HS, stride, dq, row, T, factor);
+#pragma unroll
+    for (int m = 0; m < M; m++)
+        tc_store<HS>(dqkv + (size_t)at.b * T * stride + at.h * HS, stride, dq[m], row + 16 * m, T, shape.scale, shape.scale);
     __syncthreads();   // nobody reads tiles any more
-    tc_column_sums<HS>(partial + (size_t)(at.b * ((T + 63) / 64) + at.first / 64) * stride + at.h * HS, dq, shape.scale, (float*)tc_tiles);
+    tc_column_sums<HS, M>(partial + (size_t)(at.b * at.row_blocks + at.first / (64 * M)) * stride + at.h * HS, dq, shape.scale,
+                          (float*)tc_tiles);
 }
 
-// dk and dv, and their sums over rows. A warp owns 16 keys, and everything is transposed: s^T = k q^T, dv = p^T dout, dk = scale * ds^T q.
-template <int HS>
-__global__ void __launch_bounds__(TC_THREADS, TC_BLOCKS<HS>)
+// dk and dv, and their sums over rows. Rows are keys, and everything is transposed: s^T = k q^T, dv = p^T dout, dk = scale * ds^T q.
+template <int HS, int M>
+__global__ void __launch_bounds__(TC_THREADS, TC_BACKWARD_BLOCKS)
 attention_backward_dkv_tc_kernel(bf16* dqkv, float* partial, const bf16* dout, const bf16* qkv, const float* lse,
                                  const float* delta, AttShape shape) {
     extern __shared__ __align__(128) bf16 tc_tiles[];   // two stages of a tile of q and one of dout
-    __shared__ float lse_tile[2][TC_ROWS], delta_tile[2][TC_ROWS];
+    __shared__ float2 statistics[2][2][TC_ROWS / 2];    // and of their lse and delta, two queries at a time
+    __shared__ AttBlock at;   // no register is left to keep it in
     constexpr uint32_t TILE = TC_TILE<HS>;
-    const uint32_t tiles = (uint32_t)__cvta_generic_to_shared(tc_tiles);
-    const TcLane<HS> lane;
-    const int T = shape.T, NH = shape.NH, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-    TcPlace at(T, shape.NKV, 64, false);   // h is a key-value head
+    const uint32_t tiles = shared_address(tc_tiles);
+    const TileReader<HS> lane_read;
+    const int T = shape.T, NH = shape.NH, lane_ahead = (int)threadIdx.x % 32 / 4 - (int)threadIdx.x % 4 * 2;
+    if (threadIdx.x == 0) at = att_block(shape, shape.NKV, 64 * M, false);   // h is a key-value head
+    __syncthreads();
     const int stride = (int)shape.stride(), out_stride = NH * HS;
-    const bf16* row0 = qkv + (size_t)at.b * T * stride;
-    const size_t k_offset = (size_t)(NH + at.h) * HS, v_offset = k_offset + (size_t)shape.NKV * HS;
-    const int row = at.first + threadIdx.x / 32 * 16;   // this warp's first key
+    const int to_v = shape.NKV * HS;
+    const int row = at.first + threadIdx.x / 32 * 16 * M;   // this warp's first key
     const float scale = shape.scale * LOG2E;
 
-    // Tile i of the block: queries from `first` on, of the first query head that shares these keys, then of the next.
-    const int tiles_of_head = (T - at.first + TC_ROWS - 1) / TC_ROWS, count = tiles_of_head * shape.group();
-    auto load_stage = [&](int i) {
-        int h = at.h * shape.group() + i / tiles_of_head, t0 = at.first + i % tiles_of_head * TC_ROWS;
-        uint32_t tile = tiles + i % 2 * 2 * TILE;
-        tc_load_tile<HS>(tile, row0 + h * HS, stride, t0, T);
-        tc_load_tile<HS>(tile + TILE, dout + ((size_t)at.b * T * NH + h) * HS, out_stride, t0, T);
-        if (threadIdx.x < TC_ROWS) {
-            bool query = t0 + (int)threadIdx.x < T;
-            size_t stat = ((size_t)at.b * NH + h) * T + t0 + threadIdx.x;
-            lse_tile[i % 2][threadIdx.x] = query ? lse[stat] * LOG2E : 0;
-            delta_tile[i % 2][threadIdx.x] = query ? delta[stat] : 0;
-        }
+    auto load_stage = [&](int stage, int h, int t0) {   // queries from t0 on, of query head h
+        const size_t b = at.b;
+        uint32_t tile = tiles + stage * 2 * TILE;
+        tc_load_tile<HS>(tile, qkv + b * T * stride + h * HS, stride, t0, T);
+        tc_load_tile<HS>(tile + TILE, dout + (b * T * NH + h) * HS, out_stride, t0, T);
+        int thread = again(threadIdx.x), query = thread % TC_ROWS;   // half of the block takes lse, the other delta
+        const float* from = (thread < TC_ROWS ? lse : delta) + (b * NH + h) * T + t0 + query;
+        cp_async<4>(shared_address((float*)statistics[stage][thread / TC_ROWS] + query), from, t0 + query < T);
     };
-    load_stage(0);
-    uint32_t k[HS / 16][4], v[HS / 16][4];
-    float dk[HS / 8][4] = {}, dv[HS / 8][4] = {};
-    tc_load_a<HS>(k, row0 + k_offset, stride, row, T);
-    tc_load_a<HS>(v, row0 + v_offset, stride, row, T);
-    for (int i = 0; i < count; i++) {
-        const uint32_t q_tile = tiles + i % 2 * 2 * TILE, d_tile = q_tile + TILE;
-        const int t0 = at.first + i % tiles_of_head * TC_ROWS;
+    // The query heads that share these keys, one after the other, and of each the queries from `first` on.
+    auto next = [&](int& h, int& t0) {
+        t0 += TC_ROWS;
+        if (t0 >= T) t0 = at.first, h++;
+    };
+    int h = at.h * shape.group(), t0 = at.first, stage = 0;
+    load_stage(0, h, t0);
+    const bf16* head_k = qkv + (size_t)at.b * T * stride + (NH + at.h) * HS;
+    uint32_t k[M][HS / 16][4], v[M][HS / 16][4];
+    float dk[M][HS / 8][4] = {}, dv[M][HS / 8][4] = {};
+#pragma unroll
+    for (int m = 0; m < M; m++) {
+        tc_load_a<HS>(k[m], head_k, stride, row + 16 * m, T);
+        tc_load_a<HS>(v[m], head_k + to_v, stride, row + 16 * m, T);
+    }
+    while (h < (at.h + 1) * shape.group()) {
+        const uint32_t q_tile = tiles + stage * 2 * TILE, dout_tile = q_tile + TILE;
         cp_async_wait_all();
         __syncthreads();
-        if (i + 1 < count) load_stage(i + 1);
-#pragma unroll
+        int next_h = h, next_t0 = t0;
+        next(next_h, next_t0);
+        if (next_h < (at.h + 1) * shape.group()) load_stage(stage ^ 1, next_h, next_t0);
+#pragma unroll 1
         for (int j = 0; j < TC_ROWS; j += 16) {
-            if (t0 + j + 15 < row) continue;   // these queries come before all keys of the warp
-            float s[2][4] = {}, dp[2][4] = {};
+            const int ahead = row - t0 - j;   // of the first of 16 queries is the warp's first key
+            if (ahead > 15) continue;         // these queries come before all keys of the warp
+            uint32_t p[M][4], ds[M][4];
+            const TileReader<HS> read(again(lane_read.at_8), again(lane_read.at_16));
+#pragma unroll 1
+            for (int right = 0; right < 2; right++) {   // 8 queries, then 8 more
+                const int query = j + 8 * right;
+                float s[1][M][4] = {}, dp[1][M][4] = {};
+                tc_scores<HS, M>(s, k, read, q_tile, query);
+                tc_scores<HS, M>(dp, v, read, dout_tile, query);
+                // A query that is not there has zeros in q, dout, lse and delta: it adds 0 * p to dv and 0 to dk.
+                const float2 lse_2 = statistics[stage][0][query / 2 + threadIdx.x % 4], delta_2 = statistics[stage][1][query / 2 + threadIdx.x % 4];
 #pragma unroll
-            for (int c = 0; c < HS / 16; c++) {
-                uint32_t q[4], d[4];
-                lane.load_rows(q, q_tile, j, 16 * c);
-                lane.load_rows(d, d_tile, j, 16 * c);
-                mma_16816(s[0], k[c], q[0], q[1]);
-                mma_16816(s[1], k[c], q[2], q[3]);
-                mma_16816(dp[0], v[c], d[0], d[1]);
-                mma_16816(dp[1], v[c], d[2], d[3]);
-            }
+                for (int m = 0; m < M; m++) {
+                    if (ahead + 16 * m + 15 > 8 * right) {   // some key comes after some query
 #pragma unroll
-            for (int e = 0; e < 8; e++) {   // p in place of s, ds of dp
-                int query = j + e / 4 * 8 + 2 * t + e % 2;
-                bool sees = t0 + query >= row + g + e / 2 % 2 * 8 && t0 + query < T;
-                float p = sees ? exp_2(s[e / 4][e % 4] * scale - lse_tile[i % 2][query]) : 0.0f;
-                s[e / 4][e % 4] = p;
-                dp[e / 4][e % 4] = p * (dp[e / 4][e % 4] - delta_tile[i % 2][query]);
-            }
-            uint32_t p[4], ds[4];
-            tc_as_a(p, s[0], s[1]);
-            tc_as_a(ds, dp[0], dp[1]);
+                        for (int i = 0; i < 4; i++)
+                            if (ahead + lane_ahead > 8 * right + i % 2 - 16 * m - i / 2 * 8) s[0][m][i] = -INFINITY;
+                    }
 #pragma unroll
-            for (int c = 0; c < HS / 16; c++) {
-                uint32_t q[4], d[4];
-                lane.load_channels(d, d_tile, j, 16 * c);
-                lane.load_channels(q, q_tile, j, 16 * c);
-                mma_16816(dv[2 * c], p, d[0], d[1]);
-                mma_16816(dv[2 * c + 1], p, d[2], d[3]);
-                mma_16816(dk[2 * c], ds, q[0], q[1]);
-                mma_16816(dk[2 * c + 1], ds, q[2], q[3]);
+                    for (int i = 0; i < 4; i++) {   // p in place of s, ds of dp
+                        s[0][m][i] = exp_2(s[0][m][i] * scale - (i % 2 ? lse_2.y : lse_2.x) * LOG2E);
+                        dp[0][m][i] = s[0][m][i] * (dp[0][m][i] - (i % 2 ? delta_2.y : delta_2.x));
+                    }
+                    tc_as_a(p[m], s[0][m], right);
+                    tc_as_a(ds[m], dp[0][m], right);
+                }
             }
+            tc_add<HS, M>(dv, p, read, dout_tile, j);
+            tc_add<HS, M>(dk, ds, read, q_tile, j);
         }
+        next(h, t0);
+        stage ^= 1;
     }
-    bf16* head = dqkv + (size_t)at.b * T * stride;
-    const float factor_k[2] = {shape.scale, shape.scale}, factor_v[2] = {1, 1};
-    tc_store<HS>(head + k_offset, stride, dk, row, T, factor_k);
-    tc_store<HS>(head + v_offset, stride, dv, row, T, factor_v);
-    float *sums = partial + (size_t)(at.b * ((T + 63) / 64) + at.first / 64) * stride, *shared = (float*)tc_tiles;
+    const int to_row = at.first + again(threadIdx.x) / 32 * 16 * M;
+    bf16* head_dk = dqkv + (size_t)at.b * T * stride + (NH + at.h) * HS;
+#pragma unroll
+    for (int m = 0; m < M; m++) {
+        tc_store<HS>(head_dk, stride, dk[m], to_row + 16 * m, T, shape.scale, shape.scale);
+        tc_store<HS>(head_dk + to_v, stride, dv[m], to_row + 16 * m, T, 1, 1);
+    }
+    float *sums = partial + (size_t)(at.b * at.row_blocks + at.first / (64 * M)) * stride + (NH + at.h) * HS, *shared = (float*)tc_tiles;
     __syncthreads();   // nobody reads tiles any more
-    tc_column_sums<HS>(sums + k_offset, dk, shape.scale, shared);
-    tc_column_sums<HS>(sums + v_offset, dv, 1, shared + 4 * HS);
+    tc_column_sums<HS, M>(sums, dk, shape.scale, shared);
+    tc_column_sums<HS, M>(sums + to_v, dv, 1, shared + 4 * HS);
 }
 
 // Two stages of two tiles: 32 KB, or 64 KB, which a kernel has to ask for.
@@ -1671,7 +1715,7 @@ int tc_shared_bytes(Kernel kernel) {
 }
 template <int HS>
 void attention_forward_tc(void* out, float* lse, const void* qkv, int B, AttShape shape, cudaStream_t stream) {
-    constexpr int M = HS == 64 ? 2 : 1;   // what fits in registers: M * HS sums of o and M * KEYS scores are in 32 lanes
+    constexpr int M = TC_M<HS>;
     auto kernel = attention_forward_tc_kernel<HS, M, 64 / M>;
     static int bytes = tc_shared_bytes<HS>(kernel);
     int blocks = B * shape.NH * ceil_div(shape.T, 64 * M);
@@ -1681,10 +1725,11 @@ void attention_forward_tc(void* out, float* lse, const void* qkv, int B, AttShap
 template <int HS>
 void attention_backward_tc(void* dqkv, Grad dbias, float* delta, float* scratch, const void* dout, const void* qkv, const void* out,
                            const float* lse, bool accumulate, int B, AttShape shape, cudaStream_t stream) {
-    auto dq_kernel = attention_backward_dq_tc_kernel<HS>;
-    auto dkv_kernel = attention_backward_dkv_tc_kernel<HS>;
+    constexpr int M = TC_M<HS>;
+    auto dq_kernel = attention_backward_dq_tc_kernel<HS, M>;
+    auto dkv_kernel = attention_backward_dkv_tc_kernel<HS, M>;
     static int bytes = std::min(tc_shared_bytes<HS>(dq_kernel), tc_shared_bytes<HS>(dkv_kernel));   // the same for both
-    int row_blocks = ceil_div(shape.T, 64);
+    int row_blocks = ceil_div(shape.T, 64 * M);
     dq_kernel<<<B * shape.NH * row_blocks, TC_THREADS, bytes, stream>>>((bf16*)dqkv, scratch, delta, (const bf16*)dout,
                                                                         (const bf16*)qkv, (const bf16*)out, lse, shape);
     cudaCheck(cudaGetLastError());
@@ -1698,7 +1743,9 @@ AttShape att_shape(int T, int NH, int NKV, int HS) {
     if (NKV < 1 || NH % NKV != 0) fail("attention: %d query heads, %d key-value heads: expected a multiple", NH, NKV);
     if (HS < VEC || HS > 4 * ATT_CHANNELS || HS % VEC != 0)
         fail("attention: a head has %d channels: expected a multiple of %d, up to %d", HS, VEC, 4 * ATT_CHANNELS);
-    return {T, NH, NKV, HS, 1.0f / sqrtf((float)HS)};
+    static int l2_bytes = 0;   // 0: not asked yet
+    if (l2_bytes == 0) cudaCheck(cudaDeviceGetAttribute(&l2_bytes, cudaDevAttrL2CacheSize, 0));
+    return {T, NH, NKV, HS, 1.0f / sqrtf((float)HS), att_heads_together(T, HS, l2_bytes)};
 }
 
 void attention_forward(floatX* out,        // (B, T, NH*HS)
