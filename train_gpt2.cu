@@ -1665,18 +1665,18 @@ attention_backward_dkv_tc_kernel(bf16* dqkv, float* partial, const bf16* dout, c
             const TileReader<HS> read(again(lane_read.at_8), again(lane_read.at_16));
 #pragma unroll 1
             for (int right = 0; right < 2; right++) {   // 8 queries, then 8 more
-                const int query = j + 8 * right;
+                const int query = j + 8 * right, pair = query / 2 + threadIdx.x % 4;   // the lane's two queries
                 float s[1][M][4] = {}, dp[1][M][4] = {};
                 tc_scores<HS, M>(s, k, read, q_tile, query);
                 tc_scores<HS, M>(dp, v, read, dout_tile, query);
-                // A query that is not there has zeros in q, dout, lse and delta: it adds 0 * p to dv and 0 to dk.
-                const float2 lse_2 = statistics[stage][0][query / 2 + threadIdx.x % 4], delta_2 = statistics[stage][1][query / 2 + threadIdx.x % 4];
+                const float2 lse_2 = statistics[stage][0][pair], delta_2 = statistics[stage][1][pair];
 #pragma unroll
                 for (int m = 0; m < M; m++) {
-                    if (ahead + 16 * m + 15 > 8 * right) {   // some key comes after some query
+                    if (ahead + 16 * m + 15 > 8 * right || t0 + query + 7 >= T) {   // some query comes before some key, or is not there
 #pragma unroll
                         for (int i = 0; i < 4; i++)
-                            if (ahead + lane_ahead > 8 * right + i % 2 - 16 * m - i / 2 * 8) s[0][m][i] = -INFINITY;
+                            if (ahead + lane_ahead > 8 * right + i % 2 - 16 * m - i / 2 * 8 || t0 + 2 * pair + i % 2 >= T)
+                                s[0][m][i] = -INFINITY;
                     }
 #pragma unroll
                     for (int i = 0; i < 4; i++) {   // p in place of s, ds of dp
