@@ -148,8 +148,13 @@ __device__ inline Floats widen(VecOf<X> v) {   // by value: through a reference 
 template <class X = floatX>
 __device__ inline VecOf<X> narrow(const Floats& f) {
     VecOf<X> v;
+    if constexpr (std::is_same_v<X, float>) {
 #pragma unroll
-    for (int i = 0; i < VEC; i++) v.x[i] = (X)f[i];
+        for (int i = 0; i < VEC; i++) v.x[i] = f[i];
+    } else {   // two in one instruction
+#pragma unroll
+        for (int i = 0; i < VEC; i += 2) *(__nv_bfloat162*)&v.x[i] = __floats2bfloat162_rn(f[i], f[i + 1]);
+    }
     return v;
 }
 template <class X>
@@ -694,12 +699,14 @@ layernorm_backward_kernel(floatX* dresidual, float* partial, const floatX* dout,
             sum_z = warp_sum(sum_z) / C;
             if (lane == 0) mean_dz[turn][i] = sum, mean_dz_z[turn][i] = sum_z;
         }
+        Floats next = {};   // dresidual of a row is read before the row before is stored: a load would wait for that
+        if (accumulate && column < C) next = load(dresidual + (size_t)r0 * C + column);
         __syncthreads();
         for (int i = 0; column < C && i < count; i++) {
             size_t at = (size_t)(r0 + i) * C + column;
             float mu = SHARED ? 0 : mean[r0 + i], rs = rstd[r0 + i];
-            Floats d = load(dout + at), z = load_norm<SHARED>(kept, at, mu, rs), g = load(gamma + column), dx = {};
-            if (accumulate) dx = load(dresidual + at);
+            Floats d = load(dout + at), z = load_norm<SHARED>(kept, at, mu, rs), g = load(gamma + column), dx = next;
+            if (accumulate && i + 1 < count) next = load(dresidual + at + C);
 #pragma unroll
             for (int k = 0; k < VEC; k++) {
                 dx[k] += rs * (d[k] * g[k] - mean_dz[turn][i] - z[k] * mean_dz_z[turn][i]);
@@ -955,76 +962,15 @@ void matmul_backward_weight(Grad dweight,        // (OC, C)
 //
 // Causal attention that stores no T x T tensor (flash attention: Dao et al., arXiv 2205.14135): the softmax over keys is
 // built up tile by tile with a running maximum and sum (Milakov and Gimelshein, arXiv 1805.02867), and backward recomputes
-// the scores from q, k and one number per row, lse = log(sum_j exp(s_j)).
-//
-// This is the plain-arithmetic version. A thread keeps 32 channels of its row in registers, so G = 1, 2 or 4 neighbouring
-// threads share a row of a head of up to 32, 64 or 128 channels; a tile of the other side lies in shared memory, from where
-// all rows of the block read the same line at once (a broadcast). Nothing is permuted: q, k and v are read where the
+// the scores from q, k and one number per row, lse = log(sum_j exp(s_j)). Nothing is permuted: q, k and v are read where the
 // matmul left them, in rows of NH + 2 NKV heads, and the gradients are written to rows of the same form.
 //
 // NH query heads share NKV key-value heads, NH / NKV neighbours each (grouped queries: Ainslie et al., arXiv 2305.13245). In
 // GPT-2 every query head has its own: NKV = NH.
+//
+// There are two versions: on tensor cores, for bf16 heads of 64 and 128 channels, which nearly all models have; and in plain
+// arithmetic, for all others and for fp32. dev/cuda/attention.cu has two simpler ones, from which to begin.
 
-// At most 256 threads a block, and one block is enough for us (the 1 of the launch bounds): a row's state takes up to 240 registers,
-// and a compiler that aims at more blocks spills some of them.
-constexpr int ATT_ROWS = 64;       // rows a block
-constexpr int ATT_TILE = 16;       // rows of the other side in shared memory at a time
-constexpr int ATT_CHANNELS = 32;   // channels a thread
-constexpr int ATT_PITCH = ATT_CHANNELS + 4;   // floats between the shares of two threads: 32 would be the same bank
-
-template <int G>
-using AttTile = float[ATT_TILE][G][ATT_PITCH];
-
-// Sum over the G threads of a row. Every lane of the warp takes part.
-template <int G>
-__device__ inline float att_row_sum(float x) {
-#pragma unroll
-    for (int o = 1; o < G; o <<= 1) x += __shfl_xor_sync(ALL_LANES, x, o);
-    return x;
-}
-__device__ inline float att_dot(const float* a, const float* b) {   // over ATT_CHANNELS, in 8 sums that do not wait for each other
-    float sum[8] = {};
-#pragma unroll
-    for (int c = 0; c < ATT_CHANNELS; c += 8)
-#pragma unroll
-        for (int i = 0; i < 8; i++) sum[i] += a[c + i] * b[c + i];
-    return ((sum[0] + sum[4]) + (sum[1] + sum[5])) + ((sum[2] + sum[6]) + (sum[3] + sum[7]));
-}
-__device__ inline void att_add(float* a, float factor, const float* b) {   // a += factor * b
-#pragma unroll
-    for (int c = 0; c < ATT_CHANNELS; c++) a[c] += factor * b[c];
-}
-// This thread's 32 channels of one row; zeros past the head's size and for a row that is not there.
-__device__ inline void att_load_row(float* out, const floatX* row, int g, int HS, bool there) {
-#pragma unroll
-    for (int c = 0; c < ATT_CHANNELS; c += VEC) {
-        Floats f = {};
-        if (there && g * ATT_CHANNELS + c < HS) f = load(row + g * ATT_CHANNELS + c);
-#pragma unroll
-        for (int i = 0; i < VEC; i++) out[c + i] = f[i];
-    }
-}
-__device__ inline void att_store_row(floatX* row, const float* x, int g, int HS, float factor) {
-#pragma unroll
-    for (int c = 0; c < ATT_CHANNELS; c += VEC) {
-        if (g * ATT_CHANNELS + c >= HS) continue;
-        Floats f;
-#pragma unroll
-        for (int i = 0; i < VEC; i++) f[i] = x[c + i] * factor;
-        store(row + g * ATT_CHANNELS + c, f);
-    }
-}
-// Rows [t0, t0 + ATT_TILE) of one head into shared memory, zeros where there is nothing. The whole block takes part.
-template <int G>
-__device__ inline void att_load_tile(AttTile<G>& tile, const floatX* head, size_t stride, int t0, int T, int HS) {
-    for (int i = threadIdx.x * VEC; i < ATT_TILE * G * ATT_CHANNELS; i += blockDim.x * VEC) {
-        int r = i / (G * ATT_CHANNELS), c = i % (G * ATT_CHANNELS);
-        Floats f = {};
-        if (t0 + r < T && c < HS) f = load(head + (size_t)(t0 + r) * stride + c);
-#pragma unroll
-        for (int k = 0; k < VEC; k++) tile[r][c / ATT_CHANNELS][c % ATT_CHANNELS + k] = f[k];
-    }
-}
 // What the kernels know of the heads, and where in a row of qkv (or of its gradient) a head's q, k and v stand.
 struct AttShape {
     int T, NH, NKV, HS;
@@ -1062,173 +1008,10 @@ __device__ inline AttBlock att_block(const AttShape& shape, int heads, int rows,
     AttPlace place = att_place(blockIdx.x, gridDim.x / row_blocks, row_blocks, together, last_first);
     return {place.head / heads, place.head % heads, place.row_block * rows, row_blocks};
 }
-// Where a thread of the three kernels below stands: its block, its row, its share of the row.
-template <int G>
-struct AttThread : AttBlock {
-    int row, share, warp_first, warp_last;
-    __device__ AttThread(const AttShape& shape, int heads, bool last_first) : AttBlock(att_block(shape, heads, ATT_ROWS, last_first)) {
-        row = first + threadIdx.x / G;
-        share = threadIdx.x % G;
-        // A tile that is masked for every row of interest is skipped. With G > 1 the warp must decide as one, for its shuffles.
-        warp_first = G == 1 ? row : first + (int)(threadIdx.x & ~31u) / G;
-        warp_last = G == 1 ? row : first + (int)(threadIdx.x | 31u) / G;
-    }
-};
-
-template <int G>
-__global__ void __launch_bounds__(ATT_ROWS * G, 1)
-attention_forward_kernel(floatX* out, float* lse, const floatX* qkv, AttShape shape) {
-    __shared__ AttTile<G> k_tile, v_tile;
-    const int T = shape.T, NH = shape.NH, HS = shape.HS;
-    const AttThread<G> at(shape, NH, true);
-    size_t stride = shape.stride();
-    const floatX* row0 = qkv + at.b * T * stride;
-    float q[ATT_CHANNELS], o[ATT_CHANNELS] = {};
-    att_load_row(q, row0 + at.row * stride + at.h * HS, at.share, HS, at.row < T);
-    float max = -INFINITY, sum = 0;
-    int end = min(at.first + ATT_ROWS, T);
-    for (int t0 = 0; t0 < end; t0 += ATT_TILE) {
-        __syncthreads();   // the tile before has been used
-        att_load_tile<G>(k_tile, row0 + shape.k_head(at.h) * HS, stride, t0, T, HS);
-        att_load_tile<G>(v_tile, row0 + shape.v_head(at.h) * HS, stride, t0, T, HS);
-        __syncthreads();
-        if (t0 > at.warp_last) continue;
-        float s[ATT_TILE], tile_max = max;
-#pragma unroll
-        for (int j = 0; j < ATT_TILE; j++) {
-            s[j] = att_row_sum<G>(att_dot(q, k_tile[j][at.share])) * shape.scale;
-            if (t0 + j > at.row) s[j] = -INFINITY;
-            tile_max = fmaxf(tile_max, s[j]);
-        }
-        float shrink = expf(max - tile_max);   // what was summed so far was relative to the old maximum
-        max = tile_max;
-        sum *= shrink;
-#pragma unroll
-        for (int c = 0; c < ATT_CHANNELS; c++) o[c] *= shrink;
-#pragma unroll
-        for (int j = 0; j < ATT_TILE; j++) {
-            float p = expf(s[j] - max);
-            sum += p;
-            att_add(o, p, v_tile[j][at.share]);
-        }
-    }
-    if (at.row >= T) return;
-    att_store_row(out + (((size_t)at.b * T + at.row) * NH + at.h) * HS, o, at.share, HS, 1.0f / sum);
-    if (at.share == 0) lse[((size_t)at.b * NH + at.h) * T + at.row] = max + logf(sum);
-}
-
-// Backward, first half: rows are queries. With p = exp(s - lse), dp = dout v^T and delta = sum_c dout * out,
-// ds = p (dp - delta) and dq = scale * ds k. delta is kept for the other half.
-template <int G>
-__global__ void __launch_bounds__(ATT_ROWS * G, 1)
-attention_backward_dq_kernel(floatX* dqkv, float* delta, const floatX* dout, const floatX* qkv, const floatX* out,
-                             const float* lse, AttShape shape) {
-    __shared__ AttTile<G> k_tile, v_tile;
-    const int T = shape.T, NH = shape.NH, HS = shape.HS;
-    const AttThread<G> at(shape, NH, true);
-    size_t stride = shape.stride();
-    const floatX* row0 = qkv + at.b * T * stride;
-    bool there = at.row < T;
-    size_t out_row = (((size_t)at.b * T + at.row) * NH + at.h) * HS;
-    size_t stat = ((size_t)at.b * NH + at.h) * T + at.row;
-    float q[ATT_CHANNELS], d[ATT_CHANNELS], dq[ATT_CHANNELS];
-    att_load_row(q, out + out_row, at.share, HS, there);   // q's registers hold out for a moment
-    att_load_row(d, dout + out_row, at.share, HS, there);
-    float row_delta = att_row_sum<G>(att_dot(q, d));
-    if (there && at.share == 0) delta[stat] = row_delta;
-    att_load_row(q, row0 + at.row * stride + at.h * HS, at.share, HS, there);
-    float row_lse = there ? lse[stat] : 0;
-#pragma unroll
-    for (int c = 0; c < ATT_CHANNELS; c++) dq[c] = 0;
-    int end = min(at.first + ATT_ROWS, T);
-    for (int t0 = 0; t0 < end; t0 += ATT_TILE) {
-        __syncthreads();
-        att_load_tile<G>(k_tile, row0 + shape.k_head(at.h) * HS, stride, t0, T, HS);
-        att_load_tile<G>(v_tile, row0 + shape.v_head(at.h) * HS, stride, t0, T, HS);
-        __syncthreads();
-        if (t0 > at.warp_last) continue;
-#pragma unroll 2
-        for (int j = 0; j < ATT_TILE; j++) {
-            float s = att_row_sum<G>(att_dot(q, k_tile[j][at.share])) * shape.scale;
-            float dp = att_row_sum<G>(att_dot(d, v_tile[j][at.share]));
-            float p = t0 + j > at.row ? 0.0f : expf(s - row_lse);
-            att_add(dq, p * (dp - row_delta), k_tile[j][at.share]);
-        }
-    }
-    if (there) att_store_row(dqkv + ((size_t)at.b * T + at.row) * stride + at.h * HS, dq, at.share, HS, shape.scale);
-}
-
-// Second half: rows are keys, and the tiles are the queries that see them. dv = p^T dout, dk = scale * ds^T q. Every sum
-// belongs to one thread, so nothing is added atomically; the price is that the scores are computed a second time.
-template <int G>
-__global__ void __launch_bounds__(ATT_ROWS * G, 1)
-attention_backward_dkv_kernel(floatX* dqkv, const floatX* dout, const floatX* qkv, const float* lse, const float* delta,
-                              AttShape shape) {
-    __shared__ AttTile<G> q_tile, d_tile;
-    __shared__ float lse_tile[ATT_TILE], delta_tile[ATT_TILE];
-    const int T = shape.T, NH = shape.NH, HS = shape.HS;
-    const AttThread<G> at(shape, shape.NKV, false);   // h is a key-value head
-    size_t stride = shape.stride();
-    const floatX* row0 = qkv + at.b * T * stride;
-    size_t k_offset = (size_t)(NH + at.h) * HS, v_offset = k_offset + (size_t)shape.NKV * HS;
-    bool there = at.row < T;
-    float k[ATT_CHANNELS], v[ATT_CHANNELS], dk[ATT_CHANNELS] = {}, dv[ATT_CHANNELS] = {};
-    att_load_row(k, row0 + at.row * stride + k_offset, at.share, HS, there);
-    att_load_row(v, row0 + at.row * stride + v_offset, at.share, HS, there);
-    for (int h = at.h * shape.group(); h < (at.h + 1) * shape.group(); h++) {   // the query heads that share it, in order
-        const floatX* dout_head = dout + ((size_t)at.b * T * NH + h) * HS;
-        size_t stat = ((size_t)at.b * NH + h) * T;
-        for (int t0 = at.first; t0 < T; t0 += ATT_TILE) {   // queries before the block's first key see none of its keys
-            __syncthreads();
-            att_load_tile<G>(q_tile, row0 + (size_t)h * HS, stride, t0, T, HS);
-            att_load_tile<G>(d_tile, dout_head, (size_t)NH * HS, t0, T, HS);
-            if (threadIdx.x < ATT_TILE) {
-                bool query = t0 + (int)threadIdx.x < T;
-                lse_tile[threadIdx.x] = query ? lse[stat + t0 + threadIdx.x] : 0;
-                delta_tile[threadIdx.x] = query ? delta[stat + t0 + threadIdx.x] : 0;
-            }
-            __syncthreads();
-            if (t0 + ATT_TILE <= at.warp_first) continue;
-#pragma unroll 2
-            for (int i = 0; i < ATT_TILE; i++) {
-                float s = att_row_sum<G>(att_dot(q_tile[i][at.share], k)) * shape.scale;
-                float dp = att_row_sum<G>(att_dot(d_tile[i][at.share], v));
-                bool sees = t0 + i >= at.row && t0 + i < T;
-                float p = sees ? expf(s - lse_tile[i]) : 0.0f;
-                att_add(dv, p, d_tile[i][at.share]);
-                att_add(dk, p * (dp - delta_tile[i]), q_tile[i][at.share]);
-            }
-        }
-    }
-    if (!there) return;
-    floatX* row = dqkv + ((size_t)at.b * T + at.row) * stride;
-    att_store_row(row + k_offset, dk, at.share, HS, shape.scale);
-    att_store_row(row + v_offset, dv, at.share, HS, 1.0f);
-}
-
-template <int G>
-void attention_forward_launch(floatX* out, float* lse, const floatX* qkv, int B, AttShape shape, cudaStream_t stream) {
-    int blocks = B * shape.NH * ceil_div(shape.T, ATT_ROWS);
-    attention_forward_kernel<G><<<blocks, ATT_ROWS * G, 0, stream>>>(out, lse, qkv, shape);
-    cudaCheck(cudaGetLastError());
-}
-template <int G>
-void attention_backward_launch(floatX* dqkv, Grad dbias, float* delta, float* scratch, const floatX* dout, const floatX* qkv,
-                               const floatX* out, const float* lse, bool accumulate, int B, AttShape shape, cudaStream_t stream) {
-    int row_blocks = ceil_div(shape.T, ATT_ROWS);
-    attention_backward_dq_kernel<G>
-        <<<B * shape.NH * row_blocks, ATT_ROWS * G, 0, stream>>>(dqkv, delta, dout, qkv, out, lse, shape);
-    cudaCheck(cudaGetLastError());
-    attention_backward_dkv_kernel<G>
-        <<<B * shape.NKV * row_blocks, ATT_ROWS * G, 0, stream>>>(dqkv, dout, qkv, lse, delta, shape);
-    cudaCheck(cudaGetLastError());
-    bias_backward(dbias, scratch, dqkv, accumulate, B * shape.T, (shape.NH + 2 * shape.NKV) * shape.HS, stream);
-}
 
 // ---- attention, on tensor cores
 //
-// The same for bf16 heads of 64 and 128 channels, which nearly all models have. A warp multiplies matrices by
-// mma.sync.m16n8k16: a (16 x 16) times b (16 x 8), bf16, added to c (16 x 8) in fp32. The matrices lie spread over the registers
+// A warp multiplies matrices by mma.sync.m16n8k16: a (16 x 16) times b (16 x 8), bf16, added to c (16 x 8) in fp32. The matrices lie spread over the registers
 // of its 32 lanes, two bf16 to a register. PTX calls such a share of a matrix a fragment. With row = lane / 4 and
 // col = lane % 4 * 2, a lane holds
 //
@@ -1241,8 +1024,9 @@ void attention_backward_launch(floatX* dqkv, Grad dbias, float* delta, float* sc
 //
 // A warp owns 16 M rows (queries, or keys) and keeps their a in registers. The other side comes in tiles of 64 rows, copied from
 // global to shared memory asynchronously, the next one while this one is used; ldmatrix takes b from there. What is read from
-// shared memory serves M products, and shared memory, not the tensor cores, is what M = 1 would wait for. As in the plain
-// version every sum belongs to one thread.
+// shared memory serves M products, and shared memory, not the tensor cores, is what M = 1 would wait for. Every sum belongs
+// to one thread, so nothing is added atomically; the price is that backward computes the scores twice, once by rows of queries
+// for dq and once by rows of keys for dk and dv.
 
 typedef __nv_bfloat16 bf16;
 constexpr int TC_THREADS = 128;   // 4 warps
@@ -1739,6 +1523,235 @@ void attention_backward_tc(void* dqkv, Grad dbias, float* delta, float* scratch,
     colsum_finish({dbias}, 1, scratch, B * row_blocks, (shape.NH + 2 * shape.NKV) * shape.HS, accumulate, stream);
 }
 
+// ---- attention, in plain arithmetic
+//
+// A thread keeps 32 channels of its row in registers, so G = 1, 2 or 4 neighbouring threads share a row of a head of up to 32, 64
+// or 128 channels; a tile of the other side lies in shared memory, from where all rows of the block read the same line at once
+// (a broadcast).
+
+// At most 256 threads a block, and one block is enough for us (the 1 of the launch bounds): a row's state takes up to 240 registers,
+// and a compiler that aims at more blocks spills some of them.
+constexpr int ATT_ROWS = 64;       // rows a block
+constexpr int ATT_TILE = 16;       // rows of the other side in shared memory at a time
+constexpr int ATT_CHANNELS = 32;   // channels a thread
+constexpr int ATT_PITCH = ATT_CHANNELS + 4;   // floats between the shares of two threads: 32 would be the same bank
+
+template <int G>
+using AttTile = float[ATT_TILE][G][ATT_PITCH];
+
+// Sum over the G threads of a row. Every lane of the warp takes part.
+template <int G>
+__device__ inline float att_row_sum(float x) {
+#pragma unroll
+    for (int o = 1; o < G; o <<= 1) x += __shfl_xor_sync(ALL_LANES, x, o);
+    return x;
+}
+__device__ inline float att_dot(const float* a, const float* b) {   // over ATT_CHANNELS, in 8 sums that do not wait for each other
+    float sum[8] = {};
+#pragma unroll
+    for (int c = 0; c < ATT_CHANNELS; c += 8)
+#pragma unroll
+        for (int i = 0; i < 8; i++) sum[i] += a[c + i] * b[c + i];
+    return ((sum[0] + sum[4]) + (sum[1] + sum[5])) + ((sum[2] + sum[6]) + (sum[3] + sum[7]));
+}
+__device__ inline void att_add(float* a, float factor, const float* b) {   // a += factor * b
+#pragma unroll
+    for (int c = 0; c < ATT_CHANNELS; c++) a[c] += factor * b[c];
+}
+// This thread's 32 channels of one row; zeros past the head's size and for a row that is not there.
+__device__ inline void att_load_row(float* out, const floatX* row, int g, int HS, bool there) {
+#pragma unroll
+    for (int c = 0; c < ATT_CHANNELS; c += VEC) {
+        Floats f = {};
+        if (there && g * ATT_CHANNELS + c < HS) f = load(row + g * ATT_CHANNELS + c);
+#pragma unroll
+        for (int i = 0; i < VEC; i++) out[c + i] = f[i];
+    }
+}
+__device__ inline void att_store_row(floatX* row, const float* x, int g, int HS, float factor) {
+#pragma unroll
+    for (int c = 0; c < ATT_CHANNELS; c += VEC) {
+        if (g * ATT_CHANNELS + c >= HS) continue;
+        Floats f;
+#pragma unroll
+        for (int i = 0; i < VEC; i++) f[i] = x[c + i] * factor;
+        store(row + g * ATT_CHANNELS + c, f);
+    }
+}
+// Rows [t0, t0 + ATT_TILE) of one head into shared memory, zeros where there is nothing. The whole block takes part.
+template <int G>
+__device__ inline void att_load_tile(AttTile<G>& tile, const floatX* head, size_t stride, int t0, int T, int HS) {
+    for (int i = threadIdx.x * VEC; i < ATT_TILE * G * ATT_CHANNELS; i += blockDim.x * VEC) {
+        int r = i / (G * ATT_CHANNELS), c = i % (G * ATT_CHANNELS);
+        Floats f = {};
+        if (t0 + r < T && c < HS) f = load(head + (size_t)(t0 + r) * stride + c);
+#pragma unroll
+        for (int k = 0; k < VEC; k++) tile[r][c / ATT_CHANNELS][c % ATT_CHANNELS + k] = f[k];
+    }
+}
+// Where a thread of the three kernels below stands: its block, its row, its share of the row.
+template <int G>
+struct AttThread : AttBlock {
+    int row, share, warp_first, warp_last;
+    __device__ AttThread(const AttShape& shape, int heads, bool last_first) : AttBlock(att_block(shape, heads, ATT_ROWS, last_first)) {
+        row = first + threadIdx.x / G;
+        share = threadIdx.x % G;
+        // A tile that is masked for every row of interest is skipped. With G > 1 the warp must decide as one, for its shuffles.
+        warp_first = G == 1 ? row : first + (int)(threadIdx.x & ~31u) / G;
+        warp_last = G == 1 ? row : first + (int)(threadIdx.x | 31u) / G;
+    }
+};
+
+template <int G>
+__global__ void __launch_bounds__(ATT_ROWS * G, 1)
+attention_forward_kernel(floatX* out, float* lse, const floatX* qkv, AttShape shape) {
+    __shared__ AttTile<G> k_tile, v_tile;
+    const int T = shape.T, NH = shape.NH, HS = shape.HS;
+    const AttThread<G> at(shape, NH, true);
+    size_t stride = shape.stride();
+    const floatX* row0 = qkv + at.b * T * stride;
+    float q[ATT_CHANNELS], o[ATT_CHANNELS] = {};
+    att_load_row(q, row0 + at.row * stride + at.h * HS, at.share, HS, at.row < T);
+    float max = -INFINITY, sum = 0;
+    int end = min(at.first + ATT_ROWS, T);
+    for (int t0 = 0; t0 < end; t0 += ATT_TILE) {
+        __syncthreads();   // the tile before has been used
+        att_load_tile<G>(k_tile, row0 + shape.k_head(at.h) * HS, stride, t0, T, HS);
+        att_load_tile<G>(v_tile, row0 + shape.v_head(at.h) * HS, stride, t0, T, HS);
+        __syncthreads();
+        if (t0 > at.warp_last) continue;
+        float s[ATT_TILE], tile_max = max;
+#pragma unroll
+        for (int j = 0; j < ATT_TILE; j++) {
+            s[j] = att_row_sum<G>(att_dot(q, k_tile[j][at.share])) * shape.scale;
+            if (t0 + j > at.row) s[j] = -INFINITY;
+            tile_max = fmaxf(tile_max, s[j]);
+        }
+        float shrink = expf(max - tile_max);   // what was summed so far was relative to the old maximum
+        max = tile_max;
+        sum *= shrink;
+#pragma unroll
+        for (int c = 0; c < ATT_CHANNELS; c++) o[c] *= shrink;
+#pragma unroll
+        for (int j = 0; j < ATT_TILE; j++) {
+            float p = expf(s[j] - max);
+            sum += p;
+            att_add(o, p, v_tile[j][at.share]);
+        }
+    }
+    if (at.row >= T) return;
+    att_store_row(out + (((size_t)at.b * T + at.row) * NH + at.h) * HS, o, at.share, HS, 1.0f / sum);
+    if (at.share == 0) lse[((size_t)at.b * NH + at.h) * T + at.row] = max + logf(sum);
+}
+
+// Backward, first half: rows are queries. With p = exp(s - lse), dp = dout v^T and delta = sum_c dout * out,
+// ds = p (dp - delta) and dq = scale * ds k. delta is kept for the other half.
+template <int G>
+__global__ void __launch_bounds__(ATT_ROWS * G, 1)
+attention_backward_dq_kernel(floatX* dqkv, float* delta, const floatX* dout, const floatX* qkv, const floatX* out,
+                             const float* lse, AttShape shape) {
+    __shared__ AttTile<G> k_tile, v_tile;
+    const int T = shape.T, NH = shape.NH, HS = shape.HS;
+    const AttThread<G> at(shape, NH, true);
+    size_t stride = shape.stride();
+    const floatX* row0 = qkv + at.b * T * stride;
+    bool there = at.row < T;
+    size_t out_row = (((size_t)at.b * T + at.row) * NH + at.h) * HS;
+    size_t stat = ((size_t)at.b * NH + at.h) * T + at.row;
+    float q[ATT_CHANNELS], d[ATT_CHANNELS], dq[ATT_CHANNELS];
+    att_load_row(q, out + out_row, at.share, HS, there);   // q's registers hold out for a moment
+    att_load_row(d, dout + out_row, at.share, HS, there);
+    float row_delta = att_row_sum<G>(att_dot(q, d));
+    if (there && at.share == 0) delta[stat] = row_delta;
+    att_load_row(q, row0 + at.row * stride + at.h * HS, at.share, HS, there);
+    float row_lse = there ? lse[stat] : 0;
+#pragma unroll
+    for (int c = 0; c < ATT_CHANNELS; c++) dq[c] = 0;
+    int end = min(at.first + ATT_ROWS, T);
+    for (int t0 = 0; t0 < end; t0 += ATT_TILE) {
+        __syncthreads();
+        att_load_tile<G>(k_tile, row0 + shape.k_head(at.h) * HS, stride, t0, T, HS);
+        att_load_tile<G>(v_tile, row0 + shape.v_head(at.h) * HS, stride, t0, T, HS);
+        __syncthreads();
+        if (t0 > at.warp_last) continue;
+#pragma unroll 2
+        for (int j = 0; j < ATT_TILE; j++) {
+            float s = att_row_sum<G>(att_dot(q, k_tile[j][at.share])) * shape.scale;
+            float dp = att_row_sum<G>(att_dot(d, v_tile[j][at.share]));
+            float p = t0 + j > at.row ? 0.0f : expf(s - row_lse);
+            att_add(dq, p * (dp - row_delta), k_tile[j][at.share]);
+        }
+    }
+    if (there) att_store_row(dqkv + ((size_t)at.b * T + at.row) * stride + at.h * HS, dq, at.share, HS, shape.scale);
+}
+
+// Second half: rows are keys, and the tiles are the queries that see them. dv = p^T dout, dk = scale * ds^T q. Every sum
+// belongs to one thread, so nothing is added atomically; the price is that the scores are computed a second time.
+template <int G>
+__global__ void __launch_bounds__(ATT_ROWS * G, 1)
+attention_backward_dkv_kernel(floatX* dqkv, const floatX* dout, const floatX* qkv, const float* lse, const float* delta,
+                              AttShape shape) {
+    __shared__ AttTile<G> q_tile, d_tile;
+    __shared__ float lse_tile[ATT_TILE], delta_tile[ATT_TILE];
+    const int T = shape.T, NH = shape.NH, HS = shape.HS;
+    const AttThread<G> at(shape, shape.NKV, false);   // h is a key-value head
+    size_t stride = shape.stride();
+    const floatX* row0 = qkv + at.b * T * stride;
+    size_t k_offset = (size_t)(NH + at.h) * HS, v_offset = k_offset + (size_t)shape.NKV * HS;
+    bool there = at.row < T;
+    float k[ATT_CHANNELS], v[ATT_CHANNELS], dk[ATT_CHANNELS] = {}, dv[ATT_CHANNELS] = {};
+    att_load_row(k, row0 + at.row * stride + k_offset, at.share, HS, there);
+    att_load_row(v, row0 + at.row * stride + v_offset, at.share, HS, there);
+    for (int h = at.h * shape.group(); h < (at.h + 1) * shape.group(); h++) {   // the query heads that share it, in order
+        const floatX* dout_head = dout + ((size_t)at.b * T * NH + h) * HS;
+        size_t stat = ((size_t)at.b * NH + h) * T;
+        for (int t0 = at.first; t0 < T; t0 += ATT_TILE) {   // queries before the block's first key see none of its keys
+            __syncthreads();
+            att_load_tile<G>(q_tile, row0 + (size_t)h * HS, stride, t0, T, HS);
+            att_load_tile<G>(d_tile, dout_head, (size_t)NH * HS, t0, T, HS);
+            if (threadIdx.x < ATT_TILE) {
+                bool query = t0 + (int)threadIdx.x < T;
+                lse_tile[threadIdx.x] = query ? lse[stat + t0 + threadIdx.x] : 0;
+                delta_tile[threadIdx.x] = query ? delta[stat + t0 + threadIdx.x] : 0;
+            }
+            __syncthreads();
+            if (t0 + ATT_TILE <= at.warp_first) continue;
+#pragma unroll 2
+            for (int i = 0; i < ATT_TILE; i++) {
+                float s = att_row_sum<G>(att_dot(q_tile[i][at.share], k)) * shape.scale;
+                float dp = att_row_sum<G>(att_dot(d_tile[i][at.share], v));
+                bool sees = t0 + i >= at.row && t0 + i < T;
+                float p = sees ? expf(s - lse_tile[i]) : 0.0f;
+                att_add(dv, p, d_tile[i][at.share]);
+                att_add(dk, p * (dp - delta_tile[i]), q_tile[i][at.share]);
+            }
+        }
+    }
+    if (!there) return;
+    floatX* row = dqkv + ((size_t)at.b * T + at.row) * stride;
+    att_store_row(row + k_offset, dk, at.share, HS, shape.scale);
+    att_store_row(row + v_offset, dv, at.share, HS, 1.0f);
+}
+
+template <int G>
+void attention_forward_launch(floatX* out, float* lse, const floatX* qkv, int B, AttShape shape, cudaStream_t stream) {
+    int blocks = B * shape.NH * ceil_div(shape.T, ATT_ROWS);
+    attention_forward_kernel<G><<<blocks, ATT_ROWS * G, 0, stream>>>(out, lse, qkv, shape);
+    cudaCheck(cudaGetLastError());
+}
+template <int G>
+void attention_backward_launch(floatX* dqkv, Grad dbias, float* delta, float* scratch, const floatX* dout, const floatX* qkv,
+                               const floatX* out, const float* lse, bool accumulate, int B, AttShape shape, cudaStream_t stream) {
+    int row_blocks = ceil_div(shape.T, ATT_ROWS);
+    attention_backward_dq_kernel<G>
+        <<<B * shape.NH * row_blocks, ATT_ROWS * G, 0, stream>>>(dqkv, delta, dout, qkv, out, lse, shape);
+    cudaCheck(cudaGetLastError());
+    attention_backward_dkv_kernel<G>
+        <<<B * shape.NKV * row_blocks, ATT_ROWS * G, 0, stream>>>(dqkv, dout, qkv, lse, delta, shape);
+    cudaCheck(cudaGetLastError());
+    bias_backward(dbias, scratch, dqkv, accumulate, B * shape.T, (shape.NH + 2 * shape.NKV) * shape.HS, stream);
+}
+
 AttShape att_shape(int T, int NH, int NKV, int HS) {
     if (NKV < 1 || NH % NKV != 0) fail("attention: %d query heads, %d key-value heads: expected a multiple", NH, NKV);
     if (HS < VEC || HS > 4 * ATT_CHANNELS || HS % VEC != 0)
@@ -1753,9 +1766,11 @@ void attention_forward(floatX* out,        // (B, T, NH*HS)
                        const floatX* qkv,  // (B, T, (NH + 2 NKV)*HS): q of all heads, then k, then v
                        int B, int T, int NH, int NKV, int HS, cudaStream_t stream) {
     AttShape shape = att_shape(T, NH, NKV, HS);
-    if (!kFP32 && HS == 64) attention_forward_tc<64>(out, lse, qkv, B, shape, stream);
-    else if (!kFP32 && HS == 128) attention_forward_tc<128>(out, lse, qkv, B, shape, stream);
-    else if (HS <= 32) attention_forward_launch<1>(out, lse, qkv, B, shape, stream);
+    if constexpr (!kFP32) {
+        if (HS == 64) return attention_forward_tc<64>(out, lse, qkv, B, shape, stream);
+        if (HS == 128) return attention_forward_tc<128>(out, lse, qkv, B, shape, stream);
+    }
+    if (HS <= 32) attention_forward_launch<1>(out, lse, qkv, B, shape, stream);
     else if (HS <= 64) attention_forward_launch<2>(out, lse, qkv, B, shape, stream);
     else attention_forward_launch<4>(out, lse, qkv, B, shape, stream);
 }
@@ -1777,9 +1792,11 @@ void attention_backward(floatX* dqkv,        // (B, T, (NH + 2 NKV)*HS)
     auto run = [&](auto backward) {
         backward(dqkv, dbias, delta, scratch, dout, qkv, out, lse, accumulate, B, shape, stream);
     };
-    if (!kFP32 && HS == 64) run(attention_backward_tc<64>);
-    else if (!kFP32 && HS == 128) run(attention_backward_tc<128>);
-    else if (HS <= 32) run(attention_backward_launch<1>);
+    if constexpr (!kFP32) {
+        if (HS == 64) return run(attention_backward_tc<64>);
+        if (HS == 128) return run(attention_backward_tc<128>);
+    }
+    if (HS <= 32) run(attention_backward_launch<1>);
     else if (HS <= 64) run(attention_backward_launch<2>);
     else run(attention_backward_launch<4>);
 }
@@ -1909,12 +1926,14 @@ classifier_kernel(floatX* logits, float* losses, const int* targets, float dloss
     float max = -INFINITY, sum = 0;
     for (int c = threadIdx.x * VEC; c < V; c += blockDim.x * VEC) {
         Floats f = load(x + c);
+        if (c + VEC > V) {
+#pragma unroll
+            for (int k = 0; k < VEC; k++)
+                if (c + k >= V) f[k] = -INFINITY;
+        }
         float vec_max = max;
 #pragma unroll
-        for (int k = 0; k < VEC; k++) {
-            if (c + k >= V) f[k] = -INFINITY;
-            vec_max = fmaxf(vec_max, f[k]);
-        }
+        for (int k = 0; k < VEC; k++) vec_max = fmaxf(vec_max, f[k]);
         if (vec_max > max) {
             sum *= exp_e(max - vec_max);
             max = vec_max;
@@ -1938,9 +1957,17 @@ classifier_kernel(floatX* logits, float* losses, const int* targets, float dloss
     for (int c = threadIdx.x * VEC; c < Vp; c += blockDim.x * VEC) {
         Floats f = load(x + c);
 #pragma unroll
-        for (int k = 0; k < VEC; k++) {
-            float p = exp_e(f[k] - row_max) * scale;
-            f[k] = c + k < V ? (p - (c + k == target ? 1.0f : 0.0f)) * dloss : 0.0f;
+        for (int k = 0; k < VEC; k++) f[k] = exp_e(f[k] - row_max) * scale;
+        if ((unsigned)(target - c) < VEC) {   // the vector that holds the target, and the last ones: few, so a branch is cheaper
+#pragma unroll
+            for (int k = 0; k < VEC; k++) f[k] -= c + k == target ? 1.0f : 0.0f;
+        }
+#pragma unroll
+        for (int k = 0; k < VEC; k++) f[k] *= dloss;
+        if (c + VEC > V) {
+#pragma unroll
+            for (int k = 0; k < VEC; k++)
+                if (c + k >= V) f[k] = 0;
         }
         store(x + c, f);
     }
