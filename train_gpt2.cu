@@ -632,9 +632,9 @@ __global__ void layernorm_forward_kernel(floatX* residual, floatX* out, float* m
 #pragma unroll
         for (int k = 0; k < VEC; k++) f[k] = (f[k] - mu) * rs;
         if constexpr (!SHARED) {
-            Floats g = load(gamma + c), b = load(beta + c);
+            Floats gamma_c = load(gamma + c), beta_c = load(beta + c);
 #pragma unroll
-            for (int k = 0; k < VEC; k++) f[k] = g[k] * f[k] + b[k];
+            for (int k = 0; k < VEC; k++) f[k] = gamma_c[k] * f[k] + beta_c[k];
         }
         store(out + base + c, f);
     }
@@ -688,11 +688,11 @@ layernorm_backward_kernel(floatX* dresidual, float* partial, const floatX* dout,
             size_t base = (size_t)(r0 + i) * C;
             float mu = SHARED ? 0 : mean[r0 + i], rs = rstd[r0 + i], sum = 0, sum_z = 0;
             for (int c = lane * VEC; c < C; c += 32 * VEC) {
-                Floats d = load(dout + base + c), z = load_norm<SHARED>(kept, base + c, mu, rs), g = load(gamma + c);
+                Floats d = load(dout + base + c), z = load_norm<SHARED>(kept, base + c, mu, rs), gamma_c = load(gamma + c);
 #pragma unroll
                 for (int k = 0; k < VEC; k++) {
-                    sum += d[k] * g[k];
-                    sum_z += d[k] * g[k] * z[k];
+                    sum += d[k] * gamma_c[k];
+                    sum_z += d[k] * gamma_c[k] * z[k];
                 }
             }
             sum = warp_sum(sum) / C;
@@ -705,11 +705,11 @@ layernorm_backward_kernel(floatX* dresidual, float* partial, const floatX* dout,
         for (int i = 0; column < C && i < count; i++) {
             size_t at = (size_t)(r0 + i) * C + column;
             float mu = SHARED ? 0 : mean[r0 + i], rs = rstd[r0 + i];
-            Floats d = load(dout + at), z = load_norm<SHARED>(kept, at, mu, rs), g = load(gamma + column), dx = next;
+            Floats d = load(dout + at), z = load_norm<SHARED>(kept, at, mu, rs), gamma_c = load(gamma + column), dx = next;
             if (accumulate && i + 1 < count) next = load(dresidual + at + C);
 #pragma unroll
             for (int k = 0; k < VEC; k++) {
-                dx[k] += rs * (d[k] * g[k] - mean_dz[turn][i] - z[k] * mean_dz_z[turn][i]);
+                dx[k] += rs * (d[k] * gamma_c[k] - mean_dz[turn][i] - z[k] * mean_dz_z[turn][i]);
                 sum_dx[k] += dx[k];
                 sum_d[k] += d[k];
                 sum_d_z[k] += d[k] * z[k];
@@ -767,11 +767,11 @@ __global__ void norm_fold_kernel(floatX* folded, floatX* folded_bias, const floa
     size_t base = (size_t)row * C;
     float sum = 0;
     for (int c = lane * VEC; c < C; c += 32 * VEC) {
-        Floats w = load(weight + base + c), g = load(gamma + c), b = load(beta + c);
+        Floats w = load(weight + base + c), gamma_c = load(gamma + c), beta_c = load(beta + c);
 #pragma unroll
         for (int k = 0; k < VEC; k++) {
-            sum += w[k] * b[k];
-            w[k] *= g[k];
+            sum += w[k] * beta_c[k];
+            w[k] *= gamma_c[k];
         }
         store(folded + base + c, w);
     }
@@ -797,7 +797,7 @@ __global__ void norm_unfold_kernel(Grad dweight, float* partial_gamma, float* pa
     ColsumPlace at(OC);
     Floats sum_gamma = {}, sum_beta = {};
     if (at.c < C) {
-        Floats g = load(gamma + at.c), b = load(beta + at.c);
+        Floats gamma_c = load(gamma + at.c), beta_c = load(beta + at.c);
         for (int o = at.first + at.warp; o < at.end; o += 8) {
             size_t i = (size_t)o * C + at.c;
             Floats w = load(weight + i), G = grad_load_vec(dweight, i);
@@ -806,7 +806,7 @@ __global__ void norm_unfold_kernel(Grad dweight, float* partial_gamma, float* pa
             for (int k = 0; k < VEC; k++) {
                 sum_gamma[k] += G[k] * w[k];
                 sum_beta[k] += w[k] * db;
-                G[k] = G[k] * g[k] + db * b[k];
+                G[k] = G[k] * gamma_c[k] + db * beta_c[k];
             }
             grad_store_vec(dweight, i, G);
         }
@@ -1559,23 +1559,23 @@ __device__ inline void att_add(float* a, float factor, const float* b) {   // a 
     for (int c = 0; c < ATT_CHANNELS; c++) a[c] += factor * b[c];
 }
 // This thread's 32 channels of one row; zeros past the head's size and for a row that is not there.
-__device__ inline void att_load_row(float* out, const floatX* row, int g, int HS, bool there) {
+__device__ inline void att_load_row(float* out, const floatX* row, int share, int HS, bool there) {
 #pragma unroll
     for (int c = 0; c < ATT_CHANNELS; c += VEC) {
         Floats f = {};
-        if (there && g * ATT_CHANNELS + c < HS) f = load(row + g * ATT_CHANNELS + c);
+        if (there && share * ATT_CHANNELS + c < HS) f = load(row + share * ATT_CHANNELS + c);
 #pragma unroll
         for (int i = 0; i < VEC; i++) out[c + i] = f[i];
     }
 }
-__device__ inline void att_store_row(floatX* row, const float* x, int g, int HS, float factor) {
+__device__ inline void att_store_row(floatX* row, const float* x, int share, int HS, float factor) {
 #pragma unroll
     for (int c = 0; c < ATT_CHANNELS; c += VEC) {
-        if (g * ATT_CHANNELS + c >= HS) continue;
+        if (share * ATT_CHANNELS + c >= HS) continue;
         Floats f;
 #pragma unroll
         for (int i = 0; i < VEC; i++) f[i] = x[c + i] * factor;
-        store(row + g * ATT_CHANNELS + c, f);
+        store(row + share * ATT_CHANNELS + c, f);
     }
 }
 // Rows [t0, t0 + ATT_TILE) of one head into shared memory, zeros where there is nothing. The whole block takes part.
@@ -1658,10 +1658,10 @@ attention_backward_dq_kernel(floatX* dqkv, float* delta, const floatX* dout, con
     bool there = at.row < T;
     size_t out_row = (((size_t)at.b * T + at.row) * NH + at.h) * HS;
     size_t stat = ((size_t)at.b * NH + at.h) * T + at.row;
-    float q[ATT_CHANNELS], d[ATT_CHANNELS], dq[ATT_CHANNELS];
+    float q[ATT_CHANNELS], dout_row[ATT_CHANNELS], dq[ATT_CHANNELS];
     att_load_row(q, out + out_row, at.share, HS, there);   // q's registers hold out for a moment
-    att_load_row(d, dout + out_row, at.share, HS, there);
-    float row_delta = att_row_sum<G>(att_dot(q, d));
+    att_load_row(dout_row, dout + out_row, at.share, HS, there);
+    float row_delta = att_row_sum<G>(att_dot(q, dout_row));
     if (there && at.share == 0) delta[stat] = row_delta;
     att_load_row(q, row0 + at.row * stride + at.h * HS, at.share, HS, there);
     float row_lse = there ? lse[stat] : 0;
@@ -1677,7 +1677,7 @@ attention_backward_dq_kernel(floatX* dqkv, float* delta, const floatX* dout, con
 #pragma unroll 2
         for (int j = 0; j < ATT_TILE; j++) {
             float s = att_row_sum<G>(att_dot(q, k_tile[j][at.share])) * shape.scale;
-            float dp = att_row_sum<G>(att_dot(d, v_tile[j][at.share]));
+            float dp = att_row_sum<G>(att_dot(dout_row, v_tile[j][at.share]));
             float p = t0 + j > at.row ? 0.0f : expf(s - row_lse);
             att_add(dq, p * (dp - row_delta), k_tile[j][at.share]);
         }
@@ -1691,7 +1691,7 @@ template <int G>
 __global__ void __launch_bounds__(ATT_ROWS * G, 1)
 attention_backward_dkv_kernel(floatX* dqkv, const floatX* dout, const floatX* qkv, const float* lse, const float* delta,
                               AttShape shape) {
-    __shared__ AttTile<G> q_tile, d_tile;
+    __shared__ AttTile<G> q_tile, dout_tile;
     __shared__ float lse_tile[ATT_TILE], delta_tile[ATT_TILE];
     const int T = shape.T, NH = shape.NH, HS = shape.HS;
     const AttThread<G> at(shape, shape.NKV, false);   // h is a key-value head
@@ -1708,7 +1708,7 @@ attention_backward_dkv_kernel(floatX* dqkv, const floatX* dout, const floatX* qk
         for (int t0 = at.first; t0 < T; t0 += ATT_TILE) {   // queries before the block's first key see none of its keys
             __syncthreads();
             att_load_tile<G>(q_tile, row0 + (size_t)h * HS, stride, t0, T, HS);
-            att_load_tile<G>(d_tile, dout_head, (size_t)NH * HS, t0, T, HS);
+            att_load_tile<G>(dout_tile, dout_head, (size_t)NH * HS, t0, T, HS);
             if (threadIdx.x < ATT_TILE) {
                 bool query = t0 + (int)threadIdx.x < T;
                 lse_tile[threadIdx.x] = query ? lse[stat + t0 + threadIdx.x] : 0;
@@ -1719,10 +1719,10 @@ attention_backward_dkv_kernel(floatX* dqkv, const floatX* dout, const floatX* qk
 #pragma unroll 2
             for (int i = 0; i < ATT_TILE; i++) {
                 float s = att_row_sum<G>(att_dot(q_tile[i][at.share], k)) * shape.scale;
-                float dp = att_row_sum<G>(att_dot(d_tile[i][at.share], v));
+                float dp = att_row_sum<G>(att_dot(dout_tile[i][at.share], v));
                 bool sees = t0 + i >= at.row && t0 + i < T;
                 float p = sees ? expf(s - lse_tile[i]) : 0.0f;
-                att_add(dv, p, d_tile[i][at.share]);
+                att_add(dv, p, dout_tile[i][at.share]);
                 att_add(dk, p * (dp - delta_tile[i]), q_tile[i][at.share]);
             }
         }
@@ -1841,13 +1841,13 @@ __global__ void act_backward_kernel(floatX* d, float* partial, const ActKept<BIT
     Floats sum = {};
     for (int r = at.first + at.warp; at.c < columns && r < at.end; r += 8) {
         size_t i = (size_t)r * columns + at.c;
-        Floats g = load(d + i), slope = load_act<BITS>(kept, i);
+        Floats dx = load(d + i), slope = load_act<BITS>(kept, i);
 #pragma unroll
         for (int k = 0; k < VEC; k++) {
-            g[k] *= slope[k];
-            sum[k] += g[k];
+            dx[k] *= slope[k];
+            sum[k] += dx[k];
         }
-        store(d + i, g);
+        store(d + i, dx);
     }
     colsum_store(partial, sum, shared, at, columns);
 }
