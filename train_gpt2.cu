@@ -1033,12 +1033,15 @@ constexpr int TC_THREADS = 128;   // 4 warps
 constexpr int TC_ROWS = 64;       // rows of a tile
 template <int HS>
 constexpr int TC_M = HS == 64 ? 2 : 1;   // what fits in registers: a warp keeps 16 M rows, and sums of that shape
-// Blocks that share a multiprocessor's 65,536 registers. Three leave 168 registers to a thread of attention's forward, which is
-// enough but on the newest architectures; two leave 255.
+// Registers. Of a multiprocessor's 65,536 three blocks leave 168 to a thread, two leave 255, which is also the most that a thread
+// can have. For compute capability 10 and 12 the compiler needs a few more than for 8 and 9. What does not fit is v in dkv's
+// kernel: it is then read from shared memory each time.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 template <int HS> constexpr int TC_FORWARD_BLOCKS = 2;
+template <int HS> constexpr bool TC_V_SHARED = true;
 #else
 template <int HS> constexpr int TC_FORWARD_BLOCKS = HS == 64 ? 3 : 2;
+template <int HS> constexpr bool TC_V_SHARED = HS == 64;
 #endif
 constexpr int TC_BACKWARD_BLOCKS = 2;
 
@@ -1106,15 +1109,15 @@ __device__ inline void tc_load_tile(uint32_t tile, const bf16* head, int stride,
 #pragma unroll
     for (int i = 0; i < TC_ROWS; i += STEP) cp_async<16>(to + i * (2 * HS), from + i * stride, t0 + r + i < T);
 }
-// Reads b from a tile, by one ldmatrix each:
-//     columns_8    8 rows of the tile as columns, times 32 channels: b[0], b[1] are the first 16 channels', b[2], b[3] the others'
-//     columns_16   16 channels as columns, times 16 rows: b[0], b[1] are the first 8 channels', b[2], b[3] the others'
+// Reads from a tile, by one ldmatrix each:
+//     columns_8    8 rows of the tile as columns of b, times 32 channels: b[0], b[1] are the first 16 channels', b[2], b[3] the others'
+//     columns_16   16 channels as columns of b, times 16 rows: b[0], b[1] are the first 8 channels', b[2], b[3] the others'
+//     as_a         16 rows times 16 channels, as an a
 // `row` is a multiple of 8 or 16 and `channel` one of 32 or 16. What they add to a lane's address is a sum for rows, and for
 // channels an XOR with bits that the lane's part does not have.
 template <int HS>
 struct TileReader {
     uint32_t at_8, at_16;
-    __device__ TileReader(uint32_t at_8, uint32_t at_16) : at_8(at_8), at_16(at_16) {}
     __device__ TileReader() {
         uint32_t lane = threadIdx.x % 32;
         at_8 = tc_at<HS>(lane % 8, lane / 8 * 8);
@@ -1125,6 +1128,9 @@ struct TileReader {
     }
     __device__ void columns_16(uint32_t (&b)[4], uint32_t tile, int row, int channel) const {
         ldmatrix_x4<true>(b, tile + row * (2 * HS) + (at_16 ^ (2 * channel)));
+    }
+    __device__ void as_a(uint32_t (&a)[4], uint32_t tile, int row, int channel) const {
+        ldmatrix_x4<false>(a, tile + row * (2 * HS) + (at_16 ^ (2 * channel)));
     }
 };
 // c[n][m] = the products of M times 16 rows, in a, with 8 rows of a tile, from `row` + 8 n on
@@ -1139,6 +1145,25 @@ __device__ inline void tc_scores(float (&c)[N][M][4], const uint32_t (&a)[M][HS 
 #pragma unroll
             for (int m = 0; m < M; m++) mma_16816(c[n][m], a[m][i], b[0], b[1]), mma_16816(c[n][m], a[m][i + 1], b[2], b[3]);
         }
+}
+// The same, with a read from a tile too, from row `a_row` on: for what has no place in registers
+template <int HS, int M, int N>
+__device__ inline void tc_scores(float (&c)[N][M][4], uint32_t a_tile, int a_row, const TileReader<HS>& read, uint32_t tile, int row) {
+#pragma unroll
+    for (int i = 0; i < HS / 16; i += 2) {
+        uint32_t b[N][4];
+#pragma unroll
+        for (int n = 0; n < N; n++) read.columns_8(b[n], tile, row + 8 * n, 16 * i);
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                uint32_t a[4];
+                read.as_a(a, a_tile, a_row + 16 * m, 16 * (i + half));
+#pragma unroll
+                for (int n = 0; n < N; n++) mma_16816(c[n][m], a, b[n][2 * half], b[n][2 * half + 1]);
+            }
+    }
 }
 // sum[m] += a[m] times 16 rows of a tile
 template <int HS, int M>
@@ -1396,104 +1421,94 @@ template <int HS, int M>
 __global__ void __launch_bounds__(TC_THREADS, TC_BACKWARD_BLOCKS)
 attention_backward_dkv_tc_kernel(bf16* dqkv, float* partial, const bf16* dout, const bf16* qkv, const float* lse,
                                  const float* delta, AttShape shape) {
-    extern __shared__ __align__(128) bf16 tc_tiles[];   // two stages of a tile of q and one of dout
+    extern __shared__ __align__(128) bf16 tc_tiles[];   // two stages of a tile of q and one of dout; v
     __shared__ float2 statistics[2][2][TC_ROWS / 2];    // and of their lse and delta, two queries at a time
-    __shared__ AttBlock at;   // no register is left to keep it in
     constexpr uint32_t TILE = TC_TILE<HS>;
-    const uint32_t tiles = shared_address(tc_tiles);
-    const TileReader<HS> lane_read;
-    const int T = shape.T, NH = shape.NH, lane_ahead = (int)threadIdx.x % 32 / 4 - (int)threadIdx.x % 4 * 2;
-    if (threadIdx.x == 0) at = att_block(shape, shape.NKV, 64 * M, false);   // h is a key-value head
-    __syncthreads();
-    const int stride = (int)shape.stride(), out_stride = NH * HS;
-    const int to_v = shape.NKV * HS;
+    const uint32_t tiles = shared_address(tc_tiles), v_tile = tiles + 4 * TILE;
+    const TileReader<HS> read;
+    const int T = shape.T, NH = shape.NH, lane_ahead = (int)threadIdx.x % 32 / 4 - (int)threadIdx.x % 4 * 2;   // row less column
+    const AttBlock at = att_block(shape, shape.NKV, 64 * M, false);   // h is a key-value head
+    const int stride = (int)shape.stride(), out_stride = NH * HS, to_v = shape.NKV * HS;
     const int row = at.first + threadIdx.x / 32 * 16 * M;   // this warp's first key
     const float scale = shape.scale * LOG2E;
+    const bf16 *row0 = qkv + (size_t)at.b * T * stride, *k_head = row0 + (NH + at.h) * HS;
 
     auto load_stage = [&](int stage, int h, int t0) {   // queries from t0 on, of query head h
-        const size_t b = at.b;
         uint32_t tile = tiles + stage * 2 * TILE;
-        tc_load_tile<HS>(tile, qkv + b * T * stride + h * HS, stride, t0, T);
-        tc_load_tile<HS>(tile + TILE, dout + (b * T * NH + h) * HS, out_stride, t0, T);
+        tc_load_tile<HS>(tile, row0 + h * HS, stride, t0, T);
+        tc_load_tile<HS>(tile + TILE, dout + ((size_t)at.b * T * NH + h) * HS, out_stride, t0, T);
         int thread = again(threadIdx.x), query = thread % TC_ROWS;   // half of the block takes lse, the other delta
-        const float* from = (thread < TC_ROWS ? lse : delta) + (b * NH + h) * T + t0 + query;
+        const float* from = (thread < TC_ROWS ? lse : delta) + ((size_t)at.b * NH + h) * T + t0 + query;
         cp_async<4>(shared_address((float*)statistics[stage][thread / TC_ROWS] + query), from, t0 + query < T);
     };
     // The query heads that share these keys, one after the other, and of each the queries from `first` on.
-    auto next = [&](int& h, int& t0) {
-        t0 += TC_ROWS;
-        if (t0 >= T) t0 = at.first, h++;
-    };
     int h = at.h * shape.group(), t0 = at.first, stage = 0;
+    const int end_h = h + shape.group();
     load_stage(0, h, t0);
-    const bf16* head_k = qkv + (size_t)at.b * T * stride + (NH + at.h) * HS;
     uint32_t k[M][HS / 16][4], v[M][HS / 16][4];
     float dk[M][HS / 8][4] = {}, dv[M][HS / 8][4] = {};
 #pragma unroll
     for (int m = 0; m < M; m++) {
-        tc_load_a<HS>(k[m], head_k, stride, row + 16 * m, T);
-        tc_load_a<HS>(v[m], head_k + to_v, stride, row + 16 * m, T);
+        tc_load_a<HS>(k[m], k_head, stride, row + 16 * m, T);
+        if constexpr (!TC_V_SHARED<HS>) tc_load_a<HS>(v[m], k_head + to_v, stride, row + 16 * m, T);
+        else tc_load_tile<HS>(v_tile + m * TILE, k_head + to_v, stride, at.first + 64 * m, T);
     }
-    while (h < (at.h + 1) * shape.group()) {
+    while (h < end_h) {
         const uint32_t q_tile = tiles + stage * 2 * TILE, dout_tile = q_tile + TILE;
+        const bool next_head = t0 + TC_ROWS >= T;
+        const int next_h = h + next_head, next_t0 = next_head ? at.first : t0 + TC_ROWS;
         cp_async_wait_all();
         __syncthreads();
-        int next_h = h, next_t0 = t0;
-        next(next_h, next_t0);
-        if (next_h < (at.h + 1) * shape.group()) load_stage(stage ^ 1, next_h, next_t0);
+        if (next_h < end_h) load_stage(stage ^ 1, next_h, next_t0);
 #pragma unroll 1
         for (int j = 0; j < TC_ROWS; j += 16) {
             const int ahead = row - t0 - j;   // of the first of 16 queries is the warp's first key
             if (ahead > 15) continue;         // these queries come before all keys of the warp
+            float s[2][M][4] = {}, dp[2][M][4] = {};
+            tc_scores<HS, M>(s, k, read, q_tile, j);
+            if constexpr (!TC_V_SHARED<HS>) tc_scores<HS, M>(dp, v, read, dout_tile, j);
+            else tc_scores<HS, M>(dp, v_tile, row - at.first, read, dout_tile, j);
             uint32_t p[M][4], ds[M][4];
-            const TileReader<HS> read(again(lane_read.at_8), again(lane_read.at_16));
-#pragma unroll 1
-            for (int right = 0; right < 2; right++) {   // 8 queries, then 8 more
-                const int query = j + 8 * right, pair = query / 2 + threadIdx.x % 4;   // the lane's two queries
-                float s[1][M][4] = {}, dp[1][M][4] = {};
-                tc_scores<HS, M>(s, k, read, q_tile, query);
-                tc_scores<HS, M>(dp, v, read, dout_tile, query);
+#pragma unroll
+            for (int n = 0; n < 2; n++) {   // 8 queries, then 8 more
+                const int pair = j / 2 + 4 * n + threadIdx.x % 4;   // the lane's two
                 const float2 lse_2 = statistics[stage][0][pair], delta_2 = statistics[stage][1][pair];
 #pragma unroll
                 for (int m = 0; m < M; m++) {
-                    if (ahead + 16 * m + 15 > 8 * right || t0 + query + 7 >= T) {   // some query comes before some key, or is not there
+                    if (ahead + 16 * m + 15 > 8 * n || t0 + j + 15 >= T) {   // some query comes before some key, or is not there
 #pragma unroll
                         for (int i = 0; i < 4; i++)
-                            if (ahead + lane_ahead > 8 * right + i % 2 - 16 * m - i / 2 * 8 || t0 + 2 * pair + i % 2 >= T)
-                                s[0][m][i] = -INFINITY;
+                            if (ahead + lane_ahead > 8 * n + i % 2 - 16 * m - i / 2 * 8 || t0 + 2 * pair + i % 2 >= T) s[n][m][i] = -INFINITY;
                     }
 #pragma unroll
                     for (int i = 0; i < 4; i++) {   // p in place of s, ds of dp
-                        s[0][m][i] = exp_2(s[0][m][i] * scale - (i % 2 ? lse_2.y : lse_2.x) * LOG2E);
-                        dp[0][m][i] = s[0][m][i] * (dp[0][m][i] - (i % 2 ? delta_2.y : delta_2.x));
+                        s[n][m][i] = exp_2(s[n][m][i] * scale - (i % 2 ? lse_2.y : lse_2.x) * LOG2E);
+                        dp[n][m][i] = s[n][m][i] * (dp[n][m][i] - (i % 2 ? delta_2.y : delta_2.x));
                     }
-                    tc_as_a(p[m], s[0][m], right);
-                    tc_as_a(ds[m], dp[0][m], right);
+                    tc_as_a(p[m], s[n][m], n);
+                    tc_as_a(ds[m], dp[n][m], n);
                 }
             }
             tc_add<HS, M>(dv, p, read, dout_tile, j);
             tc_add<HS, M>(dk, ds, read, q_tile, j);
         }
-        next(h, t0);
-        stage ^= 1;
+        h = next_h, t0 = next_t0, stage ^= 1;
     }
-    const int to_row = at.first + again(threadIdx.x) / 32 * 16 * M;
-    bf16* head_dk = dqkv + (size_t)at.b * T * stride + (NH + at.h) * HS;
+    bf16* dk_head = dqkv + (size_t)at.b * T * stride + (NH + at.h) * HS;
 #pragma unroll
     for (int m = 0; m < M; m++) {
-        tc_store<HS>(head_dk, stride, dk[m], to_row + 16 * m, T, shape.scale, shape.scale);
-        tc_store<HS>(head_dk + to_v, stride, dv[m], to_row + 16 * m, T, 1, 1);
+        tc_store<HS>(dk_head, stride, dk[m], row + 16 * m, T, shape.scale, shape.scale);
+        tc_store<HS>(dk_head + to_v, stride, dv[m], row + 16 * m, T, 1, 1);
     }
-    float *sums = partial + (size_t)(at.b * at.row_blocks + at.first / (64 * M)) * stride + (NH + at.h) * HS, *shared = (float*)tc_tiles;
+    float* sums = partial + (size_t)(at.b * at.row_blocks + at.first / (64 * M)) * stride + (NH + at.h) * HS;
     __syncthreads();   // nobody reads tiles any more
-    tc_column_sums<HS, M>(sums, dk, shape.scale, shared);
-    tc_column_sums<HS, M>(sums + to_v, dv, 1, shared + 4 * HS);
+    tc_column_sums<HS, M>(sums, dk, shape.scale, (float*)tc_tiles);
+    tc_column_sums<HS, M>(sums + to_v, dv, 1, (float*)tc_tiles + 4 * HS);
 }
 
-// Two stages of two tiles: 32 KB, or 64 KB, which a kernel has to ask for.
-template <int HS, class Kernel>
-int tc_shared_bytes(Kernel kernel) {
-    constexpr int bytes = 2 * 2 * TC_TILE<HS>;
+// A kernel has to ask for more than 48 KB of shared memory. Returns the bytes.
+template <class Kernel>
+int tc_shared_bytes(Kernel kernel, int bytes) {
     cudaCheck(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
     return bytes;
 }
@@ -1501,7 +1516,7 @@ template <int HS>
 void attention_forward_tc(void* out, float* lse, const void* qkv, int B, AttShape shape, cudaStream_t stream) {
     constexpr int M = TC_M<HS>;
     auto kernel = attention_forward_tc_kernel<HS, M, 64 / M>;
-    static int bytes = tc_shared_bytes<HS>(kernel);
+    static int bytes = tc_shared_bytes(kernel, 4 * TC_TILE<HS>);
     int blocks = B * shape.NH * ceil_div(shape.T, 64 * M);
     kernel<<<blocks, TC_THREADS, bytes, stream>>>((bf16*)out, lse, (const bf16*)qkv, shape);
     cudaCheck(cudaGetLastError());
@@ -1512,12 +1527,12 @@ void attention_backward_tc(void* dqkv, Grad dbias, float* delta, float* scratch,
     constexpr int M = TC_M<HS>;
     auto dq_kernel = attention_backward_dq_tc_kernel<HS, M>;
     auto dkv_kernel = attention_backward_dkv_tc_kernel<HS, M>;
-    static int bytes = std::min(tc_shared_bytes<HS>(dq_kernel), tc_shared_bytes<HS>(dkv_kernel));   // the same for both
+    static int dq_bytes = tc_shared_bytes(dq_kernel, 4 * TC_TILE<HS>), dkv_bytes = tc_shared_bytes(dkv_kernel, (4 + M) * TC_TILE<HS>);
     int row_blocks = ceil_div(shape.T, 64 * M);
-    dq_kernel<<<B * shape.NH * row_blocks, TC_THREADS, bytes, stream>>>((bf16*)dqkv, scratch, delta, (const bf16*)dout,
+    dq_kernel<<<B * shape.NH * row_blocks, TC_THREADS, dq_bytes, stream>>>((bf16*)dqkv, scratch, delta, (const bf16*)dout,
                                                                         (const bf16*)qkv, (const bf16*)out, lse, shape);
     cudaCheck(cudaGetLastError());
-    dkv_kernel<<<B * shape.NKV * row_blocks, TC_THREADS, bytes, stream>>>((bf16*)dqkv, scratch, (const bf16*)dout,
+    dkv_kernel<<<B * shape.NKV * row_blocks, TC_THREADS, dkv_bytes, stream>>>((bf16*)dqkv, scratch, (const bf16*)dout,
                                                                           (const bf16*)qkv, lse, delta, shape);
     cudaCheck(cudaGetLastError());
     colsum_finish({dbias}, 1, scratch, B * row_blocks, (shape.NH + 2 * shape.NKV) * shape.HS, accumulate, stream);

@@ -59,6 +59,9 @@ template <class L> const void* kernel_address(const L& lambda) {
     else return nullptr;
 }
 
+inline bool asked_for_shared(const void* kernel) {   // static shared memory then comes on top of what was asked for
+    return kernel ? dynamic_shared_limit.count(kernel) : !dynamic_shared_limit.empty();
+}
 inline size_t largest_dynamic_shared(const void* kernel) {
     size_t most = kSharedDefault;
     for (auto& [address, bytes] : dynamic_shared_limit)
@@ -148,7 +151,7 @@ void launch(const char* kernel, const char* file, int line, const Config& c, con
         std::apply([](const Call& call, const auto&... arguments) { call(arguments...); },
                    *(const decltype(kernel_and_arguments)*)p);
     };
-    size_t with_static = limit > kSharedDefault ? kSharedOptIn : kSharedDefault;
+    size_t with_static = asked_for_shared(kernel_address(address)) ? kSharedOptIn : kSharedDefault;
     Launch l = {kernel, {file, line}, c.grid, c.block, c.dynamic_shared, with_static, launch_count++, run, &kernel_and_arguments};
     run_grid(l, &seconds_per_block);
 }
