@@ -89,7 +89,11 @@ typedef struct {
     int reserved[4];
 } cublasLtMatmulHeuristicResult_t;
 
-inline cublasStatus_t cublasLtCreate(cublasLtHandle_t* handle) { *handle = new cublasLtContext{}; return CUBLAS_STATUS_SUCCESS; }
+inline cublasStatus_t cublasLtCreate(cublasLtHandle_t* handle) {
+    simt::openblas();             // what it takes is gone before a program asks how much there is
+    *handle = new cublasLtContext{};
+    return CUBLAS_STATUS_SUCCESS;
+}
 inline cublasStatus_t cublasLtDestroy(cublasLtHandle_t handle) { delete handle; return CUBLAS_STATUS_SUCCESS; }
 
 // ---- descriptors -----------------------------------------------------------------------------------

@@ -175,7 +175,7 @@ inline cudaError_t cudaFree(void* p, SIMT_SITE) { return simt::release(p, true, 
 inline cudaError_t cudaFreeHost(void* p, SIMT_SITE) { return simt::release(p, false, "cudaFreeHost", {file, line}); }
 inline cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
     *total = simt::options.device_memory;
-    *free = *total - simt::memory().now;
+    *free = std::min(*total - simt::memory().now, simt::address_space_left());
     return cudaSuccess;
 }
 
