@@ -4007,8 +4007,9 @@ void log_open(Log& log, const Settings& s, const Options& o, int resume_step) {
     if (!s.out.empty() && is_checkpoint_name(to.path.substr(to.path.rfind('/') + 1)) && stat(folder_of(to.path).c_str(), &at) == 0 &&
         stat(s.out.c_str(), &out) == 0 && at.st_dev == out.st_dev && at.st_ino == out.st_ino)
         fail("%s: this is the name of a file of a checkpoint; expected another", option.c_str());
+    if (!to.error.empty()) fail("%s: cannot write there: %s", option.c_str(), to.error.c_str());
     log.fd = to.stream >= 0 ? to.stream : open(to.path.c_str(), O_RDWR | O_CREAT | O_APPEND | O_CLOEXEC, 0666);
-    if (log.fd < 0) fail("%s: cannot open it: %s", option.c_str(), to.error.empty() ? strerror(errno) : to.error.c_str());
+    if (log.fd < 0) fail("%s: cannot open it: %s", option.c_str(), strerror(errno));
     if (to.stream >= 0) return;
     if (!lock_file(log.fd, s.log.c_str())) fail("%s: another run writes this log now; name another", option.c_str());
 

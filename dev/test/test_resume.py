@@ -9,11 +9,7 @@ import time
 
 import pytest
 
-from helpers import Shape, environment, learned, options, program, says, write_tokens, words
-
-
-def names(step):
-    return [f"model_{step:08d}.bin", f"state_{step:08d}_00000.bin", f"DONE_{step:08d}"]
+from helpers import Shape, environment, learned, names, options, program, says, write_tokens, words
 
 
 def checkpoint(files, step):
