@@ -2978,7 +2978,8 @@ public:
         unlink(temporary.c_str());   // a killed run may have left it
         fd = open(temporary.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
         if (fd < 0) give_up("create", strerror(errno));
-        else if (to.old.st_mode != 0 && fchown(fd, to.old.st_uid, to.old.st_gid) == 0) fchmod(fd, to.old.st_mode & 0777);
+        else if (to.old.st_mode != 0)   // owner and permissions stay; only root can give a file away
+            (void)!fchown(fd, to.old.st_uid, to.old.st_gid), fchmod(fd, to.old.st_mode & 0777);
     }
     AtomicFile(const AtomicFile&) = delete;
     ~AtomicFile() { discard(); }
