@@ -4043,6 +4043,7 @@ int run_loop(Run& run) {
             float loss = gpt2_validate(g, run.val, (int)s.val_batches, run.host_free());
             stop = world_any(interrupted);
             if (speaks && !stop) printf("val loss %.4f at step %d\n", loss, at.step);
+            fflush(stdout);
             if (run.log.val_step != at.step && !stop) {
                 log_line(run.log, "{\"step\": %d, \"val_loss\": %s}", at.step, json_number(loss).c_str());
                 run.log.val_step = at.step;
@@ -4350,13 +4351,13 @@ int main(int argc, char** argv) {
     cudaCheck(cudaStreamSynchronize(g.stream));
     begin_or_go_on(run);
     if (!s.log.empty() && speaks) log_open(run.log, s, o, run.resume_step);   // after all that could still refuse to run
-    if (speaks) printf("start      at step %d; the first step also prepares the matmuls\n", run.state.step);
-    fflush(stdout);
     struct sigaction action = {};
     action.sa_handler = on_interrupt;
     action.sa_flags = SA_RESETHAND | SA_RESTART;   // a second Ctrl-C ends the program at once
     sigaction(SIGINT, &action, nullptr);
     sigaction(SIGTERM, &action, nullptr);
+    if (speaks) printf("start      at step %d; the first step also prepares the matmuls\n", run.state.step);
+    fflush(stdout);
 
     int status = run_loop(run);
 
