@@ -316,6 +316,7 @@ void check_resume(const char* model, const Reference& r) {
             loader_set_batch(data, 2);
             steps(t, data, run, 5);
             cudaCheck(cudaStreamSynchronize(t.g.stream));
+            run.set_position(data);
             checkpoint_save(t.g, run, data, folder, 0);
             loader_close(data);
         }

@@ -122,6 +122,16 @@ const char* program_name = "train_gpt2";
     fail_status(2, format, args);
 }
 
+// Every other way out: what was printed must have arrived, or a script takes half an answer for a whole one.
+[[noreturn]] void leave(int status) {
+    const int error = fflush(stdout) != 0 ? errno : 0;
+    if (error || ferror(stdout)) {
+        fprintf(stderr, "%s: could not write all of the output: %s\n", program_name, error ? strerror(error) : "an earlier write failed");
+        if (status == 0) status = 1;
+    }
+    exit(status);
+}
+
 void cuda_check(cudaError_t error, const char* file, int line) {
     if (error == cudaSuccess) return;
     fail("%s:%d: CUDA says \"%s\" (an error of an earlier asynchronous call shows late: CUDA_LAUNCH_BLOCKING=1 finds its line)",
@@ -2819,8 +2829,8 @@ struct Hyper {
 };
 
 // One optimizer step from the gradients that a step's micro-batches have left. Returns the verdict: the only moment of a step at
-// which the host waits for the device.
-Verdict gpt2_update(GPT2& g, const Hyper& h, uint64_t step) {
+// which the host waits for the device. `meanwhile` is what the host can do before that, while the device works.
+Verdict gpt2_update(GPT2& g, const Hyper& h, uint64_t step, const std::function<void()>& meanwhile = nullptr) {
     NvtxRange range("update");
     world_group(true);
     for (int p = 0; p < NUM_PARAMS; p++) world_reduce_gradient(g.grad[p], param_shape(g.config, p).elements(), g.stream);
@@ -2845,6 +2855,7 @@ Verdict gpt2_update(GPT2& g, const Hyper& h, uint64_t step) {
     for (int p = 0; p < NUM_PARAMS; p++) world_gather_param(g.param[p], param_shape(g.config, p).elements(), g.stream);
     world_group(false);
 
+    if (meanwhile) meanwhile();
     Verdict verdict;
     cudaCheck(cudaMemcpyAsync(&verdict, &g.state->verdict, sizeof verdict, cudaMemcpyDeviceToHost, g.stream));
     cudaCheck(cudaStreamSynchronize(g.stream));
@@ -2886,11 +2897,21 @@ std::string folder_of(const std::string& path) {
     return slash == std::string::npos ? "." : slash == 0 ? "/" : path.substr(0, slash);
 }
 
-// Opens a file with one of our headers. `remedy` ends every message: what to run to get a good one.
-FILE* open_with_header(const char* path, int32_t* header, int magic, const char* what, const char* remedy) {
-    if (is_folder(path)) fail("%s is a folder; expected %s; %s", path, what, remedy);
-    FILE* f = fopen(path, "rb");
+// Opens a file to read it. `remedy` ends every message: what to run to get a good one. A pipe would let us wait for its writer
+// and a device has no size, so only regular files will do.
+FILE* open_regular(const char* path, const char* what, const char* remedy) {
+    const int fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
+    struct stat s;
+    FILE* f = fd >= 0 && fstat(fd, &s) == 0 ? fdopen(fd, "rb") : nullptr;
+    if (fd >= 0 && !S_ISREG(s.st_mode))
+        fail("%s is %s; expected %s in a regular file; %s", path,
+             S_ISDIR(s.st_mode) ? "a folder" : S_ISFIFO(s.st_mode) ? "a pipe" : "a device", what, remedy);
     if (f == nullptr) fail("cannot open %s (%s): %s; %s", path, what, strerror(errno), remedy);
+    return f;
+}
+// The same for a file with one of our headers.
+FILE* open_with_header(const char* path, int32_t* header, int magic, const char* what, const char* remedy) {
+    FILE* f = open_regular(path, what, remedy);
     if (fread(header, 1, HEADER_BYTES, f) != HEADER_BYTES)
         fail("%s: expected %s with a header of %zu bytes, found a file of %zu bytes; %s", path, what, HEADER_BYTES, file_size(f),
              remedy);
@@ -3029,6 +3050,28 @@ void read_device(FILE* f, const char* path, void* device, size_t bytes, std::vec
     }
 }
 
+// ---- waits
+
+double now_seconds() {
+    timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec + 1e-9 * t.tv_nsec;
+}
+std::string duration(double seconds) {
+    const long long sec = (long long)seconds;
+    char s[48];
+    snprintf(s, sizeof s, "%lld:%02lld:%02lld", sec / 3600, sec / 60 % 60, sec % 60);
+    return s;
+}
+// What a loop that takes long shows: on a terminal one line that is written over; else a line once, when it will be long.
+void progress(const char* doing, size_t done, size_t of, double begin) {
+    const double took = now_seconds() - begin;
+    if (world.rank != 0) return;
+    if (isatty(STDOUT_FILENO)) printf(done < of ? "\r%s %zu/%zu" : "\r\033[K", doing, done + 1, of);
+    else if (done == 1 && took * of > 10) printf("%s: %zu times %.1f s, done in %s\n", doing, of, took, duration(took * (of - 1)).c_str());
+    fflush(stdout);
+}
+
 // ---- tokens
 //
 // A shard is a header and ids of 16 or 32 bits. Training cuts a shard into windows of T + 1 tokens (the last one of each is
@@ -3050,6 +3093,8 @@ struct Loader {
     uint64_t seed = 0;
     // position: windows already taken from the shard that stands at `shard` in this epoch's order
     size_t epoch = 0, shard = 0, window = 0;
+    uint64_t checksum = 0;   // of all tokens in their order: data are what they hold, not what they are called
+    int largest_id = 0;
     // the open shard
     std::vector<uint32_t> shard_order, window_order;
     const char* map = nullptr;
@@ -3057,6 +3102,7 @@ struct Loader {
 
     size_t windows(const Shard& s) const { return (s.tokens - 1) / T; }
     size_t batch_windows() const { return (size_t)B * world.size; }
+    size_t batches_left_in_shard() const { return (window_order.size() - window) / batch_windows(); }
     size_t batches_per_epoch() const {
         size_t n = 0;
         for (const Shard& s : shards) n += windows(s) / batch_windows();
@@ -3075,7 +3121,7 @@ std::vector<uint32_t> shuffled(size_t n, bool shuffle, uint64_t seed, uint64_t s
 // The ids of a shard, mapped into memory: what a run does not touch is not read.
 const char* shard_map(const Shard& s, size_t& bytes) {
     bytes = HEADER_BYTES + s.tokens * s.bytes_per_token;
-    int fd = open(s.path.c_str(), O_RDONLY);
+    int fd = open(s.path.c_str(), O_RDONLY | O_NONBLOCK | O_CLOEXEC);
     struct stat st;
     if (fd < 0 || fstat(fd, &st) != 0 || (size_t)st.st_size != bytes)
         fail("%s: was a file of %zu bytes when this run began, and is no more", s.path.c_str(), bytes);
@@ -3088,12 +3134,16 @@ inline uint32_t shard_token(const Shard& s, const char* map, size_t i) {
     map += HEADER_BYTES;
     return s.bytes_per_token == 2 ? ((const uint16_t*)map)[i] : ((const uint32_t*)map)[i];
 }
-// An id beyond wte would read whatever lies behind it, so all are looked at before a run begins.
-void shard_check_ids(const Shard& s, int V) {
+// An id beyond wte would read whatever lies behind it, so all are looked at before a run begins. Returns a checksum of them, the
+// same for 16 and 32 bits.
+uint64_t shard_check_ids(const Shard& s, int V, int& largest) {
     size_t bytes;
     const char* map = shard_map(s, bytes);
+    uint64_t sum = s.tokens;
     for (size_t i = 0; i < s.tokens; i++) {
         uint32_t id = shard_token(s, map, i);
+        sum = (sum + id) * 0x9e3779b97f4a7c15ull;
+        largest = std::max(largest, (int)id);
         if (id >= (uint32_t)V)
             fail(
                 "%s: token %zu has id %u, but the model's vocabulary is %d (expected ids 0 to %d); make the tokens with the "
@@ -3102,6 +3152,7 @@ void shard_check_ids(const Shard& s, int V) {
                 s.path.c_str(), i, id, V, V - 1, id + 1, id + 1);
     }
     munmap((void*)map, bytes);
+    return sum;
 }
 
 void loader_open_shard(Loader& d) {
@@ -3121,22 +3172,35 @@ void loader_seek(Loader& d, size_t epoch, size_t shard, size_t window) {
     loader_open_shard(d);
 }
 
+// What a name on the command line stands for: the file of that name, whatever characters are in it, or else what it matches as a
+// pattern. Of a pattern the folder, if there is one of that name, is no pattern either. Sorted: every rank and run sees one order.
+std::vector<std::string> files_named(const std::string& name) {
+    if (file_exists(name)) return {name};
+    std::string pattern;
+    const size_t slash = name.rfind('/');
+    const size_t literal = slash != std::string::npos && is_folder(folder_of(name).c_str()) ? slash : 0;
+    for (size_t i = 0; i < name.size(); i++) pattern += i < literal && strchr("[]*?~\\", name[i]) ? std::string("\\") + name[i] : name.substr(i, 1);
+    glob_t found = {};
+    std::vector<std::string> names;
+    if (glob(pattern.c_str(), GLOB_TILDE, nullptr, &found) == 0) names.assign(found.gl_pathv, found.gl_pathv + found.gl_pathc);
+    globfree(&found);
+    return names;
+}
+
 // Finds the shards and checks them. `option` is what the user typed before `pattern`.
 void loader_open(Loader& d, const char* option, const char* pattern, int T, int V, bool shuffle, uint64_t seed) {
     d.T = T;
     d.shuffle = shuffle;
     d.seed = seed;
     if (is_folder(pattern))
-        fail("%s %s is a folder; expected a token file or a quoted pattern like '%s/*.bin'", option, pattern, pattern);
-    glob_t found;
-    if (glob(pattern, 0, nullptr, &found) != 0 || found.gl_pathc == 0)
-        fail("%s %s: no such file, and no file matches it as a pattern; %s", option, pattern, TOKENS_REMEDY);
-    for (size_t i = 0; i < found.gl_pathc; i++) {   // glob sorts, so every rank and every run sees one order
-        const char* path = found.gl_pathv[i];
+        fail("%s %s is a folder; expected a token file or a quoted pattern like '%s/train*.bin'", option, pattern, pattern);
+    const std::vector<std::string> names = files_named(pattern);
+    if (names.empty()) fail("%s %s: no such file, and no file matches it as a pattern; %s", option, pattern, TOKENS_REMEDY);
+    for (const std::string& name : names) {
+        const char* path = name.c_str();
         if (is_folder(path)) continue;
         int32_t h[HEADER_INTS];
-        FILE* f = fopen(path, "rb");
-        if (f == nullptr) fail("cannot open %s (tokens): %s; %s", path, strerror(errno), TOKENS_REMEDY);
+        FILE* f = open_regular(path, "tokens", TOKENS_REMEDY);
         size_t size = file_size(f);
         if (fread(h, 1, HEADER_BYTES, f) != HEADER_BYTES)
             fail("%s: expected tokens with a header of %zu bytes, found a file of %zu bytes; %s", path, HEADER_BYTES, size,
@@ -3152,20 +3216,24 @@ void loader_open(Loader& d, const char* option, const char* pattern, int T, int 
                 "%s: its header announces %zu tokens of %d bytes, so expected a file of %zu bytes, found %zu; it is damaged or "
                 "was cut off: %s",
                 path, tokens, bytes, HEADER_BYTES + tokens * bytes, size, TOKENS_REMEDY);
-        if (tokens <= (size_t)T)
-            fail("%s: its %zu tokens are fewer than one sequence of -t %d and its last target; take a smaller -t, or more text",
-                 path, tokens, T);
+        if (tokens < 2) fail("%s: expected a token and the one after it, its target, found %zu; %s", path, tokens, TOKENS_REMEDY);
         d.shards.push_back({path, tokens, bytes});
     }
-    globfree(&found);
     if (d.shards.empty()) fail("%s %s matches only folders; expected token files; %s", option, pattern, TOKENS_REMEDY);
-    for (size_t i = world.rank; i < d.shards.size(); i += world.size) shard_check_ids(d.shards[i], V);   // the ranks share the work
+    double sum = 0, begin = now_seconds();
+    for (size_t i = world.rank; i < d.shards.size(); i += world.size) {   // the ranks share the work
+        progress("reading shards", i, d.shards.size(), begin);
+        sum += (double)(hash64(shard_check_ids(d.shards[i], V, d.largest_id), 0, i) >> 32);   // 2^21 of these are exact in a double
+    }
+    progress("", d.shards.size(), d.shards.size(), begin);
+    d.checksum = (uint64_t)world_sum(sum);
+    d.largest_id = -(int)world_min(-d.largest_id);
 }
 // The largest batch on a GPU that every shard can fill.
 size_t loader_largest_batch(const Loader& d) {
     size_t least = SIZE_MAX;
     for (const Shard& s : d.shards) least = std::min(least, d.windows(s) / world.size);
-    return least;
+    return std::max<size_t>(least, 1);   // loader_set_batch refuses what has not even that
 }
 void loader_set_batch(Loader& d, int B) {
     d.B = B;
@@ -3210,9 +3278,9 @@ void loader_next(Loader& d, int* inputs, int* targets) {   // (B, T) each
 }
 
 // A micro-batch as the device wants it: inputs, targets, and the positions of the inputs sorted by token, for the embedding's
-// backward. The host has the time: it sorts while the GPU still works on the micro-batch before. `host` is pinned memory, so
-// that the copy waits for nothing; it must stay as it is until the next synchronisation.
-int tokens_upload(int* device, int* host, int BT, int V, cudaStream_t stream) {
+// backward. The host has the time: it sorts while the GPU still works on the step before. Returns the number of tokens that
+// occur. `host` is pinned memory, so that the copy waits for nothing; it must stay as it is until the next synchronisation.
+int tokens_sort(int* host, int BT, int V) {   // host as token_ints says, inputs and targets filled in
     static std::vector<int> count;
     count.assign(V + 1, 0);
     const int* inputs = host;
@@ -3231,8 +3299,15 @@ int tokens_upload(int* device, int* host, int BT, int V, cudaStream_t stream) {
     }
     bucket_start[buckets] = start;
     for (int i = 0; i < BT; i++) positions[count[inputs[i]]++] = i;
-    size_t ints = (size_t)(bucket_start - host) + buckets + 1;
+    return buckets;
+}
+void tokens_copy(int* device, const int* host, int BT, int V, int buckets, cudaStream_t stream) {
+    size_t ints = 3 * (size_t)BT + std::min(BT, V) + buckets + 1;
     cudaCheck(cudaMemcpyAsync(device, host, ints * sizeof(int), cudaMemcpyHostToDevice, stream));
+}
+int tokens_upload(int* device, int* host, int BT, int V, cudaStream_t stream) {
+    int buckets = tokens_sort(host, BT, V);
+    tokens_copy(device, host, BT, V, buckets, stream);
     return buckets;
 }
 
@@ -3241,6 +3316,7 @@ int tokens_upload(int* device, int* host, int BT, int V, cudaStream_t stream) {
 struct Tokenizer {
     std::vector<std::string> tokens;
     int end_of_text = 0;
+    bool after_cr = false;   // the last character printed was a \r
 };
 bool tokenizer_load(Tokenizer& t, const char* path) {
     if (!file_exists(path)) return false;
@@ -3263,14 +3339,18 @@ bool tokenizer_load(Tokenizer& t, const char* path) {
     fclose(f);
     return true;
 }
-void print_token(const Tokenizer& t, int id) {
+void print_token(Tokenizer& t, int id) {
     if (t.tokens.empty()) {
         printf("%d ", id);
     } else if (id == t.end_of_text) {
         printf("\n");
     } else if (id < (int)t.tokens.size()) {
-        for (unsigned char c : t.tokens[id])   // a control character could do anything to a terminal
+        for (unsigned char c : t.tokens[id]) {   // a control character could do anything to a terminal
+            if (c == '\n' && t.after_cr) c = 0;   // \r, \n and \r\n end a line, each once
+            t.after_cr = c == '\r';
+            if (t.after_cr) c = '\n';
             if (c >= 32 ? c != 127 : c == '\n' || c == '\t') putchar(c);
+        }
     }
 }
 
@@ -3386,8 +3466,12 @@ std::string gpt2_save(GPT2& g, const std::string& path) {   // returns what went
 struct RunState {
     int step = 0;               // steps done
     int not_finite_in_row = 0;
-    size_t epoch = 0, shard = 0, window = 0;
+    size_t epoch = 0, shard = 0, window = 0;   // of the data that these steps have used; the loader may be ahead
+    std::vector<double> settings;              // what the run was told, in the order of settings_kept
+
+    void set_position(const Loader& d) { epoch = d.epoch, shard = d.shard, window = d.window; }
 };
+constexpr int STATE_SETTINGS = 40;   // where they stand in the header: their number, and from the second int after it two ints each
 std::string checkpoint_path(const std::string& folder, const char* kind, int step) {
     char name[64];
     if (strcmp(kind, "state") == 0) snprintf(name, sizeof name, "/state_%08d_%05d.bin", step, world.rank);
@@ -3413,6 +3497,9 @@ std::string state_save(GPT2& g, const RunState& r, const Loader& train, const st
     memcpy(&h[30], &r.shard, 8);
     memcpy(&h[32], &r.window, 8);
     memcpy(&h[34], &r.epoch, 8);
+    memcpy(&h[36], &train.checksum, 8);
+    h[STATE_SETTINGS] = (int)r.settings.size();
+    memcpy(&h[STATE_SETTINGS + 2], r.settings.data(), r.settings.size() * 8);
     std::vector<char> staging;
     AtomicFile f(path);
     f.write(h, sizeof h);
@@ -3453,12 +3540,16 @@ RunState state_load(GPT2& g, Loader& train, const std::string& folder, int step)
         fail("%s: expected %zu bytes for this model, found %zu; it is damaged or was cut off; %s", path, state_bytes(g),
              file_size(f), remedy);
     size_t tokens;
+    uint64_t checksum;   // 0: an old file has none
     memcpy(&tokens, &h[14], 8);
-    if (h[11] != train.T || h[12] != (int)train.shards.size() || tokens != loader_tokens(train))
+    memcpy(&checksum, &h[36], 8);
+    if (h[11] != train.T || h[12] != (int)train.shards.size() || tokens != loader_tokens(train) ||
+        (checksum != 0 && checksum != train.checksum))
         fail(
-            "%s: its run read %zu tokens in %d shards in sequences of %d, this one reads %zu in %zu in sequences of %d; resume "
-            "with the same -i and -t",
-            path, tokens, h[12], h[11], loader_tokens(train), train.shards.size(), train.T);
+            "%s: its run read %zu tokens in %d shards in sequences of %d (checksum %llx), this one reads %zu in %zu in sequences of "
+            "%d (checksum %llx); resume with the same -i and -t, or take the weights to other data: -e %s and another --out",
+            path, tokens, h[12], h[11], (unsigned long long)checksum, loader_tokens(train), train.shards.size(), train.T,
+            (unsigned long long)train.checksum, checkpoint_path(folder, "model", step).c_str());
     g.updates = h[22];
     memcpy(&r.shard, &h[30], 8);
     memcpy(&r.window, &h[32], 8);
@@ -3466,6 +3557,10 @@ RunState state_load(GPT2& g, Loader& train, const std::string& folder, int step)
     if (g.updates < 0 || r.shard >= train.shards.size() || r.window > loader_tokens(train))
         fail("%s: step %d, shard %zu, sequence %zu is no place in these data; it is damaged; %s", path, r.step, r.shard, r.window,
              remedy);
+    if (h[STATE_SETTINGS] < 0 || h[STATE_SETTINGS] > (HEADER_INTS - STATE_SETTINGS - 2) / 2)
+        fail("%s: its header counts %d settings; it is damaged; %s", path, h[STATE_SETTINGS], remedy);
+    r.settings.resize(h[STATE_SETTINGS]);
+    memcpy(r.settings.data(), &h[STATE_SETTINGS + 2], r.settings.size() * 8);
     train.seed = g.seed;
     loader_seek(train, r.epoch, r.shard, r.window);
     std::vector<char> staging;
@@ -3498,11 +3593,8 @@ std::vector<int> checkpoints_in(const std::string& folder) {
 
 // model, then every rank's state, then DONE: a run that is killed in between leaves no DONE, and resumes from the one before.
 // False: it could not be written, which is said, and nothing is left of it; those before it stay.
-bool checkpoint_save(GPT2& g, RunState r, const Loader& train, const std::string& folder, int keep) {
+bool checkpoint_save(GPT2& g, const RunState& r, const Loader& train, const std::string& folder, int keep) {
     NvtxRange range("checkpoint");
-    r.epoch = train.epoch;
-    r.shard = train.shard;
-    r.window = train.window;
     const std::string done = checkpoint_path(folder, "DONE", r.step), model = checkpoint_path(folder, "model", r.step),
                       state = checkpoint_path(folder, "state", r.step);
     std::string error;
@@ -3565,12 +3657,6 @@ double device_peak_flops(const cudaDeviceProp& prop, int device, bool tensor_cor
     return per_sm_and_clock * prop.multiProcessorCount * khz * 1e3 * precision;
 }
 
-double now_seconds() {
-    timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return t.tv_sec + 1e-9 * t.tv_nsec;
-}
-
 const char* SCHEDULES[] = {"cosine", "linear", "constant", "wsd"};
 // The learning rate of step 0, 1, ..., steps - 1: a linear warmup to `peak`, then down to peak * final_fraction.
 // wsd (warmup, stable, decay: Hu et al., arXiv 2404.06395) stays at the peak and falls, linearly, in the last fifth.
@@ -3587,19 +3673,34 @@ float schedule_lr(const std::string& name, int step, int steps, float peak, int 
 // The first signal asks for a checkpoint and an end. A second Ctrl-C or SIGTERM ends the program at once, unless it is an echo of
 // the first: timeout sends two, and of a closed terminal one hears from the kernel and from the shell.
 volatile sig_atomic_t interrupted = 0;   // the signal
+// What Ctrl-C answers at once, although the step goes on. The text is made beforehand, in the one of two places that is not in
+// use, because a signal handler may do little more than write(2).
+char stop_answers[2][256];
+volatile sig_atomic_t stop_answer = 0;
+void set_stop_answer(int step, bool saves) {
+    if (world.rank != 0) return;
+    snprintf(stop_answers[!stop_answer], sizeof stop_answers[0], "\nstopping after step %d%s; a second Ctrl-C ends at once%s\n", step,
+             saves ? ", with a checkpoint" : "", saves ? ", without it" : "");
+    stop_answer = !stop_answer;
+}
 void on_interrupt(int signal) {
     static double first = 0;
+    const int error = errno;
     if (!interrupted) {
         first = now_seconds();
         interrupted = signal;
+        const char* answer = stop_answers[stop_answer];
+        if (write(STDERR_FILENO, answer, strlen(answer)) < 0) { /* nobody is there to read it */ }
     } else if ((signal == SIGINT || signal == SIGTERM) && now_seconds() - first > 0.5) {
         ::signal(signal, SIG_DFL);
         raise(signal);
     }
+    errno = error;
 }
 void catch_signals() {
     struct sigaction action = {}, before = {};
     action.sa_handler = on_interrupt;
+    action.sa_flags = SA_RESTART;
     for (int signal : {SIGINT, SIGTERM, SIGHUP, SIGXCPU, SIGUSR1, SIGUSR2})   // the last three are a batch system's
         if (signal != SIGHUP || (sigaction(signal, nullptr, &before) == 0 && before.sa_handler != SIG_IGN))   // nohup ignores it
             sigaction(signal, &action, nullptr);
@@ -3649,6 +3750,8 @@ void options_parse(Options& options, int argc, char** argv) {
         for (Option& o : options)
             if (name == std::string("--") + o.name || (*o.alias && name == o.alias)) option = &o;
         if (option == nullptr) fail_usage("%s: no such option; --help lists them", arg.c_str());
+        if (!option->typed.empty() && world.rank == 0)
+            fprintf(stderr, "%s: %s is given more than once: the last one counts\n", program_name, name.c_str());
         option->typed = name;
         if (option->type == HELP) {
             // llm.c's -h takes 0 or 1 and switches HellaSwag's evaluation; ours alone is help
@@ -3656,7 +3759,7 @@ void options_parse(Options& options, int argc, char** argv) {
             if (next == "0") { i++; continue; }
             if (next == "1") fail_usage("-h 1: HellaSwag's evaluation does not exist here; allowed: -h 0, or -h alone for help");
             options_help(options);
-            exit(0);
+            leave(0);
         }
         if (option->type == ESTIMATE) {
             if (attached && value != "json") fail_usage("%s: allowed: --estimate or --estimate=json", arg.c_str());
@@ -3667,7 +3770,11 @@ void options_parse(Options& options, int argc, char** argv) {
             if (i + 1 >= argc) fail_usage("%s: expects a value (%s)", name.c_str(), option->help);
             value = argv[++i];
         }
+        if (value.empty()) fail_usage("%s: expected a value, found an empty one (%s)", arg.c_str(), option->help);
         if (option->type == TEXT) {
+            if (!attached && value[0] == '-')
+                fail_usage("%s %s: expected a value, found an option (%s); a name that begins so is written --%s=%s", name.c_str(),
+                           value.c_str(), option->help, option->name, value.c_str());
             *(std::string*)option->value = value;
             continue;
         }
@@ -3679,8 +3786,8 @@ void options_parse(Options& options, int argc, char** argv) {
         errno = 0;
         bool real = option->type == REAL;
         double number = real ? strtod(value.c_str(), &end) : (double)strtoll(value.c_str(), &end, 10);
-        // written so that NaN is out of range
-        bool fine = !value.empty() && *end == '\0' && errno == 0 && number >= option->low && number <= option->high;
+        // plain decimals alone: no blanks, no hexadecimals; and NaN is out of range
+        bool fine = value.find_first_not_of("0123456789+-.eE") == std::string::npos && *end == '\0' && errno == 0 && number >= option->low && number <= option->high;
         if (!fine) {
             const char* allowed_auto = option->type == AUTO_INTEGER ? ", or auto" : "";
             if (real) fail_usage("%s %s: expected a number from %g to %g", name.c_str(), value.c_str(), option->low, option->high);
@@ -3758,22 +3865,24 @@ float gpt2_batch_loss(GPT2& g, int* host) {
     return loss / BT;
 }
 
-// Mean loss over up to `batches` batches from the start of the validation data.
+// Mean loss over up to `batches` batches from the start of the validation data. Ctrl-C ends it early: then it means nothing.
 float gpt2_validate(GPT2& g, Loader& val, int batches, int* host) {
     const int BT = g.plan.B * g.plan.T;
     batches = (int)std::min<size_t>(batches, val.batches_per_epoch());
     loader_seek(val, 0, 0, 0);
-    double sum = 0;
-    for (int i = 0; i < batches; i++) {
+    double sum = 0, begin = now_seconds();
+    for (int i = 0; i < batches && !interrupted; i++) {
+        progress("validating", i, batches, begin);
         loader_next(val, host, host + BT);
         sum += gpt2_batch_loss(g, host);
     }
+    progress("", batches, batches, begin);
     return (float)(world_sum(sum / batches) / world.size);
 }
 
 // Prints `count` tokens after an end-of-text token. Plain: every token is a forward of all that stands before it. False: there is no
 // likeliest token among NaNs.
-bool gpt2_sample(GPT2& g, const Tokenizer& tokenizer, int count, int top_k, float temperature, uint64_t stream_id, int* host) {
+bool gpt2_sample(GPT2& g, Tokenizer& tokenizer, int count, int top_k, float temperature, uint64_t stream_id, int* host) {
     const int V = g.config.V, Vp = g.config.Vp, C = g.config.C;
     std::vector<int> text = {tokenizer.tokens.empty() ? V - 1 : std::min(tokenizer.end_of_text, V - 1)};
     std::vector<floatX> row(Vp);
@@ -3827,24 +3936,24 @@ struct Settings {
     int64_t recompute = 1, master = 1, loss_chunks = 0, gelu_fusion = 0, tf32 = 1, zero = 0;
     int64_t val_every = 20, val_batches = 20, sample_every = 20, sample_tokens = 64, top_k = 40, overfit = 0;
     int64_t checkpoint_every = 0, keep = 0, resume = 0;
-    double lr = 3e-4, final_fraction = 1.0, weight_decay = 0, grad_clip = 1.0, skip_loss_z = 0, skip_grad_z = 0, temperature = 0.8;
+    double lr = 3e-4, final_fraction = 0.1, weight_decay = 0, grad_clip = 1.0, skip_loss_z = 0, skip_grad_z = 0, temperature = 0.8;
 };
 Options settings_options(Settings& s) {
     const double BIG = 2147483647;
     return {
         {"train-data", "-i", TEXT, &s.train_data, 0, 0, "data/train.bin", "FILE or 'PATTERN': shards of tokens to train on", ""},
-        {"val-data", "-j", TEXT, &s.val_data, 0, 0, "data/val.bin", "the same, to validate on", ""},
+        {"val-data", "-j", TEXT, &s.val_data, 0, 0, "data/val.bin", "FILE or 'PATTERN': shards of tokens to validate on", ""},
         {"tokenizer", "", TEXT, &s.tokenizer, 0, 0, "tokenizer.bin beside the training data", "FILE that turns sampled ids into text", ""},
         {"model", "-e", TEXT, &s.model, 0, 0, "gpt2:d12", "a checkpoint, d12, or a size like gpt2:L4,H4,C128,T64,V257", ""},
         {"out", "-o", TEXT, &s.out, 0, 0, "none", "DIR for checkpoints", ""},
         {"batch", "-b", AUTO_INTEGER, &s.B, 1, 1 << 20, "4", "sequences in a micro-batch on a GPU; auto: as many as fit", ""},
-        {"seq-len", "-t", INTEGER, &s.T, 1, 1 << 20, "1024", "tokens in a sequence", ""},
+        {"seq-len", "-t", INTEGER, &s.T, 1, 1 << 20, "1024, or the model's longest", "tokens in a sequence", ""},
         {"total-batch", "-d", INTEGER, &s.total_batch, 1, BIG, "B*T*ranks", "tokens in a step, over all micro-batches and GPUs", ""},
         {"steps", "-x", INTEGER, &s.steps, 0, 1 << 30, "one epoch", "optimizer steps; 0 validates and samples only", ""},
         {"schedule", "-k", TEXT, &s.schedule, 0, 0, "cosine", "of the learning rate: cosine, linear, constant, wsd", ""},
         {"lr", "-l", REAL, &s.lr, 0, 1e9, "3e-4", "learning rate at its peak", ""},
         {"warmup", "-u", INTEGER, &s.warmup, 0, BIG, "0", "steps in which the rate rises to its peak", ""},
-        {"final-lr-fraction", "-q", REAL, &s.final_fraction, 0, 1, "1.0", "the rate at the end, as a share of its peak", ""},
+        {"final-lr-fraction", "-q", REAL, &s.final_fraction, 0, 1, "0.1", "the rate at the end, as a share of its peak", ""},
         {"weight-decay", "-c", REAL, &s.weight_decay, 0, 1e9, "0", "of 2-D tensors", ""},
         {"grad-clip", "", REAL, &s.grad_clip, 0, 1e30, "1.0", "largest norm of the gradient; 0: no limit", ""},
         {"skip-loss-z", "-sl", REAL, &s.skip_loss_z, 0, 1e30, "0", "skip a step whose loss is so many deviations above the last 128; 0: never", ""},
@@ -3889,9 +3998,6 @@ void settings_check(const Settings& s, const Options& o) {
     if (s.steps == 0 && s.checkpoint_every > 0)
         fail_usage("%s %lld: nothing is trained with --steps 0, so there is nothing to write; expected 0, or some steps",
                    typed(o, "checkpoint-every").c_str(), (long long)s.checkpoint_every);
-    if (s.steps >= 0 && s.warmup > s.steps && s.steps > 0)
-        fail_usage("%s %lld: expected at most the number of steps, %lld", typed(o, "warmup").c_str(), (long long)s.warmup,
-                   (long long)s.steps);
 }
 
 // The micro-batches that make a step of --total-batch tokens out of B sequences; 0 where none do.
@@ -4045,27 +4151,88 @@ struct Run {
     Tokenizer tokenizer;
     Log log;
     RunState state;
+    std::string model_file;   // whose weights are loaded; empty: weights are drawn
     int steps = 0, resume_step = -1;
     int saved = -1, status = 0;           // the last step in --out; how this would end now
     float val_loss = 0, first_loss = 0;   // of the last validation; of the first step that was finite
-    std::vector<int> first_tokens;        // (2, B, T): that step's first micro-batch
+    std::vector<int> first_tokens;        // (2, B, T): of this run's first micro-batch
     double peak_flops = 0;
-    int* host_tokens = nullptr;   // pinned: one region a micro-batch, so that a step needs no waiting in between
+    bool on_cpu = false;
+    // Pinned memory in two halves, each with a region a micro-batch: the tokens of this step, and those of the next. Where one
+    // half is ready, the other is free for validation and samples.
+    int* host_tokens = nullptr;
+    int half = 0;
+    bool ready = false;         // the next step's tokens are in `half`
+    std::vector<int> buckets;   // (micro_batches)
+
+    int* host_half(int which) const {
+        return host_tokens + (size_t)which * g.plan.micro_batches * token_ints((size_t)g.plan.B * g.plan.T, g.config.V);
+    }
+    int* host_region(int micro) const { return host_half(half) + micro * token_ints((size_t)g.plan.B * g.plan.T, g.config.V); }
+    int* host_free() const { return host_half(!half); }
+    const char* model_name() const { return model_file.empty() ? s.model.c_str() : model_file.c_str(); }
 };
+
+// What shapes the numbers of a run, besides its model and its data. A state file keeps the values in this order, so new ones go to
+// its end; a run that goes on with others says so.
+struct Setting {
+    const char* name;
+    double value;
+    std::vector<const char*> words;   // of a choice
+
+    std::string text(double x) const {
+        char number[32];
+        snprintf(number, sizeof number, "%.10g", x);
+        return x >= 0 && x < words.size() ? words[(size_t)x] : number;
+    }
+};
+std::vector<Setting> settings_kept(const Run& run) {
+    const Settings& s = run.s;
+    const Plan& p = run.g.plan;
+    const size_t BT = (size_t)p.B * p.T;
+    const std::vector<const char*> schedules(std::begin(SCHEDULES), std::end(SCHEDULES));
+    const size_t schedule = std::find(schedules.begin(), schedules.end(), s.schedule) - schedules.begin();
+    return {
+        {"--steps", (double)run.steps, {}}, {"--schedule", (double)schedule, schedules}, {"--lr", s.lr, {}}, {"--warmup", (double)s.warmup, {}},
+        {"--final-lr-fraction", s.final_fraction, {}}, {"--weight-decay", s.weight_decay, {}}, {"--grad-clip", s.grad_clip, {}},
+        {"--skip-loss-z", s.skip_loss_z, {}}, {"--skip-grad-z", s.skip_grad_z, {}}, {"--batch", (double)p.B, {}},
+        {"--total-batch", (double)(BT * p.micro_batches * world.size), {}},
+        {"--loss-chunks", (double)ceil_div(BT, plan_chunk_rows(p, run.g.config.Vp)), {}}, {"--overfit", (double)s.overfit, {}},
+        {"--gelu-fusion", (double)s.gelu_fusion, {}}, {"--tf32", (double)(kFP32 && s.tf32), {}}, {"APPROX_ACT", kActBits, {}},
+        {"MS_NORM", kSharedNorm, {}}, {"PRECISION", kFP32, {"BF16", "FP32"}},
+    };
+}
+
+// The tokens of a micro-batch, into `half`.
+void load_tokens(Run& run, int micro) {
+    const int BT = run.g.plan.B * run.g.plan.T, V = run.g.config.V;
+    int* host = run.host_region(micro);
+    if (run.s.overfit && micro == 0) loader_seek(run.train, 0, 0, 0);
+    loader_next(run.train, host, host + BT);
+    run.buckets[micro] = tokens_sort(host, BT, V);
+}
 
 Verdict run_step(Run& run, const Hyper& h) {
     GPT2& g = run.g;
-    const int B = g.plan.B, T = g.plan.T, BT = B * T;
-    if (run.s.overfit) loader_seek(run.train, 0, 0, 0);
-    for (int micro = 0; micro < g.plan.micro_batches; micro++) {
-        int* host = run.host_tokens + micro * token_ints(BT, g.config.V);
-        loader_next(run.train, host, host + BT);
-        int buckets = tokens_upload(g.tokens, host, BT, g.config.V, g.stream);
+    const int B = g.plan.B, T = g.plan.T, micro_batches = g.plan.micro_batches;
+    run.buckets.resize(micro_batches);
+    for (int micro = 0; micro < micro_batches; micro++) {
+        if (!run.ready) load_tokens(run, micro);
+        if (run.first_tokens.empty()) run.first_tokens.assign(run.host_region(0), run.host_region(0) + 2 * (size_t)B * T);
+        tokens_copy(g.tokens, run.host_region(micro), B * T, g.config.V, run.buckets[micro], g.stream);
         gpt2_forward(g, B, T);
         gpt2_loss(g, B, T, true, micro == 0);
-        gpt2_backward(g, B, T, buckets, micro);
+        gpt2_backward(g, B, T, run.buckets[micro], micro);
     }
-    return gpt2_update(g, h, run.state.step);
+    return gpt2_update(g, h, run.state.step, [&] {
+        run.state.set_position(run.train);
+        // Another shard is opened when its step comes: what may be wrong with it must not cost this step's checkpoint.
+        const bool another = run.state.step + 1 < run.steps && run.train.batches_left_in_shard() >= (size_t)micro_batches;
+        run.ready = another || run.s.overfit;
+        if (run.s.overfit) return;   // the same tokens again
+        run.half = !run.half;
+        for (int micro = 0; another && micro < micro_batches; micro++) load_tokens(run, micro);
+    });
 }
 
 // Writes a checkpoint, and with --keep deletes an older one, if what is in memory is worth it. The last step and the last
@@ -4075,15 +4242,20 @@ void save(Run& run) {
     const RunState& at = run.state;
     bool good = at.not_finite_in_row == 0 && std::isfinite(run.val_loss);
     if (good) {
-        std::copy(run.first_tokens.begin(), run.first_tokens.end(), run.host_tokens);
+        std::copy(run.first_tokens.begin(), run.first_tokens.end(), run.host_free());
         const float limit = 10 * std::max(logf((float)run.g.config.V), run.first_loss);
-        good = !world_any(!(gpt2_batch_loss(run.g, run.host_tokens) <= limit));   // so written, NaN is not good
+        good = !world_any(!(gpt2_batch_loss(run.g, run.host_free()) <= limit));   // so written, NaN is not good
     }
     run.status = !good ? 3 : checkpoint_save(run.g, at, run.train, run.s.out, (int)run.s.keep) ? 0 : 1;
     if (run.status == 0) run.saved = at.step;
     if (!good && world.rank == 0)
         fprintf(stderr, "%s: no checkpoint of step %d: the loss is not finite, or has exploded; those before it stay\n", program_name,
                 at.step);
+}
+
+bool stop_wanted() {   // by a signal to any of the ranks
+    if (int signal = -(int)world_min(-(double)interrupted)) interrupted = signal;
+    return interrupted;
 }
 
 // Returns the exit status.
@@ -4095,30 +4267,41 @@ int run_loop(Run& run) {
     const double tokens = (double)g.plan.B * g.plan.T * g.plan.micro_batches * world.size;   // a step
     double seconds = 0;   // of the steps but the first, which prepares the matmuls
     int timed = -1;
+    bool told = false, stopped = false;   // how long it will take; by Ctrl-C
     run.saved = run.resume_step;
     while (true) {
         if (speaks && fflush(stdout) != 0 && errno == EPIPE) on_interrupt(SIGPIPE);   // nobody reads us any more
-        if (int signal = -(int)world_min(-(double)interrupted)) interrupted = signal;   // of any rank
-        const bool stop = interrupted, last = at.step >= run.steps || stop;
-        if (s.val_every > 0 && !stop && (last || at.step % s.val_every == 0)) {
-            float loss = run.val_loss = gpt2_validate(g, run.val, (int)s.val_batches, run.host_tokens);
-            if (speaks) printf("val loss %.4f at step %d\n", std::isnan(loss) ? NAN : loss, at.step);   // a NaN may be negative
-            if (run.log.val_step != at.step)
+        const bool saves = !s.out.empty() && g.plan.training, fresh = saves && at.step > 0 && at.step != run.saved;
+        set_stop_answer(at.step, fresh);
+        bool stop = stop_wanted();
+        const bool finished = at.step >= run.steps;
+        if (s.val_every > 0 && !stop && (finished || at.step % s.val_every == 0)) {
+            float loss = gpt2_validate(g, run.val, (int)s.val_batches, run.host_free());
+            stop = stop_wanted();
+            if (!stop) run.val_loss = loss;
+            if (speaks && !stop) printf("val loss %.4f at step %d\n", std::isnan(loss) ? NAN : loss, at.step);   // a NaN may be negative
+            fflush(stdout);
+            if (run.log.val_step != at.step && !stop) {
                 log_line(run.log, "{\"step\": %d, \"val_loss\": %s}", at.step, json_number(loss).c_str());
-            run.log.val_step = at.step;
+                run.log.val_step = at.step;
+            }
         }
-        if (s.sample_every > 0 && !stop && speaks && (last || (at.step > 0 && at.step % s.sample_every == 0))) {
-            printf("---- sample\n");
-            bool fine = gpt2_sample(g, run.tokenizer, (int)s.sample_tokens, (int)s.top_k, (float)s.temperature, at.step, run.host_tokens);
-            if (!fine && !g.plan.training) run.status = 3;
-            printf("----\n");
+        if (s.sample_every > 0 && !stop && (finished || (at.step > 0 && at.step % s.sample_every == 0))) {
+            if (speaks) {
+                printf("---- sample\n");
+                bool fine = gpt2_sample(g, run.tokenizer, (int)s.sample_tokens, (int)s.top_k, (float)s.temperature, at.step, run.host_free());
+                if (!fine && !g.plan.training) run.status = 3;
+                printf("----\n");
+            }
+            stop = stop_wanted();
         }
+        const bool last = finished || stop;
         // without -n: at the end; -n 0: never, unless the run is interrupted
         bool periodic = s.checkpoint_every > 0 && at.step % s.checkpoint_every == 0;
         bool at_end = last && !(given(run.options, "checkpoint-every") && s.checkpoint_every == 0);
-        bool fresh = at.step > 0 && at.step != run.saved;
-        if (!s.out.empty() && g.plan.training && fresh && (stop || periodic || at_end)) save(run);
+        if (fresh && (stop || periodic || at_end)) save(run);
         if (last) {
+            stopped = stop && (!finished || s.val_every > 0 || s.sample_every > 0);   // something is left out
             if (!g.plan.training && !std::isfinite(run.val_loss)) run.status = 3;
             if (!speaks) break;
             if (!g.plan.training && run.status == 3) fprintf(stderr, "%s: what this model computes is not finite\n", program_name);
@@ -4127,10 +4310,10 @@ int run_loop(Run& run) {
             if (timed > 0)
                 fprintf(to, "%d steps after the first, %.1f ms each, %.0f tok/s\n", timed, seconds / timed * 1e3,
                         tokens * timed / seconds);
-            if (stop)
-                fprintf(to, "interrupted after step %d (%s); %s\n", at.step, strsignal(interrupted),
-                        s.out.empty() ? "without --out nothing was saved" : run.saved < 0 ? "nothing was saved"
-                        : ("--resume 1 goes on after step " + std::to_string(run.saved)).c_str());
+            if (stopped)
+                fprintf(to, "interrupted after step %d%s\n", at.step,
+                        finished || at.step == 0 ? "" : s.out.empty() ? "; without --out nothing was saved" : run.saved < 0 ? "; nothing was saved"
+                        : ("; --resume 1 goes on after step " + std::to_string(run.saved)).c_str());
             break;
         }
 
@@ -4140,6 +4323,7 @@ int run_loop(Run& run) {
         h.grad_clip = (float)s.grad_clip;
         h.skip_loss_z = (float)s.skip_loss_z;
         h.skip_grad_z = (float)s.skip_grad_z;
+        set_stop_answer(at.step + 1, saves);
         double begin = now_seconds();
         Verdict v = run_step(run, h);
         double took = now_seconds() - begin;
@@ -4148,23 +4332,22 @@ int run_loop(Run& run) {
 
         bool finite = std::isfinite(v.loss) && std::isfinite(v.grad_norm);
         at.not_finite_in_row = finite ? 0 : at.not_finite_in_row + 1;
-        if (finite && run.first_tokens.empty()) {
-            run.first_loss = v.loss;
-            run.first_tokens.assign(run.host_tokens, run.host_tokens + 2 * (size_t)g.plan.B * g.plan.T);
-        }
+        if (finite && run.first_loss == 0) run.first_loss = v.loss;
         if (speaks) {
             double mfu = run.peak_flops > 0
                              ? gpt2_flops_per_token(g.config, g.plan.T) * tokens / took / (run.peak_flops * world.size)
                              : NAN;
             char mfu_text[32] = "MFU n/a", left[64] = "";
             if (run.peak_flops > 0) snprintf(mfu_text, sizeof mfu_text, "MFU %.1f%%", 100 * mfu);
-            if (terminal && timed > 0) {
-                long sec = (long)(seconds / timed * (run.steps - at.step));
-                snprintf(left, sizeof left, " | %ld:%02ld:%02ld left", sec / 3600, sec / 60 % 60, sec % 60);
-            }
+            const bool known = timed > 0 || run.on_cpu;   // a GPU's first step prepares its matmuls; a CPU's is like all others
+            const double each = timed > 0 ? seconds / timed : took, to_come = each * (run.steps - at.step);
+            if (terminal && known) snprintf(left, sizeof left, " | %s left", duration(to_come).c_str());
             printf("step %5d/%d | loss %.4f | norm %.4f | lr %.2e | %.1f ms | %.0f tok/s | %s%s\n", at.step, run.steps,
                    fabsf(v.loss), fabsf(v.grad_norm), h.lr, took * 1e3, tokens / took, mfu_text,
                    left);   // fabs: neither is negative, but a NaN may be
+            if (!terminal && known && !told && to_come > 60)
+                printf("  %d steps of about %.1f s are to come: %s\n", run.steps - at.step, each, duration(to_come).c_str());
+            told = told || known;
             if (!finite)
                 printf("  the loss or the gradient is not finite: this step changed nothing (%d in a row)\n",
                        at.not_finite_in_row);
@@ -4186,7 +4369,134 @@ int run_loop(Run& run) {
             return 3;
         }
     }
-    return interrupted && at.step < run.steps ? 128 + interrupted : run.status;
+    return stopped && interrupted ? 128 + interrupted : run.status;
+}
+
+// The model: of a size, of a file, or of the checkpoint that is resumed.
+void pick_model(Run& run) {
+    Settings& s = run.s;
+    const Options& o = run.options;
+    GPT2Config& c = run.g.config;
+    run.g.seed = s.seed;
+    const std::string option = typed(o, "model");
+    std::vector<int> checkpoints;
+    if (s.resume && access(s.out.c_str(), R_OK | X_OK) != 0 && errno != ENOENT)
+        fail("%s %s: cannot read this folder: %s", typed(o, "out").c_str(), s.out.c_str(), strerror(errno));
+    if (s.resume) checkpoints = checkpoints_in(s.out);
+    if (s.resume && s.steps == 0 && checkpoints.empty())
+        fail("%s 1: %s holds no whole checkpoint, so there is nothing to evaluate; expected DONE_* in it", typed(o, "resume").c_str(), s.out.c_str());
+    const bool size = gpt2_parse_size(option.c_str(), s.model, c);
+    if (!checkpoints.empty()) {
+        run.resume_step = checkpoints.back();
+        run.model_file = checkpoint_path(s.out, "model", run.resume_step);
+    } else if (!size) {
+        run.model_file = s.model;
+    }
+    if (!run.model_file.empty()) {
+        GPT2Config asked = c;
+        c = gpt2_read_config(run.model_file.c_str());
+        if (run.resume_step >= 0 && given(o, "model") && s.model != run.model_file) {   // the checkpoint's model it is; said, where another was asked for
+            if (!size) asked = file_exists(s.model) ? gpt2_read_config(s.model.c_str()) : c;
+            if (memcmp(&asked, &c, sizeof c) != 0)
+                fail_usage(
+                    "%s %s: is another model (L %d, NH %d, C %d, T %d, V %d) than that of the checkpoint to resume, %s (L %d, NH %d, C %d, T "
+                    "%d, V %d); leave %s out to go on, or begin anew in another --out",
+                    option.c_str(), s.model.c_str(), asked.L, asked.NH, asked.C, asked.maxT, asked.V, run.model_file.c_str(), c.L, c.NH, c.C,
+                    c.maxT, c.V, option.c_str());
+            if (!size && world.rank == 0) printf("note: %s is not read: the run goes on from %s\n", s.model.c_str(), run.model_file.c_str());
+        }
+    }
+    gpt2_check_config(c, option.c_str(), run.model_name());
+    if (!given(o, "seq-len")) s.T = std::min<int64_t>(s.T, c.maxT);
+    if (s.T > c.maxT)
+        fail_usage("%s %lld: the model's longest sequence is %d", typed(o, "seq-len").c_str(), (long long)s.T, c.maxT);
+}
+
+// The data, as far as the run will read them. Returns the largest batch that they can fill.
+size_t open_data(Run& run) {
+    const Settings& s = run.s;
+    const Options& o = run.options;
+    const GPT2& g = run.g;
+    size_t batch = 1 << 16;
+    const struct { bool wanted; Loader& d; const char* option; const std::string& name; bool shuffle; } sets[] = {
+        {s.steps != 0, run.train, "train-data", s.train_data, true}, {s.val_every > 0, run.val, "val-data", s.val_data, false}};
+    for (auto& set : sets) {
+        if (!set.wanted) continue;
+        if (world.rank == 0) printf("data       %s\n", set.name.c_str());
+        fflush(stdout);   // reading them all may take long
+        loader_open(set.d, typed(o, set.option).c_str(), set.name.c_str(), (int)s.T, g.config.V, set.shuffle, g.seed);
+        batch = std::min(batch, loader_largest_batch(set.d));
+    }
+    // samples are written in the tokens of the data
+    const std::string& named = given(o, "train-data") || !given(o, "val-data") ? s.train_data : s.val_data;
+    const std::vector<std::string> found = files_named(named);
+    const std::string beside = found.empty() ? named : found[0];
+    const std::string path = s.tokenizer.empty() ? folder_of(beside) + "/tokenizer.bin" : s.tokenizer;
+    // GPT-2's 124M parameters for a text of bytes are a mistake that takes long to show
+    const Loader& d = run.train.shards.empty() ? run.val : run.train;
+    const bool chosen = given(o, "model") || run.resume_step >= 0, small = !chosen && !d.shards.empty() && d.largest_id < 1024;
+    if ((s.sample_every > 0 && world.rank == 0) || small) {
+        bool loaded = tokenizer_load(run.tokenizer, path.c_str());
+        if (!loaded && !s.tokenizer.empty())
+            fail("--tokenizer %s: no such file; prepro/text.py writes one beside its token files", path.c_str());
+        if (!loaded && !small) printf("no %s: samples are printed as ids\n", path.c_str());
+    }
+    if (small) {
+        const int V = std::max(d.largest_id + 1, (int)run.tokenizer.tokens.size());
+        fail_usage(
+            "%s has a vocabulary of %d tokens, and %s, the model without -e, one of %d (and %.0fM parameters); expected a model for these "
+            "data, such as -e gpt2:L4,H4,C128,T64,V%d, or -e d12 if that one is meant",
+            beside.c_str(), V, s.model.c_str(), g.config.V, param_count(g.config) / 1e6, V);
+    }
+    if (!chosen && run.on_cpu && world.rank == 0)
+        printf("note: this build runs on the CPU, where a step of %s takes about a minute; -e gpt2:L4,H4,C128,T64,V%d is a smaller model\n",
+               s.model.c_str(), g.config.V);
+    return batch;
+}
+
+// The steps of the run, when its batch is known. Returns false if a resumed run has taken them all.
+bool count_steps(Run& run) {
+    const Settings& s = run.s;
+    const Options& o = run.options;
+    const Plan& plan = run.g.plan;
+    if (s.val_every > 0) loader_set_batch(run.val, plan.B);
+    if (!plan.training) return true;
+    loader_set_batch(run.train, plan.B);
+    const size_t epoch = run.train.batches_per_epoch() / plan.micro_batches;
+    run.steps = (int)(s.steps >= 0 ? s.steps : std::min<int64_t>(epoch, 1 << 30));
+    if (run.steps == 0)
+        fail("%s: one epoch makes %zu batches, fewer than the %d of one step; take a smaller --total-batch or give --steps",
+             s.train_data.c_str(), run.train.batches_per_epoch(), plan.micro_batches);
+    const char* origin = s.steps >= 0 ? "" : " (one epoch)";
+    if (run.resume_step >= run.steps) {
+        if (world.rank == 0)
+            printf("already at step %d: nothing left to do (--steps is %d%s); give a larger -x to go on, or -x 0 to validate and sample\n",
+                   run.resume_step, run.steps, origin);
+        return false;
+    }
+    if (s.warmup > run.steps)
+        fail_usage("%s %lld: the rate would never reach its peak; expected at most the number of steps, %d%s", typed(o, "warmup").c_str(),
+                   (long long)s.warmup, run.steps, origin);
+    return true;
+}
+
+// Puts model, loader and counters where the checkpoint left them, and says what the run does otherwise than the one that wrote it.
+void begin_or_go_on(Run& run) {
+    const std::vector<Setting> settings = settings_kept(run);
+    const bool speaks = world.rank == 0, resumes = run.resume_step >= 0;
+    if (speaks && run.s.resume && !resumes) printf("no checkpoint in %s yet: starting at step 0\n", run.s.out.c_str());
+    if (resumes) run.state = state_load(run.g, run.train, run.s.out, run.resume_step);
+    if (speaks && resumes) {
+        printf("resumed at step %d from %s\n", run.state.step, run.model_file.c_str());
+        const std::vector<double>& was = run.state.settings;   // of an older file there may be fewer, or none
+        for (size_t i = 0; i < std::min(settings.size(), was.size()); i++)
+            if (was[i] != settings[i].value)
+                printf("note: %s was %s, is %s\n", settings[i].name, settings[i].text(was[i]).c_str(), settings[i].text(settings[i].value).c_str());
+        if (given(run.options, "seed") && (uint64_t)run.s.seed != run.g.seed)
+            printf("note: the run goes on with its own --seed, %llu\n", (unsigned long long)run.g.seed);
+    }
+    run.state.settings.clear();
+    for (const Setting& setting : settings) run.state.settings.push_back(setting.value);
 }
 
 int main(int argc, char** argv) {
@@ -4201,29 +4511,8 @@ int main(int argc, char** argv) {
     GPT2& g = run.g;
     options_parse(o, argc, argv);
     settings_check(s, o);
+    pick_model(run);
     const bool speaks = world.rank == 0;
-
-    // ---- the model: of a size, of a file, or of the checkpoint that is resumed
-    g.seed = s.seed;
-    std::string model_file;
-    const std::string model_option = typed(o, "model");
-    std::vector<int> checkpoints;
-    if (s.resume && access(s.out.c_str(), R_OK | X_OK) != 0 && errno != ENOENT)
-        fail("%s %s: cannot read this folder: %s", typed(o, "out").c_str(), s.out.c_str(), strerror(errno));
-    if (s.resume) checkpoints = checkpoints_in(s.out);
-    if (s.resume && s.steps == 0 && checkpoints.empty())
-        fail("%s 1: %s holds no whole checkpoint, so there is nothing to evaluate; expected DONE_* in it", typed(o, "resume").c_str(), s.out.c_str());
-    if (!checkpoints.empty()) {
-        run.resume_step = checkpoints.back();
-        model_file = checkpoint_path(s.out, "model", run.resume_step);
-    } else if (!gpt2_parse_size(model_option.c_str(), s.model, g.config)) {
-        model_file = s.model;
-    }
-    if (!model_file.empty()) g.config = gpt2_read_config(model_file.c_str());
-    const char* model_name = model_file.empty() ? s.model.c_str() : model_file.c_str();
-    gpt2_check_config(g.config, model_option.c_str(), model_name);
-    if (s.T > g.config.maxT)
-        fail_usage("%s %lld: the model's longest sequence is %d", typed(o, "seq-len").c_str(), (long long)s.T, g.config.maxT);
 
     // ---- the device. --estimate can do without.
     int devices = 0;
@@ -4238,6 +4527,7 @@ int main(int argc, char** argv) {
         if (world.local_rank >= devices && !strstr(prop.name, "CPU"))
             fail("this machine has %d GPUs, and this is process %d on it; expected at most one process a GPU (mpirun -np)",
                  devices, world.local_rank + 1);
+        run.on_cpu = strstr(prop.name, "CPU") != nullptr;
         run.peak_flops = device_peak_flops(prop, device, !kFP32 || s.tf32);
         if (!estimating) {   // before the memory is measured: both take some
             cublasCheck(cublasLtCreate(&matmul_state.handle));
@@ -4259,52 +4549,31 @@ int main(int argc, char** argv) {
     world.sharded = s.zero;
 
     // ---- data and plan
-    size_t data_batch = 1 << 16;
-    if (!estimating && s.steps != 0) {
-        loader_open(run.train, typed(o, "train-data").c_str(), s.train_data.c_str(), (int)s.T, g.config.V, true, g.seed);
-        data_batch = std::min(data_batch, loader_largest_batch(run.train));
-    }
-    if (!estimating && s.val_every > 0) {
-        loader_open(run.val, typed(o, "val-data").c_str(), s.val_data.c_str(), (int)s.T, g.config.V, false, g.seed);
-        data_batch = std::min(data_batch, loader_largest_batch(run.val));
-    }
+    const size_t data_batch = estimating ? 1 << 16 : open_data(run);
     choose_plan(g, s, o, free_bytes, data_batch);
     const size_t BT = (size_t)g.plan.B * g.plan.T, kept_layers = g.plan.training ? g.config.L : 1;
     const std::string mode = gpt2_mode(g.plan);
     if (estimating) {
         Table table = gpt2_table(g);
         if (speaks && s.estimate == "json") table_print_json(table);
-        if (!speaks || s.estimate == "json") return 0;
+        if (!speaks || s.estimate == "json") leave(0);
         table_print(table, kept_layers, BT * g.config.C, mode.c_str(), true);
         if (!have_device) printf("no GPU is visible here, so whether this fits is for you to say\n");
         else printf("%s has %.1f MiB, %.1f MiB of them free: this %s\n", prop.name, total_bytes / 1048576.0, free_bytes / 1048576.0,
                     table_bytes(table) < free_bytes ? "fits" : "does not fit");
-        return 0;
+        leave(0);
     }
-    if (g.plan.training) {
-        loader_set_batch(run.train, g.plan.B);
-        size_t epoch = run.train.batches_per_epoch() / g.plan.micro_batches;
-        run.steps = (int)(s.steps >= 0 ? s.steps : std::min<int64_t>(epoch, 1 << 30));
-        if (run.steps == 0)
-            fail("%s: one epoch makes %zu batches, fewer than the %d of one step; take a smaller --total-batch or give --steps",
-                 s.train_data.c_str(), run.train.batches_per_epoch(), g.plan.micro_batches);
+    if (!count_steps(run)) {
+        world_end();
+        leave(0);
     }
-    if (s.val_every > 0) loader_set_batch(run.val, g.plan.B);
 
     // ---- what is written and printed
     if (!s.out.empty() && g.plan.training) prepare_out(s, o, run.resume_step);
-    if (s.sample_every > 0 && speaks) {
-        const std::string& beside = given(o, "train-data") || !given(o, "val-data") ? s.train_data : s.val_data;
-        const std::string path = s.tokenizer.empty() ? folder_of(beside) + "/tokenizer.bin" : s.tokenizer;
-        bool loaded = tokenizer_load(run.tokenizer, path.c_str());
-        if (!loaded && !s.tokenizer.empty())
-            fail("--tokenizer %s: no such file; prepro/text.py writes one beside its token files", path.c_str());
-        if (!loaded) printf("no %s: samples are printed as ids\n", path.c_str());
-    }
     if (speaks) {
         printf("device     %s x %d, %.1f MiB free of %.1f (driver, libraries and others hold %.1f)\n", prop.name, world.size,
                free_bytes / 1048576.0, total_bytes / 1048576.0, (total_bytes - free_bytes) / 1048576.0);
-        printf("model      %s: L %d, NH %d, C %d, T %d, V %d, %.2fM parameters, %s\n", model_name, g.config.L, g.config.NH,
+        printf("model      %s: L %d, NH %d, C %d, T %d, V %d, %.2fM parameters, %s\n", run.model_name(), g.config.L, g.config.NH,
                g.config.C, g.config.maxT, g.config.V, param_count(g.config) / 1e6, dtype_name(FLOATX));
         if (g.plan.training)
             printf("step       %d sequences x %d tokens x %d micro-batches x %d GPUs = %zu tokens; %d steps, an epoch has %zu\n",
@@ -4319,20 +4588,18 @@ int main(int argc, char** argv) {
     cudaCheck(cudaStreamCreate(&g.stream));
     gpt2_allocate(g);
     const size_t estimate_bytes = table_bytes(g.table);
-    cudaCheck(cudaMallocHost((void**)&run.host_tokens, token_ints(BT, g.config.V) * g.plan.micro_batches * sizeof(int)));
-    if (model_file.empty()) gpt2_init(g);
-    else gpt2_load(g, model_file.c_str());
+    cudaCheck(cudaMallocHost((void**)&run.host_tokens, 2 * token_ints(BT, g.config.V) * g.plan.micro_batches * sizeof(int)));
+    if (speaks) printf("weights    %s%s\n", run.model_file.empty() ? "drawn from --seed" : "from ", run.model_file.c_str());
+    fflush(stdout);
+    if (run.model_file.empty()) gpt2_init(g);
+    else gpt2_load(g, run.model_file.c_str());
     cudaCheck(cudaStreamSynchronize(g.stream));
-    if (run.resume_step >= 0) run.state = state_load(g, run.train, s.out, run.resume_step);
-    if (speaks && s.resume && run.resume_step < 0) printf("no checkpoint in %s yet: starting at step 0\n", s.out.c_str());
-    if (speaks && run.resume_step >= 0) {
-        printf("resumed at step %d from %s\n", run.state.step, model_file.c_str());
-        if (given(o, "seed") && (uint64_t)s.seed != g.seed)
-            printf("note: the run goes on with its own seed, %llu\n", (unsigned long long)g.seed);
-    }
+    begin_or_go_on(run);
     if (!s.out.empty() && g.plan.training) check_room(s, o, g, run.steps - run.state.step);
     if (!s.log.empty() && speaks) log_open(run.log, s, o, run.resume_step);   // after all that could still refuse to run
     catch_signals();
+    if (speaks) printf("start      at step %d; the first step also prepares the matmuls\n", run.state.step);
+    fflush(stdout);
 
     int status = run_loop(run);
 
@@ -4347,10 +4614,6 @@ int main(int argc, char** argv) {
     cublasCheck(cublasLtDestroy(matmul_state.handle));
     cudaCheck(cudaStreamDestroy(g.stream));
     world_end();
-    if (fflush(stdout) != 0 || ferror(stdout)) {
-        fprintf(stderr, "%s: could not write all of the output: %s\n", program_name, strerror(errno));
-        if (status == 0) status = 1;
-    }
-    return status;
+    leave(status);
 }
 #endif

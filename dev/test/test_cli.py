@@ -1,7 +1,11 @@
 """The command line: each option and its alias, what is refused and how, --estimate, memory, Ctrl-C, the log."""
 import json
+import os
+import pty
 import re
+import resource
 import signal
+import socket
 import subprocess
 import time
 
@@ -23,7 +27,7 @@ def base(shared_lab):
 # alias, a value, and whether this value changes what the log says of a run of four steps
 ALIASES = [
     ("-i", "other.bin", True), ("-j", "other.bin", True), ("-e", "gpt2:L1,H2,C32,T32,V257", True), ("-b", 1, True), ("-t", 16, True),
-    ("-d", 128, True), ("-x", 2, True), ("-k", "wsd", True), ("-l", 3e-3, True), ("-u", 3, True), ("-q", 0.1, True), ("-c", 0.5, True),
+    ("-d", 128, True), ("-x", 2, True), ("-k", "wsd", True), ("-l", 3e-3, True), ("-u", 3, True), ("-q", 0.5, True), ("-c", 0.5, True),
     ("-sl", 3.0, False), ("-sg", 3.0, False), ("-v", 2, True), ("-m", 1, True), ("-s", 2, False), ("-g", 5, False), ("-a", 1, True),
     ("-f", 0, False), ("-w", 0, True), ("-ge", 2, False), ("-z", 0, False), ("-r", 2, False), ("-n", 2, False), ("-nk", 1, False),
     ("-y", 0, False), ("-o", "out", False)]
@@ -94,13 +98,17 @@ BAD = [
     ("--grad-clip", "-1"), ("--grad-clip", "nan"), ("--top-k", "-1"), ("--top-k", "x"), ("--temperature", "-1"), ("--temperature", "nan"),
     ("-e", "gpt2:d13"), ("-e", "gpt2:H2,C32,T32,V257"), ("-e", "gpt2:L0,H2,C32,T32,V257"), ("-e", "gpt2:L2,H3,C32,T32,V257"),
     ("-e", "gpt2:L2,H2,C32,T32,V257,X1"), ("-e", "gpt2:L2,H2,C32,T32,Vx"), ("-e", "gpt2:L2,L2,H2,C32,T32,V257"), ("-e", "gpt2:"),
-    ("-e", "gpt2:L-2,H2,C32,T32,V257"), ("-e", "gpt2:L99999999999,H2,C32,T32,V257"), ("--estimate=xml",),
+    ("-e", "gpt2:L-2,H2,C32,T32,V257"), ("-e", "gpt2:L99999999999,H2,C32,T32,V257"), ("--estimate=xml",), ("--estimate=",),
+    ("-b", " 2"), ("-b", "2 "), ("-b", "0x2"), ("-l", " 1e-3"), ("-l", "0x1p-9"), ("-l", "1e"), ("--lr", "infinity"), ("-o", "-n"), ("--log", "--resume"),
+    *[(option, "") for option in (*LONG, *LONG.values(), "--log", "--tokenizer", "--seed", "--top-k")],
+    *[(f"{option}=",) for option in (*LONG.values(), "--log", "--tokenizer", "--loss-chunks")],
 ]
 
 
 @pytest.mark.parametrize("arguments", BAD, ids=["_".join(a) for a in BAD])
 def test_refused(shared_lab, arguments):
-    usual = options(arguments[0], None) if arguments[0] in LONG or arguments[0] in SMALL else options()
+    name = arguments[0].rstrip("=")
+    usual = options(name, None) if name in LONG or name in SMALL else options()
     done = shared_lab.run(*usual, *arguments, status=2)
     message = done.err.strip()
     assert "\n" not in message, f"expected one line, found {message}"
@@ -140,6 +148,101 @@ def test_messages_quote_the_option_as_typed(shared_lab, name, value):
     says(done.err, LONG[name], value)
 
 
+def test_the_last_one_counts_and_is_said(shared_lab):
+    done = shared_lab.run(*options("-x", 2), "--steps", "3")
+    assert "step     3/3" in done.out
+    says(done.err, "--steps", "more than once")
+
+
+def test_a_warmup_longer_than_the_epoch(lab):
+    write_tokens(lab.path("train.bin"), words(64 * 7 + 1))
+    says(lab.run(*options("-x", None, "-u", 8), status=2).err, "-u 8", "7", "epoch")
+    assert lab.train("-x", None, "-u", 7).steps[-1]["lr"] == pytest.approx(1e-3)
+    lab.train("-x", 0, "-u", 8)
+
+
+@pytest.mark.parametrize("given", [["--help"], ["-h"], ["--estimate"], ["--estimate=json"], [], ["-x", "1", "-s", "1"], ["-o", "out", "-y", "1", "-x", "2"]],
+                         ids=" ".join)
+def test_output_that_does_not_arrive(lab, given):
+    lab.train("-x", 2, "-o", "out")
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run([program("cpu-bf16"), *map(str, given[:1] if given[:1] in (["--help"], ["-h"]) else options(*given))], cwd=lab.folder,
+                              env=environment(), stdin=subprocess.DEVNULL, stdout=full, stderr=subprocess.PIPE, timeout=60)
+    assert done.returncode == 1 and b"could not write all of the output" in done.stderr
+
+
+# ----------------------------------------------------------------------------
+# names of files
+
+@pytest.mark.parametrize("name", ["a*b.bin", "a?b.bin", "[ab].bin", "~.bin", "a\\b.bin", "with space.bin", "data [v1]/train.bin", "data [v1]/tr*.bin", "{a}$b'c\".bin"])
+def test_any_name(lab, name):
+    """A file of that name is that file, whatever else the name would match."""
+    write_tokens(lab.path("ab.bin"), [1] * 300)
+    for decoy in ("a.bin", "axb.bin", "a-long-b.bin"):
+        lab.path(decoy).write_bytes(b"not tokens")
+    lab.path("data [v1]").mkdir()
+    lab.path(name.replace("tr*", "train")).write_bytes(lab.path("train.bin").read_bytes())
+    assert learned(lab.train("-i", name)) == learned(lab.train())
+
+
+def test_a_tokenizer_beside_a_pattern(lab):
+    lab.path("d1").mkdir()
+    for name in ("train.bin", "tokenizer.bin"):
+        lab.path(name).rename(lab.path("d1") / name)
+    assert "printed as ids" not in lab.train("-i", "d*/train.bin", "-x", 1, "-s", 1).out
+
+
+def test_more_shards_than_files_can_be_open(lab):
+    lab.path("many").mkdir()
+    for i in range(300):
+        write_tokens(lab.path(f"many/{i:04d}.bin"), words(65, seed=i))
+    result = lab.train("-i", "many/*.bin", "-j", "many/*.bin", "-v", 2, before=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40)))
+    assert len(result.losses) == 4
+
+
+@pytest.mark.parametrize("option", ["-i", "-j", "-e", "--tokenizer"])
+@pytest.mark.parametrize("kind", ["pipe", "device", "socket", "folder"])
+def test_what_is_no_file_is_not_waited_for(lab, option, kind):
+    path = lab.path("it")
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as s, pytest.MonkeyPatch.context() as there:
+            there.chdir(lab.folder)  # an address has at most 107 bytes
+            s.bind("it")
+    done = lab.run(*options(option, "/dev/zero" if kind == "device" else "it", "-v", 1, "-s", 1), status=1, timeout=20)
+    says(done.err, "/dev/zero is a device" if kind == "device" else "cannot open it" if kind == "socket" else f"it is a {kind}")
+
+
+# ----------------------------------------------------------------------------
+# without having read anything
+
+def test_a_sequence_as_long_as_the_model(lab):
+    result = lab.train("-t", None, "-x", 1)
+    assert "x 32 tokens" in result.out
+    assert estimate(lab, "-e", "gpt2:L1,H1,C8,T2048,V5")["total_bytes"] == estimate(lab, "-e", "gpt2:L1,H1,C8,T2048,V5", "-t", 1024)["total_bytes"]
+
+
+@pytest.mark.parametrize("given", [[], ["-x", "0", "-v", "1"], ["-b", "64"]], ids=" ".join)
+@pytest.mark.parametrize("tokenizer", [True, False])
+def test_the_default_model_on_a_text_of_bytes(lab, given, tokenizer):
+    """Said before anything slow, with the size that fits; -t 1024 is too long for this text, but that is not the mistake."""
+    if not tokenizer:
+        lab.path("tokenizer.bin").unlink()
+    done = lab.run(*options("-e", None, "-t", None, *given), status=2, timeout=10)
+    size = re.search(r"-e (gpt2:\S*V(\d+))", done.err)
+    assert int(size[2]) == 257 if tokenizer else 100 < int(size[2]) < 257
+    says(done.err, "50257", "-e d12")
+    assert len(lab.train("-e", size[1], "-t", None).losses) == 4
+    says(lab.run(*options("-e", "d12", "-t", None, "-b", 8), status=1).err, "train.bin", "of 1024", "-b or -t")  # it is meant
+
+
+def test_a_long_run_says_how_long(lab):
+    assert re.search(r"steps of about \d+\.\d s are to come: 0?\d+:\d\d:\d\d", interrupted(lab, "-b", 64, "-e", "gpt2:L4,H2,C32,T32,V257")[3])
+
+
 # ----------------------------------------------------------------------------
 # periods and the log
 
@@ -167,7 +270,7 @@ def test_one_epoch_by_default(lab):
 
 
 def test_log(lab):
-    result = lab.train("-v", 2, "-s", 2)
+    result = lab.train("-v", 2, "-s", 2, "-q", 1)
     assert result.log[-1] is result.done and set(result.done) >= {"done", "steps", "peak_bytes", "estimate_bytes"}
     assert result.done["done"] is True and result.done["steps"] == 4
     first = result.steps[0]["step"]
@@ -298,27 +401,27 @@ def test_out_of_memory(shared_lab):
 # ----------------------------------------------------------------------------
 # Ctrl-C
 
-def interrupted(lab, *given):
-    """Starts a long run, presses Ctrl-C after its third step, and waits for the end."""
-    log = lab.path("log.jsonl")
+def interrupted(lab, *given, when=b"step     3"):
+    """Starts a long run, presses Ctrl-C when it has printed this, and waits for the end."""
+    log, out = lab.path("log.jsonl"), lab.path("out.txt")
     process = subprocess.Popen([program("cpu-bf16"), *options("-x", 100000, "--log", "log.jsonl", *given)], cwd=lab.folder,
-                               env=environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                               env=environment(), stdin=subprocess.DEVNULL, stdout=out.open("wb"), stderr=subprocess.PIPE)
     try:
         for _ in range(600):
-            if log.exists() and log.read_bytes().count(b"train_loss") >= 3:
+            if when in out.read_bytes():
                 break
             assert process.poll() is None, process.communicate()
             time.sleep(0.1)
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+        err = process.communicate(timeout=60)[1]
     finally:
         process.kill()
         process.wait()
-    return process.returncode, [json.loads(line) for line in log.read_text().splitlines()], err.decode()
+    return process.returncode, [json.loads(line) for line in log.read_text().splitlines()], err.decode(), out.read_text(errors="replace")
 
 
 def test_ctrl_c_writes_a_checkpoint(lab):
-    status, log, err = interrupted(lab, "-o", "out")
+    status, log, err, _ = interrupted(lab, "-o", "out")
     assert status == 130, err
     steps = sum("train_loss" in line for line in log)
     assert steps < 100000 and log[-1]["done"] is False and log[-1]["steps"] == steps
@@ -327,9 +430,40 @@ def test_ctrl_c_writes_a_checkpoint(lab):
 
 
 def test_ctrl_c_without_a_folder(lab):
-    status, log, err = interrupted(lab)
+    status, log, err, out = interrupted(lab)
     assert status == 130, err
     assert log[-1]["done"] is False
+    step = log[-1]["steps"]
+    assert f"stopping after step {step}; a second Ctrl-C ends at once" in err and f"interrupted after step {step}; without --out" in out
+
+
+@pytest.mark.parametrize("given, when", [
+    (["-v", 1, "-m", 10**6], b"start "), (["-s", 1, "-g", 10**6], b"---- sample"), (["-x", 0, "-v", 1, "-m", 10**6], b"start ")])
+def test_ctrl_c_ends_what_takes_long(lab, given, when):
+    """A validation or a sample that would go on for minutes; what it has so far is no result."""
+    write_tokens(lab.path("val.bin"), words(10**6, seed=2))
+    status, log, err, out = interrupted(lab, "-o", "out", *given, when=when)
+    assert status == 130 and "stopping after step" in err
+    assert not any("val_loss" in line for line in log) and "val loss" not in out and log[-1]["done"] is False
+    assert ("DONE_00000001" in lab.files("out")) == ("-s" in given)
+
+
+def test_a_terminal_sees_a_validation_go_on(lab):
+    ours, theirs = pty.openpty()
+    done = subprocess.run([program("cpu-bf16"), *options("-x", 0, "-v", 1, "-m", 3)], cwd=lab.folder, env=environment(), stdin=subprocess.DEVNULL,
+                          stdout=theirs, stderr=subprocess.PIPE, timeout=60)
+    os.close(theirs)
+    seen = b""
+    while chunk := read_or_end(ours):
+        seen += chunk
+    assert done.returncode == 0 and b"\rvalidating 1/3\rvalidating 2/3\rvalidating 3/3" in seen
+
+
+def read_or_end(fd):
+    try:
+        return os.read(fd, 1 << 16)
+    except OSError:  # how a terminal ends
+        return b""
 
 
 # ----------------------------------------------------------------------------

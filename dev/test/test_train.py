@@ -28,6 +28,13 @@ def test_sampling_prints_what_was_learnt(lab):
     assert "abcdabcdabcd" in result.out
 
 
+@pytest.mark.parametrize("newline", [b"\n", b"\r", b"\r\n"])
+def test_a_line_of_a_sample_ends_once(lab, newline):
+    write_tokens(lab.path("lines.bin"), list((b"ab" + newline) * 1000))
+    result = lab.train("-i", "lines.bin", "-x", 60, "-l", 3e-3, "-q", 1, "-b", 8, "-s", 60, "-g", 24, "--top-k", 1)
+    assert "\nab\nab\nab\n" in result.out and "\r" not in result.out
+
+
 def test_sampling_options(lab):
     def sample(*given):
         out = lab.train("-x", 0, "-s", 1, "-g", 30, *given).out
