@@ -4128,7 +4128,7 @@ int run_loop(Run& run) {
                 fprintf(to, "%d steps after the first, %.1f ms each, %.0f tok/s\n", timed, seconds / timed * 1e3,
                         tokens * timed / seconds);
             if (stop)
-                fprintf(to, "interrupted after step %d (%s); %s\n", at.step, strsignal(interrupted),
+                fprintf(to, "interrupted after step %d; %s\n", at.step,
                         s.out.empty() ? "without --out nothing was saved" : run.saved < 0 ? "nothing was saved"
                         : ("--resume 1 goes on after step " + std::to_string(run.saved)).c_str());
             break;
