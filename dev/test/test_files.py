@@ -359,12 +359,12 @@ def test_full_disk(lab, culprit, fraction):
 
 def test_full_disk_loses_nothing(lab):
     """A checkpoint that fails leaves the one before it whole."""
-    straight = lab.train("-x", 16, "-n", 16, "-o", "straight")
-    lab.train("-x", 2, "-n", 2, "-o", "out")
+    straight = lab.train("-x", 16, "-k", "constant", "-o", "straight")
+    lab.train("-x", 2, "-k", "constant", "-o", "out")
     before = lab.files("out")
-    assert SmallDisk(lab, 20000, "-x", 16, "-n", 8, "-nk", 1, "-o", "out", "-y", 1).status == 1
+    assert SmallDisk(lab, 20000, "-x", 16, "-k", "constant", "-n", 8, "-nk", 1, "-o", "out", "-y", 1).status == 1
     assert lab.files("out") == before
-    assert learned(lab.train("-x", 16, "-n", 16, "-o", "out", "-y", 1))[:14] == learned(straight)[2:16]
+    assert learned(lab.train("-x", 16, "-k", "constant", "-o", "out", "-y", 1))[:14] == learned(straight)[2:16]
     assert lab.files("out")["model_00000016.bin"] == lab.files("straight")["model_00000016.bin"]
 
 
