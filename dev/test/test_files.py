@@ -350,13 +350,13 @@ def test_full_disk(lab, culprit, fraction):
 
 def test_full_disk_loses_nothing(lab):
     """A checkpoint that fails leaves the one before it whole."""
-    straight = lab.train("-x", 6, "-n", 6, "-o", "straight")
-    lab.train("-x", 2, "-n", 2, "-o", "out")
+    straight = lab.train("-x", 6, "-q", 1, "-n", 6, "-o", "straight")
+    lab.train("-x", 2, "-q", 1, "-n", 2, "-o", "out")
     before = lab.files("out")
-    lab.run(*options("-x", 6, "-n", 4, "-nk", 1, "-o", "out", "-y", 1), status=1, before=small_disk(20000))
+    lab.run(*options("-x", 6, "-q", 1, "-n", 4, "-nk", 1, "-o", "out", "-y", 1), status=1, before=small_disk(20000))
     after = lab.files("out")
     assert {name: after.get(name) for name in before} == before
-    assert learned(lab.train("-x", 6, "-n", 6, "-o", "out", "-y", 1))[:4] == learned(straight)[2:6]
+    assert learned(lab.train("-x", 6, "-q", 1, "-n", 6, "-o", "out", "-y", 1))[:4] == learned(straight)[2:6]
     assert lab.files("out")["model_00000006.bin"] == lab.files("straight")["model_00000006.bin"]
 
 

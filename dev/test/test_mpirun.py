@@ -44,7 +44,7 @@ def test_a_shared_out_optimizer_is_smaller_and_equal(lab):
 
 @pytest.mark.parametrize("zero", [0, 1])
 def test_resume(lab, zero):
-    how = ["-z", zero, "-d", 256]
+    how = ["-z", zero, "-d", 256, "-q", 1]
     _, straight = train(lab, "straight", "-x", 6, "-o", "straight", *how)
     train(lab, "half", "-x", 3, "-o", "half", *how)
     assert {"state_00000003_00000.bin", "state_00000003_00001.bin"} <= set(lab.files("half"))
