@@ -33,6 +33,7 @@ Sections between "==== twin" marks stand in train_llama.cu too, byte for byte (m
 #include <errno.h>
 #include <fcntl.h>
 #include <glob.h>
+#include <limits.h>
 #include <math.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -40,8 +41,11 @@ Sections between "==== twin" marks stand in train_llama.cu too, byte for byte (m
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
+#include <sys/statvfs.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -2963,7 +2967,7 @@ double gpt2_flops_per_token(const GPT2Config& c, int T) {
 //
 // Formats are llm.c's, little-endian, with a header of 256 int32. A reader believes nothing: it compares magic, version and
 // every size with the file's real size before it allocates. A writer writes to a temporary name and renames when all is on
-// the disk, so that a name always stands for a whole file.
+// the disk, so that a name always stands for a whole file; what is no file is never renamed over.
 
 constexpr int HEADER_INTS = 256;
 constexpr size_t HEADER_BYTES = HEADER_INTS * sizeof(int32_t);
@@ -3004,41 +3008,117 @@ FILE* open_with_header(const char* path, int32_t* header, int magic, const char*
     return f;
 }
 
-class AtomicFile {
-    std::string path, temporary;
-    FILE* file;
+// Where a writer's name leads, its links followed: to a file or to nothing yet, which may be replaced; or to a device, a FIFO, or
+// what this process has open already (/dev/stdout, /dev/fd/3, the shell's >(...)), which is a stream to write to as it is.
+struct Destination {
+    std::string path, error;
+    struct stat old = {};   // st_mode is 0 where there is nothing yet
+    int stream = -1;
+};
+Destination destination(const std::string& name) {
+    Destination d;
+    d.path = name;
+    const std::string own = "/proc/" + std::to_string(getpid()) + "/fd";
+    char link[PATH_MAX];
+    for (int links = 0; links < 40; links++) {   // as many as Linux follows
+        char* folder = realpath(folder_of(d.path).c_str(), nullptr);
+        const bool open_already = folder != nullptr && own == folder;
+        free(folder);
+        if (open_already) {
+            d.stream = fcntl(atoi(d.path.c_str() + d.path.rfind('/') + 1), F_DUPFD_CLOEXEC, 3);
+            if (d.stream < 0) d.error = strerror(errno);
+            return d;
+        }
+        ssize_t n = readlink(d.path.c_str(), link, sizeof link - 1);
+        if (n < 0) break;
+        link[n] = '\0';
+        d.path = link[0] == '/' ? link : folder_of(d.path) + "/" + link;
+    }
+    if (stat(d.path.c_str(), &d.old) != 0) {
+        if (errno != ENOENT) d.error = strerror(errno);
+    } else if (S_ISDIR(d.old.st_mode) || S_ISBLK(d.old.st_mode)) {
+        d.error = S_ISDIR(d.old.st_mode) ? "it is a folder" : "it is a disk";
+    } else if (!S_ISREG(d.old.st_mode)) {   // without O_NONBLOCK a FIFO that nobody reads would be waited for
+        d.stream = open(d.path.c_str(), O_WRONLY | O_APPEND | O_NOCTTY | O_NONBLOCK | O_CLOEXEC);
+        if (d.stream < 0) d.error = errno == ENXIO && S_ISFIFO(d.old.st_mode) ? "nobody reads this FIFO" : strerror(errno);
+    }
+    return d;
+}
+// How many of the bytes could be written; if not all, errno tells why.
+size_t write_bytes(int fd, const void* data, size_t bytes) {
+    size_t done = 0;
+    while (done < bytes) {
+        ssize_t n = write(fd, (const char*)data + done, bytes - done);
+        if (n >= 0) done += n;
+        else if (errno != EINTR) break;
+    }
+    return done;
+}
+void sync_folder(const std::string& folder) {   // names are on the disk only when their folder is
+    int fd = open(folder.c_str(), O_RDONLY | O_CLOEXEC);
+    if (fd < 0) return;
+    fsync(fd);
+    close(fd);
+}
 
-    [[noreturn]] void give_up(const char* doing) {
-        int error = errno;
-        if (file != nullptr) fclose(file);
-        unlink(temporary.c_str());
-        fail("cannot %s %s: %s; nothing was left under that name%s", doing, path.c_str(), strerror(error),
-             error == ENOSPC || error == EFBIG || error == EDQUOT
-                 ? "; free some space; with --resume 1 a run goes on from its last whole checkpoint"
-                 : "");
+// After the first failure nothing more is written, nothing is left, and `error` says why.
+class AtomicFile {
+    std::string name, temporary;
+    Destination to;
+    int fd;
+
+    void give_up(const char* doing, const std::string& reason) {
+        error = std::string("cannot ") + doing + " " + name + ": " + reason;
+        discard();
+    }
+    void discard() {
+        if (fd >= 0) close(fd);
+        fd = -1;
+        if (!temporary.empty()) unlink(temporary.c_str());
+        temporary.clear();
     }
 
 public:
-    explicit AtomicFile(const std::string& path) : path(path), temporary(path + ".tmp"), file(fopen(temporary.c_str(), "wb")) {
-        if (file == nullptr) give_up("create");
+    std::string error;
+
+    explicit AtomicFile(const std::string& name) : name(name), to(destination(name)), fd(to.stream) {
+        if (!to.error.empty()) { give_up("write", to.error); return; }
+        if (fd >= 0) { fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) & ~O_NONBLOCK); return; }
+        temporary = to.path + ".tmp";
+        unlink(temporary.c_str());   // a killed run may have left it
+        fd = open(temporary.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+        if (fd < 0) give_up("create", strerror(errno));
+        else if (to.old.st_mode != 0)   // owner and permissions stay; only root can give a file away
+            (void)!fchown(fd, to.old.st_uid, to.old.st_gid), fchmod(fd, to.old.st_mode & 0777);
     }
     AtomicFile(const AtomicFile&) = delete;
+    ~AtomicFile() { discard(); }
     void write(const void* data, size_t bytes) {
-        if (fwrite(data, 1, bytes, file) != bytes) give_up("write");
+        if (error.empty() && write_bytes(fd, data, bytes) != bytes) give_up("write", strerror(errno));
     }
-    void commit() {
-        if (fflush(file) != 0 || fsync(fileno(file)) != 0) give_up("write");
-        FILE* f = file;
-        file = nullptr;
-        if (fclose(f) != 0) give_up("write");
-        if (rename(temporary.c_str(), path.c_str()) != 0) give_up("rename to");
-        int folder = open(folder_of(path).c_str(), O_RDONLY);   // the new name is on the disk only when its folder is
-        if (folder >= 0) {
-            fsync(folder);
-            close(folder);
+    bool commit() {
+        if (!error.empty()) return false;
+        int f = fd;
+        if (to.stream < 0 && fsync(fd) != 0) give_up("write", strerror(errno));   // a stream has nothing to sync
+        if (error.empty() && (fd = -1, close(f)) != 0) give_up("write", strerror(errno));
+        if (!error.empty() || to.stream >= 0) return error.empty();
+        if (rename(temporary.c_str(), to.path.c_str()) != 0) {
+            give_up("rename to", strerror(errno));
+            return false;
         }
+        temporary.clear();
+        sync_folder(folder_of(to.path));
+        return true;
     }
 };
+
+// Takes a lock which the kernel releases when this process ends, however it ends. False: another process has it.
+bool lock_file(int fd, const char* path) {
+    if (flock(fd, LOCK_EX | LOCK_NB) == 0) return true;
+    if (errno == EWOULDBLOCK) return false;
+    printf("note: %s cannot be locked (%s), so nobody sees to it that this run alone writes there\n", path, strerror(errno));
+    return true;
+}
 
 // Device memory to a file and back, through a buffer of 16 MB.
 constexpr size_t STAGING = (size_t)16 << 20;
@@ -3366,23 +3446,42 @@ void print_token(Tokenizer& t, int id) {
 // ---- log: one JSON object a line
 
 struct Log {
-    FILE* file = nullptr;
-    std::string path;
-    int val_step = -1;   // of the last validation that stands in it
+    int fd = -1;
+    std::string path, waiting;   // lines that could not be written yet
+    bool said = false;
+    int val_step = -1;           // of the last validation that stands in it
 };
 std::string json_number(double x) {   // JSON has no NaN
     char s[32];
     snprintf(s, sizeof s, "%.9g", x);
     return isfinite(x) ? s : "null";
 }
+// A log that cannot be written is no reason to lose a run: its lines wait, and go out with a later one.
+void log_flush(Log& log) {
+    log.waiting.erase(0, write_bytes(log.fd, log.waiting.data(), log.waiting.size()));
+    if (!log.waiting.empty() && !log.said && errno != EAGAIN) {   // EAGAIN: a FIFO's reader is slow
+        fprintf(stderr, "%s: cannot write %s: %s; training goes on, and the lines wait\n", program_name, log.path.c_str(), strerror(errno));
+        log.said = true;
+    }
+}
 __attribute__((format(printf, 2, 3))) void log_line(Log& log, const char* format, ...) {
-    if (log.file == nullptr) return;
+    if (log.fd < 0) return;
+    char line[512];
     va_list args;
     va_start(args, format);
-    vfprintf(log.file, format, args);
+    vsnprintf(line, sizeof line, format, args);
     va_end(args);
-    fputc('\n', log.file);
-    if (fflush(log.file) != 0) fail("cannot write %s: %s", log.path.c_str(), strerror(errno));
+    log.waiting += line;
+    log.waiting += '\n';
+    log_flush(log);
+}
+bool log_close(Log& log) {   // false: lines are missing
+    if (log.fd < 0) return true;
+    fcntl(log.fd, F_SETFL, fcntl(log.fd, F_GETFL) & ~O_NONBLOCK);   // now it may take its time
+    log_flush(log);
+    if (close(log.fd) == 0 && log.waiting.empty()) return true;
+    fprintf(stderr, "%s: the last lines of %s could not be written\n", program_name, log.path.c_str());
+    return false;
 }
 // ==== end twin
 
@@ -3441,7 +3540,7 @@ void gpt2_load(GPT2& g, const char* path) {
     fclose(f);
 }
 
-void gpt2_save(GPT2& g, const std::string& path) {
+std::string gpt2_save(GPT2& g, const std::string& path) {   // returns what went wrong, if anything did
     const GPT2Config& c = g.config;
     int32_t h[HEADER_INTS] = {20240326, kFP32 ? 3 : 5, c.maxT, c.V, c.L, c.NH, c.C, c.Vp};
     std::vector<char> staging;
@@ -3449,6 +3548,7 @@ void gpt2_save(GPT2& g, const std::string& path) {
     f.write(h, sizeof h);
     for (int p = 0; p < NUM_PARAMS; p++) write_device(f, g.param[p], param_shape(c, p).elements() * sizeof(floatX), staging);
     f.commit();
+    return f.error;
 }
 
 // Where a run stands, besides its weights: what makes 5 steps, a checkpoint and 5 steps equal to 10 steps.
@@ -3473,7 +3573,7 @@ size_t state_bytes(const GPT2& g) {
         n += shard_size(param_shape(g.config, p).elements()) * sizeof(float) * (g.master[p] != nullptr ? 3 : 2);
     return HEADER_BYTES + n + sizeof(History);
 }
-void state_save(GPT2& g, const RunState& r, const Loader& train, const std::string& path) {
+std::string state_save(GPT2& g, const RunState& r, const Loader& train, const std::string& path) {
     const size_t tokens = loader_tokens(train);
     int32_t h[HEADER_INTS] = {20240527, 1, world.size, world.rank, g.master[0] != nullptr, 1};
     h[6] = world.sharded;
@@ -3498,6 +3598,7 @@ void state_save(GPT2& g, const RunState& r, const Loader& train, const std::stri
                 write_device(f, tensors[p], shard_size(param_shape(g.config, p).elements()) * sizeof(float), staging);
     write_device(f, &g.state->history, sizeof(History), staging);
     f.commit();
+    return f.error;
 }
 // Puts model and loader where the run stood after `step` steps. A run that only evaluates needs no more than to know the step.
 RunState state_load(GPT2& g, Loader& train, const std::string& folder, int step) {
@@ -3561,6 +3662,9 @@ RunState state_load(GPT2& g, Loader& train, const std::string& folder, int step)
     return r;
 }
 
+bool is_checkpoint_name(const std::string& name) {   // or that of one half-written
+    return name.compare(0, 6, "model_") == 0 || name.compare(0, 6, "state_") == 0 || name.compare(0, 5, "DONE_") == 0;
+}
 // Steps of the whole checkpoints in a folder, ascending.
 std::vector<int> checkpoints_in(const std::string& folder) {
     std::vector<int> steps;
@@ -3577,28 +3681,44 @@ std::vector<int> checkpoints_in(const std::string& folder) {
 }
 
 // model, then every rank's state, then DONE: a run that is killed in between leaves no DONE, and resumes from the one before.
-void checkpoint_save(GPT2& g, const RunState& r, const Loader& train, const std::string& folder, int keep) {
+// False: it could not be written, which is said, and nothing is left of it; those before it stay.
+bool checkpoint_save(GPT2& g, const RunState& r, const Loader& train, const std::string& folder, int keep) {
     NvtxRange range("checkpoint");
-    std::string done = checkpoint_path(folder, "DONE", r.step);
+    const std::string done = checkpoint_path(folder, "DONE", r.step), model = checkpoint_path(folder, "model", r.step),
+                      state = checkpoint_path(folder, "state", r.step);
+    std::string error;
     if (world.rank == 0) {
         unlink(done.c_str());   // a run started over may write this step again
-        gpt2_save(g, checkpoint_path(folder, "model", r.step));
+        error = gpt2_save(g, model);
     }
-    state_save(g, r, train, checkpoint_path(folder, "state", r.step));
-    world_barrier();
-    if (world.rank == 0) {
+    const bool model_written = world.rank == 0 && error.empty();
+    if (error.empty()) error = state_save(g, r, train, state);
+    const bool state_written = error.empty();
+    if (!world_any(!error.empty()) && world.rank == 0) {
         AtomicFile f(done);
         f.write("whole\n", 6);
         f.commit();
-        printf("checkpoint of step %d in %s\n", r.step, folder.c_str());
+        error = f.error;
     }
+    if (world_any(!error.empty())) {
+        if (model_written) unlink(model.c_str());
+        if (state_written) unlink(state.c_str());
+        if (!error.empty())
+            fprintf(stderr, "%s: %s. There is no checkpoint of step %d; those before it stay\n", program_name, error.c_str(), r.step);
+        return false;
+    }
+    if (world.rank == 0) printf("checkpoint of step %d in %s\n", r.step, folder.c_str());
     std::vector<int> steps = checkpoints_in(folder);
     world_barrier();
     for (size_t i = 0; keep > 0 && i + keep < steps.size(); i++) {
-        if (world.rank == 0) unlink(checkpoint_path(folder, "DONE", steps[i]).c_str());   // first: half a checkpoint must not look whole
-        if (world.rank == 0) unlink(checkpoint_path(folder, "model", steps[i]).c_str());
+        if (world.rank == 0) {   // DONE first: half a checkpoint must not look whole
+            unlink(checkpoint_path(folder, "DONE", steps[i]).c_str());
+            sync_folder(folder);
+            unlink(checkpoint_path(folder, "model", steps[i]).c_str());
+        }
         unlink(checkpoint_path(folder, "state", steps[i]).c_str());
     }
+    return true;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -3639,23 +3759,40 @@ float schedule_lr(const std::string& name, int step, int steps, float peak, int 
     return peak * (float)(final_fraction + (1 - final_fraction) * share);
 }
 
+// The first signal asks for a checkpoint and an end. A second Ctrl-C or SIGTERM ends the program at once, unless it is an echo of
+// the first: timeout sends two, and of a closed terminal one hears from the kernel and from the shell.
 volatile sig_atomic_t interrupted = 0;   // the signal
 // What Ctrl-C answers at once, although the step goes on. The text is made beforehand, in the one of two places that is not in
 // use, because a signal handler may do little more than write(2).
 char stop_answers[2][256];
 volatile sig_atomic_t stop_answer = 0;
-void on_interrupt(int signal) {
-    const int error = errno;
-    interrupted = signal;
-    const char* answer = stop_answers[stop_answer];
-    if (write(STDERR_FILENO, answer, strlen(answer)) < 0) { /* nobody is there to read it */ }
-    errno = error;
-}
 void set_stop_answer(int step, bool saves) {
     if (world.rank != 0) return;
     snprintf(stop_answers[!stop_answer], sizeof stop_answers[0], "\nstopping after step %d%s; a second Ctrl-C ends at once%s\n", step,
              saves ? ", with a checkpoint" : "", saves ? ", without it" : "");
     stop_answer = !stop_answer;
+}
+void on_interrupt(int signal) {
+    static double first = 0;
+    const int error = errno;
+    if (!interrupted) {
+        first = now_seconds();
+        interrupted = signal;
+        const char* answer = stop_answers[stop_answer];
+        if (write(STDERR_FILENO, answer, strlen(answer)) < 0) { /* nobody is there to read it */ }
+    } else if ((signal == SIGINT || signal == SIGTERM) && now_seconds() - first > 0.5) {
+        ::signal(signal, SIG_DFL);
+        raise(signal);
+    }
+    errno = error;
+}
+void catch_signals() {
+    struct sigaction action = {}, before = {};
+    action.sa_handler = on_interrupt;
+    action.sa_flags = SA_RESTART;
+    for (int signal : {SIGINT, SIGTERM, SIGHUP, SIGXCPU, SIGUSR1, SIGUSR2})   // the last three are a batch system's
+        if (signal != SIGHUP || (sigaction(signal, nullptr, &before) == 0 && before.sa_handler != SIG_IGN))   // nohup ignores it
+            sigaction(signal, &action, nullptr);
 }
 
 // ---- the command line: one table for parsing, for messages and for --help
@@ -3805,6 +3942,18 @@ void gpt2_check_config(const GPT2Config& c, const char* option, const char* from
         fail_usage("%s %s: C %d, L %d; expected C up to %d and L up to 4096", option, from, c.C, c.L, most);
 }
 
+// Mean loss of the batch in `host`.
+float gpt2_batch_loss(GPT2& g, int* host) {
+    const int BT = g.plan.B * g.plan.T;
+    tokens_upload(g.tokens, host, BT, g.config.V, g.stream);
+    gpt2_forward(g, g.plan.B, g.plan.T);
+    gpt2_loss(g, g.plan.B, g.plan.T, false, true);
+    float loss;
+    cudaCheck(cudaMemcpyAsync(&loss, &g.state->loss_sum, sizeof loss, cudaMemcpyDeviceToHost, g.stream));
+    cudaCheck(cudaStreamSynchronize(g.stream));
+    return loss / BT;
+}
+
 // Mean loss over up to `batches` batches from the start of the validation data. Ctrl-C ends it early: then it means nothing.
 float gpt2_validate(GPT2& g, Loader& val, int batches, int* host) {
     const int BT = g.plan.B * g.plan.T;
@@ -3814,20 +3963,15 @@ float gpt2_validate(GPT2& g, Loader& val, int batches, int* host) {
     for (int i = 0; i < batches && !interrupted; i++) {
         progress("validating", i, batches, begin);
         loader_next(val, host, host + BT);
-        tokens_upload(g.tokens, host, BT, g.config.V, g.stream);
-        gpt2_forward(g, g.plan.B, g.plan.T);
-        gpt2_loss(g, g.plan.B, g.plan.T, false, true);
-        float loss;
-        cudaCheck(cudaMemcpyAsync(&loss, &g.state->loss_sum, sizeof loss, cudaMemcpyDeviceToHost, g.stream));
-        cudaCheck(cudaStreamSynchronize(g.stream));
-        sum += loss / BT;
+        sum += gpt2_batch_loss(g, host);
     }
     progress("", batches, batches, begin);
     return (float)(world_sum(sum / batches) / world.size);
 }
 
-// Prints `count` tokens after an end-of-text token. Plain: every token is a forward of all that stands before it.
-void gpt2_sample(GPT2& g, Tokenizer& tokenizer, int count, int top_k, float temperature, uint64_t stream_id, int* host) {
+// Prints `count` tokens after an end-of-text token. Plain: every token is a forward of all that stands before it. False: there is no
+// likeliest token among NaNs.
+bool gpt2_sample(GPT2& g, Tokenizer& tokenizer, int count, int top_k, float temperature, uint64_t stream_id, int* host) {
     const int V = g.config.V, Vp = g.config.Vp, C = g.config.C;
     std::vector<int> text = {tokenizer.tokens.empty() ? V - 1 : std::min(tokenizer.end_of_text, V - 1)};
     std::vector<floatX> row(Vp);
@@ -3845,6 +3989,10 @@ void gpt2_sample(GPT2& g, Tokenizer& tokenizer, int count, int top_k, float temp
         cudaCheck(cudaStreamSynchronize(g.stream));
 
         for (int v = 0; v < V; v++) best[v] = {(float)row[v], v};
+        if (std::any_of(best.begin(), best.end(), [](auto& a) { return std::isnan(a.first); })) {
+            printf("(the logits are not finite)\n");
+            return false;
+        }
         int k = top_k > 0 ? std::min(top_k, V) : V;
         std::partial_sort(best.begin(), best.begin() + k, best.end(),
                           [](auto& a, auto& b) { return a.first > b.first || (a.first == b.first && a.second < b.second); });
@@ -3864,6 +4012,7 @@ void gpt2_sample(GPT2& g, Tokenizer& tokenizer, int count, int top_k, float temp
         fflush(stdout);
     }
     printf("\n");
+    return true;
 }
 
 #ifndef TESTING
@@ -3984,42 +4133,101 @@ void choose_plan(GPT2& g, const Settings& s, const Options& o, size_t free_bytes
                    (long long)s.loss_chunks, (long long)BT);
 }
 
-// A folder that can be written to, found out now and not after an hour of training.
-void prepare_out(const Settings& s, const Options& o) {
-    const std::string option = typed(o, "out");
+// A folder that can be written to, found out now and not after an hour of training, and by this run alone: two would mix their
+// files into a checkpoint that calls itself whole.
+void prepare_out(const Settings& s, const Options& o, int resume_step) {
+    const std::string option = typed(o, "out") + " " + s.out, lock = s.out + "/.lock";
     const char* out = s.out.c_str();
-    if (mkdir(out, 0777) != 0 && errno != EEXIST) fail("%s %s: cannot make this folder: %s", option.c_str(), out, strerror(errno));
-    if (!is_folder(out)) fail("%s %s: expected a folder, found a file", option.c_str(), out);
-    std::string probe = s.out + "/.writable." + std::to_string(world.rank);
-    FILE* f = fopen(probe.c_str(), "wb");
-    if (f == nullptr) fail("%s %s: cannot write into this folder: %s", option.c_str(), out, strerror(errno));
-    fclose(f);
-    unlink(probe.c_str());
-    std::vector<int> steps = checkpoints_in(s.out);
+    if (mkdir(out, 0777) != 0 && errno != EEXIST) fail("%s: cannot make this folder: %s", option.c_str(), strerror(errno));
+    if (!is_folder(out))
+        fail("%s: expected a folder, found %s", option.c_str(), file_exists(s.out) ? "a file" : "a link that leads to none");
+    if (faccessat(AT_FDCWD, out, R_OK | W_OK | X_OK, AT_EACCESS) != 0)
+        fail("%s: cannot list, enter and write into this folder: %s", option.c_str(), strerror(errno));
+    if (world.rank > 0) return;   // rank 0 holds the lock for all
+    int fd = open(lock.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666);   // open, and so locked, until this process ends
+    if (fd < 0) fail("%s: cannot write into this folder: %s", option.c_str(), strerror(errno));
+    char holder[200] = "", host[100] = "";
+    if (!lock_file(fd, lock.c_str())) {
+        if (read(fd, holder, sizeof holder - 1) <= 0) strcpy(holder, "another process");
+        fail("%s: %s trains into this folder; wait for its end, or name another folder", option.c_str(), holder);
+    }
+    gethostname(host, sizeof host - 1);
+    snprintf(holder, sizeof holder, "process %d on %s", (int)getpid(), host);
+    if (ftruncate(fd, 0) == 0) write_bytes(fd, holder, strlen(holder));   // for the message above; the lock holds without
+    const std::vector<int> steps = checkpoints_in(s.out);
     if (!s.resume && !steps.empty())   // mixed with ours, a later resume could take them for ours
-        fail("%s %s: holds checkpoints of an earlier run, up to step %d; --resume 1 goes on with it, another folder begins anew",
-             option.c_str(), out, steps.back());
+        fail("%s: holds checkpoints of an earlier run, up to step %d; --resume 1 goes on with it, another folder begins anew",
+             option.c_str(), steps.back());
+    if (s.resume && resume_step != (steps.empty() ? -1 : steps.back()))
+        fail("%s: another run has written into this folder just now; start again", option.c_str());
+    if (DIR* dir = opendir(out)) {   // what a killed run has left half-written
+        while (dirent* entry = readdir(dir)) {
+            const std::string name = entry->d_name;
+            if (is_checkpoint_name(name) && name.size() > 4 && name.substr(name.size() - 4) == ".tmp")
+                unlink((s.out + "/" + name).c_str());
+        }
+        closedir(dir);
+    }
 }
 
-// Opens the log; a resumed run goes on behind the lines that its checkpoint has seen.
+// A disk that is too small for what this run will write is said now, and not after its last step.
+void check_room(const Settings& s, const Options& o, const GPT2& g, int steps) {
+    const double model = HEADER_BYTES + (double)param_count(g.config) * sizeof(floatX), state = (double)state_bytes(g);
+    const double need = model + world_sum(state), MiB = 1 << 20;
+    if (world.rank != 0 || steps <= 0) return;
+    const std::string option = typed(o, "out") + " " + s.out;
+    struct rlimit limit;
+    if (getrlimit(RLIMIT_FSIZE, &limit) == 0 && limit.rlim_cur != RLIM_INFINITY && std::max(model, state) > (double)limit.rlim_cur)
+        fail("%s: the largest file of a checkpoint has %.3f MiB, but this process may write %.3f MiB (ulimit -f)", option.c_str(),
+             std::max(model, state) / MiB, limit.rlim_cur / MiB);
+    struct statvfs disk;
+    if (statvfs(s.out.c_str(), &disk) != 0 || disk.f_blocks == 0) return;   // it does not say
+    const double room = (double)(geteuid() == 0 ? disk.f_bfree : disk.f_bavail) * disk.f_frsize;
+    if (room < need)
+        fail("%s: a checkpoint takes %.3f MiB, but %.3f MiB are free there; free some space, or name a folder on another disk",
+             option.c_str(), need / MiB, room / MiB);
+    double more = s.checkpoint_every > 0 ? ceil((double)steps / s.checkpoint_every) : 1;
+    if (s.keep > 0)   // an old one goes after the new one is whole
+        more = std::min(more, std::max(1.0, s.keep + 1.0 - checkpoints_in(s.out).size()));
+    if (room < more * need)
+        printf("note: %s has room for %.0f more checkpoints of %.1f MiB, and this run would add %.0f (--keep N keeps the newest N)\n",
+               s.out.c_str(), floor(room / need), need / MiB, more);
+}
+
+// Opens the log; a resumed run goes on after the lines that its checkpoint has seen. What is no log of ours is left as it is.
 void log_open(Log& log, const Settings& s, const Options& o, int resume_step) {
+    const std::string option = typed(o, "log") + " " + s.log;
+    const Destination to = destination(s.log);
+    struct stat at, out;
     log.path = s.log;
-    if (FILE* old = resume_step >= 0 ? fopen(s.log.c_str(), "r") : nullptr) {
-        AtomicFile kept(s.log);   // the old lines are safe until the new file is whole
-        char line[512];
-        while (fgets(line, sizeof line, old)) {
-            int step;
-            const size_t length = strlen(line);   // a line that a full disk cut off is not kept
-            bool whole = length > 1 && strcmp(line + length - 2, "}\n") == 0;
-            if (!whole || sscanf(line, "{\"step\": %d", &step) != 1 || step > resume_step) continue;
-            if (strstr(line, "\"val_loss\"") != nullptr) log.val_step = step;
-            kept.write(line, length);
-        }
-        fclose(old);
-        kept.commit();
+    if (!s.out.empty() && is_checkpoint_name(to.path.substr(to.path.rfind('/') + 1)) && stat(folder_of(to.path).c_str(), &at) == 0 &&
+        stat(s.out.c_str(), &out) == 0 && at.st_dev == out.st_dev && at.st_ino == out.st_ino)
+        fail("%s: this is the name of a file of a checkpoint; expected another", option.c_str());
+    if (!to.error.empty()) fail("%s: cannot write there: %s", option.c_str(), to.error.c_str());
+    log.fd = to.stream >= 0 ? to.stream : open(to.path.c_str(), O_RDWR | O_CREAT | O_APPEND | O_CLOEXEC, 0666);
+    if (log.fd < 0) fail("%s: cannot open it: %s", option.c_str(), strerror(errno));
+    if (to.stream >= 0) return;
+    if (!lock_file(log.fd, s.log.c_str())) fail("%s: another run writes this log now; name another", option.c_str());
+
+    FILE* old = fdopen(dup(log.fd), "r");
+    off_t keep = 0;
+    bool keeping = resume_step >= 0;
+    char line[512];
+    while (old != nullptr && fgets(line, sizeof line, old)) {
+        int step;
+        const size_t length = strlen(line), compared = std::min<size_t>(length, 9);   // a full disk may have cut the last one off
+        if (length == 0 || (strncmp(line, "{\"step\": ", compared) != 0 && strncmp(line, "{\"done\": ", compared) != 0))
+            fail("%s: expected a new name or the log of a run (lines that begin with {\"step\":), found something else; it stays as it was",
+                 option.c_str());
+        keeping = keeping && length > 1 && strcmp(line + length - 2, "}\n") == 0 &&
+                  sscanf(line, "{\"step\": %d", &step) == 1 && step <= resume_step;
+        if (!keeping) continue;
+        if (strstr(line, "\"val_loss\"") != nullptr) log.val_step = step;
+        keep += length;
     }
-    log.file = fopen(s.log.c_str(), resume_step >= 0 ? "a" : "w");
-    if (log.file == nullptr) fail("%s %s: cannot open it: %s", typed(o, "log").c_str(), s.log.c_str(), strerror(errno));
+    if (old == nullptr || ferror(old) || fstat(log.fd, &at) != 0 || (keep < at.st_size && ftruncate(log.fd, keep) != 0))
+        fail("%s: cannot go on with it: %s", option.c_str(), strerror(errno));
+    fclose(old);
 }
 
 // ---- the loop. Step s is the s-th update: what is logged under s has seen s updates.
@@ -4034,6 +4242,9 @@ struct Run {
     RunState state;
     std::string model_file;   // whose weights are loaded; empty: weights are drawn
     int steps = 0, resume_step = -1;
+    int saved = -1, status = 0;           // the last step in --out; how this would end now
+    float val_loss = 0, first_loss = 0;   // of the last validation; of the first step that was finite
+    std::vector<int> first_tokens;        // (2, B, T): of this run's first micro-batch
     double peak_flops = 0;
     bool on_cpu = false;
     // Pinned memory in two halves, each with a region a micro-batch: the tokens of this step, and those of the next. Where one
@@ -4096,6 +4307,7 @@ Verdict run_step(Run& run, const Hyper& h) {
     run.buckets.resize(micro_batches);
     for (int micro = 0; micro < micro_batches; micro++) {
         if (!run.ready) load_tokens(run, micro);
+        if (run.first_tokens.empty()) run.first_tokens.assign(run.host_region(0), run.host_region(0) + 2 * (size_t)B * T);
         tokens_copy(g.tokens, run.host_region(micro), B * T, g.config.V, run.buckets[micro], g.stream);
         gpt2_forward(g, B, T);
         gpt2_loss(g, B, T, true, micro == 0);
@@ -4112,6 +4324,29 @@ Verdict run_step(Run& run, const Hyper& h) {
     });
 }
 
+// Writes a checkpoint, and with --keep deletes an older one, if what is in memory is worth it. The last step and the last
+// validation were finite; but that step has changed the weights since. So the first micro-batch of the run, tried once more, must
+// have a loss that is a number, and not ten times worse than guessing or than at the beginning.
+void save(Run& run) {
+    const RunState& at = run.state;
+    bool good = at.not_finite_in_row == 0 && std::isfinite(run.val_loss);
+    if (good) {
+        std::copy(run.first_tokens.begin(), run.first_tokens.end(), run.host_free());
+        const float limit = 10 * std::max(logf((float)run.g.config.V), run.first_loss);
+        good = !world_any(!(gpt2_batch_loss(run.g, run.host_free()) <= limit));   // so written, NaN is not good
+    }
+    run.status = !good ? 3 : checkpoint_save(run.g, at, run.train, run.s.out, (int)run.s.keep) ? 0 : 1;
+    if (run.status == 0) run.saved = at.step;
+    if (!good && world.rank == 0)
+        fprintf(stderr, "%s: no checkpoint of step %d: the loss is not finite, or has exploded; those before it stay\n", program_name,
+                at.step);
+}
+
+bool stop_wanted() {   // by a signal to any of the ranks
+    if (int signal = -(int)world_min(-(double)interrupted)) interrupted = signal;
+    return interrupted;
+}
+
 // Returns the exit status.
 int run_loop(Run& run) {
     const Settings& s = run.s;
@@ -4120,18 +4355,20 @@ int run_loop(Run& run) {
     const bool speaks = world.rank == 0, terminal = isatty(STDOUT_FILENO);
     const double tokens = (double)g.plan.B * g.plan.T * g.plan.micro_batches * world.size;   // a step
     double seconds = 0;   // of the steps but the first, which prepares the matmuls
-    int timed = -1, saved = -1;
+    int timed = -1;
     bool told = false, stopped = false;   // how long it will take; by Ctrl-C
+    run.saved = run.resume_step;
     while (true) {
-        const bool saves = !s.out.empty() && g.plan.training;
-        const bool fresh = saves && at.step > 0 && at.step != run.resume_step && at.step != saved;
+        if (speaks && fflush(stdout) != 0 && errno == EPIPE) on_interrupt(SIGPIPE);   // nobody reads us any more
+        const bool saves = !s.out.empty() && g.plan.training, fresh = saves && at.step > 0 && at.step != run.saved;
         set_stop_answer(at.step, fresh);
-        bool stop = world_any(interrupted);
+        bool stop = stop_wanted();
         const bool finished = at.step >= run.steps;
         if (s.val_every > 0 && !stop && (finished || at.step % s.val_every == 0)) {
             float loss = gpt2_validate(g, run.val, (int)s.val_batches, run.host_free());
-            stop = world_any(interrupted);
-            if (speaks && !stop) printf("val loss %.4f at step %d\n", loss, at.step);
+            stop = stop_wanted();
+            if (!stop) run.val_loss = loss;
+            if (speaks && !stop) printf("val loss %.4f at step %d\n", std::isnan(loss) ? NAN : loss, at.step);   // a NaN may be negative
             fflush(stdout);
             if (run.log.val_step != at.step && !stop) {
                 log_line(run.log, "{\"step\": %d, \"val_loss\": %s}", at.step, json_number(loss).c_str());
@@ -4141,28 +4378,31 @@ int run_loop(Run& run) {
         if (s.sample_every > 0 && !stop && (finished || (at.step > 0 && at.step % s.sample_every == 0))) {
             if (speaks) {
                 printf("---- sample\n");
-                gpt2_sample(g, run.tokenizer, (int)s.sample_tokens, (int)s.top_k, (float)s.temperature, at.step, run.host_free());
+                bool fine = gpt2_sample(g, run.tokenizer, (int)s.sample_tokens, (int)s.top_k, (float)s.temperature, at.step, run.host_free());
+                if (!fine && !g.plan.training) run.status = 3;
                 printf("----\n");
             }
-            stop = world_any(interrupted);
+            stop = stop_wanted();
         }
         const bool last = finished || stop;
         // without -n: at the end; -n 0: never, unless the run is interrupted
         bool periodic = s.checkpoint_every > 0 && at.step % s.checkpoint_every == 0;
         bool at_end = last && !(given(run.options, "checkpoint-every") && s.checkpoint_every == 0);
-        if (fresh && (stop || periodic || at_end)) {
-            checkpoint_save(g, at, run.train, s.out, (int)s.keep);
-            saved = at.step;
-        }
+        if (fresh && (stop || periodic || at_end)) save(run);
         if (last) {
             stopped = stop && (!finished || s.val_every > 0 || s.sample_every > 0);   // something is left out
+            if (!g.plan.training && !std::isfinite(run.val_loss)) run.status = 3;
             if (!speaks) break;
+            if (!g.plan.training && run.status == 3) fprintf(stderr, "%s: what this model computes is not finite\n", program_name);
+            fflush(stdout);
+            FILE* to = ferror(stdout) ? stderr : stdout;   // the last words must be heard
             if (timed > 0)
-                printf("%d steps after the first, %.1f ms each, %.0f tok/s\n", timed, seconds / timed * 1e3,
-                       tokens * timed / seconds);
+                fprintf(to, "%d steps after the first, %.1f ms each, %.0f tok/s\n", timed, seconds / timed * 1e3,
+                        tokens * timed / seconds);
             if (stopped)
-                printf("interrupted after step %d%s\n", at.step,
-                       finished || (saves && at.step == 0) ? "" : saves ? "; --resume 1 goes on" : "; without --out nothing was saved");
+                fprintf(to, "interrupted after step %d%s\n", at.step,
+                        finished || at.step == 0 ? "" : s.out.empty() ? "; without --out nothing was saved" : run.saved < 0 ? "; nothing was saved"
+                        : ("; --resume 1 goes on after step " + std::to_string(run.saved)).c_str());
             break;
         }
 
@@ -4181,6 +4421,7 @@ int run_loop(Run& run) {
 
         bool finite = std::isfinite(v.loss) && std::isfinite(v.grad_norm);
         at.not_finite_in_row = finite ? 0 : at.not_finite_in_row + 1;
+        if (finite && run.first_loss == 0) run.first_loss = v.loss;
         if (speaks) {
             double mfu = run.peak_flops > 0
                              ? gpt2_flops_per_token(g.config, g.plan.T) * tokens / took / (run.peak_flops * world.size)
@@ -4202,7 +4443,6 @@ int run_loop(Run& run) {
             else if (v.skip)
                 printf("  skipped: loss %.1f, gradient norm %.1f deviations above the last %d steps\n", v.loss_z, v.grad_z,
                        HISTORY);
-            fflush(stdout);
             log_line(run.log,
                      "{\"step\": %d, \"train_loss\": %s, \"grad_norm\": %s, \"lr\": %s, \"ms\": %.3f, \"tokens_per_s\": %.1f, "
                      "\"mfu\": %s}",
@@ -4218,7 +4458,7 @@ int run_loop(Run& run) {
             return 3;
         }
     }
-    return stopped && interrupted ? 128 + interrupted : 0;
+    return stopped && interrupted ? 128 + interrupted : run.status;
 }
 
 // The model: of a size, of a file, or of the checkpoint that is resumed.
@@ -4229,6 +4469,8 @@ void pick_model(Run& run) {
     run.g.seed = s.seed;
     const std::string option = typed(o, "model");
     std::vector<int> checkpoints;
+    if (s.resume && access(s.out.c_str(), R_OK | X_OK) != 0 && errno != ENOENT)
+        fail("%s %s: cannot read this folder: %s", typed(o, "out").c_str(), s.out.c_str(), strerror(errno));
     if (s.resume) checkpoints = checkpoints_in(s.out);
     if (s.resume && s.steps == 0 && checkpoints.empty())
         fail("%s 1: %s holds no whole checkpoint, so there is nothing to evaluate; expected DONE_* in it", typed(o, "resume").c_str(), s.out.c_str());
@@ -4347,6 +4589,10 @@ void begin_or_go_on(Run& run) {
 }
 
 int main(int argc, char** argv) {
+    for (int fd = 0; fd < 3; fd++)   // a file of ours that took a closed one's number would get our messages
+        if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", O_RDONLY) < 0) return 1;
+    signal(SIGPIPE, SIG_IGN);   // a reader that has gone, and a limit on a file's size, are errors of write(), with a message
+    signal(SIGXFSZ, SIG_IGN);
     world_init(&argc, &argv);
     Run run;
     Settings& s = run.s;
@@ -4412,8 +4658,7 @@ int main(int argc, char** argv) {
     }
 
     // ---- what is written and printed
-    signal(SIGXFSZ, SIG_IGN);   // a file-size limit is then an error of write(), with a message, and not a death
-    if (!s.out.empty() && g.plan.training) prepare_out(s, o);
+    if (!s.out.empty() && g.plan.training) prepare_out(s, o, run.resume_step);
     if (speaks) {
         printf("device     %s x %d, %.1f MiB free of %.1f (driver, libraries and others hold %.1f)\n", prop.name, world.size,
                free_bytes / 1048576.0, total_bytes / 1048576.0, (total_bytes - free_bytes) / 1048576.0);
@@ -4439,12 +4684,9 @@ int main(int argc, char** argv) {
     else gpt2_load(g, run.model_file.c_str());
     cudaCheck(cudaStreamSynchronize(g.stream));
     begin_or_go_on(run);
+    if (!s.out.empty() && g.plan.training) check_room(s, o, g, run.steps - run.state.step);
     if (!s.log.empty() && speaks) log_open(run.log, s, o, run.resume_step);   // after all that could still refuse to run
-    struct sigaction action = {};
-    action.sa_handler = on_interrupt;
-    action.sa_flags = SA_RESETHAND | SA_RESTART;   // a second Ctrl-C ends the program at once
-    sigaction(SIGINT, &action, nullptr);
-    sigaction(SIGTERM, &action, nullptr);
+    catch_signals();
     if (speaks) printf("start      at step %d; the first step also prepares the matmuls\n", run.state.step);
     fflush(stdout);
 
@@ -4453,7 +4695,7 @@ int main(int argc, char** argv) {
     if (speaks) printf("device memory: %zu bytes at the peak, %zu announced\n", device_peak, estimate_bytes);
     log_line(run.log, "{\"done\": %s, \"steps\": %d, \"peak_bytes\": %zu, \"estimate_bytes\": %zu}",
              status == 0 ? "true" : "false", run.state.step, device_peak, estimate_bytes);
-    if (run.log.file != nullptr) fclose(run.log.file);
+    if (!log_close(run.log) && status == 0) status = 1;
     loader_close(run.train);
     loader_close(run.val);
     table_free(g.table);

@@ -10,12 +10,13 @@ Everything is little-endian behind a header of 256 int32, in llm.c's format. A r
 nothing before it is checked: magic, version, and each size against the size the file really has.
 A writer works under a temporary name, so that a file under its final name is always whole.
 """
-import contextlib
 import os
 import re
 import signal
 import sys
 from dataclasses import dataclass
+
+from atomic import atomic
 
 if os.path.dirname(os.path.abspath(sys.argv[0])) == os.path.dirname(os.path.abspath(__file__)):
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # one of our scripts: no traceback where Ctrl-C meets an import; then see run()
@@ -86,41 +87,6 @@ def say(*words, **how):
 
 
 say.failed = None
-
-
-# ----------------------------------------------------------------------------
-# writing: all or nothing
-
-@contextlib.contextmanager
-def atomic(*paths):
-    """Yields one open file per path; they get their names together, or none of them does.
-
-    Every file is on the disk (fsync) before the first is renamed, because a full disk or a file
-    size limit may show only then. The temporary name ends in .tmp: a glob for *.bin never meets it.
-    """
-    temporary = [f"{path}.{os.getpid()}.tmp" for path in paths]
-    files = []
-    try:
-        for name in temporary:
-            files.append(open(name, "wb"))
-        yield files
-        for f in files:
-            f.flush()
-            os.fsync(f.fileno())
-            f.close()
-        for name, path in zip(temporary, paths):
-            os.replace(name, path)
-        for folder in {os.path.dirname(os.path.abspath(path)) for path in paths}:
-            fd = os.open(folder, os.O_RDONLY)  # the names themselves live in the folder
-            os.fsync(fd)
-            os.close(fd)
-    finally:
-        for f in files:
-            with contextlib.suppress(OSError):  # close() flushes, and may fail once more
-                f.close()
-        for name in temporary:
-            with contextlib.suppress(OSError):
-                os.unlink(name)
 
 
 def _header(*values):

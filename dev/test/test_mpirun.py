@@ -4,10 +4,13 @@ On the CPU backend NCCL's calls go to MPI, so what is tested is the trainer's pa
 """
 import os
 import shutil
+import signal
+import subprocess
+import time
 
 import pytest
 
-from helpers import close, execute, options, program, read_log
+from helpers import close, environment, execute, options, program, read_log
 
 RANKS = 2
 
@@ -44,13 +47,39 @@ def test_a_shared_out_optimizer_is_smaller_and_equal(lab):
 
 @pytest.mark.parametrize("zero", [0, 1])
 def test_resume(lab, zero):
-    how = ["-z", zero, "-d", 256, "-q", 1]
+    how = ["-z", zero, "-d", 256, "-k", "constant"]
     _, straight = train(lab, "straight", "-x", 6, "-o", "straight", *how)
     train(lab, "half", "-x", 3, "-o", "half", *how)
     assert {"state_00000003_00000.bin", "state_00000003_00001.bin"} <= set(lab.files("half"))
     _, resumed = train(lab, "resumed", "-x", 6, "-o", "half", "-y", 1, *how)
     assert losses(resumed) == losses(straight)[3:]
     assert lab.files("half")["model_00000006.bin"] == lab.files("straight")["model_00000006.bin"]
+
+
+def test_a_checkpoint_that_one_rank_cannot_write_is_none(lab):
+    """A folder stands where the second rank's temporary file should: what the first has written goes too, and training goes on."""
+    lab.path("out/state_00000002_00001.bin.tmp/x").mkdir(parents=True)
+    done, log = train(lab, "log", "-x", 4, "-n", 2, "-o", "out")
+    assert "no checkpoint of step 2" in done.err and len(losses(log)) == 4
+    assert set(lab.files("out")) == {"model_00000004.bin", "state_00000004_00000.bin", "state_00000004_00001.bin", "DONE_00000004"}
+
+
+def test_a_signal_saves(lab):
+    """mpirun hands SIGUSR1 on. (After Ctrl-C it gives its processes one second.)"""
+    if not shutil.which("mpirun"):
+        pytest.skip("mpirun is not installed")
+    root = ["--allow-run-as-root"] if os.geteuid() == 0 else []
+    command = ["mpirun", "--oversubscribe", "-np", "2", *root, str(program("cpu-multi-fp32")), *options("-x", 100000, "-o", "out", "--log", "log")]
+    with subprocess.Popen(command, cwd=lab.folder, env=environment(OMP_NUM_THREADS=1), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE) as process:
+        while not lab.path("log").exists() or b"train_loss" not in lab.path("log").read_bytes():
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.05)
+        process.send_signal(signal.SIGUSR1)
+        process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGUSR1
+    step = len(losses(read_log(lab.path("log"))))
+    assert set(lab.files("out")) == {f"model_{step:08d}.bin", f"state_{step:08d}_00000.bin", f"state_{step:08d}_00001.bin", f"DONE_{step:08d}"}
 
 
 def test_another_number_of_ranks_is_refused(lab):

@@ -9,11 +9,7 @@ import time
 
 import pytest
 
-from helpers import ROOT, Shape, environment, learned, options, program, random_model, says, write_model, write_tokens, words
-
-
-def names(step):
-    return [f"model_{step:08d}.bin", f"state_{step:08d}_00000.bin", f"DONE_{step:08d}"]
+from helpers import ROOT, Shape, environment, learned, names, options, program, random_model, says, write_model, write_tokens, words
 
 
 def checkpoint(files, step):
