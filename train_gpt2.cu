@@ -2,7 +2,7 @@
 GPT-2 in one file: training and fine-tuning in CUDA C, with every layer's forward and backward written out.
 
     make train_gpt2                                              # or, on one GPU and nothing but the CUDA Toolkit:
-    nvcc -O3 -std=c++17 -arch=sm_90 train_gpt2.cu -lcublas -lcublasLt -o train_gpt2
+    nvcc -O3 -std=c++17 -arch=sm_90 train_gpt2.cu -lcublasLt -o train_gpt2
     ./train_gpt2 -e gpt2:L4,H4,C128,T64,V257 -i data/train.bin -j data/val.bin -b 16 -t 64
     ./train_gpt2 --estimate -e d12 -b 64 -t 1024                 # what it would take, before anything is allocated
     ./train_gpt2 --help

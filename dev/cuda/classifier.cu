@@ -3,7 +3,7 @@ Softmax, cross-entropy and their gradient, in place of the logits: the trainer's
 to learn from. Section 3 of train_gpt2.cu has them under "loss".
 
     make dev/cuda/classifier && ./dev/cuda/classifier [--bench]        or, with nothing but the CUDA Toolkit:
-    nvcc -O3 -std=c++17 -arch=sm_90 dev/cuda/classifier.cu -lcublas -lcublasLt -o classifier
+    nvcc -O3 -std=c++17 -arch=sm_90 dev/cuda/classifier.cu -lcublasLt -o classifier
 
 A row of V logits x and a target t: loss = log sum exp(x) - x[t], and in training x becomes (softmax(x) - onehot(t)) * dloss.
 exp overflows beyond 88, so everything is taken relative to the row's maximum m: p = exp(x - m) / sum exp(x - m), loss = log sum

@@ -3,7 +3,7 @@ The norm of all gradients, and the verdict on a step that follows from it: the t
 beside them to learn from. Section 4 of train_gpt2.cu has them.
 
     make dev/cuda/global_norm && ./dev/cuda/global_norm [--bench]        or, with nothing but the CUDA Toolkit:
-    nvcc -O3 -std=c++17 -arch=sm_90 dev/cuda/global_norm.cu -lcublas -lcublasLt -o global_norm
+    nvcc -O3 -std=c++17 -arch=sm_90 dev/cuda/global_norm.cu -lcublasLt -o global_norm
 
 norm = sqrt(sum of g^2) over the elements of all tensors. Gradients are multiplied by clip / norm where norm > clip. A step
 whose loss or norm is no finite number is skipped, and so is one whose loss or norm lies more than a given number of standard

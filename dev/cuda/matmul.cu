@@ -3,7 +3,7 @@ The three matmuls of a linear layer and the gradient of its bias: the trainer's,
 from. The trainer leaves matmuls to cuBLASLt; here is what such a library does about memory, as far as plain arithmetic goes.
 
     make dev/cuda/matmul && ./dev/cuda/matmul [--bench]        or, with nothing but the CUDA Toolkit:
-    nvcc -O3 -std=c++17 -arch=sm_90 dev/cuda/matmul.cu -lcublas -lcublasLt -o matmul
+    nvcc -O3 -std=c++17 -arch=sm_90 dev/cuda/matmul.cu -lcublasLt -o matmul
 
 With inp (rows, C), weight (OC, C), out and dout (rows, OC): out = inp W^T + bias, dinp = dout W, dW (+)= dout^T inp, dbias (+)=
 the sum of dout over its rows. C and OC are multiples of 8, rows can be any number. Sums are in fp32. Weight and bias gradients
