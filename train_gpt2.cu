@@ -2011,10 +2011,10 @@ constexpr int OPT_BLOCK = 256 * VEC;   // elements a block takes
 
 // What the optimizer sees of one parameter tensor (or of this rank's share of it). Fits in a kernel's arguments.
 struct OptTensor {
-    floatX* param;        // (n)
-    Grad grad;            // (n)
-    float *m, *v;         // (n)
-    float* master;        // (n) or null
+    floatX* param;        // (shares, n)
+    Grad grad;            // (shares, n)
+    float *m, *v;         // (shares, n)
+    float* master;        // (shares, n) or null
     size_t n, offset;     // multiples of VEC; offset: where this rank's share begins in the whole tensor
     float decay;          // weight decay: 2-D tensors alone
     float norm_weight;    // 1, or 0 where another rank counts this tensor into the norm
@@ -2023,26 +2023,37 @@ struct OptTensor {
 struct OptTable {
     OptTensor t[MAX_PARAMS];
     int count;
-    unsigned blocks;
+    unsigned blocks;      // in the launch
 };
-__device__ inline int opt_tensor_of_block(const OptTable& table, unsigned block) {
-    int t = 0;
-    while (t + 1 < table.count && table.t[t + 1].first_block <= block) t++;
-    return t;
-}
+// What this thread works on. Blocks begin anew at each share, so that with and without --zero 1 they have the same elements.
+struct OptPlace {
+    int tensor = 0;
+    size_t i;     // the first of VEC elements
+    bool there;   // false after the end of the share
+    __device__ explicit OptPlace(const OptTable& table) {
+        while (tensor + 1 < table.count && table.t[tensor + 1].first_block <= blockIdx.x) tensor++;
+        const OptTensor& t = table.t[tensor];
+        unsigned block = blockIdx.x - t.first_block, blocks = (unsigned)((t.n + OPT_BLOCK - 1) / OPT_BLOCK);   // of a share
+        size_t in_share = (size_t)(block % blocks) * OPT_BLOCK + threadIdx.x * VEC;
+        i = block / blocks * t.n + in_share;
+        there = in_share < t.n;
+    }
+};
 
 __global__ void square_sum_kernel(float* partial, OptTable table) {
     __shared__ float shared[8];
-    const OptTensor& t = table.t[opt_tensor_of_block(table, blockIdx.x)];
-    size_t i = (size_t)(blockIdx.x - t.first_block) * OPT_BLOCK + threadIdx.x * VEC;
+    const OptPlace at(table);
+    const OptTensor& t = table.t[at.tensor];
+    const size_t i = at.i;
     float sum = 0;
-    if (i < t.n) {
+    if (at.there) {
         Floats g = grad_load_vec(t.grad, i);
 #pragma unroll
+    unsigned elsewhere;   // blocks before it that other ranks have
         for (int k = 0; k < VEC; k++) sum += g[k] * g[k];
     }
     sum = block_sum_256(sum * t.norm_weight, shared);
-    if (threadIdx.x == 0) partial[blockIdx.x] = sum;
+    if (threadIdx.x == 0) partial[blockIdx.x + t.elsewhere] = sum;
 }
 
 __global__ void partial_sum_kernel(float* sum, const float* partial, unsigned n) {
@@ -2051,6 +2062,8 @@ __global__ void partial_sum_kernel(float* sum, const float* partial, unsigned n)
     for (unsigned i = threadIdx.x; i < n; i += 256) x += partial[i];
     x = block_sum_256(x, shared);
     if (threadIdx.x == 0) *sum = x;
+// partial has a place for each block of all ranks. They add up their partial sums (those of others are 0), and then the norm's
+// sum has one order, with and without --zero 1.
 }
 
 // The last values of the loss and of the gradient norm, to tell an outlier by its distance from their mean in standard
@@ -2112,10 +2125,10 @@ struct AdamW {
 __global__ void adamw_kernel(OptTable table, const Verdict* verdict, AdamW a) {
     if (verdict->skip) return;
     float clip = verdict->clip;
-    int which = opt_tensor_of_block(table, blockIdx.x);
-    const OptTensor& t = table.t[which];
-    size_t i = (size_t)(blockIdx.x - t.first_block) * OPT_BLOCK + threadIdx.x * VEC;
-    if (i >= t.n) return;
+    const OptPlace at(table);
+    if (!at.there) return;
+    const OptTensor& t = table.t[at.tensor];
+    const size_t i = at.i;
     Floats g = grad_load_vec(t.grad, i), m = load(t.m + i), v = load(t.v + i);
     Floats x = t.master != nullptr ? load(t.master + i) : load(t.param + i);
 #pragma unroll
@@ -2134,7 +2147,7 @@ __global__ void adamw_kernel(OptTable table, const Verdict* verdict, AdamW a) {
         Vec rounded;
 #pragma unroll
         for (int k = 0; k < VEC; k++)
-            rounded.x[k] = round_stochastic(x[k], (uint32_t)hash64(a.seed, a.step * MAX_PARAMS + which, t.offset + i + k));
+            rounded.x[k] = round_stochastic(x[k], (uint32_t)hash64(a.seed, a.step * MAX_PARAMS + at.tensor, t.offset + i + k));
         *reinterpret_cast<Vec*>(t.param + i) = rounded;
     }
 }
@@ -2170,9 +2183,10 @@ struct World {
 } world;
 
 // A tensor of n elements is shared out if that works evenly, in whole vectors; else every rank updates all of it.
-inline bool world_shards(size_t n) { return world.sharded && world.size > 1 && n % ((size_t)world.size * VEC) == 0; }
-inline size_t shard_size(size_t n) { return world_shards(n) ? n / world.size : n; }
-inline size_t shard_offset(size_t n) { return world_shards(n) ? n / world.size * world.rank : 0; }
+inline size_t world_share(size_t n) { return n % ((size_t)world.size * VEC) == 0 ? n / world.size : n; }
+inline bool world_shards(size_t n) { return world.sharded && world_share(n) < n; }
+inline size_t shard_size(size_t n) { return world_shards(n) ? world_share(n) : n; }
+inline size_t shard_offset(size_t n) { return world_shards(n) ? world_share(n) * world.rank : 0; }
 
 #ifdef MULTI_GPU
 void nccl_check(ncclResult_t result, const char* file, int line) {
@@ -2249,9 +2263,9 @@ double world_min(double mine) {
     return mine;
 #endif
 }
-void world_sum_float(float* x, cudaStream_t stream) {   // of one float on the device, in place
+void world_sum_floats(float* x, size_t n, cudaStream_t stream) {   // on the device, in place
 #ifdef MULTI_GPU
-    if (world.size > 1) ncclCheck(ncclAllReduce(x, x, 1, ncclFloat, ncclSum, world.nccl, stream));
+    if (world.size > 1) ncclCheck(ncclAllReduce(x, x, n, ncclFloat, ncclSum, world.nccl, stream));
 #else
     (void)x;
     (void)stream;
@@ -2299,6 +2313,7 @@ void world_group(bool begin) {   // NCCL runs what stands between as one launch
 // Every tensor on the device is a row of one table. The ledger prints the table, --estimate adds it up, and allocation walks
 // it: so what is announced and what is taken cannot differ.
 
+    (void)n;
 enum Kind { PARAM, GRAD, OPTIMIZER, SAVED, SCRATCH, WORKSPACE };
 enum Scope { LAYER, MODEL };
 const char* KIND_NAME[] = {"param", "grad", "optimizer", "saved", "scratch", "workspace"};
@@ -2553,20 +2568,16 @@ OptTable gpt2_opt_table(const GPT2& g, float weight_decay) {
     OptTable t = {};
     for (int p = 0; p < NUM_PARAMS; p++) {
         ParamShape s = param_shape(g.config, p);
-        size_t n = s.elements(), offset = shard_offset(n);
+        size_t n = s.elements(), offset = shard_offset(n), share = world_share(n), blocks = opt_blocks(n) / (n / shard_size(n));
         bool counts = !world.sharded || world_shards(n) || world.rank == 0;
-        t.t[p] = {g.param[p] + offset,          g.grad[p] + offset,   g.m[p],  g.v[p], g.master[p], shard_size(n), offset,
-                  s.cols ? weight_decay : 0.0f, counts ? 1.0f : 0.0f, t.blocks};
-        t.blocks += ceil_div(shard_size(n), OPT_BLOCK);
+        size_t first = all + offset / share * blocks;
+        t.t[p] = {g.param[p] + offset,          g.grad[p] + offset,   g.m[p],   g.v[p],                     g.master[p], share, offset,
+                  s.cols ? weight_decay : 0.0f, counts ? 1.0f : 0.0f, t.blocks, (unsigned)first - t.blocks};
+        t.blocks += (unsigned)blocks;
+        all += opt_blocks(n);
     }
     t.count = NUM_PARAMS;
     return t;
-}
-
-unsigned opt_blocks(const GPT2Config& c) {
-    unsigned blocks = 0;
-    for (int p = 0; p < NUM_PARAMS; p++) blocks += ceil_div(shard_size(param_shape(c, p).elements()), OPT_BLOCK);
-    return blocks;
 }
 
 // The table of a run. Nothing is allocated here, and a tensor that the run does not need keeps the null pointer it has.
@@ -2605,8 +2616,15 @@ Table gpt2_table(GPT2& g) {
         param_row("d_", p, &g.grad[p].p, g.grad[p].type, false, GRAD,
                   plan.micro_batches > 1 ? "one micro-batch a step (--total-batch)" : smaller);
         param_row("m_", p, &g.m[p], F32, true, OPTIMIZER, "--zero 1 on several GPUs");
+inline size_t opt_blocks(size_t n) { return n / world_share(n) * ceil_div(world_share(n), OPT_BLOCK); }   // of all ranks
+size_t gpt2_opt_blocks(const GPT2Config& c) {
+    size_t blocks = 0;
+    for (int p = 0; p < NUM_PARAMS; p++) blocks += opt_blocks(param_shape(c, p).elements());
+    return blocks;
+}
         param_row("v_", p, &g.v[p], F32, true, OPTIMIZER, "--zero 1 on several GPUs");
         if (plan.master && !kFP32) param_row("master_", p, &g.master[p], F32, true, OPTIMIZER, "--master-weights 0");
+    size_t all = 0;   // blocks of the tensors before, of all ranks
     }
 
     Kind kept = plan.training ? SAVED : SCRATCH;
@@ -2645,7 +2663,7 @@ Table gpt2_table(GPT2& g) {
         row("dresid", &g.dresid, FLOATX, {B, T, C}, SCRATCH, MODEL, batch);
         row("delta", &g.delta, F32, {B, NH, T}, SCRATCH, MODEL, batch);
         row("colsum", &g.colsum, F32, {std::max(colsum_scratch(C), attention_scratch(B, T, NH, NH, C / NH))}, SCRATCH, MODEL, batch);
-        row("squares", &g.squares, F32, {opt_blocks(c)}, SCRATCH, MODEL, smaller);
+        row("squares", &g.squares, F32, {gpt2_opt_blocks(c)}, SCRATCH, MODEL, smaller);
     }
     row("tokens", &g.tokens, I32, {token_ints(BT, c.V)}, SCRATCH, MODEL, batch);
     row("step_state", &g.state, BYTE, {sizeof(StepState)}, OPTIMIZER, MODEL, smaller);
@@ -2899,10 +2917,10 @@ Verdict gpt2_update(GPT2& g, const Hyper& h, uint64_t step) {
     OptTable table = gpt2_opt_table(g, h.weight_decay);
     square_sum_kernel<<<table.blocks, 256, 0, g.stream>>>(g.squares, table);
     cudaCheck(cudaGetLastError());
-    partial_sum_kernel<<<1, 256, 0, g.stream>>>(&g.state->square_sum, g.squares, table.blocks);
+    if (world.sharded) world_sum_floats(g.squares, squares, g.stream);   // x + 0 is x: exact in whatever order
+    partial_sum_kernel<<<1, 256, 0, g.stream>>>(&g.state->square_sum, g.squares, (unsigned)squares);
     cudaCheck(cudaGetLastError());
-    world_sum_float(&g.state->loss_sum, g.stream);
-    if (world.sharded) world_sum_float(&g.state->square_sum, g.stream);
+    world_sum_floats(&g.state->loss_sum, 1, g.stream);
     float loss_scale = 1.0f / ((float)g.plan.B * g.plan.T * g.plan.micro_batches * world.size);
     verdict_kernel<<<1, 1, 0, g.stream>>>(g.state, loss_scale, h.grad_clip, h.skip_loss_z, h.skip_grad_z);
     cudaCheck(cudaGetLastError());
@@ -2955,6 +2973,8 @@ std::string folder_of(const std::string& path) {
     size_t slash = path.rfind('/');
     return slash == std::string::npos ? "." : slash == 0 ? "/" : path.substr(0, slash);
 }
+    const size_t squares = gpt2_opt_blocks(g.config);
+    if (world.sharded) cudaCheck(cudaMemsetAsync(g.squares, 0, squares * sizeof(float), g.stream));
 
 // Opens a file with one of our headers. `remedy` ends every message: what to run to get a good one.
 FILE* open_with_header(const char* path, int32_t* header, int magic, const char* what, const char* remedy) {
