@@ -2199,23 +2199,48 @@ void world_init(int* argc, char*** argv) {
 #ifdef MULTI_GPU
     MPI_Init(argc, argv);
     atexit([] {   // --help and the like leave through exit(), and mpirun expects a farewell
+    MPI_Comm local = MPI_COMM_NULL;   // the ranks on this machine
         int done = 0;
         MPI_Finalized(&done);
         if (!done) MPI_Finalize();
     });
     MPI_Comm_rank(MPI_COMM_WORLD, &world.rank);
     MPI_Comm_size(MPI_COMM_WORLD, &world.size);
-    MPI_Comm local;   // the ranks on this machine, to give each a GPU of its own
-    MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, world.rank, MPI_INFO_NULL, &local);
-    MPI_Comm_rank(local, &world.local_rank);
-    MPI_Comm_free(&local);
+    MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, world.rank, MPI_INFO_NULL, &world.local);
+    MPI_Comm_rank(world.local, &world.local_rank);
+    const std::string remedy = "MPI does not know of the others; start it with mpirun, or with the --mpi that srun --mpi=list shows";
 #else
     (void)argc;
     (void)argv;
-    const char* ranks = getenv("OMPI_COMM_WORLD_SIZE");
-    if (ranks != nullptr && atoi(ranks) > 1)
-        fail("mpirun started %s processes, but this program was built for one and each would train alone; "
-             "build with: make %s MULTI_GPU=1", ranks, program_name);
+    const std::string remedy = std::string("this program was built for one; build with: make ") + program_name + " MULTI_GPU=1";
+#endif
+    // How many processes did a launcher start? In the shell of a SLURM job SLURM_NTASKS is set too: a step's tasks count.
+    const struct { const char *variable, *launcher; int more; } launchers[] = {
+        {"OMPI_COMM_WORLD_SIZE", "mpirun", 0}, {"MV2_COMM_WORLD_SIZE", "mpirun", 0}, {"PMI_SIZE", "mpirun", 0},
+        {"SLURM_STEP_NUM_TASKS", "srun", 0},   {"PMI_RANK", "mpirun", 1},            {"PMIX_RANK", "mpirun", 1},
+    };
+    for (auto& l : launchers) {
+        const char* value = getenv(l.variable);
+        if (world.size == 1 && value != nullptr && atoi(value) + l.more > 1)
+            fail("%s started several processes (%s=%s), and each would train alone: %s", l.launcher, l.variable, value, remedy.c_str());
+    }
+}
+// Every process needs a GPU of its own. Which ones it sees, and under which numbers, is up to its launcher (under SLURM often one
+// for each task, each of them number 0), so the processes of a machine compare bus addresses.
+void world_check_device(int device) {
+#ifdef MULTI_GPU
+    int ranks;
+    MPI_Comm_size(world.local, &ranks);
+    char mine[32] = "";
+    cudaCheck(cudaDeviceGetPCIBusId(mine, sizeof mine, device));
+    std::vector<char> all(ranks * sizeof mine);
+    MPI_Allgather(mine, sizeof mine, MPI_CHAR, all.data(), sizeof mine, MPI_CHAR, world.local);
+    for (int r = 0; r < world.local_rank; r++)
+        if (strcmp(&all[r * sizeof mine], mine) == 0)
+            fail("processes %d and %d of the %d on this machine share the GPU at %s; expected a GPU for each: start fewer, or have "
+                 "the launcher show each its own", r, world.local_rank, ranks, mine);
+#else
+    (void)device;
 #endif
 }
 void world_connect() {   // after cudaSetDevice
@@ -3421,7 +3446,7 @@ void state_save(GPT2& g, const RunState& r, const Loader& train, const std::stri
 RunState state_load(GPT2& g, Loader& train, const std::string& folder, int step) {
     const std::string path_text = checkpoint_path(folder, "state", step);
     const char* path = path_text.c_str();
-    const char* remedy = "remove this checkpoint's DONE file to resume from the one before, or start afresh with another --out";
+    const char* remedy = STATE_REMEDY;
     int32_t h[HEADER_INTS];
     FILE* f = open_with_header(path, h, 20240527, "the state of a run", remedy);
     if (h[1] != 1) fail("%s: expected version 1, found %d; %s", path, h[1], remedy);
@@ -4084,9 +4109,7 @@ int main(int argc, char** argv) {
         const int device = world.local_rank % devices;
         cudaCheck(cudaSetDevice(device));
         cudaCheck(cudaGetDeviceProperties(&prop, device));
-        if (world.local_rank >= devices && !strstr(prop.name, "CPU"))
-            fail("this machine has %d GPUs, and this is process %d on it; expected at most one process a GPU (mpirun -np)",
-                 devices, world.local_rank + 1);
+        world_check_device(device);
         run.peak_flops = device_peak_flops(prop, device, !kFP32 || s.tf32);
         if (!estimating) {   // before the memory is measured: both take some
             cublasCheck(cublasLtCreate(&matmul_state.handle));
