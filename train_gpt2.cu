@@ -839,12 +839,20 @@ void norm_unfold(Grad dweight,         // (OC, C) in: G, out: dW
 // cuBLASLt thinks in columns. A row-major (R, K) matrix is its column-major (K, R) one, so we ask it for the transpose of
 // what we want: D^T = op(A) op(B). Finding the algorithm for a shape takes tens of microseconds, so it is asked once a shape.
 
-constexpr size_t MATMUL_WORKSPACE = 32u << 20;   // bytes; what NVIDIA recommends for Hopper
+// A weight's gradient has few tiles and a long sum, so cuBLASLt splits the sum: each part takes an fp32 (OC, C) of workspace.
+// 64 MiB hold 7 parts of GPT-2 124M's fc, 4 of 350M's and 2 of 774M's: 400 tiles of 128 x 256 or more, three for each
+// multiprocessor of an H100. Larger weights have as many without a split.
+constexpr size_t MATMUL_WORKSPACE = (size_t)64 << 20;   // bytes, at most, unless --workspace says otherwise
+constexpr size_t MATMUL_SPLITS = 32;                    // a sum in more parts than these has parts too short to pay
+inline size_t matmul_workspace(size_t largest_weight) { return std::min(MATMUL_WORKSPACE, MATMUL_SPLITS * largest_weight * sizeof(float)); }
+
 struct Matmul {
     cublasLtHandle_t handle = nullptr;
-    void* workspace = nullptr;    // MATMUL_WORKSPACE bytes
+    void* workspace = nullptr;
+    size_t workspace_bytes = 0;
     bool tf32 = false;            // fp32 builds: let the tensor cores round inputs to 10 bits of mantissa
     int gelu_fusion = 0;          // 0: kernels of our own; 1: GELU in the forward's epilogue; 2: and in the backward's
+    int* missing = nullptr;       // tests: where to count products with a GELU that cuBLASLt cannot fuse; null: such a one ends the run
 } matmul_state;
 
 struct MatmulPlan {
@@ -853,6 +861,7 @@ struct MatmulPlan {
     bool trans_a, trans_b;
     DType out;
     cublasLtEpilogue_t epilogue;
+    size_t workspace;
     // what cuBLASLt made of it
     cublasLtMatmulDesc_t desc;
     cublasLtMatrixLayout_t A, B, D;
@@ -869,17 +878,18 @@ void matmul_set_pointers(MatmulPlan& p, const void* bias, const void* aux) {
     if (aux) cublasCheck(cublasLtMatmulDescSetAttribute(p.desc, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, &aux, sizeof aux));
 }
 
-MatmulPlan& matmul_plan(int m, int n, int k, int align, int bias_align, bool trans_a, bool trans_b, DType out,
+MatmulPlan* matmul_plan(int m, int n, int k, int align, int bias_align, bool trans_a, bool trans_b, DType out,
                         cublasLtEpilogue_t epilogue, const void* bias, const void* aux) {
+    const size_t workspace = matmul_state.workspace_bytes;
     static std::vector<MatmulPlan> plans;   // a dozen or two: a linear search is free beside a launch
     for (MatmulPlan& p : plans) {
         if (p.m != m || p.n != n || p.k != k || p.align != align || p.bias_align != bias_align || p.trans_a != trans_a ||
-            p.trans_b != trans_b || p.out != out || p.epilogue != epilogue)
+            p.trans_b != trans_b || p.out != out || p.epilogue != epilogue || p.workspace != workspace)
             continue;
         matmul_set_pointers(p, bias, aux);
-        return p;
+        return &p;
     }
-    MatmulPlan p = {m, n, k, align, bias_align, trans_a, trans_b, out, epilogue, {}, {}, {}, {}, {}};
+    MatmulPlan p = {m, n, k, align, bias_align, trans_a, trans_b, out, epilogue, workspace, {}, {}, {}, {}, {}};
     cublasComputeType_t compute = kFP32 && matmul_state.tf32 ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F;
     cublasCheck(cublasLtMatmulDescCreate(&p.desc, compute, CUDA_R_32F));
     cublasOperation_t ta = trans_a ? CUBLAS_OP_T : CUBLAS_OP_N, tb = trans_b ? CUBLAS_OP_T : CUBLAS_OP_N;
@@ -898,9 +908,12 @@ MatmulPlan& matmul_plan(int m, int n, int k, int align, int bias_align, bool tra
 
     cublasLtMatmulPreference_t preference;
     cublasCheck(cublasLtMatmulPreferenceCreate(&preference));
-    size_t workspace = MATMUL_WORKSPACE;
     cublasCheck(
         cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace, sizeof workspace));
+    // the parts of a split sum stay fp32: by default cuBLASLt may also add them up in the output's type, rounding each to bf16
+    uint32_t reduction = CUBLASLT_REDUCTION_SCHEME_NONE | CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
+    cublasCheck(
+        cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &reduction, sizeof reduction));
     uint32_t bytes = align;   // cuBLASLt would assume 256: a pointer into the middle of a tensor may have less
     for (auto which : {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
                        CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES})
@@ -909,13 +922,18 @@ MatmulPlan& matmul_plan(int m, int n, int k, int align, int bias_align, bool tra
     int count = 0;
     cublasStatus_t status =
         cublasLtMatmulAlgoGetHeuristic(matmul_state.handle, p.desc, p.A, p.B, p.D, p.D, preference, 1, &found, &count);
-    if (status != CUBLAS_STATUS_SUCCESS || count == 0)
+    cublasCheck(cublasLtMatmulPreferenceDestroy(preference));
+    const bool found_one = status == CUBLAS_STATUS_SUCCESS && count > 0;
+    if (!found_one && aux != nullptr && matmul_state.missing != nullptr) {
+        ++*matmul_state.missing;
+        return nullptr;
+    }
+    if (!found_one)
         fail("cuBLASLt has no algorithm for a matmul of m %d, n %d, k %d, output %s, epilogue %d (status %d)%s", m, n, k,
              dtype_name(out), (int)epilogue, (int)status, matmul_state.gelu_fusion ? "; --gelu-fusion 0 asks less of it" : "");
-    cublasCheck(cublasLtMatmulPreferenceDestroy(preference));
     p.algo = found.algo;
     plans.push_back(p);
-    return plans.back();
+    return &plans.back();
 }
 
 // D (n, m) = op(A) op(B), row-major as we see D; A and B as cuBLASLt sees them. beta 1 adds to D.
@@ -923,11 +941,12 @@ void matmul(void* D, DType out, const floatX* A, const floatX* B, int m, int n, 
             bool accumulate, cudaStream_t stream, cublasLtEpilogue_t epilogue = CUBLASLT_EPILOGUE_DEFAULT,
             const void* bias = nullptr, const void* aux = nullptr) {
     auto align = [](uintptr_t bits) { return (int)((bits | 256) & -(bits | 256)); };   // the lowest bit set in any pointer, up to 256
-    MatmulPlan& p = matmul_plan(m, n, k, align((uintptr_t)D | (uintptr_t)A | (uintptr_t)B | (uintptr_t)aux),
+    MatmulPlan* p = matmul_plan(m, n, k, align((uintptr_t)D | (uintptr_t)A | (uintptr_t)B | (uintptr_t)aux),
                                 align((uintptr_t)bias), trans_a, trans_b, out, epilogue, bias, aux);
+    if (p == nullptr) return;   // counted in matmul_state.missing
     float alpha = 1, beta = accumulate ? 1 : 0;
-    cublasCheck(cublasLtMatmul(matmul_state.handle, p.desc, &alpha, A, p.A, B, p.B, &beta, D, p.D, D, p.D, &p.algo,
-                               matmul_state.workspace, MATMUL_WORKSPACE, stream));
+    cublasCheck(cublasLtMatmul(matmul_state.handle, p->desc, &alpha, A, p->A, B, p->B, &beta, D, p->D, D, p->D, &p->algo,
+                               matmul_state.workspace, p->workspace, stream));
 }
 
 // out = inp W^T + bias
@@ -2009,7 +2028,8 @@ void loss_sum(float* sum,           // (1)
 constexpr int MAX_PARAMS = 16;
 constexpr int OPT_BLOCK = 256 * VEC;   // elements a block takes
 
-// What the optimizer sees of one parameter tensor (or of this rank's share of it). Fits in a kernel's arguments.
+// What the optimizer sees of one parameter tensor: all of its shares (n elements each, one share per rank), or with --zero 1 this
+// rank's. Fits in a kernel's arguments.
 struct OptTensor {
     floatX* param;        // (shares, n)
     Grad grad;            // (shares, n)
@@ -2019,6 +2039,7 @@ struct OptTensor {
     float decay;          // weight decay: 2-D tensors alone
     float norm_weight;    // 1, or 0 where another rank counts this tensor into the norm
     unsigned first_block; // of this tensor in the launch
+    unsigned elsewhere;   // blocks before it that other ranks have
 };
 struct OptTable {
     OptTensor t[MAX_PARAMS];
@@ -2040,6 +2061,8 @@ struct OptPlace {
     }
 };
 
+// partial has a place for each block of all ranks. They add up their partial sums (those of others are 0), and then the norm's
+// sum has one order, with and without --zero 1.
 __global__ void square_sum_kernel(float* partial, OptTable table) {
     __shared__ float shared[8];
     const OptPlace at(table);
@@ -2049,7 +2072,6 @@ __global__ void square_sum_kernel(float* partial, OptTable table) {
     if (at.there) {
         Floats g = grad_load_vec(t.grad, i);
 #pragma unroll
-    unsigned elsewhere;   // blocks before it that other ranks have
         for (int k = 0; k < VEC; k++) sum += g[k] * g[k];
     }
     sum = block_sum_256(sum * t.norm_weight, shared);
@@ -2062,8 +2084,6 @@ __global__ void partial_sum_kernel(float* sum, const float* partial, unsigned n)
     for (unsigned i = threadIdx.x; i < n; i += 256) x += partial[i];
     x = block_sum_256(x, shared);
     if (threadIdx.x == 0) *sum = x;
-// partial has a place for each block of all ranks. They add up their partial sums (those of others are 0), and then the norm's
-// sum has one order, with and without --zero 1.
 }
 
 // The last values of the loss and of the gradient norm, to tell an outlier by its distance from their mean in standard
@@ -2179,6 +2199,7 @@ struct World {
     bool sharded = false;   // --zero 1
 #ifdef MULTI_GPU
     ncclComm_t nccl = nullptr;
+    MPI_Comm local = MPI_COMM_NULL;   // the ranks on this machine
 #endif
 } world;
 
@@ -2199,7 +2220,6 @@ void world_init(int* argc, char*** argv) {
 #ifdef MULTI_GPU
     MPI_Init(argc, argv);
     atexit([] {   // --help and the like leave through exit(), and mpirun expects a farewell
-    MPI_Comm local = MPI_COMM_NULL;   // the ranks on this machine
         int done = 0;
         MPI_Finalized(&done);
         if (!done) MPI_Finalize();
@@ -2293,6 +2313,7 @@ void world_sum_floats(float* x, size_t n, cudaStream_t stream) {   // on the dev
     if (world.size > 1) ncclCheck(ncclAllReduce(x, x, n, ncclFloat, ncclSum, world.nccl, stream));
 #else
     (void)x;
+    (void)n;
     (void)stream;
 #endif
 }
@@ -2338,7 +2359,6 @@ void world_group(bool begin) {   // NCCL runs what stands between as one launch
 // Every tensor on the device is a row of one table. The ledger prints the table, --estimate adds it up, and allocation walks
 // it: so what is announced and what is taken cannot differ.
 
-    (void)n;
 enum Kind { PARAM, GRAD, OPTIMIZER, SAVED, SCRATCH, WORKSPACE };
 enum Scope { LAYER, MODEL };
 const char* KIND_NAME[] = {"param", "grad", "optimizer", "saved", "scratch", "workspace"};
@@ -2388,8 +2408,7 @@ void table_allocate(Table& table) {
         if (error == cudaErrorMemoryAllocation) {
             cudaGetLastError();   // it would come up again at the next launch
             std::vector<const Row*> largest;
-            for (const Row& row : table)
-                if (row.kind != WORKSPACE) largest.push_back(&row);   // nobody can shrink that
+            for (const Row& row : table) largest.push_back(&row);
             std::sort(largest.begin(), largest.end(), [](const Row* a, const Row* b) { return a->bytes() > b->bytes(); });
             std::string text;
             for (size_t i = 0; i < 3 && i < largest.size(); i++) {
@@ -2523,17 +2542,29 @@ struct Plan {
     bool training;        // false: one layer's activations serve all layers, and there are no gradients
     int recompute;        // 0: keep all; 1: compute GELU again in backward; 2: the norms as well
     bool master;          // fp32 copies of bf16 weights
-    int loss_chunks;      // 0: chunks of about 256 MB of logits
+    int chunk_rows;       // rows of logits that exist at a time; 0: all
+    size_t workspace;     // bytes for cuBLASLt; 0: what this model can use
 };
 // What -r finds left to do: codes leave no GELU to compute again, and a shared norm no norm.
 inline bool recomputes_act(const Plan& p) { return p.recompute >= 1 && kActBits == 0; }
 inline bool recomputes_norm(const Plan& p) { return p.recompute >= 2 && !kSharedNorm; }
 
-inline int plan_chunk_rows(const Plan& p, int Vp) {
+// Rows of a chunk of logits, so that there are `chunks` of them: a multiple of 256 (whole tiles of a matmul) where that makes as
+// many, so that only the last chunk is smaller.
+inline int loss_chunk_rows(size_t rows, size_t chunks) {
+    size_t each = ceil_div(rows, chunks), whole = (each + 255) / 256 * 256;
+    return (int)std::min(rows, ceil_div(rows, whole) == ceil_div(rows, each) ? whole : each);
+}
+// --loss-chunks auto: as few chunks as keep each below so many bytes, or at 256 rows. 1 GiB keeps every multiprocessor of a large
+// GPU busy with one chunk (9472 rows at V 50257 in bf16); 256 MiB is for devices on which that does not fit.
+constexpr size_t CHUNK_BYTES = (size_t)1 << 30, SMALL_CHUNK_BYTES = (size_t)256 << 20;
+inline int loss_auto_rows(size_t rows, int Vp, size_t bytes) {
+    size_t most = std::max<size_t>(256, bytes / (Vp * sizeof(floatX)) / 256 * 256);
+    return loss_chunk_rows(rows, ceil_div(rows, most));
+}
+inline size_t plan_chunk_rows(const Plan& p) {
     size_t rows = (size_t)p.B * p.T;
-    size_t chunks = p.loss_chunks;
-    if (chunks == 0) chunks = rows * Vp * sizeof(floatX) / ((size_t)256 << 20) + 1;
-    return ceil_div(rows, std::min(chunks, rows));
+    return p.chunk_rows ? std::min<size_t>(rows, p.chunk_rows) : rows;
 }
 
 struct GPT2 {
@@ -2589,8 +2620,15 @@ struct GPT2 {
 inline size_t token_cap(size_t BT, int V) { return std::min(BT, (size_t)V); }
 inline size_t token_ints(size_t BT, int V) { return 3 * BT + 2 * token_cap(BT, V) + 1; }
 
+inline size_t opt_blocks(size_t n) { return n / world_share(n) * ceil_div(world_share(n), OPT_BLOCK); }   // of all ranks
+size_t gpt2_opt_blocks(const GPT2Config& c) {
+    size_t blocks = 0;
+    for (int p = 0; p < NUM_PARAMS; p++) blocks += opt_blocks(param_shape(c, p).elements());
+    return blocks;
+}
 OptTable gpt2_opt_table(const GPT2& g, float weight_decay) {
     OptTable t = {};
+    size_t all = 0;   // blocks of the tensors before, of all ranks
     for (int p = 0; p < NUM_PARAMS; p++) {
         ParamShape s = param_shape(g.config, p);
         size_t n = s.elements(), offset = shard_offset(n), share = world_share(n), blocks = opt_blocks(n) / (n / shard_size(n));
@@ -2641,15 +2679,8 @@ Table gpt2_table(GPT2& g) {
         param_row("d_", p, &g.grad[p].p, g.grad[p].type, false, GRAD,
                   plan.micro_batches > 1 ? "one micro-batch a step (--total-batch)" : smaller);
         param_row("m_", p, &g.m[p], F32, true, OPTIMIZER, "--zero 1 on several GPUs");
-inline size_t opt_blocks(size_t n) { return n / world_share(n) * ceil_div(world_share(n), OPT_BLOCK); }   // of all ranks
-size_t gpt2_opt_blocks(const GPT2Config& c) {
-    size_t blocks = 0;
-    for (int p = 0; p < NUM_PARAMS; p++) blocks += opt_blocks(param_shape(c, p).elements());
-    return blocks;
-}
         param_row("v_", p, &g.v[p], F32, true, OPTIMIZER, "--zero 1 on several GPUs");
         if (plan.master && !kFP32) param_row("master_", p, &g.master[p], F32, true, OPTIMIZER, "--master-weights 0");
-    size_t all = 0;   // blocks of the tensors before, of all ranks
     }
 
     Kind kept = plan.training ? SAVED : SCRATCH;
@@ -2682,7 +2713,7 @@ size_t gpt2_opt_blocks(const GPT2Config& c) {
         row("fold_w", &g.fold_w, FLOATX, {4 * C, C}, SCRATCH, MODEL, smaller);
         row("fold_b", &g.fold_b, FLOATX, {4 * C}, SCRATCH, MODEL, smaller);
     }
-    row("logits", &g.logits, FLOATX, {(size_t)plan_chunk_rows(plan, c.Vp), (size_t)c.Vp}, SCRATCH, MODEL, chunks);
+    row("logits", &g.logits, FLOATX, {plan_chunk_rows(plan), (size_t)c.Vp}, SCRATCH, MODEL, chunks);
     row("losses", &g.losses, F32, {B, T}, SCRATCH, MODEL, batch);
     if (plan.training) {
         row("dresid", &g.dresid, FLOATX, {B, T, C}, SCRATCH, MODEL, batch);
@@ -2692,7 +2723,8 @@ size_t gpt2_opt_blocks(const GPT2Config& c) {
     }
     row("tokens", &g.tokens, I32, {token_ints(BT, c.V)}, SCRATCH, MODEL, batch);
     row("step_state", &g.state, BYTE, {sizeof(StepState)}, OPTIMIZER, MODEL, smaller);
-    row("workspace", &g.workspace, BYTE, {MATMUL_WORKSPACE}, WORKSPACE, MODEL, "nothing: its size is fixed");
+    size_t workspace = plan.workspace ? plan.workspace : matmul_workspace(C * std::max<size_t>(4 * C, c.Vp));
+    row("workspace", &g.workspace, BYTE, {workspace}, WORKSPACE, MODEL, "--workspace");
     return table;
 }
 
@@ -2713,6 +2745,7 @@ void gpt2_allocate(GPT2& g) {
     g.table = gpt2_table(g);
     table_allocate(g.table);
     matmul_state.workspace = g.workspace;
+    matmul_state.workspace_bytes = g.table.back().bytes();
     if (matmul_state.handle == nullptr) cublasCheck(cublasLtCreate(&matmul_state.handle));
     cudaCheck(cudaMemsetAsync(g.state, 0, sizeof(StepState), g.stream));
     for (int p = 0; p < NUM_PARAMS; p++) {
@@ -2850,7 +2883,7 @@ void gpt2_loss(GPT2& g, int B, int T, bool train, bool first_micro_batch) {
     NvtxRange range("loss");
     const int C = g.config.C, V = g.config.V, Vp = g.config.Vp, BT = B * T;
     const int* targets = g.tokens + BT;
-    const int chunk = std::min(plan_chunk_rows(g.plan, Vp), BT);
+    const int chunk = std::min((int)plan_chunk_rows(g.plan), BT);
     const float dloss = 1.0f / ((float)BT * g.plan.micro_batches * world.size);
     for (int r = 0; r < BT; r += chunk) {
         int rows = std::min(chunk, BT - r);
@@ -2940,6 +2973,8 @@ Verdict gpt2_update(GPT2& g, const Hyper& h, uint64_t step) {
     world_group(false);
 
     OptTable table = gpt2_opt_table(g, h.weight_decay);
+    const size_t squares = gpt2_opt_blocks(g.config);
+    if (world.sharded) cudaCheck(cudaMemsetAsync(g.squares, 0, squares * sizeof(float), g.stream));
     square_sum_kernel<<<table.blocks, 256, 0, g.stream>>>(g.squares, table);
     cudaCheck(cudaGetLastError());
     if (world.sharded) world_sum_floats(g.squares, squares, g.stream);   // x + 0 is x: exact in whatever order
@@ -2998,8 +3033,6 @@ std::string folder_of(const std::string& path) {
     size_t slash = path.rfind('/');
     return slash == std::string::npos ? "." : slash == 0 ? "/" : path.substr(0, slash);
 }
-    const size_t squares = gpt2_opt_blocks(g.config);
-    if (world.sharded) cudaCheck(cudaMemsetAsync(g.squares, 0, squares * sizeof(float), g.stream));
 
 // Opens a file with one of our headers. `remedy` ends every message: what to run to get a good one.
 FILE* open_with_header(const char* path, int32_t* header, int magic, const char* what, const char* remedy) {
@@ -3407,6 +3440,7 @@ struct RunState {
     int not_finite_in_row = 0;
     size_t epoch = 0, shard = 0, window = 0;
 };
+const char* STATE_REMEDY = "remove this checkpoint's DONE file to resume from the one before, or start afresh with another --out";
 std::string checkpoint_path(const std::string& folder, const char* kind, int step) {
     char name[64];
     if (strcmp(kind, "state") == 0) snprintf(name, sizeof name, "/state_%08d_%05d.bin", step, world.rank);
@@ -3426,7 +3460,9 @@ void state_save(GPT2& g, const RunState& r, const Loader& train, const std::stri
     h[10] = r.step;
     h[11] = train.T;   // a position in the data means something in the same data alone
     h[12] = (int)train.shards.size();
+    h[13] = g.plan.chunk_rows;
     memcpy(&h[14], &tokens, 8);
+    h[16] = g.plan.B;
     memcpy(&h[20], &g.seed, 8);
     h[22] = g.updates;
     memcpy(&h[30], &r.shard, 8);
@@ -3441,6 +3477,16 @@ void state_save(GPT2& g, const RunState& r, const Loader& train, const std::stri
                 write_device(f, tensors[p], shard_size(param_shape(g.config, p).elements()) * sizeof(float), staging);
     write_device(f, &g.state->history, sizeof(History), staging);
     f.commit();
+}
+// What a run has chosen by the memory that was free, and keeps when it is resumed: with another batch, or other chunks of the
+// loss, sums would have another order and other bits.
+Plan state_plan(const std::string& folder, int step) {
+    int32_t h[HEADER_INTS];
+    fclose(open_with_header(checkpoint_path(folder, "state", step).c_str(), h, 20240527, "the state of a run", STATE_REMEDY));
+    Plan was = {};
+    was.B = std::max(h[16], 0);
+    was.chunk_rows = std::max(h[13], 0);
+    return was;
 }
 // Puts model and loader where the run stood after `step` steps. A run that only evaluates needs no more than to know the step.
 RunState state_load(GPT2& g, Loader& train, const std::string& folder, int step) {
@@ -3793,7 +3839,7 @@ struct Settings {
     std::string train_data = "data/train.bin", val_data = "data/val.bin", model = "gpt2:d12", out, schedule = "cosine", log,
                 estimate, tokenizer;
     int64_t B = 4, T = 1024, total_batch = 0, steps = -1, warmup = 0, seed = 1337;
-    int64_t recompute = 1, master = 1, loss_chunks = 0, gelu_fusion = 0, tf32 = 1, zero = 0;
+    int64_t recompute = 1, master = 1, loss_chunks = 0, workspace = 0, gelu_fusion = 0, tf32 = 1, zero = 0;
     int64_t val_every = 20, val_batches = 20, sample_every = 20, sample_tokens = 64, top_k = 40, overfit = 0;
     int64_t checkpoint_every = 0, keep = 0, resume = 0;
     double lr = 3e-4, final_fraction = 1.0, weight_decay = 0, grad_clip = 1.0, skip_loss_z = 0, skip_grad_z = 0, temperature = 0.8;
@@ -3821,7 +3867,8 @@ Options settings_options(Settings& s) {
         {"seed", "", INTEGER, &s.seed, 0, BIG, "1337", "of weights, data order, rounding and samples", ""},
         {"recompute", "-r", INTEGER, &s.recompute, 0, 2, "1", "keep less for backward: 1: GELU, 2: and norms, are computed again", ""},
         {"master-weights", "-w", INTEGER, &s.master, 0, 1, "1", "fp32 copies of bf16 weights; 0: stochastic rounding instead", ""},
-        {"loss-chunks", "", AUTO_INTEGER, &s.loss_chunks, 1, BIG, "auto", "parts in which logits are made; auto: near 256 MB each", ""},
+        {"loss-chunks", "", AUTO_INTEGER, &s.loss_chunks, 1, BIG, "auto", "parts in which logits are made; auto: below 1 GiB each, or 256 MiB where memory is short", ""},
+        {"workspace", "", AUTO_INTEGER, &s.workspace, 1, 1 << 20, "auto", "MiB for cuBLASLt's partial sums; auto: what the model can use, up to 64", ""},
         {"gelu-fusion", "-ge", INTEGER, &s.gelu_fusion, 0, 2, "0", "GELU in cuBLASLt's epilogue: 1: forward, 2: and backward", ""},
         {"tf32", "-f", INTEGER, &s.tf32, 0, 1, "1", "fp32 builds: tensor cores for matmuls", ""},
         {"zero", "-z", INTEGER, &s.zero, 0, 1, "0", "several GPUs: each keeps a share of the optimizer's state", ""},
@@ -3869,24 +3916,36 @@ int64_t micro_batches(const Settings& s, int64_t B) {
     return s.total_batch == 0 ? 1 : s.total_batch % tokens == 0 ? s.total_batch / tokens : 0;
 }
 
-// B as given, or for auto the largest power of two, up to `data_batch`, whose tensors fit into `free_bytes`.
-void choose_plan(GPT2& g, const Settings& s, const Options& o, size_t free_bytes, size_t data_batch) {
+// B as given; for auto that of the run which is resumed (`was`, or zeros), or the largest power of two, up to `data_batch`, whose
+// tensors fit into `free_bytes`. Chunks of the loss as given; for auto those of the run, or large ones if they fit. With
+// `free_bytes` 0 no device is visible, and everything fits.
+void choose_plan(GPT2& g, const Settings& s, const Options& o, size_t free_bytes, size_t data_batch, const Plan& was) {
     const std::string batch = typed(o, "batch");
-    g.plan = {(int)s.B, (int)s.T, 1, s.steps != 0, (int)s.recompute, s.master != 0, (int)s.loss_chunks};
+    g.plan = {(int)s.B, (int)s.T, 1, s.steps != 0, (int)s.recompute, s.master != 0, 0, (size_t)s.workspace << 20};
+    auto set = [&](int64_t B, size_t chunk_bytes) {
+        const size_t rows = (size_t)B * s.T;
+        g.plan.B = (int)B;
+        g.plan.micro_batches = (int)micro_batches(s, B);
+        if (s.loss_chunks) g.plan.chunk_rows = loss_chunk_rows(rows, std::min<size_t>(rows, s.loss_chunks));
+        else if (B == was.B && was.chunk_rows > 0) g.plan.chunk_rows = was.chunk_rows;
+        else g.plan.chunk_rows = loss_auto_rows(rows, g.config.Vp, chunk_bytes);
+    };
+    auto fits = [&] {
+        const size_t page = 2 << 20;   // cudaMalloc's, for tensors that have it
+        size_t need = 0;
+        for (const Row& r : gpt2_table(g)) need += r.bytes() < page / 2 ? r.bytes() : (r.bytes() + page - 1) / page * page;
+        return free_bytes == 0 || need <= free_bytes - free_bytes / 32;   // the libraries load their kernels when they are first called
+    };
     if (s.B == 0) {
-        for (int64_t B = 1; B <= (int64_t)data_batch && B * s.T < 1 << 30; B *= 2) {
+        auto takes = [&](int64_t B) { return set(B, SMALL_CHUNK_BYTES), fits(); };
+        const bool keeps = was.B > 0 && was.B <= (int64_t)data_batch && micro_batches(s, was.B) > 0 && takes(was.B);
+        int64_t most = keeps ? was.B : 0;
+        for (int64_t B = 1; !keeps && B <= (int64_t)data_batch && B * s.T < 1 << 30; B *= 2) {
             if (micro_batches(s, B) == 0) continue;
-            Plan last = g.plan;
-            g.plan.B = (int)B;
-            g.plan.micro_batches = (int)micro_batches(s, B);
-            const size_t page = 2 << 20;   // cudaMalloc's, for tensors that have it
-            size_t need = 0;
-            for (const Row& r : gpt2_table(g)) need += r.bytes() < page / 2 ? r.bytes() : (r.bytes() + page - 1) / page * page;
-            if (need > free_bytes - free_bytes / 32) {   // the libraries load their kernels when they are first called
-                g.plan = last;
-                break;
-            }
+            if (!takes(B)) break;
+            most = B;
         }
+        g.plan.B = (int)most;
         if (g.plan.B == 0)
             fail(
                 "%s auto: not even one sequence of %lld tokens fits into the %.1f MiB that are free%s; --estimate -b 1 shows "
@@ -3897,7 +3956,7 @@ void choose_plan(GPT2& g, const Settings& s, const Options& o, size_t free_bytes
     if (BT >= 1 << 30)
         fail_usage("%s %lld: %lld tokens in one micro-batch; expected fewer than 2^30", batch.c_str(), (long long)B,
                    (long long)BT);
-    g.plan.micro_batches = (int)micro_batches(s, B);
+    set(B, CHUNK_BYTES);
     if (g.plan.micro_batches == 0)
         fail_usage("%s %lld: expected a multiple of batch * seq-len * GPUs = %lld * %lld * %d = %lld",
                    typed(o, "total-batch").c_str(), (long long)s.total_batch, (long long)B, (long long)s.T, world.size,
@@ -3905,6 +3964,7 @@ void choose_plan(GPT2& g, const Settings& s, const Options& o, size_t free_bytes
     if (s.loss_chunks > BT)
         fail_usage("%s %lld: a micro-batch has %lld rows, so expected at most that", typed(o, "loss-chunks").c_str(),
                    (long long)s.loss_chunks, (long long)BT);
+    if (!fits()) set(B, SMALL_CHUNK_BYTES);
 }
 
 // A folder that can be written to, found out now and not after an hour of training.
@@ -4140,7 +4200,8 @@ int main(int argc, char** argv) {
         loader_open(run.val, typed(o, "val-data").c_str(), s.val_data.c_str(), (int)s.T, g.config.V, false, g.seed);
         data_batch = std::min(data_batch, loader_largest_batch(run.val));
     }
-    choose_plan(g, s, o, free_bytes, data_batch);
+    const Plan was = run.resume_step >= 0 && s.steps != 0 ? state_plan(s.out, run.resume_step) : Plan{};
+    choose_plan(g, s, o, free_bytes, data_batch, was);
     const size_t BT = (size_t)g.plan.B * g.plan.T, kept_layers = g.plan.training ? g.config.L : 1;
     const std::string mode = gpt2_mode(g.plan);
     if (estimating) {
@@ -4148,7 +4209,7 @@ int main(int argc, char** argv) {
         if (speaks && s.estimate == "json") table_print_json(table);
         if (!speaks || s.estimate == "json") return 0;
         table_print(table, kept_layers, BT * g.config.C, mode.c_str(), true);
-        if (!have_device) printf("no GPU is visible here, so whether this fits is for you to say\n");
+        if (!have_device) printf("no GPU is visible here, so whether this fits is for you to say; chunks of logits are as if it did\n");
         else printf("%s has %.1f MiB, %.1f MiB of them free: this %s\n", prop.name, total_bytes / 1048576.0, free_bytes / 1048576.0,
                     table_bytes(table) < free_bytes ? "fits" : "does not fit");
         return 0;
@@ -4202,6 +4263,9 @@ int main(int argc, char** argv) {
         printf("resumed at step %d from %s\n", run.state.step, model_file.c_str());
         if (given(o, "seed") && (uint64_t)s.seed != g.seed)
             printf("note: the run goes on with its own seed, %llu\n", (unsigned long long)g.seed);
+        if (was.B == g.plan.B && was.chunk_rows != g.plan.chunk_rows)
+            printf("note: logits come in chunks of %d rows, of %d until now: sums round otherwise than in one run\n", g.plan.chunk_rows,
+                   was.chunk_rows);
     }
     if (!s.log.empty() && speaks) log_open(run.log, s, o, run.resume_step);   // after all that could still refuse to run
     struct sigaction action = {};
