@@ -159,7 +159,7 @@ GENCODE := $(foreach a,$(ARCHS),-gencode arch=compute_$(a:PTX=90),code=$(if $(fi
 
 COMPILE := $(NVCC) -O3 -std=c++17 -lineinfo $(if $(word 2,$(ARCHS)),--threads 0) $(GENCODE) \
            $(if $(filter 1,$(PTXAS)),-Xptxas -v) $(DEFINES) $(NVCCFLAGS)
-LIBS    += -lcublas -lcublasLt $(if $(filter 1,$(MULTI_GPU)),-lnccl)
+LIBS    += -lcublasLt $(if $(filter 1,$(MULTI_GPU)),-lnccl)
 
 $(ALL:%=$(OUT)%): $(OUT)%: %.cu $(INTO)/flags
 	@rm -f $@

@@ -2,7 +2,7 @@
 GPT-2 in one file: training and fine-tuning in CUDA C, with every layer's forward and backward written out.
 
     make train_gpt2                                              # or, on one GPU and nothing but the CUDA Toolkit:
-    nvcc -O3 -std=c++17 -arch=sm_90 train_gpt2.cu -lcublas -lcublasLt -o train_gpt2
+    nvcc -O3 -std=c++17 -arch=sm_90 train_gpt2.cu -lcublasLt -o train_gpt2
     ./train_gpt2 -e gpt2:L4,H4,C128,T64,V257 -i data/train.bin -j data/val.bin -b 16 -t 64
     ./train_gpt2 --estimate -e d12 -b 64 -t 1024                 # what it would take, before anything is allocated
     ./train_gpt2 --help
@@ -853,12 +853,20 @@ void norm_unfold(Grad dweight,         // (OC, C) in: G, out: dW
 // cuBLASLt thinks in columns. A row-major (R, K) matrix is its column-major (K, R) one, so we ask it for the transpose of
 // what we want: D^T = op(A) op(B). Finding the algorithm for a shape takes tens of microseconds, so it is asked once a shape.
 
-constexpr size_t MATMUL_WORKSPACE = 32u << 20;   // bytes; what NVIDIA recommends for Hopper
+// A weight's gradient has few tiles and a long sum, so cuBLASLt splits the sum: each part takes an fp32 (OC, C) of workspace.
+// 64 MiB hold 7 parts of GPT-2 124M's fc, 4 of 350M's and 2 of 774M's: 400 tiles of 128 x 256 or more, three for each
+// multiprocessor of an H100. Larger weights have as many without a split.
+constexpr size_t MATMUL_WORKSPACE = (size_t)64 << 20;   // bytes, at most, unless --workspace says otherwise
+constexpr size_t MATMUL_SPLITS = 32;                    // a sum in more parts than these has parts too short to pay
+inline size_t matmul_workspace(size_t largest_weight) { return std::min(MATMUL_WORKSPACE, MATMUL_SPLITS * largest_weight * sizeof(float)); }
+
 struct Matmul {
     cublasLtHandle_t handle = nullptr;
-    void* workspace = nullptr;    // MATMUL_WORKSPACE bytes
+    void* workspace = nullptr;
+    size_t workspace_bytes = 0;
     bool tf32 = false;            // fp32 builds: let the tensor cores round inputs to 10 bits of mantissa
     int gelu_fusion = 0;          // 0: kernels of our own; 1: GELU in the forward's epilogue; 2: and in the backward's
+    int* missing = nullptr;       // tests: where to count products with a GELU that cuBLASLt cannot fuse; null: such a one ends the run
 } matmul_state;
 
 struct MatmulPlan {
@@ -867,6 +875,7 @@ struct MatmulPlan {
     bool trans_a, trans_b;
     DType out;
     cublasLtEpilogue_t epilogue;
+    size_t workspace;
     // what cuBLASLt made of it
     cublasLtMatmulDesc_t desc;
     cublasLtMatrixLayout_t A, B, D;
@@ -883,17 +892,18 @@ void matmul_set_pointers(MatmulPlan& p, const void* bias, const void* aux) {
     if (aux) cublasCheck(cublasLtMatmulDescSetAttribute(p.desc, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, &aux, sizeof aux));
 }
 
-MatmulPlan& matmul_plan(int m, int n, int k, int align, int bias_align, bool trans_a, bool trans_b, DType out,
+MatmulPlan* matmul_plan(int m, int n, int k, int align, int bias_align, bool trans_a, bool trans_b, DType out,
                         cublasLtEpilogue_t epilogue, const void* bias, const void* aux) {
+    const size_t workspace = matmul_state.workspace_bytes;
     static std::vector<MatmulPlan> plans;   // a dozen or two: a linear search is free beside a launch
     for (MatmulPlan& p : plans) {
         if (p.m != m || p.n != n || p.k != k || p.align != align || p.bias_align != bias_align || p.trans_a != trans_a ||
-            p.trans_b != trans_b || p.out != out || p.epilogue != epilogue)
+            p.trans_b != trans_b || p.out != out || p.epilogue != epilogue || p.workspace != workspace)
             continue;
         matmul_set_pointers(p, bias, aux);
-        return p;
+        return &p;
     }
-    MatmulPlan p = {m, n, k, align, bias_align, trans_a, trans_b, out, epilogue, {}, {}, {}, {}, {}};
+    MatmulPlan p = {m, n, k, align, bias_align, trans_a, trans_b, out, epilogue, workspace, {}, {}, {}, {}, {}};
     cublasComputeType_t compute = kFP32 && matmul_state.tf32 ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F;
     cublasCheck(cublasLtMatmulDescCreate(&p.desc, compute, CUDA_R_32F));
     cublasOperation_t ta = trans_a ? CUBLAS_OP_T : CUBLAS_OP_N, tb = trans_b ? CUBLAS_OP_T : CUBLAS_OP_N;
@@ -912,9 +922,12 @@ MatmulPlan& matmul_plan(int m, int n, int k, int align, int bias_align, bool tra
 
     cublasLtMatmulPreference_t preference;
     cublasCheck(cublasLtMatmulPreferenceCreate(&preference));
-    size_t workspace = MATMUL_WORKSPACE;
     cublasCheck(
         cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace, sizeof workspace));
+    // the parts of a split sum stay fp32: by default cuBLASLt may also add them up in the output's type, rounding each to bf16
+    uint32_t reduction = CUBLASLT_REDUCTION_SCHEME_NONE | CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
+    cublasCheck(
+        cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &reduction, sizeof reduction));
     uint32_t bytes = align;   // cuBLASLt would assume 256: a pointer into the middle of a tensor may have less
     for (auto which : {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
                        CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES})
@@ -923,13 +936,18 @@ MatmulPlan& matmul_plan(int m, int n, int k, int align, int bias_align, bool tra
     int count = 0;
     cublasStatus_t status =
         cublasLtMatmulAlgoGetHeuristic(matmul_state.handle, p.desc, p.A, p.B, p.D, p.D, preference, 1, &found, &count);
-    if (status != CUBLAS_STATUS_SUCCESS || count == 0)
+    cublasCheck(cublasLtMatmulPreferenceDestroy(preference));
+    const bool found_one = status == CUBLAS_STATUS_SUCCESS && count > 0;
+    if (!found_one && aux != nullptr && matmul_state.missing != nullptr) {
+        ++*matmul_state.missing;
+        return nullptr;
+    }
+    if (!found_one)
         fail("cuBLASLt has no algorithm for a matmul of m %d, n %d, k %d, output %s, epilogue %d (status %d)%s", m, n, k,
              dtype_name(out), (int)epilogue, (int)status, matmul_state.gelu_fusion ? "; --gelu-fusion 0 asks less of it" : "");
-    cublasCheck(cublasLtMatmulPreferenceDestroy(preference));
     p.algo = found.algo;
     plans.push_back(p);
-    return plans.back();
+    return &plans.back();
 }
 
 // D (n, m) = op(A) op(B), row-major as we see D; A and B as cuBLASLt sees them. beta 1 adds to D.
@@ -937,11 +955,12 @@ void matmul(void* D, DType out, const floatX* A, const floatX* B, int m, int n, 
             bool accumulate, cudaStream_t stream, cublasLtEpilogue_t epilogue = CUBLASLT_EPILOGUE_DEFAULT,
             const void* bias = nullptr, const void* aux = nullptr) {
     auto align = [](uintptr_t bits) { return (int)((bits | 256) & -(bits | 256)); };   // the lowest bit set in any pointer, up to 256
-    MatmulPlan& p = matmul_plan(m, n, k, align((uintptr_t)D | (uintptr_t)A | (uintptr_t)B | (uintptr_t)aux),
+    MatmulPlan* p = matmul_plan(m, n, k, align((uintptr_t)D | (uintptr_t)A | (uintptr_t)B | (uintptr_t)aux),
                                 align((uintptr_t)bias), trans_a, trans_b, out, epilogue, bias, aux);
+    if (p == nullptr) return;   // counted in matmul_state.missing
     float alpha = 1, beta = accumulate ? 1 : 0;
-    cublasCheck(cublasLtMatmul(matmul_state.handle, p.desc, &alpha, A, p.A, B, p.B, &beta, D, p.D, D, p.D, &p.algo,
-                               matmul_state.workspace, MATMUL_WORKSPACE, stream));
+    cublasCheck(cublasLtMatmul(matmul_state.handle, p->desc, &alpha, A, p->A, B, p->B, &beta, D, p->D, D, p->D, &p->algo,
+                               matmul_state.workspace, p->workspace, stream));
 }
 
 // out = inp W^T + bias
@@ -2038,40 +2057,54 @@ void loss_sum(float* sum,           // (1)
 constexpr int MAX_PARAMS = 16;
 constexpr int OPT_BLOCK = 256 * VEC;   // elements a block takes
 
-// What the optimizer sees of one parameter tensor (or of this rank's share of it). Fits in a kernel's arguments.
+// What the optimizer sees of one parameter tensor: all of its shares (n elements each, one share per rank), or with --zero 1 this
+// rank's. Fits in a kernel's arguments.
 struct OptTensor {
-    floatX* param;        // (n)
-    Grad grad;            // (n)
-    float *m, *v;         // (n)
-    float* master;        // (n) or null
+    floatX* param;        // (shares, n)
+    Grad grad;            // (shares, n)
+    float *m, *v;         // (shares, n)
+    float* master;        // (shares, n) or null
     size_t n, offset;     // multiples of VEC; offset: where this rank's share begins in the whole tensor
     float decay;          // weight decay: 2-D tensors alone
     float norm_weight;    // 1, or 0 where another rank counts this tensor into the norm
     unsigned first_block; // of this tensor in the launch
+    unsigned elsewhere;   // blocks before it that other ranks have
 };
 struct OptTable {
     OptTensor t[MAX_PARAMS];
     int count;
-    unsigned blocks;
+    unsigned blocks;      // in the launch
 };
-__device__ inline int opt_tensor_of_block(const OptTable& table, unsigned block) {
-    int t = 0;
-    while (t + 1 < table.count && table.t[t + 1].first_block <= block) t++;
-    return t;
-}
+// What this thread works on. Blocks begin anew at each share, so that with and without --zero 1 they have the same elements.
+struct OptPlace {
+    int tensor = 0;
+    size_t i;     // the first of VEC elements
+    bool there;   // false after the end of the share
+    __device__ explicit OptPlace(const OptTable& table) {
+        while (tensor + 1 < table.count && table.t[tensor + 1].first_block <= blockIdx.x) tensor++;
+        const OptTensor& t = table.t[tensor];
+        unsigned block = blockIdx.x - t.first_block, blocks = (unsigned)((t.n + OPT_BLOCK - 1) / OPT_BLOCK);   // of a share
+        size_t in_share = (size_t)(block % blocks) * OPT_BLOCK + threadIdx.x * VEC;
+        i = block / blocks * t.n + in_share;
+        there = in_share < t.n;
+    }
+};
 
+// partial has a place for each block of all ranks. They add up their partial sums (those of others are 0), and then the norm's
+// sum has one order, with and without --zero 1.
 __global__ void square_sum_kernel(float* partial, OptTable table) {
     __shared__ float shared[8];
-    const OptTensor& t = table.t[opt_tensor_of_block(table, blockIdx.x)];
-    size_t i = (size_t)(blockIdx.x - t.first_block) * OPT_BLOCK + threadIdx.x * VEC;
+    const OptPlace at(table);
+    const OptTensor& t = table.t[at.tensor];
+    const size_t i = at.i;
     float sum = 0;
-    if (i < t.n) {
+    if (at.there) {
         Floats g = grad_load_vec(t.grad, i);
 #pragma unroll
         for (int k = 0; k < VEC; k++) sum += g[k] * g[k];
     }
     sum = block_sum_256(sum * t.norm_weight, shared);
-    if (threadIdx.x == 0) partial[blockIdx.x] = sum;
+    if (threadIdx.x == 0) partial[blockIdx.x + t.elsewhere] = sum;
 }
 
 __global__ void partial_sum_kernel(float* sum, const float* partial, unsigned n) {
@@ -2141,10 +2174,10 @@ struct AdamW {
 __global__ void adamw_kernel(OptTable table, const Verdict* verdict, AdamW a) {
     if (verdict->skip) return;
     float clip = verdict->clip;
-    int which = opt_tensor_of_block(table, blockIdx.x);
-    const OptTensor& t = table.t[which];
-    size_t i = (size_t)(blockIdx.x - t.first_block) * OPT_BLOCK + threadIdx.x * VEC;
-    if (i >= t.n) return;
+    const OptPlace at(table);
+    if (!at.there) return;
+    const OptTensor& t = table.t[at.tensor];
+    const size_t i = at.i;
     Floats g = grad_load_vec(t.grad, i), m = load(t.m + i), v = load(t.v + i);
     Floats x = t.master != nullptr ? load(t.master + i) : load(t.param + i);
 #pragma unroll
@@ -2163,7 +2196,7 @@ __global__ void adamw_kernel(OptTable table, const Verdict* verdict, AdamW a) {
         Vec rounded;
 #pragma unroll
         for (int k = 0; k < VEC; k++)
-            rounded.x[k] = round_stochastic(x[k], (uint32_t)hash64(a.seed, a.step * MAX_PARAMS + which, t.offset + i + k));
+            rounded.x[k] = round_stochastic(x[k], (uint32_t)hash64(a.seed, a.step * MAX_PARAMS + at.tensor, t.offset + i + k));
         *reinterpret_cast<Vec*>(t.param + i) = rounded;
     }
 }
@@ -2195,13 +2228,15 @@ struct World {
     bool sharded = false;   // --zero 1
 #ifdef MULTI_GPU
     ncclComm_t nccl = nullptr;
+    MPI_Comm local = MPI_COMM_NULL;   // the ranks on this machine
 #endif
 } world;
 
 // A tensor of n elements is shared out if that works evenly, in whole vectors; else every rank updates all of it.
-inline bool world_shards(size_t n) { return world.sharded && world.size > 1 && n % ((size_t)world.size * VEC) == 0; }
-inline size_t shard_size(size_t n) { return world_shards(n) ? n / world.size : n; }
-inline size_t shard_offset(size_t n) { return world_shards(n) ? n / world.size * world.rank : 0; }
+inline size_t world_share(size_t n) { return n % ((size_t)world.size * VEC) == 0 ? n / world.size : n; }
+inline bool world_shards(size_t n) { return world.sharded && world_share(n) < n; }
+inline size_t shard_size(size_t n) { return world_shards(n) ? world_share(n) : n; }
+inline size_t shard_offset(size_t n) { return world_shards(n) ? world_share(n) * world.rank : 0; }
 
 #ifdef MULTI_GPU
 void nccl_check(ncclResult_t result, const char* file, int line) {
@@ -2220,17 +2255,41 @@ void world_init(int* argc, char*** argv) {
     });
     MPI_Comm_rank(MPI_COMM_WORLD, &world.rank);
     MPI_Comm_size(MPI_COMM_WORLD, &world.size);
-    MPI_Comm local;   // the ranks on this machine, to give each a GPU of its own
-    MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, world.rank, MPI_INFO_NULL, &local);
-    MPI_Comm_rank(local, &world.local_rank);
-    MPI_Comm_free(&local);
+    MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, world.rank, MPI_INFO_NULL, &world.local);
+    MPI_Comm_rank(world.local, &world.local_rank);
+    const std::string remedy = "MPI does not know of the others; start it with mpirun, or with the --mpi that srun --mpi=list shows";
 #else
     (void)argc;
     (void)argv;
-    const char* ranks = getenv("OMPI_COMM_WORLD_SIZE");
-    if (ranks != nullptr && atoi(ranks) > 1)
-        fail("mpirun started %s processes, but this program was built for one and each would train alone; "
-             "build with: make %s MULTI_GPU=1", ranks, program_name);
+    const std::string remedy = std::string("this program was built for one; build with: make ") + program_name + " MULTI_GPU=1";
+#endif
+    // How many processes did a launcher start? In the shell of a SLURM job SLURM_NTASKS is set too: a step's tasks count.
+    const struct { const char *variable, *launcher; int more; } launchers[] = {
+        {"OMPI_COMM_WORLD_SIZE", "mpirun", 0}, {"MV2_COMM_WORLD_SIZE", "mpirun", 0}, {"PMI_SIZE", "mpirun", 0},
+        {"SLURM_STEP_NUM_TASKS", "srun", 0},   {"PMI_RANK", "mpirun", 1},            {"PMIX_RANK", "mpirun", 1},
+    };
+    for (auto& l : launchers) {
+        const char* value = getenv(l.variable);
+        if (world.size == 1 && value != nullptr && atoi(value) + l.more > 1)
+            fail("%s started several processes (%s=%s), and each would train alone: %s", l.launcher, l.variable, value, remedy.c_str());
+    }
+}
+// Every process needs a GPU of its own. Which ones it sees, and under which numbers, is up to its launcher (under SLURM often one
+// for each task, each of them number 0), so the processes of a machine compare bus addresses.
+void world_check_device(int device) {
+#ifdef MULTI_GPU
+    int ranks;
+    MPI_Comm_size(world.local, &ranks);
+    char mine[32] = "";
+    cudaCheck(cudaDeviceGetPCIBusId(mine, sizeof mine, device));
+    std::vector<char> all(ranks * sizeof mine);
+    MPI_Allgather(mine, sizeof mine, MPI_CHAR, all.data(), sizeof mine, MPI_CHAR, world.local);
+    for (int r = 0; r < world.local_rank; r++)
+        if (strcmp(&all[r * sizeof mine], mine) == 0)
+            fail("processes %d and %d of the %d on this machine share the GPU at %s; expected a GPU for each: start fewer, or have "
+                 "the launcher show each its own", r, world.local_rank, ranks, mine);
+#else
+    (void)device;
 #endif
 }
 void world_connect() {   // after cudaSetDevice
@@ -2278,11 +2337,12 @@ double world_min(double mine) {
     return mine;
 #endif
 }
-void world_sum_float(float* x, cudaStream_t stream) {   // of one float on the device, in place
+void world_sum_floats(float* x, size_t n, cudaStream_t stream) {   // on the device, in place
 #ifdef MULTI_GPU
-    if (world.size > 1) ncclCheck(ncclAllReduce(x, x, 1, ncclFloat, ncclSum, world.nccl, stream));
+    if (world.size > 1) ncclCheck(ncclAllReduce(x, x, n, ncclFloat, ncclSum, world.nccl, stream));
 #else
     (void)x;
+    (void)n;
     (void)stream;
 #endif
 }
@@ -2377,8 +2437,7 @@ void table_allocate(Table& table) {
         if (error == cudaErrorMemoryAllocation) {
             cudaGetLastError();   // it would come up again at the next launch
             std::vector<const Row*> largest;
-            for (const Row& row : table)
-                if (row.kind != WORKSPACE) largest.push_back(&row);   // nobody can shrink that
+            for (const Row& row : table) largest.push_back(&row);
             std::sort(largest.begin(), largest.end(), [](const Row* a, const Row* b) { return a->bytes() > b->bytes(); });
             std::string text;
             for (size_t i = 0; i < 3 && i < largest.size(); i++) {
@@ -2512,17 +2571,29 @@ struct Plan {
     bool training;        // false: one layer's activations serve all layers, and there are no gradients
     int recompute;        // 0: keep all; 1: compute GELU again in backward; 2: the norms as well
     bool master;          // fp32 copies of bf16 weights
-    int loss_chunks;      // 0: chunks of about 256 MB of logits
+    int chunk_rows;       // rows of logits that exist at a time; 0: all
+    size_t workspace;     // bytes for cuBLASLt; 0: what this model can use
 };
 // What -r finds left to do: codes leave no GELU to compute again, and a shared norm no norm.
 inline bool recomputes_act(const Plan& p) { return p.recompute >= 1 && kActBits == 0; }
 inline bool recomputes_norm(const Plan& p) { return p.recompute >= 2 && !kSharedNorm; }
 
-inline int plan_chunk_rows(const Plan& p, int Vp) {
+// Rows of a chunk of logits, so that there are `chunks` of them: a multiple of 256 (whole tiles of a matmul) where that makes as
+// many, so that only the last chunk is smaller.
+inline int loss_chunk_rows(size_t rows, size_t chunks) {
+    size_t each = ceil_div(rows, chunks), whole = (each + 255) / 256 * 256;
+    return (int)std::min(rows, ceil_div(rows, whole) == ceil_div(rows, each) ? whole : each);
+}
+// --loss-chunks auto: as few chunks as keep each below so many bytes, or at 256 rows. 1 GiB keeps every multiprocessor of a large
+// GPU busy with one chunk (9472 rows at V 50257 in bf16); 256 MiB is for devices on which that does not fit.
+constexpr size_t CHUNK_BYTES = (size_t)1 << 30, SMALL_CHUNK_BYTES = (size_t)256 << 20;
+inline int loss_auto_rows(size_t rows, int Vp, size_t bytes) {
+    size_t most = std::max<size_t>(256, bytes / (Vp * sizeof(floatX)) / 256 * 256);
+    return loss_chunk_rows(rows, ceil_div(rows, most));
+}
+inline size_t plan_chunk_rows(const Plan& p) {
     size_t rows = (size_t)p.B * p.T;
-    size_t chunks = p.loss_chunks;
-    if (chunks == 0) chunks = rows * Vp * sizeof(floatX) / ((size_t)256 << 20) + 1;
-    return ceil_div(rows, std::min(chunks, rows));
+    return p.chunk_rows ? std::min<size_t>(rows, p.chunk_rows) : rows;
 }
 
 struct GPT2 {
@@ -2578,24 +2649,27 @@ struct GPT2 {
 inline size_t token_cap(size_t BT, int V) { return std::min(BT, (size_t)V); }
 inline size_t token_ints(size_t BT, int V) { return 3 * BT + 2 * token_cap(BT, V) + 1; }
 
+inline size_t opt_blocks(size_t n) { return n / world_share(n) * ceil_div(world_share(n), OPT_BLOCK); }   // of all ranks
+size_t gpt2_opt_blocks(const GPT2Config& c) {
+    size_t blocks = 0;
+    for (int p = 0; p < NUM_PARAMS; p++) blocks += opt_blocks(param_shape(c, p).elements());
+    return blocks;
+}
 OptTable gpt2_opt_table(const GPT2& g, float weight_decay) {
     OptTable t = {};
+    size_t all = 0;   // blocks of the tensors before, of all ranks
     for (int p = 0; p < NUM_PARAMS; p++) {
         ParamShape s = param_shape(g.config, p);
-        size_t n = s.elements(), offset = shard_offset(n);
+        size_t n = s.elements(), offset = shard_offset(n), share = world_share(n), blocks = opt_blocks(n) / (n / shard_size(n));
         bool counts = !world.sharded || world_shards(n) || world.rank == 0;
-        t.t[p] = {g.param[p] + offset,          g.grad[p] + offset,   g.m[p],  g.v[p], g.master[p], shard_size(n), offset,
-                  s.cols ? weight_decay : 0.0f, counts ? 1.0f : 0.0f, t.blocks};
-        t.blocks += ceil_div(shard_size(n), OPT_BLOCK);
+        size_t first = all + offset / share * blocks;
+        t.t[p] = {g.param[p] + offset,          g.grad[p] + offset,   g.m[p],   g.v[p],                     g.master[p], share, offset,
+                  s.cols ? weight_decay : 0.0f, counts ? 1.0f : 0.0f, t.blocks, (unsigned)first - t.blocks};
+        t.blocks += (unsigned)blocks;
+        all += opt_blocks(n);
     }
     t.count = NUM_PARAMS;
     return t;
-}
-
-unsigned opt_blocks(const GPT2Config& c) {
-    unsigned blocks = 0;
-    for (int p = 0; p < NUM_PARAMS; p++) blocks += ceil_div(shard_size(param_shape(c, p).elements()), OPT_BLOCK);
-    return blocks;
 }
 
 // The table of a run. Nothing is allocated here, and a tensor that the run does not need keeps the null pointer it has.
@@ -2668,17 +2742,18 @@ Table gpt2_table(GPT2& g) {
         row("fold_w", &g.fold_w, FLOATX, {4 * C, C}, SCRATCH, MODEL, smaller);
         row("fold_b", &g.fold_b, FLOATX, {4 * C}, SCRATCH, MODEL, smaller);
     }
-    row("logits", &g.logits, FLOATX, {(size_t)plan_chunk_rows(plan, c.Vp), (size_t)c.Vp}, SCRATCH, MODEL, chunks);
+    row("logits", &g.logits, FLOATX, {plan_chunk_rows(plan), (size_t)c.Vp}, SCRATCH, MODEL, chunks);
     row("losses", &g.losses, F32, {B, T}, SCRATCH, MODEL, batch);
     if (plan.training) {
         row("dresid", &g.dresid, FLOATX, {B, T, C}, SCRATCH, MODEL, batch);
         row("delta", &g.delta, F32, {B, NH, T}, SCRATCH, MODEL, batch);
         row("colsum", &g.colsum, F32, {std::max(colsum_scratch(C), attention_scratch(B, T, NH, NH, C / NH))}, SCRATCH, MODEL, batch);
-        row("squares", &g.squares, F32, {opt_blocks(c)}, SCRATCH, MODEL, smaller);
+        row("squares", &g.squares, F32, {gpt2_opt_blocks(c)}, SCRATCH, MODEL, smaller);
     }
     row("tokens", &g.tokens, I32, {token_ints(BT, c.V)}, SCRATCH, MODEL, batch);
     row("step_state", &g.state, BYTE, {sizeof(StepState)}, OPTIMIZER, MODEL, smaller);
-    row("workspace", &g.workspace, BYTE, {MATMUL_WORKSPACE}, WORKSPACE, MODEL, "nothing: its size is fixed");
+    size_t workspace = plan.workspace ? plan.workspace : matmul_workspace(C * std::max<size_t>(4 * C, c.Vp));
+    row("workspace", &g.workspace, BYTE, {workspace}, WORKSPACE, MODEL, "--workspace");
     return table;
 }
 
@@ -2699,6 +2774,7 @@ void gpt2_allocate(GPT2& g) {
     g.table = gpt2_table(g);
     table_allocate(g.table);
     matmul_state.workspace = g.workspace;
+    matmul_state.workspace_bytes = g.table.back().bytes();
     if (matmul_state.handle == nullptr) cublasCheck(cublasLtCreate(&matmul_state.handle));
     cudaCheck(cudaMemsetAsync(g.state, 0, sizeof(StepState), g.stream));
     for (int p = 0; p < NUM_PARAMS; p++) {
@@ -2836,7 +2912,7 @@ void gpt2_loss(GPT2& g, int B, int T, bool train, bool first_micro_batch) {
     NvtxRange range("loss");
     const int C = g.config.C, V = g.config.V, Vp = g.config.Vp, BT = B * T;
     const int* targets = g.tokens + BT;
-    const int chunk = std::min(plan_chunk_rows(g.plan, Vp), BT);
+    const int chunk = std::min((int)plan_chunk_rows(g.plan), BT);
     const float dloss = 1.0f / ((float)BT * g.plan.micro_batches * world.size);
     for (int r = 0; r < BT; r += chunk) {
         int rows = std::min(chunk, BT - r);
@@ -2926,12 +3002,14 @@ Verdict gpt2_update(GPT2& g, const Hyper& h, uint64_t step, const std::function<
     world_group(false);
 
     OptTable table = gpt2_opt_table(g, h.weight_decay);
+    const size_t squares = gpt2_opt_blocks(g.config);
+    if (world.sharded) cudaCheck(cudaMemsetAsync(g.squares, 0, squares * sizeof(float), g.stream));
     square_sum_kernel<<<table.blocks, 256, 0, g.stream>>>(g.squares, table);
     cudaCheck(cudaGetLastError());
-    partial_sum_kernel<<<1, 256, 0, g.stream>>>(&g.state->square_sum, g.squares, table.blocks);
+    if (world.sharded) world_sum_floats(g.squares, squares, g.stream);   // x + 0 is x: exact in whatever order
+    partial_sum_kernel<<<1, 256, 0, g.stream>>>(&g.state->square_sum, g.squares, (unsigned)squares);
     cudaCheck(cudaGetLastError());
-    world_sum_float(&g.state->loss_sum, g.stream);
-    if (world.sharded) world_sum_float(&g.state->square_sum, g.stream);
+    world_sum_floats(&g.state->loss_sum, 1, g.stream);
     float loss_scale = 1.0f / ((float)g.plan.B * g.plan.T * g.plan.micro_batches * world.size);
     verdict_kernel<<<1, 1, 0, g.stream>>>(g.state, loss_scale, h.grad_clip, h.skip_loss_z, h.skip_grad_z);
     cudaCheck(cudaGetLastError());
@@ -3561,6 +3639,7 @@ struct RunState {
     void set_position(const Loader& d) { epoch = d.epoch, shard = d.shard, window = d.window; }
 };
 constexpr int STATE_SETTINGS = 40;   // where they stand in the header: their number, and from the second int after it two ints each
+const char* STATE_REMEDY = "remove this checkpoint's DONE file to resume from the one before, or start afresh with another --out";
 std::string checkpoint_path(const std::string& folder, const char* kind, int step) {
     char name[64];
     if (strcmp(kind, "state") == 0) snprintf(name, sizeof name, "/state_%08d_%05d.bin", step, world.rank);
@@ -3580,7 +3659,9 @@ std::string state_save(GPT2& g, const RunState& r, const Loader& train, const st
     h[10] = r.step;
     h[11] = train.T;   // a position in the data means something in the same data alone
     h[12] = (int)train.shards.size();
+    h[13] = g.plan.chunk_rows;
     memcpy(&h[14], &tokens, 8);
+    h[16] = g.plan.B;
     memcpy(&h[20], &g.seed, 8);
     h[22] = g.updates;
     memcpy(&h[30], &r.shard, 8);
@@ -3600,11 +3681,21 @@ std::string state_save(GPT2& g, const RunState& r, const Loader& train, const st
     f.commit();
     return f.error;
 }
+// What a run has chosen by the memory that was free, and keeps when it is resumed: with another batch, or other chunks of the
+// loss, sums would have another order and other bits.
+Plan state_plan(const std::string& folder, int step) {
+    int32_t h[HEADER_INTS];
+    fclose(open_with_header(checkpoint_path(folder, "state", step).c_str(), h, 20240527, "the state of a run", STATE_REMEDY));
+    Plan was = {};
+    was.B = std::max(h[16], 0);
+    was.chunk_rows = std::max(h[13], 0);
+    return was;
+}
 // Puts model and loader where the run stood after `step` steps. A run that only evaluates needs no more than to know the step.
 RunState state_load(GPT2& g, Loader& train, const std::string& folder, int step) {
     const std::string path_text = checkpoint_path(folder, "state", step);
     const char* path = path_text.c_str();
-    const char* remedy = "remove this checkpoint's DONE file to resume from the one before, or start afresh with another --out";
+    const char* remedy = STATE_REMEDY;
     int32_t h[HEADER_INTS];
     FILE* f = open_with_header(path, h, 20240527, "the state of a run", remedy);
     if (h[1] != 1) fail("%s: expected version 1, found %d; %s", path, h[1], remedy);
@@ -4022,7 +4113,7 @@ struct Settings {
     std::string train_data = "data/train.bin", val_data = "data/val.bin", model = "gpt2:d12", out, schedule = "cosine", log,
                 estimate, tokenizer;
     int64_t B = 4, T = 1024, total_batch = 0, steps = -1, warmup = 0, seed = 1337;
-    int64_t recompute = 1, master = 1, loss_chunks = 0, gelu_fusion = 0, tf32 = 1, zero = 0;
+    int64_t recompute = 1, master = 1, loss_chunks = 0, workspace = 0, gelu_fusion = 0, tf32 = 1, zero = 0;
     int64_t val_every = 20, val_batches = 20, sample_every = 20, sample_tokens = 64, top_k = 40, overfit = 0;
     int64_t checkpoint_every = 0, keep = 0, resume = 0;
     double lr = 3e-4, final_fraction = 0.1, weight_decay = 0, grad_clip = 1.0, skip_loss_z = 0, skip_grad_z = 0, temperature = 0.8;
@@ -4050,7 +4141,8 @@ Options settings_options(Settings& s) {
         {"seed", "", INTEGER, &s.seed, 0, BIG, "1337", "of weights, data order, rounding and samples", ""},
         {"recompute", "-r", INTEGER, &s.recompute, 0, 2, "1", "keep less for backward: 1: GELU, 2: and norms, are computed again", ""},
         {"master-weights", "-w", INTEGER, &s.master, 0, 1, "1", "fp32 copies of bf16 weights; 0: stochastic rounding instead", ""},
-        {"loss-chunks", "", AUTO_INTEGER, &s.loss_chunks, 1, BIG, "auto", "parts in which logits are made; auto: near 256 MB each", ""},
+        {"loss-chunks", "", AUTO_INTEGER, &s.loss_chunks, 1, BIG, "auto", "parts in which logits are made; auto: below 1 GiB each, or 256 MiB where memory is short", ""},
+        {"workspace", "", AUTO_INTEGER, &s.workspace, 1, 1 << 20, "auto", "MiB for cuBLASLt's partial sums; auto: what the model can use, up to 64", ""},
         {"gelu-fusion", "-ge", INTEGER, &s.gelu_fusion, 0, 2, "0", "GELU in cuBLASLt's epilogue: 1: forward, 2: and backward", ""},
         {"tf32", "-f", INTEGER, &s.tf32, 0, 1, "1", "fp32 builds: tensor cores for matmuls", ""},
         {"zero", "-z", INTEGER, &s.zero, 0, 1, "0", "several GPUs: each keeps a share of the optimizer's state", ""},
@@ -4095,24 +4187,36 @@ int64_t micro_batches(const Settings& s, int64_t B) {
     return s.total_batch == 0 ? 1 : s.total_batch % tokens == 0 ? s.total_batch / tokens : 0;
 }
 
-// B as given, or for auto the largest power of two, up to `data_batch`, whose tensors fit into `free_bytes`.
-void choose_plan(GPT2& g, const Settings& s, const Options& o, size_t free_bytes, size_t data_batch) {
+// B as given; for auto that of the run which is resumed (`was`, or zeros), or the largest power of two, up to `data_batch`, whose
+// tensors fit into `free_bytes`. Chunks of the loss as given; for auto those of the run, or large ones if they fit. With
+// `free_bytes` 0 no device is visible, and everything fits.
+void choose_plan(GPT2& g, const Settings& s, const Options& o, size_t free_bytes, size_t data_batch, const Plan& was) {
     const std::string batch = typed(o, "batch");
-    g.plan = {(int)s.B, (int)s.T, 1, s.steps != 0, (int)s.recompute, s.master != 0, (int)s.loss_chunks};
+    g.plan = {(int)s.B, (int)s.T, 1, s.steps != 0, (int)s.recompute, s.master != 0, 0, (size_t)s.workspace << 20};
+    auto set = [&](int64_t B, size_t chunk_bytes) {
+        const size_t rows = (size_t)B * s.T;
+        g.plan.B = (int)B;
+        g.plan.micro_batches = (int)micro_batches(s, B);
+        if (s.loss_chunks) g.plan.chunk_rows = loss_chunk_rows(rows, std::min<size_t>(rows, s.loss_chunks));
+        else if (B == was.B && was.chunk_rows > 0) g.plan.chunk_rows = was.chunk_rows;
+        else g.plan.chunk_rows = loss_auto_rows(rows, g.config.Vp, chunk_bytes);
+    };
+    auto fits = [&] {
+        const size_t page = 2 << 20;   // cudaMalloc's, for tensors that have it
+        size_t need = 0;
+        for (const Row& r : gpt2_table(g)) need += r.bytes() < page / 2 ? r.bytes() : (r.bytes() + page - 1) / page * page;
+        return free_bytes == 0 || need <= free_bytes - free_bytes / 32;   // the libraries load their kernels when they are first called
+    };
     if (s.B == 0) {
-        for (int64_t B = 1; B <= (int64_t)data_batch && B * s.T < 1 << 30; B *= 2) {
+        auto takes = [&](int64_t B) { return set(B, SMALL_CHUNK_BYTES), fits(); };
+        const bool keeps = was.B > 0 && was.B <= (int64_t)data_batch && micro_batches(s, was.B) > 0 && takes(was.B);
+        int64_t most = keeps ? was.B : 0;
+        for (int64_t B = 1; !keeps && B <= (int64_t)data_batch && B * s.T < 1 << 30; B *= 2) {
             if (micro_batches(s, B) == 0) continue;
-            Plan last = g.plan;
-            g.plan.B = (int)B;
-            g.plan.micro_batches = (int)micro_batches(s, B);
-            const size_t page = 2 << 20;   // cudaMalloc's, for tensors that have it
-            size_t need = 0;
-            for (const Row& r : gpt2_table(g)) need += r.bytes() < page / 2 ? r.bytes() : (r.bytes() + page - 1) / page * page;
-            if (need > free_bytes - free_bytes / 32) {   // the libraries load their kernels when they are first called
-                g.plan = last;
-                break;
-            }
+            if (!takes(B)) break;
+            most = B;
         }
+        g.plan.B = (int)most;
         if (g.plan.B == 0)
             fail(
                 "%s auto: not even one sequence of %lld tokens fits into the %.1f MiB that are free%s; --estimate -b 1 shows "
@@ -4123,7 +4227,7 @@ void choose_plan(GPT2& g, const Settings& s, const Options& o, size_t free_bytes
     if (BT >= 1 << 30)
         fail_usage("%s %lld: %lld tokens in one micro-batch; expected fewer than 2^30", batch.c_str(), (long long)B,
                    (long long)BT);
-    g.plan.micro_batches = (int)micro_batches(s, B);
+    set(B, CHUNK_BYTES);
     if (g.plan.micro_batches == 0)
         fail_usage("%s %lld: expected a multiple of batch * seq-len * GPUs = %lld * %lld * %d = %lld",
                    typed(o, "total-batch").c_str(), (long long)s.total_batch, (long long)B, (long long)s.T, world.size,
@@ -4131,6 +4235,7 @@ void choose_plan(GPT2& g, const Settings& s, const Options& o, size_t free_bytes
     if (s.loss_chunks > BT)
         fail_usage("%s %lld: a micro-batch has %lld rows, so expected at most that", typed(o, "loss-chunks").c_str(),
                    (long long)s.loss_chunks, (long long)BT);
+    if (!fits()) set(B, SMALL_CHUNK_BYTES);
 }
 
 // A folder that can be written to, found out now and not after an hour of training, and by this run alone: two would mix their
@@ -4286,7 +4391,7 @@ std::vector<Setting> settings_kept(const Run& run) {
         {"--final-lr-fraction", s.final_fraction, {}}, {"--weight-decay", s.weight_decay, {}}, {"--grad-clip", s.grad_clip, {}},
         {"--skip-loss-z", s.skip_loss_z, {}}, {"--skip-grad-z", s.skip_grad_z, {}}, {"--batch", (double)p.B, {}},
         {"--total-batch", (double)(BT * p.micro_batches * world.size), {}},
-        {"--loss-chunks", (double)ceil_div(BT, plan_chunk_rows(p, run.g.config.Vp)), {}}, {"--overfit", (double)s.overfit, {}},
+        {"--loss-chunks", (double)ceil_div(BT, plan_chunk_rows(p)), {}}, {"--overfit", (double)s.overfit, {}},
         {"--gelu-fusion", (double)s.gelu_fusion, {}}, {"--tf32", (double)(kFP32 && s.tf32), {}}, {"APPROX_ACT", kActBits, {}},
         {"MS_NORM", kSharedNorm, {}}, {"PRECISION", kFP32, {"BF16", "FP32"}},
     };
@@ -4613,9 +4718,7 @@ int main(int argc, char** argv) {
         const int device = world.local_rank % devices;
         cudaCheck(cudaSetDevice(device));
         cudaCheck(cudaGetDeviceProperties(&prop, device));
-        if (world.local_rank >= devices && !strstr(prop.name, "CPU"))
-            fail("this machine has %d GPUs, and this is process %d on it; expected at most one process a GPU (mpirun -np)",
-                 devices, world.local_rank + 1);
+        world_check_device(device);
         run.on_cpu = strstr(prop.name, "CPU") != nullptr;
         run.peak_flops = device_peak_flops(prop, device, !kFP32 || s.tf32);
         if (!estimating) {   // before the memory is measured: both take some
@@ -4639,7 +4742,8 @@ int main(int argc, char** argv) {
 
     // ---- data and plan
     const size_t data_batch = estimating ? 1 << 16 : open_data(run);
-    choose_plan(g, s, o, free_bytes, data_batch);
+    const Plan was = run.resume_step >= 0 && s.steps != 0 ? state_plan(s.out, run.resume_step) : Plan{};
+    choose_plan(g, s, o, free_bytes, data_batch, was);
     const size_t BT = (size_t)g.plan.B * g.plan.T, kept_layers = g.plan.training ? g.config.L : 1;
     const std::string mode = gpt2_mode(g.plan);
     if (estimating) {
@@ -4647,7 +4751,7 @@ int main(int argc, char** argv) {
         if (speaks && s.estimate == "json") table_print_json(table);
         if (!speaks || s.estimate == "json") leave(0);
         table_print(table, kept_layers, BT * g.config.C, mode.c_str(), true);
-        if (!have_device) printf("no GPU is visible here, so whether this fits is for you to say\n");
+        if (!have_device) printf("no GPU is visible here, so whether this fits is for you to say; chunks of logits are as if it did\n");
         else printf("%s has %.1f MiB, %.1f MiB of them free: this %s\n", prop.name, total_bytes / 1048576.0, free_bytes / 1048576.0,
                     table_bytes(table) < free_bytes ? "fits" : "does not fit");
         leave(0);

@@ -58,9 +58,12 @@ def shape(model, B, T, total=None, precision="BF16", master=True, chunks=None):
     if (total or B * T) % (B * T):
         raise ValueError(f"-d {total}: expected a multiple of -b {B} times -t {T}")
     element = {"BF16": 2, "FP32": 4}[precision]
-    if chunks is None:  # the trainer's: about 256 MB of logits each
-        chunks = -(-B * T * padded(n["V"]) * element // (256 << 20))
+    if chunks is None:  # the trainer's, where memory is plenty: below 1 GiB of logits each
+        chunks = -(-B * T // max(256, (1 << 30) // (padded(n["V"]) * element) // 256 * 256))
     rows = -(-B * T // min(chunks, B * T))
+    whole = -(-rows // 256) * 256  # as loss_chunk_rows has it
+    if -(-B * T // whole) == -(-B * T // rows):
+        rows = whole
     return Shape(n["L"], n["H"], n["C"], n["T"], n["V"], B, T, (total or B * T) // (B * T), element,
                  master and element == 2, -(-B * T // rows))
 

@@ -45,6 +45,23 @@ def test_resume_is_exact(lab, mode, variant):
     assert checkpoint(lab.files("resumed"), 10) == checkpoint(lab.files("straight"), 10)
 
 
+@pytest.mark.parametrize("chosen", [["--loss-chunks", 3], ["-b", "auto"]], ids=["chunks", "batch"])
+def test_what_memory_decides_is_decided_once(lab, chosen):
+    """A resumed run has the chunks of the loss, and the batch, that it began with, however much memory is free now."""
+    now = ["--loss-chunks", "auto"] if chosen[1] == 3 else chosen
+    tight = {"SIMT_MEMORY": "3M" if chosen[1] == "auto" else "1G"}
+    straight = lab.train(*chosen, "-x", 6, "-n", 3, "-o", "straight", env=tight)
+    copy_of_step(lab, "straight", 3, "resumed")
+    resumed = lab.train(*now, "-x", 6, "-n", 3, "-o", "resumed", "-y", 1, env={"SIMT_MEMORY": "1G"})
+    assert checkpoint(lab.files("resumed"), 6) == checkpoint(lab.files("straight"), 6)
+    assert len(resumed.steps) == 3 and "note:" not in resumed.out
+    free = lab.train(*now, "-x", 6, "-o", "free", env={"SIMT_MEMORY": "1G"})   # left to itself it would have chosen otherwise
+    assert checkpoint(lab.files("free"), 6) != checkpoint(lab.files("straight"), 6) and len(free.steps) == 6
+    if chosen[1] == 3:
+        copy_of_step(lab, "straight", 3, "other")
+        says(lab.train("--loss-chunks", 2, "-x", 6, "-o", "other", "-y", 1).out, "note: logits come in chunks of 32 rows, of 22 until now")
+
+
 def test_a_checkpoint_at_the_end_by_default(lab):
     lab.train("-x", 3, "-o", "out")
     assert sorted(lab.files("out")) == sorted(names(3))

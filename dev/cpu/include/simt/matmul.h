@@ -146,10 +146,11 @@ inline void tile_epilogue(const Matmul& p, int64_t z, int64_t row, int64_t col, 
         }
         if (p.add_bias) for (int64_t i = 0; i < rows; i++) v[i] += bias[i];
         if (p.store_aux) store(p.aux.at(z, row, col + j), v, p.aux.bf16, rows);
-        if (p.gelu) for (int64_t i = 0; i < rows; i++) v[i] = gelu(v[i]);
+        const float off = 1 + options.gelu_error;   // as another implementation would be
+        if (p.gelu) for (int64_t i = 0; i < rows; i++) v[i] = off * gelu(v[i]);
         if (p.dgelu) {
             load(other, p.aux.at(z, row, col + j), p.aux.bf16, rows);
-            for (int64_t i = 0; i < rows; i++) v[i] *= gelu_slope(other[i]);
+            for (int64_t i = 0; i < rows; i++) v[i] *= off * gelu_slope(other[i]);
         }
         if (p.sum_rows) for (int64_t i = 0; i < rows; i++) row_sums[i] += v[i];
         store(p.d.at(z, row, col + j), v, p.d.bf16, rows);

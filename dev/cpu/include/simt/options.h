@@ -49,6 +49,9 @@ struct Options {
     bool profile = false;         // SIMT_PROFILE=1: a table of kernels at exit
     bool report = false;          // SIMT_REPORT=1: one line with the memory peak at exit
     size_t device_memory = 0;     // SIMT_MEMORY=bytes, K, M or G: how much the pretended device has (what we may have)
+    uint64_t pci = 0;             // SIMT_PCI=n: the device's bus address; processes with one n share a device
+    bool gelu = true;             // SIMT_GELU=0|1: has cuBLASLt epilogues with GELU?
+    float gelu_error = 0;         // SIMT_GELU_ERROR=n: they are off by so many millionths
 };
 
 [[noreturn]] inline void bad_option(const char* name, const char* value, const char* allowed) {
@@ -119,6 +122,9 @@ inline Options read_options() {
     uint64_t physical = (uint64_t)sysconf(_SC_PHYS_PAGES) * sysconf(_SC_PAGESIZE), limit = address_space_limit();
     o.device_memory = number_option("SIMT_MEMORY", physical < limit ? physical : limit, INT64_MAX,
                                     "a number of bytes, or a number followed by K, M or G", true);
+    o.pci = number_option("SIMT_PCI", getpid(), UINT32_MAX, "a whole number");
+    o.gelu = number_option("SIMT_GELU", 1, 1, "0 or 1");
+    o.gelu_error = 1e-6f * number_option("SIMT_GELU_ERROR", 0, 1000000, "a whole number up to 1000000");
     return o;
 }
 inline const Options options = read_options();
