@@ -59,7 +59,7 @@ def test_what_memory_decides_is_decided_once(lab, chosen):
     assert checkpoint(lab.files("free"), 6) != checkpoint(lab.files("straight"), 6) and len(free.steps) == 6
     if chosen[1] == 3:
         copy_of_step(lab, "straight", 3, "other")
-        says(lab.train("--loss-chunks", 2, "-x", 6, "-o", "other", "-y", 1).out, "note: logits come in chunks of 32 rows, of 22 until now")
+        says(lab.train("--loss-chunks", 2, "-x", 6, "-o", "other", "-y", 1).out, "note: --loss-chunks was 3, is 2")
 
 
 def test_a_checkpoint_at_the_end_by_default(lab):
