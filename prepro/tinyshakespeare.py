@@ -19,10 +19,13 @@ SIZE = 1115394
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
-def check(data, source):
-    found = hashlib.sha256(data).hexdigest()
-    if found != SHA256:
-        raise Error(f"{source}: expected {SIZE} bytes with SHA-256 {SHA256}, found {len(data)} bytes with {found}; "
+def check(parts, source):
+    digest, size = hashlib.sha256(), 0
+    for part in parts:
+        digest.update(part)
+        size += len(part)
+    if digest.hexdigest() != SHA256:
+        raise Error(f"{source}: expected {SIZE} bytes with SHA-256 {SHA256}, found {size} bytes with {digest.hexdigest()}; "
                     f"it is damaged or another text (text.py takes any): get it again from {URL}")
 
 
@@ -32,22 +35,24 @@ def download(path):
             data = reply.read(4 * SIZE)  # a page about an error may be of any size
     except (OSError, ValueError) as e:  # URLError and time-outs are OSErrors
         raise Error(f"{URL}: could not get it ({e}); without a network, bring a copy and use --file COPY") from None
-    check(data, URL)
+    check([data], URL)
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with binfmt.atomic(path) as (f,):
             f.write(data)
     except OSError as e:
         raise Error(f"{path}: cannot write it: {e.strerror}; choose another folder with --out") from None
-    print(f"wrote {path}, from {URL}")
+    text.say(f"wrote {path}, from {URL}")
 
 
 def prepare(a):
     path = a.file or os.path.join(a.out, "input.txt")
     if not a.file and not os.path.exists(path):
         download(path)
-    check(text.read_document(path), path)
-    text.prepare([path], a.out, a.tokenizer, a.eot, a.val_fraction, a.shard_tokens)
+    if os.path.exists(path) and not os.path.isfile(path):  # it is read twice
+        raise Error(f"{path}: expected a file, found a folder, pipe or device")
+    check(text.blocks(path), path)
+    text.prepare([path], **text.options(a))
 
 
 def main():
@@ -55,7 +60,7 @@ def main():
     parser.add_argument("--file", metavar="COPY", help="the text, where there is no network")
     text.add_options(parser, "data/tinyshakespeare")
     a = parser.parse_args()
-    text.run("tinyshakespeare.py", lambda: prepare(a))
+    binfmt.run("tinyshakespeare.py", lambda: prepare(a))
 
 
 if __name__ == "__main__":

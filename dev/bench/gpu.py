@@ -30,6 +30,9 @@ from array import array
 from collections import namedtuple
 
 ROOT = os.path.abspath(os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
+sys.path.insert(0, os.path.join(ROOT, "prepro"))
+from atomic import atomic  # noqa: E402
+
 STAGES = ["check", "bench", "peers"]
 VOCABULARY = 50257
 
@@ -325,9 +328,8 @@ def write_json(path, value):
     def lines(x):
         return "[\n  " + ",\n  ".join(map(json.dumps, x)) + "\n ]" if x else "[]"
     parts = [f"{json.dumps(k)}: {lines(v) if isinstance(v, list) else json.dumps(v)}" for k, v in value.items()]
-    with open(path + ".tmp", "w") as f:
-        f.write("{\n " + ",\n ".join(parts) + "\n}\n")
-    os.replace(path + ".tmp", path)
+    with atomic(path) as (f,):
+        f.write(("{\n " + ",\n ".join(parts) + "\n}\n").encode())
 
 
 def read_json(path):
@@ -502,10 +504,9 @@ class Stage:
         body = array("H", rng.choices(ids, cum_weights=weights, k=count))
         if sys.byteorder == "big":
             body.byteswap()
-        with open(self.data + ".tmp", "wb") as f:
+        with atomic(self.data) as (f,):
             f.write(b"".join(n.to_bytes(4, "little") for n in (20240520, 1, count, *[0] * 253)))
             body.tofile(f)
-        os.replace(self.data + ".tmp", self.data)
 
     def train_command(self, model, batch, mode, ge, B, log, steps):
         options = mode.options.replace("BEST", str(ge)).split()

@@ -331,10 +331,9 @@ def main():
     result = {"what": "validation loss of exact and approximate training, the same tokens and seeds in each mode (dev/bench/loss.py)",
               "commit": commit(), "device": device[1] if device else "unknown", "make_flags": a.flags, "text": data, "model": a.model, "batch": a.batch,
               "seq_len": a.seq_len, "steps": a.steps, "seeds": a.seeds, "summary": of, "runs": runs}
-    with open(f"{a.out}/loss.json", "w") as f:
-        f.write(one_run_a_line(result))
-    with open(f"{a.out}/loss.md", "w") as f:
-        f.write(table)
+    with binfmt.atomic(f"{a.out}/loss.json", f"{a.out}/loss.md") as (f, g):
+        f.write(one_run_a_line(result).encode())
+        g.write(table.encode())
     names = ["loss.json", "loss.md"] + ["loss.png"] * plot(a, runs, f"{a.out}/loss.png")
     print(f"\n{table}\nin {a.out}: {' '.join(names)}; {(time.time() - begin) / 60:.1f} minutes")
     if a.write:

@@ -462,9 +462,8 @@ def main():
         elif new != old and a.check:
             stale.append(name)
         elif new != old:
-            with open(path + ".tmp", "w", encoding="utf-8") as f:
-                f.write(new)
-            os.replace(path + ".tmp", path)
+            with gpu.atomic(path) as (f,):
+                f.write(new.encode())
             print(f"{name}: written")
     for name in stale:
         print(f"{name}: not in step with dev/bench/results; run: python3 dev/bench/report.py --write", file=sys.stderr)

@@ -66,18 +66,13 @@ def shape(model, B, T, total=None, precision="BF16", master=True, chunks=None):
         raise ValueError(f"-d {total}: expected a multiple of -b {B} times -t {T}")
     element = {"BF16": 2, "FP32": 4}[precision]
     if chunks is None:  # the trainer's, where memory is plenty: below 1 GiB of logits each
-        most = max(256, (1 << 30) // (padded(n["V"]) * element) // 256 * 256)
-        chunks = -(-B * T // most)
-    rows = loss_chunk_rows(B * T, min(chunks, B * T))
+        chunks = -(-B * T // max(256, (1 << 30) // (padded(n["V"]) * element) // 256 * 256))
+    rows = -(-B * T // min(chunks, B * T))
+    whole = -(-rows // 256) * 256  # as loss_chunk_rows has it
+    if -(-B * T // whole) == -(-B * T // rows):
+        rows = whole
     return Shape(n["L"], n["H"], n["C"], n["T"], n["V"], B, T, (total or B * T) // (B * T), element,
                  master and element == 2, -(-B * T // rows))
-
-
-def loss_chunk_rows(rows, chunks):
-    """loss_chunk_rows in the trainer: a multiple of 256 where that makes as many chunks."""
-    each = -(-rows // chunks)
-    whole = -(-each // 256) * 256
-    return min(rows, whole if -(-rows // whole) == -(-rows // each) else each)
 
 
 def slices(rows):

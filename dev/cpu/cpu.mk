@@ -11,7 +11,8 @@ CPU_CXX := g++
 CPU_CXXFLAGS := -std=c++17 -O3 -march=native -fno-math-errno -fno-trapping-math -fno-strict-aliasing -pthread -g1 \
 	-Wall -Wno-unknown-pragmas -I $(CPU_DIR)/include
 CPU_SANFLAGS := -O1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
-CPU_LDLIBS := -lopenblas
+# OpenBLAS is loaded when it is first needed (simt/matmul.h); naming it here finds it missing before that
+CPU_LDLIBS := -Wl,--as-needed -lopenblas -ldl
 ifneq ($(shell uname -m),x86_64)
 CPU_LDLIBS += -lboost_context
 endif

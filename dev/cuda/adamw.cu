@@ -3,7 +3,7 @@ AdamW over all parameter tensors in one launch, and the weights that training st
 simpler ones beside them to learn from. Section 4 of train_gpt2.cu has them.
 
     make dev/cuda/adamw && ./dev/cuda/adamw [--bench]        or, with nothing but the CUDA Toolkit:
-    nvcc -O3 -std=c++17 -arch=sm_90 dev/cuda/adamw.cu -lcublas -lcublasLt -o adamw
+    nvcc -O3 -std=c++17 -arch=sm_90 dev/cuda/adamw.cu -lcublasLt -o adamw
 
 With g the gradient times the clip factor, m and v running means of g and g^2, and c1 = 1 - beta1^t, c2 = 1 - beta2^t:
 

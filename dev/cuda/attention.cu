@@ -3,7 +3,7 @@ Causal attention: the trainer's kernels, tested, and simpler ones beside them to
 train_gpt2.cu explain the kernels.
 
     make dev/cuda/attention && ./dev/cuda/attention [--bench]        or, with nothing but the CUDA Toolkit:
-    nvcc -O3 -std=c++17 -arch=sm_90 dev/cuda/attention.cu -lcublas -lcublasLt -o attention
+    nvcc -O3 -std=c++17 -arch=sm_90 dev/cuda/attention.cu -lcublasLt -o attention
 
 A query sees the keys up to its own place. Forward, for a query of a head of HS channels:
     s_j = q k_j / sqrt(HS)      p = softmax(s)      out = sum_j p_j v_j      lse = log(sum_j exp(s_j))

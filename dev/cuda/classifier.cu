@@ -3,7 +3,7 @@ Softmax, cross-entropy and their gradient, in place of the logits: the trainer's
 to learn from. Section 3 of train_gpt2.cu has them under "loss".
 
     make dev/cuda/classifier && ./dev/cuda/classifier [--bench]        or, with nothing but the CUDA Toolkit:
-    nvcc -O3 -std=c++17 -arch=sm_90 dev/cuda/classifier.cu -lcublas -lcublasLt -o classifier
+    nvcc -O3 -std=c++17 -arch=sm_90 dev/cuda/classifier.cu -lcublasLt -o classifier
 
 A row of V logits x and a target t: loss = log sum exp(x) - x[t], and in training x becomes (softmax(x) - onehot(t)) * dloss.
 exp overflows beyond 88, so everything is taken relative to the row's maximum m: p = exp(x - m) / sum exp(x - m), loss = log sum
@@ -19,12 +19,12 @@ gradient is 0. loss_sum adds up the losses of a micro-batch.
 // versions
 //
 // Which pass over a row goes to memory, and which to a cache? GPT-2 has 50257 columns, 100 KB a row in bf16, and the trainer
-// makes logits in chunks of about 256 MB, 2622 rows at B = 64 and T = 1024. An H100 has 50 MB of L2 cache. Where all rows of a
+// makes logits in chunks of about 1 GB, 9472 rows at B = 64 and T = 1024. An H100 has 50 MB of L2 cache. Where all rows of a
 // chunk are under way at once, a second pass over a row finds nothing of the first, and counts as bytes moved.
 
 // Version 1: a row a thread, and a pass for each step: the maximum, the sum, the gradient. Read, read, read and write: 8 bytes
 // an element in bf16. The 32 lanes of a warp stand in 32 rows, 100 KB apart, so that each load of the warp touches 32 lines to
-// use 2 bytes of each, and the lines have to stay cached until the lanes have walked through them. 2622 rows make 82 warps, on
+// use 2 bytes of each, and the lines have to stay cached until the lanes have walked through them. 9472 rows make 296 warps, on
 // a GPU that can hold 8448. And a sum of 50257 terms one by one rounds as often.
 __global__ void classifier_1_kernel(floatX* logits, float* losses, const int* targets, float dloss, bool train, int rows, int V,
                                     int Vp) {
@@ -47,7 +47,7 @@ void classifier_1(floatX* logits, float* losses, const int* targets, float dloss
 }
 
 // Version 2: a row a warp, whose lanes take 8 neighbouring columns each: a load of the warp is 512 bytes in a row and uses all
-// of them, a row's sum is made of 32 sums, and a chunk is 2622 warps. But all of these are under way at once, and there are as
+// of them, a row's sum is made of 32 sums, and a chunk is 9472 warps. But 8448 of these are under way at once, and there are as
 // many passes as before, 8 bytes, because exp(x - m) wants m, and m is known when all of the row has been seen; so it seems.
 __global__ void classifier_2_kernel(floatX* logits, float* losses, const int* targets, float dloss, bool train, int rows, int V,
                                     int Vp) {
@@ -135,7 +135,7 @@ void classifier_3(floatX* logits, float* losses, const int* targets, float dloss
 }
 
 // Version 4, the trainer's classifier, gives a row to a block, of 1024 threads where it is that long. Two blocks fit on a
-// multiprocessor, so that 264 rows are under way on an H100 instead of 2622, 26 MB: the second reading finds its row in L2,
+// multiprocessor, so that 264 rows are under way on an H100 instead of thousands, 26 MB: the second reading finds its row in L2,
 // and memory sees every logit read once and its gradient written once, 4 bytes. (In fp32 it is 53 MB, and some of it falls
 // out.) The price is two barriers a row, and threads that wait: 6288 vectors of 8 take 1024 threads 7 turns, the last of them
 // for 144. A thread's sum has 56 terms at most instead of 1576.
@@ -484,8 +484,7 @@ void test_loss_sum(uint64_t seed) {
 
 void bench(const char* model, int B, int T) {
     const GPT2Config c = {1024, 50257, 50304, 0, 0, 0};
-    const Plan plan = {B, T, 1, true, 0, false, 0};
-    const int rows = plan_chunk_rows(plan, c.Vp);
+    const int rows = loss_auto_rows((size_t)B * T, c.Vp, CHUNK_BYTES);
     const double X = sizeof(floatX);
     char title[200];
     snprintf(title, sizeof title, "GPT-2 %s: a chunk of %d rows, V %d", model, rows, c.V);

@@ -345,6 +345,7 @@ void run_blocks(const std::vector<int64_t>& blocks, F&& launch) {
 struct MatmulSession {
     MatmulSession() {
         cublasCheck(cublasLtCreate(&matmul_state.handle));
+        matmul_state.workspace_bytes = MATMUL_WORKSPACE;
         cudaCheck(cudaMalloc(&matmul_state.workspace, MATMUL_WORKSPACE));
     }
     ~MatmulSession() {

@@ -3,7 +3,7 @@ The embedding, forward and backward: the trainer's kernels, tested, and simpler 
 train_gpt2.cu has them under "embedding"; the host sorts a micro-batch's positions by token in tokens_upload, section 7.
 
     make dev/cuda/embedding && ./dev/cuda/embedding [--bench]        or, with nothing but the CUDA Toolkit:
-    nvcc -O3 -std=c++17 -arch=sm_90 dev/cuda/embedding.cu -lcublas -lcublasLt -o embedding
+    nvcc -O3 -std=c++17 -arch=sm_90 dev/cuda/embedding.cu -lcublasLt -o embedding
 
 Forward: out[b,t,:] = wte[token[b,t],:] + wpe[t,:]. Backward: dwte[v,:] += the sum of dout[b,t,:] over all positions whose token
 is v, dwpe[t,:] (+)= the sum of dout[b,t,:] over b. wte is the lm-head's weight, too, which has its gradient there already, so

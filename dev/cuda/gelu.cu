@@ -4,7 +4,7 @@ trainer's kernels, tested, and simpler ones beside them to learn from. Sections 
 that keeps 2 bits of an element see regelu2.cu.)
 
     make dev/cuda/gelu && ./dev/cuda/gelu [--bench]        or, with nothing but the CUDA Toolkit:
-    nvcc -O3 -std=c++17 -arch=sm_90 dev/cuda/gelu.cu -lcublas -lcublasLt -o gelu
+    nvcc -O3 -std=c++17 -arch=sm_90 dev/cuda/gelu.cu -lcublasLt -o gelu
 
 GPT-2's GELU is 0.5 x (1 + tanh(u)) = x sigmoid(2u) with u = sqrt(2/pi) (x + 0.044715 x^3). Forward: out = GELU(inp + bias).
 Backward: d *= GELU'(x), and dbias (+)= the sums of what comes out over the rows. x has to be kept for that, 2 bytes an element.

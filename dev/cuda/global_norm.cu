@@ -3,7 +3,7 @@ The norm of all gradients, and the verdict on a step that follows from it: the t
 beside them to learn from. Section 4 of train_gpt2.cu has them.
 
     make dev/cuda/global_norm && ./dev/cuda/global_norm [--bench]        or, with nothing but the CUDA Toolkit:
-    nvcc -O3 -std=c++17 -arch=sm_90 dev/cuda/global_norm.cu -lcublas -lcublasLt -o global_norm
+    nvcc -O3 -std=c++17 -arch=sm_90 dev/cuda/global_norm.cu -lcublasLt -o global_norm
 
 norm = sqrt(sum of g^2) over the elements of all tensors. Gradients are multiplied by clip / norm where norm > clip. A step
 whose loss or norm is no finite number is skipped, and so is one whose loss or norm lies more than a given number of standard
@@ -11,6 +11,8 @@ deviations above the mean of the last 128. There are 1 to 16 tensors, of either 
 */
 #define TESTING
 #include "../../train_gpt2.cu"
+
+#include <deque>
 
 #include "common.cuh"
 
@@ -544,6 +546,51 @@ void bench(const char* model, const GPT2Config& config, DType type) {
     t.row("version 3: the trainer's, in equal pieces", bytes, [&] { square_sum_3(sum.p, partial.p, table, 0); });
 }
 
+// With --zero 1 a rank has its shares alone. What all ranks make together must have the bits that one makes who has the whole.
+void test_shares(uint64_t seed) {
+    Property same("shared out over 1 to 4 ranks: the partial sums of the whole gradient");
+    for (GPT2Config c : {GPT2Config{32, 257, 384, 2, 2, 32}, GPT2Config{30, 50, 128, 3, 3, 48}, GPT2Config{64, 600, 640, 5, 1, 40}}) {
+        GPT2 g = {};
+        g.config = c;
+        Random random(seed, 9000 + c.C);
+        std::deque<GradBuffer> grads;   // which never moves them
+        for (int p = 0; p < NUM_PARAMS; p++) {
+            grads.emplace_back(param_shape(c, p).elements(), p == WTE || p % 2 ? F32 : FLOATX);
+            std::vector<float> values(grads[p].n);
+            for (float& x : values) x = random.normal();
+            grads[p].write(values);
+            g.grad[p] = grads[p].grad();
+            g.param[p] = (floatX*)g.grad[p].p;   // not looked at
+        }
+        for (int ranks = 1; ranks <= 4; ranks++) {
+            set_case("C %d, %d ranks", c.C, ranks);
+            world = {0, ranks};
+            Buffer<float> squares(gpt2_opt_blocks(c));
+            OptTable table = gpt2_opt_table(g, 0);
+            square_sum_kernel<<<table.blocks, 256>>>(squares.p, table);
+            cudaCheck(cudaGetLastError());
+            const std::vector<float> whole = squares.read();
+            std::vector<float> sum(whole.size(), 0.0f);
+            size_t blocks = 0;
+            for (int rank = 0; rank < ranks; rank++) {
+                world = {rank, ranks};
+                world.sharded = true;
+                table = gpt2_opt_table(g, 0);
+                blocks += table.blocks;
+                cudaCheck(cudaMemset(squares.p, 0, squares.bytes()));
+                square_sum_kernel<<<table.blocks, 256>>>(squares.p, table);
+                cudaCheck(cudaGetLastError());
+                const std::vector<float> mine = squares.read();
+                for (size_t i = 0; i < sum.size(); i++) sum[i] += mine[i];
+            }
+            same.is(same_bits(sum, whole), "other bits");
+            same.is(blocks < whole.size() * ranks || ranks == 1, "every rank had all");
+        }
+    }
+    world = {};
+    report({&same});
+}
+
 int main(int argc, char** argv) {
     Arguments o = parse_arguments(argc, argv, "global_norm: the norm of all gradients, and the verdict on a step");
     if (o.bench) {
@@ -556,6 +603,7 @@ int main(int argc, char** argv) {
     }
     printf("global_norm, %s\n", dtype_name(FLOATX));
     test_norm(o.seed);
+    test_shares(o.seed);
     test_known();
     test_far<float>(o.seed);
     test_far<__nv_bfloat16>(o.seed);

@@ -4,7 +4,7 @@ and simpler ones beside them to learn from. Section 3 of train_gpt2.cu has them 
 shares a tensor with its matmul is in mslayernorm.cu.
 
     make dev/cuda/layernorm && ./dev/cuda/layernorm [--bench]        or, with nothing but the CUDA Toolkit:
-    nvcc -O3 -std=c++17 -arch=sm_90 dev/cuda/layernorm.cu -lcublas -lcublasLt -o layernorm
+    nvcc -O3 -std=c++17 -arch=sm_90 dev/cuda/layernorm.cu -lcublasLt -o layernorm
 
 Over the C channels of a row: z = (x - mean) * rstd, rstd = 1 / sqrt(variance + 1e-5), y = gamma * z + beta. Backward, with dz =
 dy * gamma: dx = rstd * (dz - mean(dz) - z * mean(dz * z)), dgamma = the sum over rows of dy * z, dbeta = that of dy. dx is

@@ -3,7 +3,7 @@ The three matmuls of a linear layer and the gradient of its bias: the trainer's,
 from. The trainer leaves matmuls to cuBLASLt; here is what such a library does about memory, as far as plain arithmetic goes.
 
     make dev/cuda/matmul && ./dev/cuda/matmul [--bench]        or, with nothing but the CUDA Toolkit:
-    nvcc -O3 -std=c++17 -arch=sm_90 dev/cuda/matmul.cu -lcublas -lcublasLt -o matmul
+    nvcc -O3 -std=c++17 -arch=sm_90 dev/cuda/matmul.cu -lcublasLt -o matmul
 
 With inp (rows, C), weight (OC, C), out and dout (rows, OC): out = inp W^T + bias, dinp = dout W, dW (+)= dout^T inp, dbias (+)=
 the sum of dout over its rows. C and OC are multiples of 8, rows can be any number. Sums are in fp32. Weight and bias gradients
@@ -572,13 +572,13 @@ void bench_bias(const char* model, int rows, int OC) {
 }
 void bench(const char* model, int rows, int C) {
     constexpr int Vp = 50304;
-    const size_t chunks = (size_t)rows * Vp * sizeof(floatX) / ((size_t)256 << 20) + 1;   // in which the trainer makes logits
+    const int chunk = loss_auto_rows(rows, Vp, CHUNK_BYTES);   // as the trainer makes logits
     bench_matmul(model, "fc, fewer rows to save time", 2048, C, 4 * C, true);
     bench_matmul(model, "qkv", rows, C, 3 * C, false);
     bench_matmul(model, "attproj", rows, C, C, false);
     bench_matmul(model, "fc", rows, C, 4 * C, false);
     bench_matmul(model, "fcproj", rows, 4 * C, C, false);
-    bench_matmul(model, "lm-head, a chunk of rows", ceil_div(rows, chunks), C, Vp, false);
+    bench_matmul(model, "lm-head, a chunk of rows", chunk, C, Vp, false);
     bench_bias(model, rows, 4 * C);
 }
 

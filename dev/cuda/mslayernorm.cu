@@ -4,7 +4,7 @@ the trainer's kernels, tested, and simpler ones beside them to learn from. Secti
 ("norm, shared with its matmul").
 
     make dev/cuda/mslayernorm && ./dev/cuda/mslayernorm [--bench]        or, with nothing but the CUDA Toolkit:
-    nvcc -O3 -std=c++17 -arch=sm_90 dev/cuda/mslayernorm.cu -lcublas -lcublasLt -o mslayernorm
+    nvcc -O3 -std=c++17 -arch=sm_90 dev/cuda/mslayernorm.cu -lcublasLt -o mslayernorm
 
 y = (gamma * z + beta) W^T + b, z = (x - mean) * rstd. Forward folds gamma and beta into W and b and keeps z and rstd; backward
 gathers G = dy^T z where dW will be; once a step the unfolding makes dgamma, dbeta and dW of G, W and db. The tests compare all

@@ -3,7 +3,7 @@ GELU whose backward remembers k bits of an element (ReGELU2 for k = 2): the trai
 beside them to learn from. Section 2 of train_gpt2.cu explains the method.
 
     make dev/cuda/regelu2 && ./dev/cuda/regelu2 [--bench]        or, with nothing but the CUDA Toolkit:
-    nvcc -O3 -std=c++17 -arch=sm_90 dev/cuda/regelu2.cu -lcublas -lcublasLt -o regelu2
+    nvcc -O3 -std=c++17 -arch=sm_90 dev/cuda/regelu2.cu -lcublasLt -o regelu2
 
 Forward: out = GELU(inp + bias), and a code of k bits for each element. Backward: d *= slope of the code, and the gradient of
 the bias, which is the sum of what comes out over the rows. A thread of the trainer's kernels owns 8 neighbouring elements of a

@@ -4,7 +4,7 @@ simpler ones beside them to learn from. Section 3 of train_gpt2.cu has them unde
 subject of layernorm.cu and, where it shares a tensor with its matmul, of mslayernorm.cu.
 
     make dev/cuda/residual && ./dev/cuda/residual [--bench]        or, with nothing but the CUDA Toolkit:
-    nvcc -O3 -std=c++17 -arch=sm_90 dev/cuda/residual.cu -lcublas -lcublasLt -o residual
+    nvcc -O3 -std=c++17 -arch=sm_90 dev/cuda/residual.cu -lcublasLt -o residual
 
 Forward: x = inp + add, where inp is the residual stream, add what a matmul made for it, and x the stream from here on; and out
 = norm(x). Backward: the gradient of the stream around the norm, plus what comes back through the norm. This is the gradient of

@@ -243,9 +243,14 @@ class Lab:
         return result
 
     def files(self, folder):
-        """{name: bytes} of what is in a folder."""
+        """{name: bytes} of what is in a folder, but for the lock of the runs that write there."""
         where = self.path(folder)
-        return {p.name: p.read_bytes() for p in sorted(where.iterdir())} if where.exists() else {}
+        return {p.name: p.read_bytes() for p in sorted(where.iterdir()) if p.name != ".lock" and p.is_file()} if where.exists() else {}
+
+
+def names(step):
+    """Of the files of a checkpoint of one process."""
+    return [f"model_{step:08d}.bin", f"state_{step:08d}_00000.bin", f"DONE_{step:08d}"]
 
 
 def learned(result):

@@ -58,7 +58,7 @@ ENOUGH = 0.95
 # ----------------------------------------------------------------------------
 # equivalent mutants
 #
-# kernel, code: as --list shows them. nth: which of several equal lines of one kernel, from 1; None: all of them.
+# kernel, code: as --list shows them, without comments. nth: which of several equal lines of one kernel, from 1; None: all.
 
 Equivalent = namedtuple("Equivalent", "kernel code mutation argument nth", defaults=[None])
 EQUIVALENT = [
@@ -89,16 +89,16 @@ EQUIVALENT = [
     Equivalent("attention_backward_dq_kernel", "for (int t0 = 0; t0 < end; t0 += ATT_TILE) {", "t0 < end becomes t0 <= end",
                "As in the forward kernel: the tile too many is skipped, or p is 0 for every row that is stored."),
     Equivalent("attention_backward_dkv_kernel",
-               "for (int t0 = at.first; t0 < T; t0 += ATT_TILE) {   // queries before the block's first key see none of its keys",
+               "for (int t0 = at.first; t0 < T; t0 += ATT_TILE) {",
                "t0 < T becomes t0 <= T",
                "The tile too many has only queries that are not there: they are loaded as zeros and have p = 0."),
     Equivalent("attention_forward_tc_kernel", "for (int t0 = 0; t0 < end; t0 += TC_ROWS) {", "t0 < end becomes t0 <= end",
                "The tile too many was not copied and is looked at only by warps whose rows all come after T: none is stored."),
     Equivalent("attention_forward_tc_kernel", "if (t0 + TC_ROWS < end) {", "t0 + TC_ROWS < end becomes t0 + TC_ROWS <= end",
                "It copies one more tile, whose rows are checked against T, into the stage that is free; nobody reads it."),
-    Equivalent("attention_forward_tc_kernel", "if (key > last) break;    // masked for all rows of the warp, as is what follows",
+    Equivalent("attention_forward_tc_kernel", "if (key > last) break;",
                "key > last becomes key >= last", "key is a multiple of 32 and last is odd: they are never equal."),
-    Equivalent("attention_forward_tc_kernel", "if (key + KEYS - 1 > row + 16 * m) {   // some key comes after some query",
+    Equivalent("attention_forward_tc_kernel", "if (key + KEYS - 1 > row + 16 * m) {",
                "key + KEYS - 1 > row + 16 * m becomes key + KEYS - 1 >= row + 16 * m",
                "The left side is odd and the right side a multiple of 16: they are never equal."),
     Equivalent("attention_forward_tc_kernel",
@@ -117,7 +117,7 @@ EQUIVALENT = [
     Equivalent("attention_backward_dq_tc_kernel", "if (t0 + j > last) break;", "t0 + j > last becomes t0 + j >= last",
                "t0 + j is a multiple of 16 and last is odd: they are never equal."),
     Equivalent("attention_backward_dkv_tc_kernel",
-               "if (t0 + j + 15 < row) continue;   // these queries come before all keys of the warp",
+               "if (t0 + j + 15 < row) continue;",
                "t0 + j + 15 < row becomes t0 + j + 15 <= row",
                "The left side is odd and row a multiple of 16: they are never equal."),
 ]
@@ -154,12 +154,23 @@ class MutateError(Exception):
     pass
 
 
+def blank(text):
+    return re.sub(r"[^\n]", " ", text)
+
+
+def lines_without_comments(text):
+    """A source's lines as they are quoted: a comment can be reworded, and nobody has to know."""
+    bare = "".join(blank(t.text) if t.kind == "comment" else t.text for t in cu2cpp.tokenize(text))
+    return [line.strip() for line in bare.split("\n")]
+
+
 class Scan:
     """A source's text, with comments, strings and directives blanked out in `code`, and what was found in it."""
 
     def __init__(self, text, name="train_gpt2.cu"):
         self.text, self.name = text, name
         self.starts = [0] + [m.end() for m in re.finditer("\n", text)]
+        self.lines = lines_without_comments(text)
         self.directives = []                    # (begin, end)
         self.code = self.blank_out()
         self.constants = {n for m in CONSTANT.finditer(self.code) for n in [m[1], *re.findall(r",\s*(\w+)\s*=", m[0])]}
@@ -173,7 +184,7 @@ class Scan:
         code, position = [], 0
         for token in cu2cpp.tokenize(self.text):
             keep = token.kind not in ("comment", "string", "directive")
-            code.append(token.text if keep else re.sub(r"[^\n]", " ", token.text))
+            code.append(token.text if keep else blank(token.text))
             if token.kind == "directive":
                 self.directives.append((position, position + len(token.text)))
             position += len(token.text)
@@ -327,7 +338,7 @@ class Scan:
 
     def add(self, kernel, begin, end, operator, left, right):
         line = self.line(begin)
-        code = self.text[self.starts[line - 1]:].split("\n", 1)[0].strip()
+        code = self.lines[line - 1]
         number = self.points[-1].number + len(mutations(self.points[-1])) if self.points else 1
         self.points.append(Point(kernel, line, code, begin, end, operator, left, right, number))
 

@@ -1,7 +1,11 @@
 """The command line: each option and its alias, what is refused and how, --estimate, memory, Ctrl-C, the log."""
 import json
+import os
+import pty
 import re
+import resource
 import signal
+import socket
 import subprocess
 import time
 
@@ -23,7 +27,7 @@ def base(shared_lab):
 # alias, a value, and whether this value changes what the log says of a run of four steps
 ALIASES = [
     ("-i", "other.bin", True), ("-j", "other.bin", True), ("-e", "gpt2:L1,H2,C32,T32,V257", True), ("-b", 1, True), ("-t", 16, True),
-    ("-d", 128, True), ("-x", 2, True), ("-k", "wsd", True), ("-l", 3e-3, True), ("-u", 3, True), ("-q", 0.1, True), ("-c", 0.5, True),
+    ("-d", 128, True), ("-x", 2, True), ("-k", "wsd", True), ("-l", 3e-3, True), ("-u", 3, True), ("-q", 0.5, True), ("-c", 0.5, True),
     ("-sl", 3.0, False), ("-sg", 3.0, False), ("-v", 2, True), ("-m", 1, True), ("-s", 2, False), ("-g", 5, False), ("-a", 1, True),
     ("-f", 0, False), ("-w", 0, True), ("-ge", 2, False), ("-z", 0, False), ("-r", 2, False), ("-n", 2, False), ("-nk", 1, False),
     ("-y", 0, False), ("-o", "out", False)]
@@ -64,7 +68,7 @@ def test_options_without_alias(shared_lab, base, given):
 def test_help(lab):
     for option in ("-h", "--help"):
         text = lab.run(option).out
-        for long in [*LONG.values(), "--seed", "--loss-chunks", "--grad-clip", "--log", "--estimate", "--top-k", "--temperature", "--tokenizer"]:
+        for long in [*LONG.values(), "--seed", "--loss-chunks", "--workspace", "--grad-clip", "--log", "--estimate", "--top-k", "--temperature", "--tokenizer"]:
             assert re.search(rf"{long}\b", text), f"{option} does not mention {long}"
         for alias in LONG:
             assert re.search(rf"(?<![\w-]){alias}\b", text), f"{option} does not mention {alias}"
@@ -90,17 +94,21 @@ BAD = [
     ("-v", "-1"), ("--val-every", "x"), ("-m", "-1"), ("--val-batches", "x"), ("-s", "-1"), ("-g", "-1"), ("--sample-tokens", "x"),
     ("-a", "2"), ("--overfit", "yes"), ("-f", "2"), ("--tf32", "-1"), ("-w", "2"), ("--master-weights", "on"), ("-ge", "3"), ("--gelu-fusion", "-1"),
     ("-z", "2"), ("--zero", "-1"), ("-r", "3"), ("--recompute", "-1"), ("-n", "-1"), ("--checkpoint-every", "x"), ("-nk", "-1"), ("--keep", "x"),
-    ("-y", "2"), ("--resume", "x"), ("--seed", "x"), ("--seed", "1.5"), ("--loss-chunks", "0"), ("--loss-chunks", "-1"), ("--loss-chunks", "many"),
+    ("-y", "2"), ("--resume", "x"), ("--seed", "x"), ("--seed", "1.5"), ("--loss-chunks", "0"), ("--loss-chunks", "-1"), ("--loss-chunks", "many"), ("--workspace", "0"), ("--workspace", "x"),
     ("--grad-clip", "-1"), ("--grad-clip", "nan"), ("--top-k", "-1"), ("--top-k", "x"), ("--temperature", "-1"), ("--temperature", "nan"),
     ("-e", "gpt2:d13"), ("-e", "gpt2:H2,C32,T32,V257"), ("-e", "gpt2:L0,H2,C32,T32,V257"), ("-e", "gpt2:L2,H3,C32,T32,V257"),
     ("-e", "gpt2:L2,H2,C32,T32,V257,X1"), ("-e", "gpt2:L2,H2,C32,T32,Vx"), ("-e", "gpt2:L2,L2,H2,C32,T32,V257"), ("-e", "gpt2:"),
-    ("-e", "gpt2:L-2,H2,C32,T32,V257"), ("-e", "gpt2:L99999999999,H2,C32,T32,V257"), ("--estimate=xml",),
+    ("-e", "gpt2:L-2,H2,C32,T32,V257"), ("-e", "gpt2:L99999999999,H2,C32,T32,V257"), ("--estimate=xml",), ("--estimate=",),
+    ("-b", " 2"), ("-b", "2 "), ("-b", "0x2"), ("-l", " 1e-3"), ("-l", "0x1p-9"), ("-l", "1e"), ("--lr", "infinity"), ("-o", "-n"), ("--log", "--resume"),
+    *[(option, "") for option in (*LONG, *LONG.values(), "--log", "--tokenizer", "--seed", "--top-k")],
+    *[(f"{option}=",) for option in (*LONG.values(), "--log", "--tokenizer", "--loss-chunks")],
 ]
 
 
 @pytest.mark.parametrize("arguments", BAD, ids=["_".join(a) for a in BAD])
 def test_refused(shared_lab, arguments):
-    usual = options(arguments[0], None) if arguments[0] in LONG or arguments[0] in SMALL else options()
+    name = arguments[0].rstrip("=")
+    usual = options(name, None) if name in LONG or name in SMALL else options()
     done = shared_lab.run(*usual, *arguments, status=2)
     message = done.err.strip()
     assert "\n" not in message, f"expected one line, found {message}"
@@ -140,6 +148,101 @@ def test_messages_quote_the_option_as_typed(shared_lab, name, value):
     says(done.err, LONG[name], value)
 
 
+def test_the_last_one_counts_and_is_said(shared_lab):
+    done = shared_lab.run(*options("-x", 2), "--steps", "3")
+    assert "step     3/3" in done.out
+    says(done.err, "--steps", "more than once")
+
+
+def test_a_warmup_longer_than_the_epoch(lab):
+    write_tokens(lab.path("train.bin"), words(64 * 7 + 1))
+    says(lab.run(*options("-x", None, "-u", 8), status=2).err, "-u 8", "7", "epoch")
+    assert lab.train("-x", None, "-u", 7).steps[-1]["lr"] == pytest.approx(1e-3)
+    lab.train("-x", 0, "-u", 8)
+
+
+@pytest.mark.parametrize("given", [["--help"], ["-h"], ["--estimate"], ["--estimate=json"], [], ["-x", "1", "-s", "1"], ["-o", "out", "-y", "1", "-x", "2"]],
+                         ids=" ".join)
+def test_output_that_does_not_arrive(lab, given):
+    lab.train("-x", 2, "-o", "out")
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run([program("cpu-bf16"), *map(str, given[:1] if given[:1] in (["--help"], ["-h"]) else options(*given))], cwd=lab.folder,
+                              env=environment(), stdin=subprocess.DEVNULL, stdout=full, stderr=subprocess.PIPE, timeout=60)
+    assert done.returncode == 1 and b"could not write all of the output" in done.stderr
+
+
+# ----------------------------------------------------------------------------
+# names of files
+
+@pytest.mark.parametrize("name", ["a*b.bin", "a?b.bin", "[ab].bin", "~.bin", "a\\b.bin", "with space.bin", "data [v1]/train.bin", "data [v1]/tr*.bin", "{a}$b'c\".bin"])
+def test_any_name(lab, name):
+    """A file of that name is that file, whatever else the name would match."""
+    write_tokens(lab.path("ab.bin"), [1] * 300)
+    for decoy in ("a.bin", "axb.bin", "a-long-b.bin"):
+        lab.path(decoy).write_bytes(b"not tokens")
+    lab.path("data [v1]").mkdir()
+    lab.path(name.replace("tr*", "train")).write_bytes(lab.path("train.bin").read_bytes())
+    assert learned(lab.train("-i", name)) == learned(lab.train())
+
+
+def test_a_tokenizer_beside_a_pattern(lab):
+    lab.path("d1").mkdir()
+    for name in ("train.bin", "tokenizer.bin"):
+        lab.path(name).rename(lab.path("d1") / name)
+    assert "printed as ids" not in lab.train("-i", "d*/train.bin", "-x", 1, "-s", 1).out
+
+
+def test_more_shards_than_files_can_be_open(lab):
+    lab.path("many").mkdir()
+    for i in range(300):
+        write_tokens(lab.path(f"many/{i:04d}.bin"), words(65, seed=i))
+    result = lab.train("-i", "many/*.bin", "-j", "many/*.bin", "-v", 2, before=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40)))
+    assert len(result.losses) == 4
+
+
+@pytest.mark.parametrize("option", ["-i", "-j", "-e", "--tokenizer"])
+@pytest.mark.parametrize("kind", ["pipe", "device", "socket", "folder"])
+def test_what_is_no_file_is_not_waited_for(lab, option, kind):
+    path = lab.path("it")
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as s, pytest.MonkeyPatch.context() as there:
+            there.chdir(lab.folder)  # an address has at most 107 bytes
+            s.bind("it")
+    done = lab.run(*options(option, "/dev/zero" if kind == "device" else "it", "-v", 1, "-s", 1), status=1, timeout=20)
+    says(done.err, "/dev/zero is a device" if kind == "device" else "cannot open it" if kind == "socket" else f"it is a {kind}")
+
+
+# ----------------------------------------------------------------------------
+# without having read anything
+
+def test_a_sequence_as_long_as_the_model(lab):
+    result = lab.train("-t", None, "-x", 1)
+    assert "x 32 tokens" in result.out
+    assert estimate(lab, "-e", "gpt2:L1,H1,C8,T2048,V5")["total_bytes"] == estimate(lab, "-e", "gpt2:L1,H1,C8,T2048,V5", "-t", 1024)["total_bytes"]
+
+
+@pytest.mark.parametrize("given", [[], ["-x", "0", "-v", "1"], ["-b", "64"]], ids=" ".join)
+@pytest.mark.parametrize("tokenizer", [True, False])
+def test_the_default_model_on_a_text_of_bytes(lab, given, tokenizer):
+    """Said before anything slow, with the size that fits; -t 1024 is too long for this text, but that is not the mistake."""
+    if not tokenizer:
+        lab.path("tokenizer.bin").unlink()
+    done = lab.run(*options("-e", None, "-t", None, *given), status=2, timeout=10)
+    size = re.search(r"-e (gpt2:\S*V(\d+))", done.err)
+    assert int(size[2]) == 257 if tokenizer else 100 < int(size[2]) < 257
+    says(done.err, "50257", "-e d12")
+    assert len(lab.train("-e", size[1], "-t", None).losses) == 4
+    says(lab.run(*options("-e", "d12", "-t", None, "-b", 8), status=1).err, "train.bin", "of 1024", "-b or -t")  # it is meant
+
+
+def test_a_long_run_says_how_long(lab):
+    assert re.search(r"steps of about \d+\.\d s are to come: 0?\d+:\d\d:\d\d", interrupted(lab, "-b", 64, "-e", "gpt2:L4,H2,C32,T32,V257")[3])
+
+
 # ----------------------------------------------------------------------------
 # periods and the log
 
@@ -167,7 +270,7 @@ def test_one_epoch_by_default(lab):
 
 
 def test_log(lab):
-    result = lab.train("-v", 2, "-s", 2)
+    result = lab.train("-v", 2, "-s", 2, "-q", 1)
     assert result.log[-1] is result.done and set(result.done) >= {"done", "steps", "peak_bytes", "estimate_bytes"}
     assert result.done["done"] is True and result.done["steps"] == 4
     first = result.steps[0]["step"]
@@ -230,13 +333,13 @@ def test_estimate_of_124m(nothing, recompute, units):
     params = sum(row["bytes"] for row in plan["rows"] if row["kind"] == "param")
     assert params == 2 * (124439808 + (50304 - 50257) * 768)
     logits = [row for row in plan["rows"] if row["name"] == "logits"]
-    assert len(logits) == 1 and logits[0]["bytes"] < 400e6  # never the 6.6 GB of all rows
+    assert len(logits) == 1 and logits[0]["bytes"] <= 2**30  # never the 6.6 GB of all rows
     assert not any(row["shape"][-2:] == [T, T] for row in plan["rows"])
 
 
 @pytest.mark.parametrize("variant", ["cpu-bf16", "cpu-fp32"])
 @pytest.mark.parametrize("mode", [
-    "-r 0", "-r 1", "-r 2", "-w 0", "-d 256", "--loss-chunks 1", "--loss-chunks 3", "-ge 1", "-ge 2", "-v 2 -s 2", "-b 1 -t 7", "-v 2 -m 3 -t 20"])
+    "-r 0", "-r 1", "-r 2", "-w 0", "-d 256", "--loss-chunks 1", "--loss-chunks 3", "--workspace 3", "-ge 1", "-ge 2", "-v 2 -s 2", "-b 1 -t 7", "-v 2 -m 3 -t 20"])
 def test_estimate_is_the_truth(shared_lab, mode, variant):
     result = shared_lab.train(*mode.split(), variant=variant, env={"SIMT_REPORT": 1})
     peak = int(re.search(r"simt: peak (\d+) bytes, now (\d+) bytes", result.err)[1])
@@ -257,6 +360,37 @@ def test_modes_take_what_they_say(shared_lab):
     assert total("-b", 4) > total("-b", 2)
     assert total("-d", 128) > total("-d", 64)  # fp32 accumulators
     assert total("--loss-chunks", 1) > total("--loss-chunks", 2) > total("--loss-chunks", 4)
+
+
+def row_of(plan, name):
+    return next(row for row in plan["rows"] if row["name"] == name)
+
+
+@pytest.mark.parametrize("given, rows", [
+    ("-b 64 -t 1024", 9472), ("-b 8 -t 1024", 8192), ("-b 1 -t 7", 7), ("-b 3 -t 333", 999), ("-b 11 -t 1000", 5632),
+    ("-b 3 -t 1000 -e gpt2:L1,H1,C8,T1024,V3000000", 256), ("-b 100 -t 1000 -e gpt2:L1,H1,C8,T1024,V50", 100000),
+    ("-b 64 -t 1024 --loss-chunks 13", 5120), ("-b 64 -t 1024 --loss-chunks 25", 2622), ("-b 64 -t 1024 --loss-chunks 1", 65536),
+    ("-b 3 -t 100 --loss-chunks 3", 100), ("-b 3 -t 171 --loss-chunks 2", 512), ("-b 1 -t 7 --loss-chunks 7", 1), ("-b 2 -t 5 --loss-chunks 6", 2)])
+def test_chunks_of_logits(nothing, given, rows):
+    """Whole tiles of 256 rows where that leaves as many chunks; below 1 GiB where nobody says how many."""
+    plan = estimate(nothing, *["-e", "d12"] * ("-e" not in given), *given.split(), env={"SIMT_MEMORY": "900G"})
+    assert row_of(plan, "logits")["shape"][0] == rows
+
+
+def test_chunks_of_logits_where_memory_is_short(nothing):
+    given = ["-e", "d12", "-b", 16, "-t", 1024]
+    plenty = estimate(nothing, *given, env={"SIMT_MEMORY": "900G"})
+    short = estimate(nothing, *given, env={"SIMT_MEMORY": plenty["total_bytes"]})   # which leaves no room for the libraries
+    assert row_of(plenty, "logits")["shape"][0] == 8192 and row_of(short, "logits")["shape"][0] == 2560
+    assert row_of(estimate(nothing, *given, "--loss-chunks", 2, env={"SIMT_MEMORY": plenty["total_bytes"]}), "logits")["shape"][0] == 8192
+
+
+def test_workspace(nothing):
+    """For 32 parts of the largest weight's gradient, up to 64 MiB, or as told."""
+    def workspace(*given):
+        return row_of(estimate(nothing, "-b", 1, "-t", 16, *given), "workspace")["bytes"]
+    assert workspace("-e", "d12") == 64 << 20 and workspace("-e", "d12", "--workspace", 7) == 7 << 20
+    assert workspace("-e", "gpt2:L1,H1,C32,T32,V257") == 32 * 4 * 32 * 384 and workspace("-e", "gpt2:L1,H1,C64,T32,V50") == 32 * 4 * 64 * 256
 
 
 def memory_between(lab, fits, *given):
@@ -298,27 +432,27 @@ def test_out_of_memory(shared_lab):
 # ----------------------------------------------------------------------------
 # Ctrl-C
 
-def interrupted(lab, *given):
-    """Starts a long run, presses Ctrl-C after its third step, and waits for the end."""
-    log = lab.path("log.jsonl")
+def interrupted(lab, *given, when=b"step     3"):
+    """Starts a long run, presses Ctrl-C when it has printed this, and waits for the end."""
+    log, out = lab.path("log.jsonl"), lab.path("out.txt")
     process = subprocess.Popen([program("cpu-bf16"), *options("-x", 100000, "--log", "log.jsonl", *given)], cwd=lab.folder,
-                               env=environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                               env=environment(), stdin=subprocess.DEVNULL, stdout=out.open("wb"), stderr=subprocess.PIPE)
     try:
         for _ in range(600):
-            if log.exists() and log.read_bytes().count(b"train_loss") >= 3:
+            if when in out.read_bytes():
                 break
             assert process.poll() is None, process.communicate()
             time.sleep(0.1)
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+        err = process.communicate(timeout=60)[1]
     finally:
         process.kill()
         process.wait()
-    return process.returncode, [json.loads(line) for line in log.read_text().splitlines()], err.decode()
+    return process.returncode, [json.loads(line) for line in log.read_text().splitlines()], err.decode(), out.read_text(errors="replace")
 
 
 def test_ctrl_c_writes_a_checkpoint(lab):
-    status, log, err = interrupted(lab, "-o", "out")
+    status, log, err, _ = interrupted(lab, "-o", "out")
     assert status == 130, err
     steps = sum("train_loss" in line for line in log)
     assert steps < 100000 and log[-1]["done"] is False and log[-1]["steps"] == steps
@@ -327,9 +461,40 @@ def test_ctrl_c_writes_a_checkpoint(lab):
 
 
 def test_ctrl_c_without_a_folder(lab):
-    status, log, err = interrupted(lab)
+    status, log, err, out = interrupted(lab)
     assert status == 130, err
     assert log[-1]["done"] is False
+    step = log[-1]["steps"]
+    assert f"stopping after step {step}; a second Ctrl-C ends at once" in err and f"interrupted after step {step}; without --out" in out
+
+
+@pytest.mark.parametrize("given, when", [
+    (["-v", 1, "-m", 10**6], b"start "), (["-s", 1, "-g", 10**6], b"---- sample"), (["-x", 0, "-v", 1, "-m", 10**6], b"start ")])
+def test_ctrl_c_ends_what_takes_long(lab, given, when):
+    """A validation or a sample that would go on for minutes; what it has so far is no result."""
+    write_tokens(lab.path("val.bin"), words(10**6, seed=2))
+    status, log, err, out = interrupted(lab, "-o", "out", *given, when=when)
+    assert status == 130 and "stopping after step" in err
+    assert not any("val_loss" in line for line in log) and "val loss" not in out and log[-1]["done"] is False
+    assert ("DONE_00000001" in lab.files("out")) == ("-s" in given)
+
+
+def test_a_terminal_sees_a_validation_go_on(lab):
+    ours, theirs = pty.openpty()
+    done = subprocess.run([program("cpu-bf16"), *options("-x", 0, "-v", 1, "-m", 3)], cwd=lab.folder, env=environment(), stdin=subprocess.DEVNULL,
+                          stdout=theirs, stderr=subprocess.PIPE, timeout=60)
+    os.close(theirs)
+    seen = b""
+    while chunk := read_or_end(ours):
+        seen += chunk
+    assert done.returncode == 0 and b"\rvalidating 1/3\rvalidating 2/3\rvalidating 3/3" in seen
+
+
+def read_or_end(fd):
+    try:
+        return os.read(fd, 1 << 16)
+    except OSError:  # how a terminal ends
+        return b""
 
 
 # ----------------------------------------------------------------------------
@@ -345,12 +510,15 @@ def poisoned(lab):
 
 @pytest.mark.parametrize("variant, w", [("cpu-fp32", 1), ("cpu-bf16", 1), ("cpu-bf16", 0)])
 def test_a_step_that_is_not_finite_changes_nothing(lab, variant, w):
-    shape, tensors = poisoned(lab)
-    result = lab.train("-e", "nan.bin", "-x", 5, "-c", 0.1, "-w", w, "-o", "out", variant=variant)
-    assert len(result.steps) == 5
-    after = read_model(lab.path("out/model_00000005.bin"), shape)
-    for name, values in tensors.items():
-        assert [repr(x) for x in after[name]] == [repr(x) for x in values], name
+    """The loss is finite, so that each step's validation shows the weights, but the gradient's squares are not."""
+    tensors = random_model(Shape())
+    tensors["lnfw"] = [1e25] * 32
+    tensors["wte"] = [x * 1e-25 for x in tensors["wte"]]
+    write_model(lab.path("steep.bin"), Shape(), tensors)
+    result = lab.train("-e", "steep.bin", "-x", 5, "-c", 0.1, "-w", w, "-v", 1, "-o", "out", variant=variant, status=3)
+    assert [line["grad_norm"] for line in result.steps] == [None] * 5
+    assert len(result.vals) == 6 and len(set(result.vals)) == 1 and result.vals[0] > 1
+    assert lab.files("out") == {}
 
 
 def test_ten_in_a_row_end_the_run(lab):

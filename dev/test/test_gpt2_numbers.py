@@ -38,6 +38,37 @@ def test_sanitized(mode, tmp_path):
     check(f"san-{mode}", VARIANTS[mode][0], cwd=tmp_path, SIMT_POISON=1)
 
 
+def fused(done):
+    """The lines about GELU in cuBLASLt's epilogue, and the others."""
+    lines = done.out.splitlines()
+    return [x for x in lines if "--gelu-fusion" in x], [x for x in lines if "--gelu-fusion" not in x]
+
+
+@pytest.mark.parametrize("variant", ["cpu-bf16", "cpu-fp32"])
+def test_another_gelu_in_the_epilogue(variant, tmp_path):
+    """None, one as exact as a GPU's tanh, and a wrong one."""
+    pair = "gpt2_hs80"
+    ways, others = fused(check(variant, pair, cwd=tmp_path, SIMT_GELU=0))
+    assert len(ways) == 2 and all(line.startswith("  skip ") for line in ways) and others[-1].endswith(" 0 failed")
+    assert not any("skip" in line for line in others)
+    check(variant, pair, cwd=tmp_path, SIMT_GELU_ERROR=488)   # 2^-11
+    ways, others = fused(check(variant, pair, cwd=tmp_path, status=1, SIMT_GELU_ERROR=10000))
+    assert {way for way in (1, 2) if any(f"--gelu-fusion {way}" in line and "FAIL" in line for line in ways)} == {1, 2}
+    assert not any("FAIL" in line for line in others)
+
+
+@pytest.mark.parametrize("variant", ["cpu-bf16", "cpu-norm-bf16", "cpu-fp32"])
+def test_other_shapes(variant, tmp_path):
+    if execute("/usr/bin/python3", "-c", "import torch", cwd=tmp_path).status != 0:
+        pytest.skip("PyTorch is not installed (python3-torch)")
+    for seed, sizes in ((1, "L3,H5,C160,T67,V301"), (2, "L7,H2,C64,T29,V100"), (3, "L1,H1,C8,T9,V40")):
+        made = execute("/usr/bin/python3", FIXTURES.parents[2] / "prepro/reference.py", "--config", sizes, "--batch", 2, "--seq",
+                       sizes.split("T")[1].split(",")[0], "--seed", seed, "--steps", 0, "--out", f"s{seed}", cwd=tmp_path)
+        assert made.status == 0, made.err
+    done = execute(program(variant, "test_gpt2"), *[f"s{seed}{end}.bin" for seed in (1, 2, 3) for end in ("", "_state")], cwd=tmp_path, timeout=400)
+    assert done.status == 0, "\n".join(line for line in done.out.splitlines() if "ok" not in line) + done.err[-2000:]
+
+
 # offsets into gpt2_c96_state.bin, whose batch is 2 x 40 and vocabulary 301
 TOKENS = 2 * 2 * 40 * 4
 LOGITS = 2 * 40 * 301 * 4

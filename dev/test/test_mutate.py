@@ -130,7 +130,8 @@ def test_mutants_decide_as_they_say(tmp_path):
 
 
 def test_equivalents_are_matched():
-    line = "    a[0] = a[1] < n;\n"
+    """By their code: comments, wherever they stand and whatever they say, are no part of it."""
+    line = "    a[0] = a[1] < n;   // \"as\" anybody would /* say\n"
     mutants = mutate.mutants_of(mutate.Scan("__global__ void k(int* a, int n) {\n" + line + line + "}\n"))
     entry = mutate.Equivalent("k", "a[0] = a[1] < n;", "a[1] < n becomes a[1] <= n", "never equal", 2)
     assert mutate.match_equivalents(mutants, [entry]) == ({3: "never equal"}, [])
@@ -162,6 +163,6 @@ def test_result():
     for counts in result["killed_by"].values():
         assert sum(counts.values()) == result["killed"]
     assert result["score"] == round(len(kills) / (result["mutants"] - len(equivalent)), 4) >= mutate.ENOUGH
-    lines = collections.Counter(line.strip() for line in (ROOT / "train_gpt2.cu").read_text().split("\n"))
+    lines = collections.Counter(mutate.lines_without_comments((ROOT / "train_gpt2.cu").read_text()))
     for e in equivalent:
         assert e["argument"].strip() and lines[e["code"]], e

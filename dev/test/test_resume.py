@@ -9,11 +9,7 @@ import time
 
 import pytest
 
-from helpers import Shape, environment, learned, options, program, says, write_tokens, words
-
-
-def names(step):
-    return [f"model_{step:08d}.bin", f"state_{step:08d}_00000.bin", f"DONE_{step:08d}"]
+from helpers import ROOT, Shape, environment, learned, names, options, program, random_model, says, write_model, write_tokens, words
 
 
 def checkpoint(files, step):
@@ -47,6 +43,23 @@ def test_resume_is_exact(lab, mode, variant):
     assert len(resumed.steps) == 5
     assert [line for line in learned(resumed)[:-1] if line not in learned(straight)] == []
     assert checkpoint(lab.files("resumed"), 10) == checkpoint(lab.files("straight"), 10)
+
+
+@pytest.mark.parametrize("chosen", [["--loss-chunks", 3], ["-b", "auto"]], ids=["chunks", "batch"])
+def test_what_memory_decides_is_decided_once(lab, chosen):
+    """A resumed run has the chunks of the loss, and the batch, that it began with, however much memory is free now."""
+    now = ["--loss-chunks", "auto"] if chosen[1] == 3 else chosen
+    tight = {"SIMT_MEMORY": "3M" if chosen[1] == "auto" else "1G"}
+    straight = lab.train(*chosen, "-x", 6, "-n", 3, "-o", "straight", env=tight)
+    copy_of_step(lab, "straight", 3, "resumed")
+    resumed = lab.train(*now, "-x", 6, "-n", 3, "-o", "resumed", "-y", 1, env={"SIMT_MEMORY": "1G"})
+    assert checkpoint(lab.files("resumed"), 6) == checkpoint(lab.files("straight"), 6)
+    assert len(resumed.steps) == 3 and "note:" not in resumed.out
+    free = lab.train(*now, "-x", 6, "-o", "free", env={"SIMT_MEMORY": "1G"})   # left to itself it would have chosen otherwise
+    assert checkpoint(lab.files("free"), 6) != checkpoint(lab.files("straight"), 6) and len(free.steps) == 6
+    if chosen[1] == 3:
+        copy_of_step(lab, "straight", 3, "other")
+        says(lab.train("--loss-chunks", 2, "-x", 6, "-o", "other", "-y", 1).out, "note: logits come in chunks of 32 rows, of 22 until now")
 
 
 def test_a_checkpoint_at_the_end_by_default(lab):
@@ -94,10 +107,13 @@ def test_leftovers_of_a_killed_run_do_not_disturb(lab):
 
 
 def test_resume_of_a_finished_run(lab):
-    lab.train("-x", 3, "-o", "out")
-    before = lab.files("out")
-    assert lab.train("-x", 3, "-o", "out", "-y", 1).losses == []
-    assert lab.files("out") == before
+    lab.train("-x", 3, "-o", "out", "-v", 1, "-s", 1)
+    before, log = lab.files("out"), lab.path("log1.jsonl").read_bytes()
+    for steps in (3, 2):
+        done = lab.run(*options("-x", steps, "-o", "out", "-y", 1, "-v", 1, "-s", 1, "--log", "log1.jsonl"))
+        says(done.out, "already at step 3: nothing left to do", f"--steps is {steps}", "larger -x")
+        assert "val loss" not in done.out and "---- sample" not in done.out
+    assert lab.files("out") == before and lab.path("log1.jsonl").read_bytes() == log
 
 
 def test_an_earlier_run_is_not_written_over(lab):
@@ -188,13 +204,95 @@ def test_state_of_another_model(stopped):
     """The state of one run beside the model of another."""
     stopped.train("-e", Shape(C=64).size(), "-x", 2, "-o", "other")
     shutil.copy(stopped.path("other/model_00000002.bin"), stopped.path("out/model_00000002.bin"))
-    says(stopped.run(*options("-x", 4, "-o", "out", "-y", 1), status=1).err, "state_00000002_00000.bin")
+    says(stopped.run(*options("-e", None, "-x", 4, "-o", "out", "-y", 1), status=1).err, "state_00000002_00000.bin")
 
 
 def test_other_data_than_the_state_was_made_with(stopped):
-    """A loader position beyond the data that is there now is said, not read."""
-    write_tokens(stopped.path("short.bin"), words(65))
-    done = stopped.run(*options("-i", "short.bin", "-x", 4, "-o", "out", "-y", 1), status=None)
-    assert done.status in (0, 1)
-    if done.status == 1:
-        says(done.err, "state_00000002_00000.bin")
+    """A position in the data means nothing in others: longer, shorter, or as long and with one other token."""
+    ids = words(4000)
+    for name, other in [("short", ids[:65]), ("long", ids + ids), ("one", ids[:-1] + [0]), ("order", ids[2000:] + ids[:2000])]:
+        write_tokens(stopped.path(f"{name}.bin"), other)
+        done = stopped.run(*options("-i", f"{name}.bin", "-x", 4, "-o", "out", "-y", 1), status=1)
+        says(done.err, "state_00000002_00000.bin", "same -i", "-e out/model_00000002.bin")
+
+
+def test_the_same_data_under_another_name(stopped):
+    """What counts is the tokens: neither the name nor the type of an id."""
+    write_tokens(stopped.path("moved.bin"), words(4000), bits=32)
+    result = stopped.train("-i", "moved.bin", "-x", 4, "-o", "out", "-y", 1)
+    assert len(result.losses) == 2 and "note: --steps was 2, is 4" in result.out
+
+
+# ----------------------------------------------------------------------------
+# what a resumed run does otherwise
+
+CHANGES = [("-x", 4, "--steps was 2, is 4"), ("-k", "wsd", "--schedule was cosine, is wsd"), ("-l", 3e-4, "--lr was 0.001, is 0.0003"),
+           ("-u", 1, "--warmup was 0, is 1"), ("-q", 0.5, "--final-lr-fraction was 0.1, is 0.5"), ("-c", 0.1, "--weight-decay was 0, is 0.1"),
+           ("--grad-clip", 2, "--grad-clip was 1, is 2"), ("-sl", 3, "--skip-loss-z was 0, is 3"), ("-sg", 3, "--skip-grad-z was 0, is 3"),
+           ("-b", 4, "--batch was 2, is 4"), ("-d", 128, "--total-batch was 64, is 128"), ("--loss-chunks", 2, "--loss-chunks was 1, is 2"),
+           ("-a", 1, "--overfit was 0, is 1"), ("-ge", 1, "--gelu-fusion was 0, is 1"), ("--seed", 5, "its own --seed, 1337")]
+
+
+def notes(result):
+    return {line[6:] for line in result.out.splitlines() if line.startswith("note: ")}
+
+
+@pytest.mark.parametrize("option, value, note", CHANGES, ids=[c[0] for c in CHANGES])
+def test_a_change_is_said(stopped, option, value, note):
+    result = stopped.train("-x", 3, "-o", "out", "-y", 1, option, value)
+    expected = {note, "--steps was 2, is 3"} - ({"--steps was 2, is 3"} if option == "-x" else set())
+    seen = {"its own --seed, 1337" if "seed" in n else n for n in notes(result)}
+    assert seen == expected | ({"--total-batch was 64, is 128"} if option == "-b" else set())
+    assert notes(stopped.train("-x", 4, "-o", "out", "-y", 1)) or option == "-x"  # and the next one compares with this one
+
+
+def test_another_build_is_said(lab):
+    lab.train("-x", 2, "-w", 0, "-o", "out")
+    assert {"PRECISION was BF16, is FP32", "--tf32 was 0, is 1"} <= notes(lab.train("-x", 3, "-w", 0, "-o", "out", "-y", 1, variant="cpu-fp32"))
+    for variant, also in [("cpu-approxbp-fp32", {"APPROX_ACT was 0, is 2", "MS_NORM was 0, is 1"})]:
+        if (ROOT / "build" / variant).exists():
+            assert also <= notes(lab.train("-x", 4, "-w", 0, "-o", "out", "-y", 1, variant=variant))
+
+
+def test_a_state_without_settings_is_gone_on_from(stopped):
+    """As older programs wrote it: without them, and without a checksum of the data."""
+    for at in (*range(36 * 4, 256 * 4, 4),):
+        damage(stopped.path(STATE), at=at, value=0)
+    assert notes(stopped.train("-x", 3, "-l", 5e-3, "-o", "out", "-y", 1)) == set()
+    damage(stopped.path("out/state_00000003_00000.bin"), at=40 * 4, value=2**30)
+    says(stopped.run(*options("-x", 4, "-o", "out", "-y", 1), status=1).err, "state_00000003_00000.bin", "settings")
+
+
+@pytest.mark.parametrize("other", [dict(L=1), dict(H=4), dict(C=64), dict(T=64), dict(V=258)], ids=str)
+def test_another_model_is_refused(stopped, other):
+    """By size or by file; a file of the same size is not read, and that is said."""
+    write_model(stopped.path("start.bin"), Shape(**other), random_model(Shape(**other)))
+    for model in (Shape(**other).size(), "start.bin"):
+        says(stopped.run(*options("-e", model, "-x", 3, "-o", "out", "-y", 1), status=2).err, f"-e {model}", "another model", "leave -e out")
+    write_model(stopped.path("start.bin"), Shape(), random_model(Shape()))
+    assert any("start.bin is not read" in note for note in notes(stopped.train("-e", "start.bin", "-x", 3, "-o", "out", "-y", 1)))
+
+
+# ----------------------------------------------------------------------------
+# the tokens of the next step are prepared early, and a checkpoint does not know
+
+@pytest.mark.parametrize("given", [[], ["-d", "128"], ["-a", "1"]], ids=" ".join)
+def test_the_position_is_that_of_the_steps_done(lab, given):
+    lab.train("-x", 4, "-n", 1, "-o", "out", *given)
+    for step in range(1, 5):
+        head = struct.unpack("<256i", lab.path(f"out/state_{step:08d}_00000.bin").read_bytes()[:1024])
+        assert head[32] == (2 if "-a" in given else 2 * step * (2 if given else 1))
+
+
+def test_a_shard_that_is_gone_costs_no_checkpoint(lab):
+    """It is looked for when its step comes, after the checkpoint of the step before."""
+    for i in range(2):
+        write_tokens(lab.path(f"shard_{i}.bin"), words(64 * 20 + 1, seed=i))
+    process = subprocess.Popen([program("cpu-bf16"), *options("-i", "shard_*.bin", "-x", 40, "-n", 1, "-nk", 1, "-o", "out")], cwd=lab.folder,
+                               env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step     1/"):
+            for i in range(2):
+                lab.path(f"shard_{i}.bin").unlink()
+    assert "shard_" in process.communicate(timeout=60)[1] and process.returncode == 1
+    assert sorted(lab.files("out")) == sorted(names(20))

@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from helpers import MATRICES, SLOTS, Shape, close, random_model, read_model, write_model, write_tokens, words
+from helpers import MATRICES, SLOTS, Shape, close, random_model, read_model, write_model, write_tokenizer, write_tokens, words
 
 EXACT = {"cpu-fp32": 1e-5, "cpu-bf16": 1e-2}  # relative rounding of a loss after a few steps
 BUILDS = list(EXACT)
@@ -26,6 +26,16 @@ def test_sampling_prints_what_was_learnt(lab):
     write_tokens(lab.path("ab.bin"), list(b"abcd" * 1000))
     result = lab.train("-i", "ab.bin", "-x", 60, "-l", 3e-3, "-b", 8, "-s", 60, "-g", 24, "--top-k", 1)
     assert "abcdabcdabcd" in result.out
+
+
+@pytest.mark.parametrize("c, d", [(b"c", b"\n"), (b"c", b"\r"), (b"c", b"\r\n"), (b"\r", b"\n")])
+def test_a_line_of_a_sample_ends_once(lab, c, d):
+    """However a tokenizer cuts it: in one token or in two."""
+    write_tokens(lab.path("ab.bin"), list(b"abcd" * 1000))
+    write_tokenizer(lab.path("tokenizer.bin"), [{ord("c"): c, ord("d"): d}.get(i, bytes([i])) for i in range(256)] + [b"<|endoftext|>"], 256)
+    result = lab.train("-i", "ab.bin", "-x", 60, "-l", 3e-3, "-q", 1, "-b", 8, "-s", 60, "-g", 24, "--top-k", 1)
+    line = "ab\n" if c == b"\r" else "abc\n"
+    assert 3 * line in result.out and "\r" not in result.out
 
 
 def test_sampling_options(lab):

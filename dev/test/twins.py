@@ -10,8 +10,10 @@ import argparse
 import itertools
 import os
 import re
-import shutil
 import sys
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "../../prepro"))
+from atomic import atomic  # noqa: E402
 
 BEGIN = re.compile(r"// ==== twin: (\S.*?)\s*")
 END = re.compile(r"// ==== end twin\s*")
@@ -80,11 +82,8 @@ def sync(source, target):
         new = from_lines[slice(*a[name])]
         changed += lines[slice(*b[name])] != new
         lines[slice(*b[name])] = new
-    temporary = f"{target}.{os.getpid()}.tmp"
-    with open(temporary, "w", newline="") as f:
-        f.writelines(lines)
-    shutil.copymode(target, temporary)
-    os.replace(temporary, target)
+    with atomic(target) as (f,):
+        f.write("".join(lines).encode())
     return changed
 
 

@@ -54,6 +54,13 @@ typedef enum {
     CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES = 7,
     CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES = 8,
 } cublasLtMatmulPreferenceAttributes_t;
+typedef enum {
+    CUBLASLT_REDUCTION_SCHEME_NONE = 0,
+    CUBLASLT_REDUCTION_SCHEME_INPLACE = 1,
+    CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE = 2,
+    CUBLASLT_REDUCTION_SCHEME_OUTPUT_TYPE = 4,
+    CUBLASLT_REDUCTION_SCHEME_MASK = 7,
+} cublasLtReductionScheme_t;
 
 struct cublasLtContext { int unused; };
 struct cublasLtMatmulDescOpaque_t {
@@ -75,7 +82,10 @@ struct cublasLtMatrixLayoutOpaque_t {
     int32_t batch_count = 1;
     int64_t batch_offset = 0;      // elements
 };
-struct cublasLtMatmulPreferenceOpaque_t { uint64_t max_workspace = 0; };
+struct cublasLtMatmulPreferenceOpaque_t {
+    uint64_t max_workspace = 0;
+    uint32_t reduction_mask = CUBLASLT_REDUCTION_SCHEME_MASK;
+};
 typedef cublasLtContext* cublasLtHandle_t;
 typedef cublasLtMatmulDescOpaque_t* cublasLtMatmulDesc_t;
 typedef cublasLtMatrixLayoutOpaque_t* cublasLtMatrixLayout_t;
@@ -83,13 +93,17 @@ typedef cublasLtMatmulPreferenceOpaque_t* cublasLtMatmulPreference_t;
 typedef struct { uint64_t data[8]; } cublasLtMatmulAlgo_t;      // here: data[0] identifies the problem it was found for
 typedef struct {
     cublasLtMatmulAlgo_t algo;
-    size_t workspaceSize;
+    size_t workspaceSize;          // here: all that was allowed
     cublasStatus_t state;
     float wavesCount;
     int reserved[4];
 } cublasLtMatmulHeuristicResult_t;
 
-inline cublasStatus_t cublasLtCreate(cublasLtHandle_t* handle) { *handle = new cublasLtContext{}; return CUBLAS_STATUS_SUCCESS; }
+inline cublasStatus_t cublasLtCreate(cublasLtHandle_t* handle) {
+    simt::openblas();             // what it takes is gone before a program asks how much there is
+    *handle = new cublasLtContext{};
+    return CUBLAS_STATUS_SUCCESS;
+}
 inline cublasStatus_t cublasLtDestroy(cublasLtHandle_t handle) { delete handle; return CUBLAS_STATUS_SUCCESS; }
 
 // ---- descriptors -----------------------------------------------------------------------------------
@@ -164,6 +178,7 @@ inline cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPrefere
                                                            cublasLtMatmulPreferenceAttributes_t attribute,
                                                            const void* value, size_t bytes) {
     if (attribute == CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES) return simt::set_attribute(&p->max_workspace, value, bytes);
+    if (attribute == CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK) return simt::set_attribute(&p->reduction_mask, value, bytes);
     return CUBLAS_STATUS_SUCCESS;          // there is one algorithm: the others choose nothing
 }
 
@@ -277,7 +292,7 @@ inline cublasStatus_t check_pointer(const Matrix& x, int64_t batch, const std::s
 inline cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDesc_t desc,
                                                      cublasLtMatrixLayout_t a, cublasLtMatrixLayout_t b,
                                                      cublasLtMatrixLayout_t c, cublasLtMatrixLayout_t d,
-                                                     cublasLtMatmulPreference_t, int wanted,
+                                                     cublasLtMatmulPreference_t preference, int wanted,
                                                      cublasLtMatmulHeuristicResult_t results[], int* found) {
     simt::heuristic_calls++;
     *found = 0;
@@ -286,8 +301,15 @@ inline cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtM
     cublasStatus_t status = simt::check(p, &unused);
     if (status != CUBLAS_STATUS_SUCCESS) return status;
     if (wanted < 1) return CUBLAS_STATUS_INVALID_VALUE;
+    // The real library would take it, and might split the sum and round its parts to bf16: nothing here could see that.
+    if (d->type == CUDA_R_16BF &&
+        (preference->reduction_mask & (CUBLASLT_REDUCTION_SCHEME_INPLACE | CUBLASLT_REDUCTION_SCHEME_OUTPUT_TYPE)))
+        return simt::refuse(CUBLAS_STATUS_NOT_SUPPORTED, "its reduction schemes let partial sums be rounded to bf16");
+    if (!simt::options.gelu && (unused.gelu || unused.dgelu))
+        return simt::refuse(CUBLAS_STATUS_NOT_SUPPORTED, "a GELU in the epilogue, with SIMT_GELU=0");
     results[0] = {};
     results[0].algo.data[0] = simt::identify(p);
+    results[0].algo.data[1] = results[0].workspaceSize = preference->max_workspace;
     *found = 1;
     return CUBLAS_STATUS_SUCCESS;
 }
@@ -296,7 +318,7 @@ inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t desc
                                      const void* A, cublasLtMatrixLayout_t a, const void* B, cublasLtMatrixLayout_t b,
                                      const void* beta, const void* C, cublasLtMatrixLayout_t c,
                                      void* D, cublasLtMatrixLayout_t d, const cublasLtMatmulAlgo_t* algo,
-                                     void* /*workspace*/, size_t /*bytes*/, cudaStream_t /*stream*/, SIMT_SITE) {
+                                     void* workspace, size_t bytes, cudaStream_t /*stream*/, SIMT_SITE) {
     simt::Matmul q;
     simt::LtProblem p = {*desc, *a, *b, *c, *d};
     cublasStatus_t status = simt::check(p, &q);
@@ -304,6 +326,11 @@ inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t desc
     if (!algo) simt::heuristic_calls++;            // the real library then asks for itself, at every call
     else if (algo->data[0] != simt::identify(p))
         return simt::refuse(CUBLAS_STATUS_INVALID_VALUE, "the algorithm was found by the heuristic for another problem");
+    else if (algo->data[1] > bytes)
+        return simt::refuse(CUBLAS_STATUS_INVALID_VALUE, "the algorithm was found for " + std::to_string(algo->data[1]) +
+                            " bytes of workspace, and there are " + std::to_string(bytes));
+    if (bytes > 0 && !simt::range_is_good(workspace, bytes, true, "cublasLtMatmul", "workspace", {file, line}))
+        return CUBLAS_STATUS_INVALID_VALUE;
     q.alpha = *(const float*)alpha, q.beta = *(const float*)beta;
     q.a.data = (void*)A, q.b.data = (void*)B, q.c.data = (void*)C, q.d.data = D;
     bool uses_bias = q.add_bias || q.sum_rows || q.sum_a || q.sum_b, uses_aux = q.store_aux || q.dgelu;

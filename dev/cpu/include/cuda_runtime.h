@@ -118,7 +118,8 @@ inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int device) {
     p->maxBlocksPerMultiProcessor = 16;
     p->l2CacheSize = 1 << 20;
     p->memoryBusWidth = 64;
-    p->pciBusID = device;
+    p->pciBusID = simt::options.pci & 0xff;
+    p->pciDomainID = simt::options.pci >> 8;
     p->unifiedAddressing = p->integrated = 1;
     return cudaSuccess;
 }
@@ -146,7 +147,9 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
     return cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetPCIBusId(char* id, int bytes, int device) {
-    snprintf(id, bytes, "0000:%02x:00.0", device);
+    cudaDeviceProp p;
+    if (cudaError_t e = cudaGetDeviceProperties(&p, device)) return e;
+    snprintf(id, bytes, "%04x:%02x:00.0", p.pciDomainID, p.pciBusID);
     return cudaSuccess;
 }
 inline cudaError_t cudaRuntimeGetVersion(int* version) { *version = CUDART_VERSION; return cudaSuccess; }
@@ -175,7 +178,7 @@ inline cudaError_t cudaFree(void* p, SIMT_SITE) { return simt::release(p, true, 
 inline cudaError_t cudaFreeHost(void* p, SIMT_SITE) { return simt::release(p, false, "cudaFreeHost", {file, line}); }
 inline cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
     *total = simt::options.device_memory;
-    *free = *total - simt::memory().now;
+    *free = std::min(*total - simt::memory().now, simt::address_space_left());
     return cudaSuccess;
 }
 

@@ -1,7 +1,8 @@
 // The part of NCCL that the trainers use, over MPI: `mpirun -np 2` works without a GPU.
 //
 // Every rank contributes in rank order, in fp32 (integers and doubles in their own type), rounded once: the
-// result has the same bits on every rank and in every run. Before each collective the ranks compare what they
+// result has the same bits on every rank and in every run, and a share of ncclReduceScatter's has those of ncclAllReduce's (the
+// real library's rings begin at other ranks there, which shows from three ranks on). Before each collective the ranks compare what they
 // were asked to do; where NCCL would hang or mix up data, this says who called what, and ends the job.
 // A call works at once: a group only has to be balanced.
 #pragma once

@@ -88,13 +88,14 @@ struct Plan {
         cublasLtMatrixLayoutDestroy(d);
     }
     Plan(const Plan&) = delete;
-    cublasStatus_t heuristic(cublasLtMatmulAlgo_t* algo) {
+    cublasStatus_t heuristic(cublasLtMatmulAlgo_t* algo, uint32_t schemes = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE, uint64_t workspace = 0) {
         cublasLtMatmulPreference_t preference;
         cublasLtMatmulHeuristicResult_t result;
         int found = 0;
-        uint64_t workspace = 0;
         EXPECT(cublasLtMatmulPreferenceCreate(&preference) == CUBLAS_STATUS_SUCCESS);
         cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace, sizeof workspace);
+        if (schemes != CUBLASLT_REDUCTION_SCHEME_MASK)   // the default
+            EXPECT(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &schemes, sizeof schemes) == CUBLAS_STATUS_SUCCESS);
         cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(handle, desc, a, b, d, d, preference, 1, &result, &found);
         EXPECT((status == CUBLAS_STATUS_SUCCESS) == (found == 1));
         cublasLtMatmulPreferenceDestroy(preference);
@@ -203,6 +204,13 @@ static void refusals() {
     p.epilogue = CUBLASLT_EPILOGUE_BIAS;
     Plan no_bias(p, 64, 64, 64);
     EXPECT(no_bias.heuristic(&other) == CUBLAS_STATUS_SUCCESS && run(no_bias, a.device, &other) == CUBLAS_STATUS_INVALID_VALUE);
+    for (uint32_t scheme : {CUBLASLT_REDUCTION_SCHEME_INPLACE, CUBLASLT_REDUCTION_SCHEME_OUTPUT_TYPE, CUBLASLT_REDUCTION_SCHEME_MASK})
+        EXPECT(good.heuristic(&other, scheme) == CUBLAS_STATUS_NOT_SUPPORTED);               // partial sums in bf16
+    p.epilogue = CUBLASLT_EPILOGUE_DEFAULT, p.out_bf16 = false;
+    Plan wide(p, 64, 64, 64);
+    EXPECT(wide.heuristic(&other, CUBLASLT_REDUCTION_SCHEME_MASK) == CUBLAS_STATUS_SUCCESS);   // and in fp32
+    EXPECT(good.heuristic(&other, CUBLASLT_REDUCTION_SCHEME_NONE, 4096) == CUBLAS_STATUS_SUCCESS);
+    EXPECT(run(good, a.device, &other) == CUBLAS_STATUS_INVALID_VALUE);                      // less workspace than the heuristic was told
     uint16_t half = 1;
     EXPECT(cublasLtMatmulDescSetAttribute(good.desc, CUBLASLT_MATMUL_DESC_TRANSA, &half, sizeof half) == CUBLAS_STATUS_INVALID_VALUE);
 }

@@ -224,7 +224,7 @@ def test_sanitizers_see_shared_and_device_memory(programs, name, report):
 # ---- options ------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('name,value', [('SIMT_ORDER', 'backward'), ('SIMT_SEED', 'x'), ('SIMT_SEED', '-1'), ('SIMT_POISON', '2'), ('SIMT_PROFILE', 'yes'),
-                                        ('SIMT_REPORT', ''), ('SIMT_MEMORY', '1T'), ('SIMT_MEMORY', '99999999999G'), ('OMP_NUM_THREADS', '0')])
+                                        ('SIMT_REPORT', ''), ('SIMT_MEMORY', '1T'), ('SIMT_MEMORY', '99999999999G'), *(('OMP_NUM_THREADS', v) for v in ('0', '-1', '4abc', '', 'all'))])
 def test_wrong_option_is_an_error_that_names_it(programs, name, value):
     result = run([programs['device_test']], **{name: value})
     assert result.returncode == 2
@@ -235,6 +235,28 @@ def test_memory_is_counted_and_limited(programs):
     result = run([programs['launch_test'], 'accounting'], SIMT_MEMORY='1M', SIMT_REPORT='1')
     assert result.returncode == 0, result.stdout
     assert 'simt: peak 1048576 bytes, now 0 bytes' in result.stdout
+
+
+@pytest.mark.parametrize('limit', [20000, 50000, 100000, 150000, 200000, 300000, 400000, 600000, 2000000])
+@pytest.mark.parametrize('name', ['matmul_test', 'device_test'])
+def test_a_memory_limit_is_named_and_ends_the_program(programs, name, limit):
+    """OpenBLAS asks for its buffers again and again, for ever; and a block of 1,024 threads has 132 MiB of stacks."""
+    result = run(['bash', '-c', f'ulimit -v {limit}; exec {programs[name]}'], OMP_NUM_THREADS='2')
+    assert result.returncode == 0 if limit == 2000000 else result.returncode in (0, 1), result.stdout
+    assert result.returncode == 0 or re.search(rf'simt error: out of host memory: .*\(ulimit -v {limit}\)|cudaErrorMemoryAllocation', result.stdout), result.stdout
+    assert result.returncode == 1 or name == 'device_test' or limit >= 300000
+
+
+@pytest.mark.parametrize('limits,threads', [('ulimit -s 1000000; ulimit -v 2200000', '4'), ('true', '99999999999999999999'), ('true', '2,1'), ('ulimit -s 64', '2')])
+def test_fewer_threads_and_odd_stacks_change_nothing(programs, limits, threads):
+    result = run(['bash', '-c', f'{limits}; exec {programs["matmul_test"]}'], OMP_NUM_THREADS=threads)
+    assert result.returncode == 0, result.stdout
+    assert ('of 4 threads could be started' in result.stdout) == (threads == '4'), result.stdout
+
+
+def test_a_stack_that_is_too_small_is_named(programs):
+    result = run(['bash', '-c', f'ulimit -s 32; exec {programs["device_test"]}'])
+    assert result.returncode == 1 and 'simt error: the limit on a stack is 32 KiB (ulimit -s)' in result.stdout
 
 
 def test_profile_names_kernels_and_matmuls(programs):

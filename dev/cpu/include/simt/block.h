@@ -296,6 +296,7 @@ inline void complete(Worker& w, int warp, Rendezvous& r, uint32_t self) {
 inline __attribute__((noinline)) Rendezvous& find_rendezvous(Warp& warp, uint32_t mask) {
     if (!warp.rendezvous)
         warp.rendezvous = (Rendezvous*)aligned_alloc(alignof(Rendezvous), kMaxRendezvous * sizeof(Rendezvous));
+    if (!warp.rendezvous) out_of_host_memory("cannot allocate what the lanes of a warp meet in");
     Rendezvous* r = nullptr;
     for (int i = 0; i < warp.count; i++)
         if (warp.rendezvous[i].mask == mask) return warp.rendezvous[i];

@@ -44,7 +44,7 @@ inline void prepare_worker() {
     stack_t stack = {};
     stack.ss_size = 64 * 1024;
     stack.ss_sp = malloc(stack.ss_size);
-    sigaltstack(&stack, nullptr);
+    if (stack.ss_sp) sigaltstack(&stack, nullptr);
 }
 
 }  // namespace simt

@@ -108,7 +108,7 @@ template <void (*entry)()> Fiber* new_fiber(int count) {
     char* memory = (char*)mmap(nullptr, kGuardBytes + kStackBytes, PROT_READ | PROT_WRITE,
                                MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED || mprotect(memory, kGuardBytes, PROT_NONE))
-        die("cannot map the stack of one more thread (%d have one): %s", count, strerror(errno));
+        out_of_host_memory("cannot map the stack of one more thread of a block (%d have one, of %zu KiB)", count, kStackBytes >> 10);
     Fiber* f = new Fiber;
     f->stack = memory + kGuardBytes;
     // Stacks that all end at the same offset in a page would compete for the same few lines of the

@@ -6,6 +6,8 @@
 // the epilogue works on a tile while it is in the cache.
 #pragma once
 #include <cblas.h>
+#include <dlfcn.h>
+#include <sys/mman.h>
 
 #include "../cuda_bf16.h"
 #include "parallel.h"
@@ -67,11 +69,55 @@ struct Scratch {
             free(p);
             capacity = n;
             p = (float*)aligned_alloc(64, (n * sizeof(float) + 63) / 64 * 64);
-            if (!p) die("no memory for %zu bytes of matmul scratch on the host", n * sizeof(float));
+            if (!p) out_of_host_memory("cannot allocate %zu MiB of matmul scratch", n * sizeof(float) >> 20);
         }
         return p;
     }
 };
+
+// OpenBLAS starts threads of its own when it is loaded, each with a buffer of 128 MiB, and whoever calls it takes one
+// more. Where the memory for a buffer is not to be had it tries again for ever, at the load as in a call, and at exit it
+// waits for threads that do. So it is loaded here, after it has been told to start none, and takes the buffers for our
+// threads at once, each after we have seen that there is room for it.
+struct OpenBlas {
+    static constexpr size_t kBuffer = (128 << 20) + (64 << 10);
+    decltype(&cblas_sgemm) sgemm;
+    OpenBlas() {
+        setenv("OPENBLAS_NUM_THREADS", "1", 1);
+        need(kBuffer / 2, "load");
+        void* library = dlopen("libopenblas.so.0", RTLD_NOW);
+        if (!library) library = dlopen("libopenblas.so", RTLD_NOW);
+        if (!library) missing();
+        sgemm = (decltype(sgemm))dlsym(library, "cblas_sgemm");
+        auto set_threads = (decltype(&openblas_set_num_threads))dlsym(library, "openblas_set_num_threads");
+        if (!sgemm || !set_threads) missing();
+        set_threads(1);                        // if it was loaded before
+        auto take = (void* (*)(int))dlsym(library, "blas_memory_alloc");
+        auto give_back = (void (*)(void*))dlsym(library, "blas_memory_free");
+        if (!take || !give_back) { need(kBuffer * thread_count(), "run"); return; }
+        void* buffers[kMaxOsThreads];
+        for (int i = 0; i < thread_count(); i++) {
+            need(kBuffer, "run");
+            buffers[i] = take(0);
+        }
+        for (int i = 0; i < thread_count(); i++) give_back(buffers[i]);
+    }
+    static void need(size_t bytes, const char* what) {
+        void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (p == MAP_FAILED)
+            out_of_host_memory("cannot %s OpenBLAS, which takes 128 MiB of address space for each of %d threads", what,
+                               thread_count());
+        munmap(p, bytes);
+    }
+    [[noreturn]] static void missing() {
+        fprintf(stderr, "simt error: cannot load OpenBLAS: %s\n  Install it: apt-get install libopenblas-dev\n", dlerror());
+        exit(1);
+    }
+};
+inline const OpenBlas& openblas() {
+    static OpenBlas* b = new OpenBlas;
+    return *b;
+}
 
 constexpr int64_t kTile = 256;     // at most, on a side
 
@@ -100,10 +146,11 @@ inline void tile_epilogue(const Matmul& p, int64_t z, int64_t row, int64_t col, 
         }
         if (p.add_bias) for (int64_t i = 0; i < rows; i++) v[i] += bias[i];
         if (p.store_aux) store(p.aux.at(z, row, col + j), v, p.aux.bf16, rows);
-        if (p.gelu) for (int64_t i = 0; i < rows; i++) v[i] = gelu(v[i]);
+        const float off = 1 + options.gelu_error;   // as another implementation would be
+        if (p.gelu) for (int64_t i = 0; i < rows; i++) v[i] = off * gelu(v[i]);
         if (p.dgelu) {
             load(other, p.aux.at(z, row, col + j), p.aux.bf16, rows);
-            for (int64_t i = 0; i < rows; i++) v[i] *= gelu_slope(other[i]);
+            for (int64_t i = 0; i < rows; i++) v[i] *= off * gelu_slope(other[i]);
         }
         if (p.sum_rows) for (int64_t i = 0; i < rows; i++) row_sums[i] += v[i];
         store(p.d.at(z, row, col + j), v, p.d.bf16, rows);
@@ -125,8 +172,7 @@ inline void sum_over_k(const Matmul& p, const Matrix& x, bool along, int64_t fir
 }
 
 inline void matmul(const Matmul& p) {
-    static bool pinned = (openblas_set_num_threads(1), true);
-    (void)pinned;
+    static const auto sgemm = openblas().sgemm;
     static Scratch scratch_a, scratch_b, scratch_sums;
     static thread_local Scratch scratch_tile;
     double start = seconds();
@@ -166,11 +212,11 @@ inline void matmul(const Matmul& p) {
         int64_t z = t / (down * across), row = t % down * tile_rows, col = t / down % across * tile_cols;
         int64_t rows = std::min(tile_rows, p.m - row), cols = std::min(tile_cols, p.n - col);
         float* out = direct ? (float*)p.d.at(z, row, col) : scratch_tile.get(kTile * kTile);
-        cblas_sgemm(CblasColMajor, p.transpose_a ? CblasTrans : CblasNoTrans, p.transpose_b ? CblasTrans : CblasNoTrans,
-                    rows, cols, p.k, p.alpha,
-                    (const float*)(p.transpose_a ? a.at(z, 0, row) : a.at(z, row, 0)), a.ld,
-                    (const float*)(p.transpose_b ? b.at(z, col, 0) : b.at(z, 0, col)), b.ld,
-                    direct ? p.beta : 0.0f, out, direct ? p.d.ld : rows);
+        sgemm(CblasColMajor, p.transpose_a ? CblasTrans : CblasNoTrans, p.transpose_b ? CblasTrans : CblasNoTrans,
+              rows, cols, p.k, p.alpha,
+              (const float*)(p.transpose_a ? a.at(z, 0, row) : a.at(z, row, 0)), a.ld,
+              (const float*)(p.transpose_b ? b.at(z, col, 0) : b.at(z, 0, col)), b.ld,
+              direct ? p.beta : 0.0f, out, direct ? p.d.ld : rows);
         if (!direct) tile_epilogue(p, z, row, col, rows, cols, out, p.sum_rows ? row_sums + t / down * p.m + row : nullptr);
     };
     int64_t sums = p.sum_a ? (p.m + kTile - 1) / kTile : p.sum_b ? (p.n + kTile - 1) / kTile : 0;

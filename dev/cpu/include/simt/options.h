@@ -10,8 +10,11 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <time.h>
 #include <unistd.h>
+
+#include <new>
 
 #if defined(__SANITIZE_ADDRESS__)
 #define SIMT_ASAN 1
@@ -45,13 +48,47 @@ struct Options {
     bool poison = true;           // SIMT_POISON=0|1: fill fresh device and shared memory with NaN
     bool profile = false;         // SIMT_PROFILE=1: a table of kernels at exit
     bool report = false;          // SIMT_REPORT=1: one line with the memory peak at exit
-    size_t device_memory = 0;     // SIMT_MEMORY=bytes, K, M or G: how much the pretended device has
+    size_t device_memory = 0;     // SIMT_MEMORY=bytes, K, M or G: how much the pretended device has (what we may have)
+    uint64_t pci = 0;             // SIMT_PCI=n: the device's bus address; processes with one n share a device
+    bool gelu = true;             // SIMT_GELU=0|1: has cuBLASLt epilogues with GELU?
+    float gelu_error = 0;         // SIMT_GELU_ERROR=n: they are off by so many millionths
 };
 
 [[noreturn]] inline void bad_option(const char* name, const char* value, const char* allowed) {
     fprintf(stderr, "simt error: %s=%s: must be %s\n", name, value, allowed);
     exit(2);
 }
+
+// The host's memory, not the pretended device's, is at an end: status 1, from whichever OS thread notices.
+inline size_t address_space_limit() {
+    rlimit limit;
+    return getrlimit(RLIMIT_AS, &limit) == 0 && limit.rlim_cur != RLIM_INFINITY ? limit.rlim_cur : SIZE_MAX;
+}
+inline size_t address_space_left() {
+    size_t limit = address_space_limit(), pages = 0;
+    FILE* f = limit < SIZE_MAX ? fopen("/proc/self/statm", "r") : nullptr;
+    if (f && fscanf(f, "%zu", &pages) != 1) pages = 0;
+    if (f) fclose(f);
+    size_t used = pages * sysconf(_SC_PAGESIZE);
+    return limit > used ? limit - used : 0;
+}
+[[noreturn]] inline __attribute__((format(printf, 1, 2))) void out_of_host_memory(const char* format, ...) {
+    int error = errno;
+    fflush(stdout);
+    va_list args;
+    va_start(args, format);
+    fputs("simt error: out of host memory: ", stderr);
+    vfprintf(stderr, format, args);
+    va_end(args);
+    if (error) fprintf(stderr, " (%s)", strerror(error));
+    if (address_space_limit() < SIZE_MAX)
+        fprintf(stderr, "; the limit on this process is %zu MiB (ulimit -v %zu): raise it, or take fewer threads (OMP_NUM_THREADS=1)\n",
+                address_space_limit() >> 20, address_space_limit() >> 10);
+    else
+        fputs("; free some, or take fewer threads (OMP_NUM_THREADS=1)\n", stderr);
+    _exit(1);
+}
+inline const bool new_is_checked = (std::set_new_handler([] { out_of_host_memory("an allocation failed"); }), true);
 
 inline uint64_t number_option(const char* name, uint64_t otherwise, uint64_t most, const char* allowed, bool suffix = false) {
     const char* value = getenv(name);
@@ -77,8 +114,17 @@ inline Options read_options() {
     o.poison = number_option("SIMT_POISON", 1, 1, "0 or 1");
     o.profile = number_option("SIMT_PROFILE", 0, 1, "0 or 1");
     o.report = number_option("SIMT_REPORT", 0, 1, "0 or 1");
-    o.device_memory = number_option("SIMT_MEMORY", (uint64_t)sysconf(_SC_PHYS_PAGES) * sysconf(_SC_PAGESIZE), INT64_MAX,
+    rlimit stack;
+    if (getrlimit(RLIMIT_STACK, &stack) == 0 && stack.rlim_cur < 64 << 10) {
+        fprintf(stderr, "simt error: the limit on a stack is %zu KiB (ulimit -s); expected 64 or more\n", (size_t)stack.rlim_cur >> 10);
+        exit(1);
+    }
+    uint64_t physical = (uint64_t)sysconf(_SC_PHYS_PAGES) * sysconf(_SC_PAGESIZE), limit = address_space_limit();
+    o.device_memory = number_option("SIMT_MEMORY", physical < limit ? physical : limit, INT64_MAX,
                                     "a number of bytes, or a number followed by K, M or G", true);
+    o.pci = number_option("SIMT_PCI", getpid(), UINT32_MAX, "a whole number");
+    o.gelu = number_option("SIMT_GELU", 1, 1, "0 or 1");
+    o.gelu_error = 1e-6f * number_option("SIMT_GELU_ERROR", 0, 1000000, "a whole number up to 1000000");
     return o;
 }
 inline const Options options = read_options();

@@ -24,8 +24,10 @@ inline int thread_count() {
         cpu_set_t cpus;
         int n = sched_getaffinity(0, sizeof cpus, &cpus) == 0 ? CPU_COUNT(&cpus) : 1;
         if (const char* value = getenv("OMP_NUM_THREADS")) {
-            n = atoi(value);
-            if (n < 1) bad_option("OMP_NUM_THREADS", value, "a positive number");
+            char* end;
+            long wanted = strtol(value, &end, 10);          // a list, 4,2, says what loops within loops get
+            if (wanted < 1 || (*end && *end != ',')) bad_option("OMP_NUM_THREADS", value, "a positive number");
+            n = wanted < kMaxOsThreads ? wanted : kMaxOsThreads;
         }
         return n < kMaxOsThreads ? n : kMaxOsThreads;
     }();
@@ -84,7 +86,13 @@ public:
     static inline __thread bool in_parallel;    // a loop within a loop runs on its own thread alone
 
     Helpers() {
-        for (int i = 1; i < thread_count(); i++) std::thread([this] { help(); }).detach();
+        int started = 1;                        // the caller
+        try {
+            for (; started < thread_count(); started++) std::thread([this] { help(); }).detach();
+        } catch (const std::system_error& e) {  // results do not depend on their number
+            fprintf(stderr, "simt: %d of %d threads could be started (%s; see ulimit -u and -v): this takes longer\n", started,
+                    thread_count(), e.what());
+        }
     }
     // False, and nothing done, if another host thread has the helpers.
     bool run(int64_t n, void (*function)(const void*, int64_t), const void* argument) {

@@ -44,7 +44,7 @@ struct Arena {
     char* allocate(const char* name, const char* file, int line, size_t bytes, size_t alignment) {
         if (!memory) {
             memory = (char*)mmap(nullptr, kBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-            if (memory == MAP_FAILED) die("cannot map %zu bytes for shared memory: %s", kBytes, strerror(errno));
+            if (memory == MAP_FAILED) out_of_host_memory("cannot map %zu KiB for shared memory", kBytes >> 10);
             ASAN_POISON_MEMORY_REGION(memory, kBytes);
         }
         size_t begin = (used + alignment - 1) / alignment * alignment;

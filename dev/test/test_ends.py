@@ -1,0 +1,315 @@
+"""How runs end: by a signal, without a reader, on a full disk, beside another run, with a model that is no good. What was good before stays."""
+import contextlib
+import json
+import os
+import resource
+import signal
+import stat
+import subprocess
+import threading
+import time
+
+import pytest
+
+from helpers import Shape, environment, execute, names, options, program, random_model, read_log, says, words, write_model, write_tokens
+
+LONG = ["-x", 100000, "-o", "out"]
+
+
+@contextlib.contextmanager
+def started(lab, *given, steps=3, variant="cpu-bf16", **how):
+    """A long run whose log has so many steps; it is killed in the end."""
+    log = lab.path("log.jsonl")
+    how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **how}
+    process = subprocess.Popen([str(program(variant)), *options("--log", "log.jsonl", *given)], cwd=lab.folder, env=environment(),
+                               stdin=subprocess.DEVNULL, **how)
+    try:
+        for _ in range(6000):
+            if log.exists() and log.read_bytes().count(b"train_loss") >= steps:
+                break
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.01)
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def ended(lab, process):
+    """(exit status, stderr, last step) of a run that was told to end; it has left a whole checkpoint of that step, and no more."""
+    out, err = process.communicate(timeout=60)
+    step = [line["step"] for line in read_log(lab.path("log.jsonl")) if "train_loss" in line][-1]
+    assert set(lab.files("out")) == set(names(step)), err
+    return process.returncode, err.decode(), step
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGXCPU, signal.SIGUSR1])
+def test_a_signal_saves(lab, number):
+    with started(lab, *LONG) as process:
+        process.send_signal(number)
+        status, err, step = ended(lab, process)
+    assert status == 128 + number
+    assert len(lab.train("-o", "out", "-y", 1, "-x", step + 1).losses) == 1
+
+
+def test_a_signal_that_comes_twice_is_one(lab):
+    """timeout sends two SIGTERMs, a terminal that closes two SIGHUPs."""
+    with started(lab, *LONG) as process:
+        for _ in range(5):
+            process.send_signal(signal.SIGTERM)
+            process.send_signal(signal.SIGHUP)
+        assert ended(lab, process)[0] == 128 + signal.SIGTERM
+
+
+def test_nohup(lab):
+    with started(lab, *LONG, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)) as process:
+        process.send_signal(signal.SIGHUP)
+        time.sleep(0.5)
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        assert ended(lab, process)[0] == 128 + signal.SIGTERM
+
+
+@pytest.mark.parametrize("number", [None, signal.SIGINT])
+def test_nobody_reads_the_output(lab, number):
+    """ | head -5; and | tee, which Ctrl-C ends too."""
+    with started(lab, *LONG) as process:
+        process.stdout.close()
+        process.stdout = None
+        if number:
+            process.send_signal(number)
+        status, err, step = ended(lab, process)
+    assert status == 128 + (number or signal.SIGPIPE)
+    says(err, f"interrupted after step {step}", f"--resume 1 goes on after step {step}")
+
+
+def test_closed_stdout_gets_into_no_file(lab):
+    done = execute("sh", "-c", 'exec "$@" >&-', "sh", program("cpu-bf16"), *options("-o", "out", "--log", "log.jsonl"), cwd=lab.folder)
+    assert done.status == 1 and len(read_log(lab.path("log.jsonl"))) == 5
+    lab.train("-o", "out", "-y", 1, "-x", 5)
+
+
+# ----------------------------------------------------------------------------
+# disks that are full
+
+@contextlib.contextmanager
+def failing(lab, *steps):
+    """Checkpoints of these steps cannot be written: a folder stands where their temporary file should."""
+    for step in steps:
+        lab.path(f"out/model_{step:08d}.bin.tmp/x").mkdir(parents=True)
+    yield
+    for step in steps:
+        lab.path(f"out/model_{step:08d}.bin.tmp/x").rmdir()
+        lab.path(f"out/model_{step:08d}.bin.tmp").rmdir()
+
+
+def test_a_checkpoint_that_fails_ends_nothing(lab):
+    with failing(lab, 4):
+        result = lab.train("-x", 6, "-n", 2, "-nk", 2, "-o", "out")
+    says(result.err, "model_00000004.bin", "no checkpoint of step 4")
+    assert len(result.steps) == 6 and set(lab.files("out")) == set(names(2) + names(6))
+
+
+def test_a_last_checkpoint_that_fails_is_the_status(lab):
+    with failing(lab, 4, 6):
+        result = lab.train("-x", 6, "-n", 2, "-nk", 1, "-o", "out", status=1)
+    assert len(result.steps) == 6 and set(lab.files("out")) == set(names(2))
+
+
+@pytest.mark.parametrize("log", ["/dev/full", "reader gone"])
+def test_a_log_that_fails_ends_nothing(lab, log):
+    if log != "/dev/full":
+        os.mkfifo(lab.path(log))
+        reader = os.open(lab.path(log), os.O_RDONLY | os.O_NONBLOCK)
+        threading.Timer(0.3, os.close, [reader]).start()
+    done = lab.run(*options("-x", 60, "--log", log, "-o", "out"), status=1)
+    assert done.err.count("cannot write") == 1
+    says(done.err, log, "training goes on")
+    assert set(lab.files("out")) == set(names(60))
+
+
+def test_a_limit_that_no_checkpoint_fits_is_said_at_the_start(lab):
+    done = lab.run(*options("-o", "out"), status=1, before=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10000, 10000)))
+    says(done.err, "-o out", "ulimit -f")
+    assert "step     1" not in done.out and lab.files("out") == {}
+
+
+# ----------------------------------------------------------------------------
+# one folder, one run
+
+def test_one_folder_one_run(lab):
+    with started(lab, *LONG) as first:
+        before = lab.files("out")
+        for resume in (0, 1):
+            done = lab.run(*options("-o", "out", "-y", resume), status=1)
+            says(done.err, "-o out", f"process {first.pid}")
+        says(lab.run(*options("--log", "log.jsonl"), status=1).err, "--log log.jsonl", "another run")
+        assert lab.files("out") == before and first.poll() is None
+        first.kill()
+        first.wait()
+        assert len(lab.train("-o", "out").losses) == 4, "the kernel has released it"
+
+
+def test_two_that_start_together(lab):
+    runs = [subprocess.Popen([str(program("cpu-bf16")), *options("-x", 20, "-n", 2, "-nk", 2, "-o", "out", "--seed", i)], cwd=lab.folder,
+                             env=environment(), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) for i in range(3)]
+    said = [run.communicate()[1].decode() for run in runs]
+    assert sorted(run.returncode for run in runs) == [0, 1, 1], said
+    assert set(lab.files("out")) == set(names(18) + names(20))
+
+
+def test_evaluation_needs_no_lock(lab):
+    with started(lab, *LONG, "-n", 1):
+        lab.run(*options("-x", 0, "-v", 1, "-o", "out", "-y", 1, "--log", "other.jsonl"))
+
+
+# ----------------------------------------------------------------------------
+# names that are no files of ours
+
+def node(path, device=(1, 3)):
+    """A device of our own: /dev/null, or what the numbers say."""
+    try:
+        os.mknod(path, stat.S_IFCHR | 0o666, os.makedev(*device))
+        path.write_bytes(b"")
+    except OSError as e:
+        pytest.skip(f"cannot make a device: {e}")
+
+
+def test_a_device_as_a_log_stays_one(lab):
+    node(lab.path("null"))
+    lab.run(*options("-x", 2, "-o", "out", "--log", "null"))
+    lab.run(*options("-x", 4, "-o", "out", "-y", 1, "--log", "null"))
+    assert stat.S_ISCHR(os.stat(lab.path("null")).st_mode)
+
+
+@pytest.mark.parametrize("name", ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"])
+def test_a_log_to_what_is_open_already(lab, name):
+    for resume in (0, 1):
+        done = lab.run(*options("-x", 2 + resume, "-o", "out", "-y", resume, "--log", name))
+        lines = [json.loads(line) for line in done.out.splitlines() if line.startswith("{")]
+        assert [line["step"] for line in lines if "train_loss" in line] == [[1, 2], [3]][resume]
+    with open(lab.path("all"), "wb") as f:   # an open file has one position for both
+        subprocess.run([program("cpu-bf16"), *options("--log", name)], cwd=lab.folder, env=environment(), stdout=f, check=True)
+    text = lab.path("all").read_text()
+    assert text.count("train_loss") == 4 and "device " in text and "step     4/4" in text
+
+
+def test_a_log_behind_links(lab):
+    lab.path("place").mkdir()
+    lab.path("a").symlink_to("place/b")        # relative, in a chain that ends nowhere yet
+    lab.path("place/b").symlink_to("../c")
+    lab.train("-x", 2, "-o", "out", "--log", "a")
+    os.chmod(lab.path("c"), 0o640)
+    lab.train("-x", 4, "-o", "out", "-y", 1, "--log", "a")
+    assert lab.path("a").is_symlink() and lab.path("place/b").is_symlink()
+    assert stat.S_IMODE(lab.path("c").stat().st_mode) == 0o640
+    assert [line["step"] for line in read_log(lab.path("c")) if "train_loss" in line] == [1, 2, 3, 4]
+
+
+def test_a_fifo_as_a_log(lab):
+    os.mkfifo(lab.path("fifo"))
+    says(lab.run(*options("--log", "fifo"), status=1).err, "--log fifo", "nobody reads")
+    reader = subprocess.Popen(["cat", "fifo"], cwd=lab.folder, stdout=subprocess.PIPE)
+    time.sleep(0.2)
+    lab.run(*options("--log", "fifo"))
+    assert reader.communicate(timeout=30)[0].count(b"train_loss") == 4
+
+
+@pytest.mark.parametrize("resume", [0, 1])
+@pytest.mark.parametrize("name", ["train.bin", "val.bin", "start.bin", "out/model_00000002.bin", "out/DONE_00000002", "notes.jsonl", "out", "link"])
+def test_what_is_no_log_is_refused(lab, name, resume):
+    write_model(lab.path("start.bin"), Shape(), random_model(Shape()))
+    lab.path("notes.jsonl").write_text('{"step": 1, "train_loss": 5}\n{"messages": []}\n')
+    lab.path("link").symlink_to("train.bin")
+    lab.train("-x", 2, "-e", "start.bin", "-o", "out")
+    before = {name: lab.path(name).read_bytes() for name in ("train.bin", "val.bin", "start.bin", "notes.jsonl")}, lab.files("out")
+    folder = "out" if resume else "new"
+    done = lab.run(*options("-e", "start.bin", "-o", folder, "-y", resume, "--log", name), status=1)
+    says(done.err, f"--log {name}")
+    assert before == ({name: lab.path(name).read_bytes() for name in before[0]}, lab.files("out"))
+
+
+@pytest.mark.parametrize("log", ["out/model_00000004.bin", "out/DONE_00000004", "./out/../out/state_00000004_00000.bin"])
+def test_a_log_where_a_checkpoint_will_be(lab, log):
+    says(lab.run(*options("-o", "out", "--log", log), status=1).err, log, "checkpoint")
+
+
+def test_checkpoints_behind_links(lab):
+    """A link stays one, and what it leads to is replaced with its permissions; a device is written to."""
+    for place in ("out", "far"):
+        lab.path(place).mkdir()
+    lab.path("far/model").write_bytes(b"old")
+    os.chmod(lab.path("far/model"), 0o600)
+    lab.path("out/model_00000004.bin").symlink_to("../far/model")
+    lab.path("out/state_00000004_00000.bin").symlink_to("../far/state")
+    lab.train("-x", 4, "-o", "out")
+    assert all(lab.path(f"out/{name}").is_symlink() for name in names(4)[:2])
+    assert stat.S_IMODE(lab.path("far/model").stat().st_mode) == 0o600
+    assert sorted(lab.files("far")) == ["model", "state"]
+    lab.train("-x", 5, "-o", "out", "-y", 1)
+
+
+@pytest.mark.parametrize("kind", ["file", "link to nothing", "link to a file"])
+def test_out_is_no_folder(lab, kind):
+    lab.path("out").write_text("mine") if kind == "file" else lab.path("out").symlink_to("none" if "nothing" in kind else "train.bin")
+    says(lab.run(*options("-o", "out"), status=1).err, "-o out", "expected a folder")
+
+
+@pytest.mark.parametrize("mode", [0o500, 0o600, 0o300])
+def test_out_without_permission(lab, mode):
+    if os.geteuid() == 0:
+        pytest.skip("root may do everything")
+    lab.path("out").mkdir(mode=mode)
+    for resume in (0, 1):
+        says(lab.run(*options("-o", "out", "-y", resume), status=1).err, "out", "cannot")
+    lab.path("out").chmod(0o700)
+
+
+def test_leftovers_are_swept(lab):
+    lab.path("out").mkdir()
+    for name in ("model_00000007.bin.tmp", "state_00000007_00000.bin.tmp", "DONE_00000007.tmp", "mine.tmp"):
+        lab.path(f"out/{name}").write_bytes(b"half")
+    lab.train("-x", 2, "-o", "out")
+    assert set(lab.files("out")) == {*names(2), "mine.tmp"}
+
+
+# ----------------------------------------------------------------------------
+# models that are no good
+
+@pytest.mark.parametrize("rate", [1e9, 1e3])
+@pytest.mark.parametrize("every, keep", [(5, 2), (1, 1)])
+@pytest.mark.parametrize("variant", ["cpu-bf16", "cpu-fp32"])
+def test_bad_news_do_not_push_out_good_news(lab, rate, every, keep, variant):
+    """A rate at which the weights explode in one step: their loss is huge, and finite for a while."""
+    lab.train("-x", 6, "-n", 1, "-nk", 2, "-o", "out", variant=variant)
+    before = lab.files("out")
+    result = lab.train("-l", rate, "--grad-clip", 0, "-x", 26, "-n", every, "-nk", keep, "-o", "out", "-y", 1, variant=variant, status=3)
+    assert result.losses[1] is None or result.losses[1] > 1e5
+    says(result.err, "no checkpoint of step")
+    assert lab.files("out") == before
+    assert lab.train("-x", 8, "-o", "out", "-y", 1, variant=variant).losses[-1] < 6
+
+
+def test_a_model_that_is_not_finite(lab):
+    tensors = random_model(Shape())
+    tensors["lnfb"][3] = float("nan")
+    write_model(lab.path("nan.bin"), Shape(), tensors)
+    done = lab.run(*options("-e", "nan.bin", "-x", 0, "-v", 1), status=3)
+    says(done.out, "val loss nan")
+    says(done.err, "not finite")
+    lab.run(*options("-e", "nan.bin", "-x", 0, "-s", 1), status=3)
+    result = lab.train("-e", "nan.bin", "-x", 5, "-n", 1, "-o", "out", status=3)
+    assert len(result.steps) == 5 and lab.files("out") == {}
+
+
+def test_a_validation_that_is_not_finite_keeps_checkpoints_out(lab):
+    """Token 200 has a logit of minus infinity: no harm, until it is a target, and that it is in the validation data alone."""
+    shape = Shape()
+    tensors = random_model(shape)
+    tensors["lnfw"], tensors["lnfb"] = [0.0] * 32, [1.0] * 32
+    tensors["wte"][200 * 32:201 * 32] = [-1e38] * 32
+    write_model(lab.path("start.bin"), shape, tensors)
+    assert len(lab.train("-e", "start.bin", "-v", 1, "-x", 2, "-o", "fine").vals) == 3
+    write_tokens(lab.path("val.bin"), words(500) + [200] * 500)
+    result = lab.train("-e", "start.bin", "-v", 1, "-x", 2, "-n", 1, "-o", "out", status=3)
+    assert None not in result.losses and result.vals == [None] * 3 and lab.files("out") == {}
