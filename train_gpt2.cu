@@ -1034,11 +1034,14 @@ __host__ __device__ inline AttPlace att_place(int block, int heads, int row_bloc
 inline int att_heads_together(int T, int HS, size_t l2_bytes) {   // a third of the cache, for their keys and values
     return (int)std::clamp(l2_bytes / 3 / (2 * sizeof(floatX) * T * HS), (size_t)1, (size_t)1 << 10);
 }
+inline AttShape att_in_groups(AttShape shape, int heads) {   // of one size: a small last one would not fill the GPU
+    shape.together = ceil_div(heads, ceil_div(heads, shape.together));
+    return shape;
+}
 struct AttBlock { int b, h, first, row_blocks; };
 __device__ inline AttBlock att_block(const AttShape& shape, int heads, int rows, bool last_first) {
     int row_blocks = (shape.T + rows - 1) / rows;
-    int together = max(1, shape.together * heads / shape.NH);   // a key-value head counts as all query heads that share it
-    AttPlace place = att_place(blockIdx.x, gridDim.x / row_blocks, row_blocks, together, last_first);
+    AttPlace place = att_place(blockIdx.x, gridDim.x / row_blocks, row_blocks, shape.together, last_first);
     return {place.head / heads, place.head % heads, place.row_block * rows, row_blocks};
 }
 
@@ -1550,8 +1553,8 @@ void attention_forward_tc(void* out, float* lse, const void* qkv, int B, AttShap
     constexpr int M = TC_M<HS>;
     auto kernel = attention_forward_tc_kernel<HS, M, 64 / M>;
     static int bytes = tc_shared_bytes(kernel, 4 * TC_TILE<HS>);
-    int blocks = B * shape.NH * ceil_div(shape.T, 64 * M);
-    kernel<<<blocks, TC_THREADS, bytes, stream>>>((bf16*)out, lse, (const bf16*)qkv, shape);
+    int heads = B * shape.NH, blocks = heads * ceil_div(shape.T, 64 * M);
+    kernel<<<blocks, TC_THREADS, bytes, stream>>>((bf16*)out, lse, (const bf16*)qkv, att_in_groups(shape, heads));
     cudaCheck(cudaGetLastError());
 }
 template <int HS>
@@ -1561,12 +1564,12 @@ void attention_backward_tc(void* dqkv, Grad dbias, float* delta, float* scratch,
     auto dq_kernel = attention_backward_dq_tc_kernel<HS, M>;
     auto dkv_kernel = attention_backward_dkv_tc_kernel<HS, M>;
     static int dq_bytes = tc_shared_bytes(dq_kernel, 4 * TC_TILE<HS>), dkv_bytes = tc_shared_bytes(dkv_kernel, (4 + M) * TC_TILE<HS>);
-    int row_blocks = ceil_div(shape.T, 64 * M);
-    dq_kernel<<<B * shape.NH * row_blocks, TC_THREADS, dq_bytes, stream>>>((bf16*)dqkv, scratch, delta, (const bf16*)dout,
-                                                                        (const bf16*)qkv, (const bf16*)out, lse, shape);
+    int row_blocks = ceil_div(shape.T, 64 * M), heads = B * shape.NH, kv_heads = B * shape.NKV;
+    dq_kernel<<<heads * row_blocks, TC_THREADS, dq_bytes, stream>>>((bf16*)dqkv, scratch, delta, (const bf16*)dout, (const bf16*)qkv,
+                                                                    (const bf16*)out, lse, att_in_groups(shape, heads));
     cudaCheck(cudaGetLastError());
-    dkv_kernel<<<B * shape.NKV * row_blocks, TC_THREADS, dkv_bytes, stream>>>((bf16*)dqkv, scratch, (const bf16*)dout,
-                                                                          (const bf16*)qkv, lse, delta, shape);
+    dkv_kernel<<<kv_heads * row_blocks, TC_THREADS, dkv_bytes, stream>>>((bf16*)dqkv, scratch, (const bf16*)dout, (const bf16*)qkv, lse,
+                                                                         delta, att_in_groups(shape, kv_heads));
     cudaCheck(cudaGetLastError());
     colsum_finish({dbias}, 1, scratch, B * row_blocks, (shape.NH + 2 * shape.NKV) * shape.HS, accumulate, stream);
 }
@@ -1783,19 +1786,19 @@ attention_backward_dkv_kernel(floatX* dqkv, const floatX* dout, const floatX* qk
 
 template <int G>
 void attention_forward_launch(floatX* out, float* lse, const floatX* qkv, int B, AttShape shape, cudaStream_t stream) {
-    int blocks = B * shape.NH * ceil_div(shape.T, ATT_ROWS);
-    attention_forward_kernel<G><<<blocks, ATT_ROWS * G, 0, stream>>>(out, lse, qkv, shape);
+    int heads = B * shape.NH, blocks = heads * ceil_div(shape.T, ATT_ROWS);
+    attention_forward_kernel<G><<<blocks, ATT_ROWS * G, 0, stream>>>(out, lse, qkv, att_in_groups(shape, heads));
     cudaCheck(cudaGetLastError());
 }
 template <int G>
 void attention_backward_launch(floatX* dqkv, Grad dbias, float* delta, float* scratch, const floatX* dout, const floatX* qkv,
                                const floatX* out, const float* lse, bool accumulate, int B, AttShape shape, cudaStream_t stream) {
-    int row_blocks = ceil_div(shape.T, ATT_ROWS);
+    int row_blocks = ceil_div(shape.T, ATT_ROWS), heads = B * shape.NH, kv_heads = B * shape.NKV;
     attention_backward_dq_kernel<G>
-        <<<B * shape.NH * row_blocks, ATT_ROWS * G, 0, stream>>>(dqkv, delta, dout, qkv, out, lse, shape);
+        <<<heads * row_blocks, ATT_ROWS * G, 0, stream>>>(dqkv, delta, dout, qkv, out, lse, att_in_groups(shape, heads));
     cudaCheck(cudaGetLastError());
     attention_backward_dkv_kernel<G>
-        <<<B * shape.NKV * row_blocks, ATT_ROWS * G, 0, stream>>>(dqkv, dout, qkv, lse, delta, shape);
+        <<<kv_heads * row_blocks, ATT_ROWS * G, 0, stream>>>(dqkv, dout, qkv, lse, delta, att_in_groups(shape, kv_heads));
     cudaCheck(cudaGetLastError());
     bias_backward(dbias, scratch, dqkv, accumulate, B * shape.T, (shape.NH + 2 * shape.NKV) * shape.HS, stream);
 }

@@ -80,7 +80,11 @@ BENCH_LAST = [Want("124M", "largest", m, 1) for m in (BOTH, EXACT, EXACT_R1, NOR
 BENCH_LAST += [Want("1558M", "largest", m, 1) for m in (BOTH, EXACT_R1, NORM, EXACT_R2, EXACT)]
 BENCH_LAST += [Want("1558M", "fixed", m, 1) for m in (EXACT_R2, ACT, FUSED)]
 BENCH_LAST += [Want(m, "largest", mode, 1) for m in ("124M", "1558M") for mode in (ACT, FUSED)]
-BENCH = BENCH_FIRST + BENCH_NEXT + BENCH_LAST
+# what is set by hand and may be wrong on this GPU: chunks of the loss, cuBLASLt's workspace (MiB), GELU in the matmul's epilogue
+SWEEPS = [Mode(f"exact, {option}", "exact", "gpu-bf16", f"-r 0 {option}") for option in
+          (*(f"-ge 0 --loss-chunks {n}" for n in (4, 8, 13, 25)), *(f"-ge 0 --workspace {n}" for n in (32, 64, 128)), "-ge 1")]
+BENCH_SWEEPS = [Want("124M", "fixed", m, 1) for m in SWEEPS]
+BENCH = BENCH_FIRST + BENCH_NEXT + BENCH_SWEEPS + BENCH_LAST
 
 # what the peers are called in tables, and torch_baseline.py's options
 Peer = namedtuple("Peer", "program options")
@@ -917,6 +921,7 @@ class Bench(Stage):
         self.time_kernels(kernels, built)
         self.wants(results, BENCH_NEXT, built, batches)
         self.profile_steps(built, batches)
+        self.wants(results, BENCH_SWEEPS, built, batches)
         self.wants(results, BENCH_LAST, built, batches)
         return [] if self.dry else [results, self.kernels, self.profile]
 

@@ -323,6 +323,18 @@ def modes_table(s, found):
     return table(head, rows)
 
 
+def sweeps_table(found):
+    """What gpu.sh has tried of settings that are chosen by hand; nothing where no GPU has."""
+    rows = []
+    for mode in (gpu.EXACT, gpu.FUSED, *gpu.SWEEPS):
+        speeds = [mean([e["tokens_per_s"] for e in measured(runs(data, "bench"), gpu.SMALL.name, FIXED, mode.row)]) for data in found.values()]
+        rows.append([f"`{mode.options}`", *(f"{v:,.0f}" if v else NOT_RUN for v in speeds)])
+    if all(cell == NOT_RUN for cells in rows[2:] for cell in cells[1:]):
+        return []
+    return ["", "Settings that are chosen by hand, tokens/s (exact; the first two with what is the default):", "",
+            *table(["options", *found], rows)]
+
+
 def budget_section(found):
     s = traffic.shape(gpu.SMALL.size, gpu.SMALL.B, gpu.SMALL.T)
     count = counted(s, traffic.BASE)
@@ -343,7 +355,7 @@ def budget_section(found):
             "And the modes. What a recomputation reads and writes again is in these bytes; what GELU in an epilogue "
             "(`-ge 2`) costs the matmul is not. `-r 1`, `-r 2` and `MS_NORM=1` are counted at `-ge 0`, and run at what is "
             "faster:", "",
-            *modes_table(s, found)]
+            *modes_table(s, found), *sweeps_table(found)]
 
 
 # ----------------------------------------------------------------------------

@@ -4,9 +4,12 @@
 
 Memory-bound kernels take the time that their bytes take, so this is what the modes of the backward
 pass cost or give back before any GPU has run them. A kernel counts each tensor that it reads or
-writes once a launch, matmuls too: what a launch reads a second time (keys and values, per tile of
-queries; a row of a norm, when it has its sums) it is taken to find in a cache. The embedding's
-backward is counted with every token of the vocabulary in the batch, or as many as it has places.
+writes once a launch, matmuls too, each chunk of the loss with its own pass over the embedding's
+gradient. What a launch reads a second time it is taken to find in a cache where a block does so
+shortly after (a row of a norm, when it has its sums; a row of logits). Keys and values, which every
+block of queries reads again, come from memory as often as the simulation of the L2 cache says (l2.py;
+AGAIN below). The embedding's backward is counted with every token of the vocabulary in the batch, or
+as many as it has places.
 
 The table below follows train_gpt2.cu launch by launch, and dev/test/test_bench.py holds it to that:
 kernels and calls against the profile of the CPU build, tensors against --estimate=json.
@@ -31,6 +34,10 @@ MODES = [Mode(BASE, "-r 0 -ge 0", 0, False, 0, 0),
          Mode("MS_NORM=1", "-r 0 -ge 0", 0, True, 0, 0),
          Mode("MS_NORM=1, -r 1", "-r 1 -ge 0", 0, True, 1, 0),
          Mode("USE_APPROXBP=1", "-r 0 -ge 0", 2, True, 0, 0)]
+
+# How often attention's kernels read the other side's tiles from memory: k and v, or q and dout in dkv. By l2.py for GPT-2 124M,
+# B 64, T 1024, with 50 MB of L2; dev/test/test_l2.py compares.
+AGAIN = {"forward": 1.0, "dq": 1.0, "dkv": 1.0}
 
 # element: bytes of a weight or an activation; micro: micro-batches a step; master: fp32 copies of bf16 weights
 Shape = namedtuple("Shape", "L NH C maxT V B T micro element master chunks")
@@ -99,6 +106,8 @@ def tensors(s, m):
         t.update({ln: BT * C * X, ln + "_mean": 0 if m.norm else 4 * BT, ln + "_rstd": 4 * BT})
     t.update(qkv=3 * BT * C * X, atty=BT * C * X, lse=4 * s.B * s.NH * s.T, fch=0 if m.bits else 4 * BT * C * X,
              fch_codes=4 * BT * C * m.bits // 8, fch_gelu=4 * BT * C * X, lnf_mean=4 * BT, lnf_rstd=4 * BT)
+    # what attention on tensor cores reads of the same once more, beyond the first time
+    t.update(kv_forward=(AGAIN["forward"] - 1) * 2 * BT * C * X, kv_dq=(AGAIN["dq"] - 1) * 2 * BT * C * X, qdout_dkv=(AGAIN["dkv"] - 1) * 2 * BT * C * X)
     # in between; the residual stream is one tensor a norm, kept or not
     t.update(stream=BT * C * X, work_c=BT * C * X, lnf=BT * C * X, dresid=BT * C * X, dfch=4 * BT * C * X, dq=BT * C * X, dkv=2 * BT * C * X,
              dqkv=3 * BT * C * X, delta=4 * s.B * s.NH * s.T, losses=4 * BT, inputs=4 * BT, positions=4 * BT, buckets=4 * (2 * cap + 1))
@@ -111,7 +120,8 @@ def tensors(s, m):
     # partial sums: over rows of (B,T), of columns C in the norm's backward, 3C and 4C; over the rows of a weight, for each of
     # gamma and beta
     t.update({f"sums_{k}c": 4 * k * C * slices(BT) for k in (3, 4)}, sums_qkvw=4 * C * slices(3 * C), sums_fcw=4 * C * slices(4 * C))
-    t.update({f"sums_{n}": 4 * k * C * (s.B * -(-s.T // 64)) for n, k in (("q", 1), ("kv", 2))}, sums_norm=4 * C * norm_slices(BT))
+    att_rows = 128 if C // s.NH == 64 else 64  # of a block of attention's on tensor cores
+    t.update({f"sums_{n}": 4 * k * C * (s.B * -(-s.T // att_rows)) for n, k in (("q", 1), ("kv", 2))}, sums_norm=4 * C * norm_slices(BT))
     # all parameters together
     outside = ("wte", "wpe", "lnfw", "lnfb")
     times = {name: 1 if name in outside else s.L for name in weights}
@@ -176,8 +186,8 @@ def attention_backward(tc):
         return [Launch("backward", "attention_backward_dq_kernel", "", "layer", "work_c qkv atty lse", "dq delta"),
                 Launch("backward", "attention_backward_dkv_kernel", "", "layer", "work_c qkv lse delta", "dkv"),
                 *bias_backward("dqkv", "sums_3c", "qkv, bias", "d_qkvb")]
-    return [Launch("backward", "attention_backward_dq_tc_kernel", "", "layer", "work_c qkv atty lse", "dq delta sums_q"),
-            Launch("backward", "attention_backward_dkv_tc_kernel", "", "layer", "work_c qkv lse delta", "dkv sums_kv"),
+    return [Launch("backward", "attention_backward_dq_tc_kernel", "", "layer", "work_c qkv kv_dq atty lse", "dq delta sums_q"),
+            Launch("backward", "attention_backward_dkv_tc_kernel", "", "layer", "work_c qkv qdout_dkv lse delta", "dkv sums_kv"),
             Launch("backward", "colsum_finish_kernel", "qkv, bias", "layer", "sums_q sums_kv", "", "d_qkvb")]
 
 
@@ -213,7 +223,7 @@ def launches(m, tc):
         Launch("forward", "layernorm_forward_kernel", "ln1, layer 0", "micro", "stream affine1", "ln1 ln1_mean ln1_rstd"),
         *fold("ln1", "qkv"),
         Launch("forward", MATMUL, "qkv", "layer", "ln1 qkvw qkvb", "qkv"),
-        Launch("forward", "attention_forward_tc_kernel" if tc else "attention_forward_kernel", "", "layer", "qkv", "atty lse"),
+        Launch("forward", "attention_forward_tc_kernel" if tc else "attention_forward_kernel", "", "layer", "qkv kv_forward" if tc else "qkv", "atty lse"),
         Launch("forward", MATMUL, "attproj", "layer", "atty attprojw attprojb", "work_c"),
         Launch("forward", "layernorm_forward_kernel", "residual, ln2", "layer", "stream work_c affine2", "stream ln2 ln2_mean ln2_rstd"),
         *fold("ln2", "fc"),

@@ -927,7 +927,8 @@ void test_far(uint64_t seed) {
                 qkv.write(s.v_at(b, t, h), head(problem.qkv, near.v_at(0, t, 0)));
                 dout.write(s.out_at(b, t, h), head(problem.dout, near.out_at(0, t, 0)));
             }
-            const int heads = s.B * s.NH, row_blocks = ceil_div(T, 64), together = att_shape(T, s.NH, s.NKV, HS).together;
+            const int heads = s.B * s.NH, row_blocks = ceil_div(T, 64);
+            const int together = att_in_groups(att_shape(T, s.NH, s.NKV, HS), heads).together;
             std::vector<int64_t> of_last_head;
             for (int i = std::max(0, heads - together) * row_blocks; i < heads * row_blocks; i++)
                 if (att_place(i, heads, row_blocks, together, true).head == heads - 1) of_last_head.push_back(i);
@@ -952,6 +953,104 @@ void test_far(uint64_t seed) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
+// the order of the trainer's blocks
+
+// Rows of a block, and how many blocks there are, of the kernels on tensor cores
+int block_rows(int HS) { return HS == 64 ? 64 * TC_M<64> : 64 * TC_M<128>; }
+// (head of all sequences, first row) of a block of forward or dq, or of dkv
+std::pair<int, int> place_of(const Shape& s, const AttShape& shape, bool dkv, int block) {
+    const int heads = s.B * (dkv ? s.NKV : s.NH);
+    AttPlace place = att_place(block, heads, ceil_div(s.T, block_rows(s.HS)), att_in_groups(shape, heads).together, !dkv);
+    return {place.head, place.row_block * block_rows(s.HS)};
+}
+
+// --order B T NH NKV HS L2_BYTES: a line a block, for dev/bench/l2.py
+int print_order(char** a) {
+    const Shape s = {atoi(a[0]), atoi(a[1]), atoi(a[2]), atoi(a[3]), atoi(a[4])};
+    AttShape shape = att_shape(s.T, s.NH, s.NKV, s.HS);
+    shape.together = att_heads_together(s.T, s.HS, strtoull(a[5], nullptr, 10));
+    for (const char* kernel : {"forward", "dq", "dkv"}) {
+        const bool dkv = strcmp(kernel, "dkv") == 0;
+        printf("%s: %d rows a block\n", kernel, block_rows(s.HS));
+        const int blocks = s.B * (dkv ? s.NKV : s.NH) * ceil_div(s.T, block_rows(s.HS));
+        for (int i = 0; i < blocks; i++) {
+            auto [head, first] = place_of(s, shape, dkv, i);
+            printf("%d %d\n", head, first);
+        }
+    }
+    return 0;
+}
+
+// That the kernels keep to it: blocks run one at a time, and write the rows that it says. The CPU backend's cache is small, so
+// that heads go by in groups of a few.
+void test_order(uint64_t seed) {
+    Property p("a block writes the rows that the order gives it");
+    if (kFP32 || !on_cpu_backend()) return;   // a GPU runs whole grids
+    for (int HS : {64, 128}) {
+        if (SANITIZED && HS > 64) continue;
+        const Shape s = {3, 200, 6, 3, HS};   // the last block of a head is not full
+        const int rows = block_rows(HS), row_blocks = ceil_div(s.T, rows);
+        const AttShape shape = att_shape(s.T, s.NH, s.NKV, HS);
+        set_case("%s, %d heads together", describe(s, TRAINER), shape.together);
+        p.is(shape.together < s.B * s.NKV, "all heads go by together: this test wants some of them to wait");
+        const Problem problem(seed, s);
+        Buffer<floatX> qkv(problem.qkv), dout(problem.dout), out(problem.dout);   // any will do
+        Buffer<float> lse(std::vector<float>(s.rows(), 5.0f));
+        for (int block = 0; block < s.B * s.NH * row_blocks; block += 1 + block % 5) {
+            Buffer<float> written(s.rows()), delta(s.rows()), scratch(s.scratch());
+            Buffer<floatX> dqkv(s.qkv()), o(s.out());
+            GradBuffer dbias(s.stride(), F32);
+            launch_blocks(block, block, [&] { forward(TRAINER, o.p, written.p, qkv.p, s); });
+            launch_blocks(block, block, [&] {
+                backward(TRAINER, dqkv.p, dbias.grad(), delta.p, scratch.p, dout.p, qkv.p, out.p, lse.p, false, s);
+            });
+            const std::vector<float> wrote = written.read();
+            const std::vector<floatX> gradient = dqkv.read();
+            const bool dkv_too = block < s.B * s.NKV * row_blocks;
+            auto [head, first] = place_of(s, shape, false, block);
+            auto [kv_head, kv_first] = dkv_too ? place_of(s, shape, true, block) : std::pair<int, int>(-1, 0);
+            for (int b = 0; b < s.B; b++)
+                for (int t = 0; t < s.T; t++)
+                    for (int h = 0; h < s.NH; h++) {
+                        const bool ours = b * s.NH + h == head && t >= first && t < first + rows;
+                        p.is(std::isnan(wrote[s.lse_at(b, t, h)]) != ours, "forward: another block's row, or none of its own");
+                        p.is(std::isnan((float)gradient[s.q_at(b, t, h)]) != ours, "dq: another block's row, or none of its own");
+                        if (h >= s.NKV) continue;
+                        const bool keys = b * s.NKV + h == kv_head && t >= kv_first && t < kv_first + rows;
+                        p.is(std::isnan((float)gradient[s.v_at(b, t, h)]) != keys, "dkv: another block's row, or none of its own");
+                    }
+        }
+    }
+    printf("order\n");
+    report({&p});
+}
+
+// Tiles in shared memory, which has 32 banks of 4 bytes. 8 lanes at a time give ldmatrix a row of 16 bytes each, or copy 16 bytes
+// each: without conflicts if these lie in 8 different groups of 4 banks. Further rows change nothing: they are whole lines away.
+template <int HS>
+__global__ void tile_addresses_kernel(int* out) {
+    const TileReader<HS> read;
+    for (int i = 0; i < HS / 16; i++, out += 3 * 32) {
+        const int place = i * 32 + threadIdx.x;   // of a copy, as tc_load_tile has it
+        out[threadIdx.x] = read.at_8 ^ (2 * 32 * (i / 2));
+        out[32 + threadIdx.x] = read.at_16 ^ (2 * 16 * i);
+        out[64 + threadIdx.x] = tc_at<HS>(place / (HS / 8), place % (HS / 8) * 8);
+    }
+}
+template <int HS>
+void test_banks(Property& p) {
+    Buffer<int> addresses(3 * 32 * HS / 16);
+    tile_addresses_kernel<HS><<<1, 32>>>(addresses.p);
+    cudaCheck(cudaGetLastError());
+    const std::vector<int> at = addresses.read();
+    for (size_t i = 0; i < at.size(); i += 8) {
+        int groups = 0;
+        for (int j = 0; j < 8; j++) groups |= 1 << at[i + j] / 16 % 8;
+        p.is(groups == 0xff, "two of 8 lanes want the same banks");
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
 // benchmark
 
 void bench(const char* model, int B, int T, int NH, int NKV, int HS) {
@@ -965,7 +1064,7 @@ void bench(const char* model, int B, int T, int NH, int NKV, int HS) {
     Buffer<floatX> qkv(s.qkv()), dqkv(s.qkv()), out(s.out()), dout(s.out());
     Buffer<float> lse(s.rows()), delta(s.rows()), scratch(s.scratch());
     GradBuffer dbias(s.stride(), F32);
-    for (Buffer<floatX>* b : {&qkv, &dout}) cudaCheck(cudaMemset(b->p, 0x3c, b->bytes()));   // 0.0115
+    for (Buffer<floatX>* b : {&qkv, &dout}) b->fill();
     {
         Buffer<floatX> probabilities(s.rows() * s.T), ds(s.rows() * s.T);
         t.row("forward, version 1: T x T tensors", flops,
@@ -987,6 +1086,7 @@ void bench(const char* model, int B, int T, int NH, int NKV, int HS) {
 }
 
 int main(int argc, char** argv) {
+    if (argc == 8 && strcmp(argv[1], "--order") == 0) return print_order(argv + 2);
     Arguments o = parse_arguments(argc, argv, "attention: causal, flash attention by plain arithmetic and on tensor cores");
     if (o.bench) {
         bench_device();
@@ -1023,5 +1123,12 @@ int main(int argc, char** argv) {
     test_infinity(o.seed);
     test_long(o.seed);
     test_far(o.seed);
+    test_order(o.seed);
+    if (kFP32) return finish(o);
+    set_case("addresses");
+    Property banks("tiles in shared memory: no bank conflicts");
+    test_banks<64>(banks);
+    test_banks<128>(banks);
+    report({&banks});
     return finish(o);
 }

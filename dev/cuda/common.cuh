@@ -206,6 +206,19 @@ inline double distance(const Doubles& ours, const Doubles& reference) {
 
 // ---- device memory
 
+// Values for a benchmark. Equal ones would flatter: where few bits change from one to the next a GPU takes less power, and clocks
+// rise.
+template <class T>
+__global__ void fill_kernel(T* p, size_t n, float low, float high) {
+    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < n) p[i] = (T)(low + (high - low) * hash_uniform(hash64(1337, 0, i)));
+}
+template <class T>
+void fill_random(T* p, size_t n, float low = -0.05f, float high = 0.05f) {
+    fill_kernel<<<ceil_div(n, 256), 256>>>(p, n, low, high);
+    cudaCheck(cudaGetLastError());
+}
+
 // n elements between two guards. What nobody has written is NaN (all bits set), in fp32 and in bf16.
 template <class T>
 struct Buffer {
@@ -225,6 +238,7 @@ struct Buffer {
     ~Buffer() { cudaFree(base); }
 
     size_t bytes() const { return n * sizeof(T); }
+    void fill(float low = -0.05f, float high = 0.05f) { fill_random(p, n, low, high); }
     void write(const std::vector<T>& v) { cudaCheck(cudaMemcpy(p, v.data(), v.size() * sizeof(T), cudaMemcpyHostToDevice)); }
     std::vector<T> read() const {   // waits for what runs; looks at the guards; adds to the digest
         std::vector<T> v(n);
@@ -247,6 +261,7 @@ struct GradBuffer {
     Buffer<uint8_t> memory;
     GradBuffer(size_t n, DType type) : type(type), n(n), memory(n * dtype_size(type)) {}
     Grad grad() const { return {memory.p, type}; }
+    void fill() { type == F32 ? fill_random((float*)memory.p, n) : fill_random((__nv_bfloat16*)memory.p, n); }
     void write(const std::vector<float>& v) {   // rounds to the type
         std::vector<uint8_t> raw(memory.n);
         for (size_t i = 0; i < n; i++) {
@@ -392,6 +407,7 @@ struct BenchTable {
         const size_t n = (size_t)1 << 28;   // beyond any cache
         if (rate == 0) {
             Buffer<floatX> a(n), b(n);
+            b.fill();
             rate =
                 2.0 * sizeof(floatX) * n / 1e6 / measure_ms([&] { copy_kernel<<<ceil_div(n, 256 * VEC), 256>>>(a.p, b.p, n); });
         }
@@ -402,7 +418,7 @@ struct BenchTable {
         const int N = 8192;
         if (rate == 0) {
             Buffer<floatX> a((size_t)N * N), b((size_t)N * N), d((size_t)N * N);
-            for (Buffer<floatX>* x : {&a, &b}) cudaCheck(cudaMemset(x->p, 0x3c, x->bytes()));   // 0.0115
+            for (Buffer<floatX>* x : {&a, &b}) x->fill();
             rate = 2.0 * N * N * N / 1e9 / measure_ms([&] { matmul_forward(d.p, a.p, b.p, nullptr, N, N, N, 0); });
         }
         return rate;

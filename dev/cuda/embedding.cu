@@ -523,9 +523,9 @@ void bench(const char* model, int B, int T, int C) {
     // without a GPU nothing runs, and the tensors have one row
     const size_t m = t.timed ? n : C, te = t.timed ? (size_t)V * C : C, pe = t.timed ? (size_t)T * C : C;
     Buffer<floatX> wte(te), wpe(pe), out(m);
-    for (Buffer<floatX>* b : {&wte, &wpe, &out}) cudaCheck(cudaMemset(b->p, 0x3c, b->bytes()));   // 0.0115
+    for (Buffer<floatX>* b : {&wte, &wpe, &out}) b->fill();
     GradBuffer dwte(te, F32), dwpe(pe, F32);
-    for (GradBuffer* g : {&dwte, &dwpe}) cudaCheck(cudaMemset(g->memory.p, 0x3c, g->memory.n));
+    for (GradBuffer* g : {&dwte, &dwpe}) g->fill();
     t.row("forward, version 1: a step a kernel", X * (3 + rows + 1.0 / B),
           [&] { embedding_forward_1(out.p, batch.device.p, wte.p, wpe.p, B, T, C, 0); });
     t.row("forward, version 2: one kernel, an element a thread", X * (1 + rows + 1.0 / B),

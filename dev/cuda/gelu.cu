@@ -573,7 +573,7 @@ void bench(const char* model, int rows, int C) {
     // without a GPU nothing runs, and the tensors have one row
     size_t m = t.timed ? n : OC, in = t.timed ? (size_t)rows * C : C, w = t.timed ? (size_t)OC * C : C;
     Buffer<floatX> x(m), y(m), bias(OC), inp(in), weight(w);
-    for (Buffer<floatX>* b : {&x, &y, &bias, &inp, &weight}) cudaCheck(cudaMemset(b->p, 0x3c, b->bytes()));   // 0.0115
+    for (Buffer<floatX>* b : {&x, &y, &bias, &inp, &weight}) b->fill();
     Buffer<float> scratch((size_t)COLSUM_SLICES * OC);
     GradBuffer dbias(OC, F32);
     auto forward = [&](int v) { versions[v].forward(y.p, x.p, bias.p, rows, OC, 0); };

@@ -49,7 +49,7 @@ def calls_of_a_step(lab, mode, *options, steps=2):
     path, shape = case(mode)
     done = execute(path, *shape, "-i", "train.bin", "-x", steps, "-v", 0, "-s", 0, *options, cwd=lab.folder, env={"SIMT_PROFILE": 1, "OMP_NUM_THREADS": 1})
     assert done.status == 0, done.err
-    table = re.findall(r"^ +[\d.]+ +[\d.]+% +(\d+) +\d+ +\d+  (\S+)$", done.err, re.M)
+    table = re.findall(r"^ +[\d.]+ +[\d.]+% +(\d+) +\d+ +\d+ +\d+ +\d+  (\S+)$", done.err, re.M)
     assert table, done.err
     calls = {}
     for n, name in table:

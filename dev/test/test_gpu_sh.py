@@ -36,6 +36,9 @@ def test_dry_run_needs_no_gpu_and_names_every_program():
     builds = [c for c in check if c[0] == "make"]
     assert any("USE_APPROXBP=1" in c for c in builds) and any("MS_NORM=1" in c for c in builds)
     assert [c for c in dry("bench") if c[-1] == "--json"] == [["./build/gpu-bf16/" + k, "--json"] for k in kernels]
+    swept = [" ".join(c[c.index("-ge"):c.index("-v")]) for c in dry("bench") if "--log" in c and "d12" in c and "-ge" in c]
+    for option in ("-ge 0", "-ge 1", "-ge 2", *(f"-ge 0 --loss-chunks {n}" for n in (4, 8, 13, 25)), *(f"-ge 0 --workspace {n}" for n in (32, 64, 128))):
+        assert option in swept, option
     peers = dry("peers", "--llmc", "/nowhere")
     assert sum("train_gpt2cu" in c[0] for c in peers) == 3 and sum("--compile" in c for c in peers) > 3
     assert len(dry("all")) == len(check) + len(dry("bench")) + len(dry("peers"))
@@ -264,7 +267,7 @@ def test_a_program_that_does_not_compile(machine, monkeypatch):
 def test_bench(machine, monkeypatch):
     first = [gpu.Want("124M", "fixed", m, 1) for m in (gpu.EXACT, gpu.FUSED, gpu.BOTH, gpu.EXACT_R1)]
     last = [gpu.Want("124M", "largest", gpu.BOTH, 1), gpu.Want("1558M", "fixed", gpu.ACT, 1)]
-    for name, plan in (("BENCH", first + last), ("BENCH_FIRST", first), ("BENCH_NEXT", []), ("BENCH_LAST", last)):
+    for name, plan in (("BENCH", first + last), ("BENCH_FIRST", first), ("BENCH_NEXT", []), ("BENCH_SWEEPS", []), ("BENCH_LAST", last)):
         monkeypatch.setattr(gpu, name, plan)
     machine.break_("gpu-act-bf16/train_gpt2")
     assert machine.run("bench") == 1

@@ -100,6 +100,7 @@ def entry(model, batch, row, speed, B, peak=20 << 30, program="ours", **more):
 def results(tmp_path):
     bench = [entry("124M", "fixed", "exact, -r 0", 400000, 64), entry("124M", "fixed", "exact, -r 0", 410000, 64, round=2),
              entry("124M", "fixed", "USE_APPROXBP=1", 425250, 64, 14 << 30), entry("124M", "largest", "USE_APPROXBP=1", 450000, 512, 110 << 30),
+             entry("124M", "fixed", "exact, -ge 0 --loss-chunks 8", 412345, 64),
              {"model": "124M", "batch": "fixed", "row": "APPROX_ACT=2", "program": "ours", "error": ["it broke"]},
              {"model": "124M", "batch": "fixed", "row": "exact, -r 2", "program": "ours", "skipped": "out of time"}]
     peers = [entry("124M", "fixed", "exact, -r 0", 390000, 64), entry("124M", "fixed", "torch.compile", 351000, 64, program="torch.compile",
@@ -138,6 +139,7 @@ def test_results(results):
     assert terms["matmuls"][-1] == f"1.526 ({741.4 * 65536 / 100 / 1e3:.0f} TFLOP/s)"  # 100 ms of 65,536 tokens
     assert terms["attention, forward"][-1].startswith("0.092 (") and terms["attention, backward"][-1].startswith("0.366 (")
     assert terms["USE_APPROXBP=1"][-1] == "425,250 (76 %)"
+    assert terms["`-r 0 -ge 0 --loss-chunks 8`"][1:] == ["412,345"] and terms["`-r 0 -ge 0 --loss-chunks 4`"][1:] == ["not run"]
     shares = rows_of(report.shares_section(found))
     assert shares == [["`gelu.cu`", "c: 3", "0.500", "3,900 GB/s", "91 %"], ["`other.cu`", "failed", "–", "–", "–"]]
 

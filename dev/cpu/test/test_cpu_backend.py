@@ -261,7 +261,7 @@ def test_a_stack_that_is_too_small_is_named(programs):
 
 def test_profile_names_kernels_and_matmuls(programs):
     output = run([programs['device_test']], SIMT_PROFILE='1').stdout
-    assert re.search(r'\d+\.\d+ +\d+\.\d% +1 +96 +\d+  collective_kernel', output), output
+    assert re.search(r'\d+\.\d+ +\d+\.\d% +1 +96 +\d+ +96 +0  collective_kernel', output), output
     assert '[matmul]' in run([programs['matmul_test']], SIMT_PROFILE='1').stdout
 
 

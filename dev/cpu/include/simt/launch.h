@@ -13,7 +13,7 @@ namespace simt {
 
 // ---- the profile -----------------------------------------------------------------------------------
 
-struct Profile { double seconds = 0; uint64_t calls = 0, threads = 0, switches = 0; };
+struct Profile { double seconds = 0; uint64_t calls = 0, threads = 0, switches = 0, block = 0, shared = 0; };
 inline std::map<std::string, Profile>& profiles() { static auto* m = new std::map<std::string, Profile>; return *m; }
 
 inline void print_profile() {
@@ -22,12 +22,14 @@ inline void print_profile() {
     double total = 0;
     for (auto& r : rows) total += r.second.seconds;
     fprintf(stderr, "simt: profile, %.3f s in kernels\n", total);
-    fprintf(stderr, "%10s %7s %9s %13s %13s  %s\n", "ms", "%", "calls", "threads", "switches", "kernel");
+    fprintf(stderr, "%10s %7s %9s %13s %13s %6s %7s  %s\n", "ms", "%", "calls", "threads", "switches", "block", "shared", "kernel");
     for (auto& [name, p] : rows)
-        fprintf(stderr, "%10.2f %6.1f%% %9lu %13lu %13lu  %s\n", p.seconds * 1e3, 100 * p.seconds / total,
-                (unsigned long)p.calls, (unsigned long)p.threads, (unsigned long)p.switches, name.c_str());
+        fprintf(stderr, "%10.2f %6.1f%% %9lu %13lu %13lu %6lu %7lu  %s\n", p.seconds * 1e3, 100 * p.seconds / total,
+                (unsigned long)p.calls, (unsigned long)p.threads, (unsigned long)p.switches, (unsigned long)p.block, (unsigned long)p.shared,
+                name.c_str());
 }
-inline void add_to_profile(const std::string& name, double seconds, uint64_t threads, uint64_t switches) {
+// block and shared: threads and bytes of dynamic shared memory of a block, at their most
+inline void add_to_profile(const std::string& name, double seconds, uint64_t threads, uint64_t switches, uint64_t block = 0, uint64_t shared = 0) {
     static bool at_exit = !atexit(print_profile);
     (void)at_exit;
     Profile& p = profiles()[name];
@@ -35,6 +37,8 @@ inline void add_to_profile(const std::string& name, double seconds, uint64_t thr
     p.calls++;
     p.threads += threads;
     p.switches += switches;
+    p.block = std::max(p.block, block);
+    p.shared = std::max(p.shared, shared);
 }
 
 // ---- launching -------------------------------------------------------------------------------------
@@ -132,8 +136,8 @@ inline void run_grid(const Launch& launch, double* seconds_per_block) {
         for (int64_t i = done; i < blocks; i++) run(i);
     double elapsed = seconds() - start;
     *seconds_per_block = elapsed * (share ? std::min((int64_t)thread_count(), blocks) : 1) / blocks;
-    uint64_t threads = (uint64_t)blocks * launch.block.x * launch.block.y * launch.block.z;
-    if (options.profile) add_to_profile(launch.kernel, elapsed, threads, switches);
+    uint64_t block = (uint64_t)launch.block.x * launch.block.y * launch.block.z;
+    if (options.profile) add_to_profile(launch.kernel, elapsed, blocks * block, switches, block, launch.dynamic_shared);
 }
 
 // What cu2cpp.py makes of kernel<<<config>>>(arguments): `call` calls the kernel, `address` yields its

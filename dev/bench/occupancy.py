@@ -1,0 +1,122 @@
+"""What a kernel takes of a multiprocessor: registers, and how many blocks and warps fit there, on each architecture.
+
+    make train_gpt2 CPU=0 ARCH="80 86 89 90 100 120" PTXAS=1 BUILD=build/nvcc-bf16
+    python3 dev/bench/occupancy.py [--write] [LOG ...]
+
+Reads what ptxas says of the kernels (build/nvcc-bf16/train_gpt2.log, and build/nvcc-approxbp-bf16's for the kernels that only that
+build has) and prints a table, or with --write puts it into dev/cuda/README.md. Compiled, not run: no GPU is needed.
+"""
+import argparse
+import os
+import re
+import sys
+from collections import namedtuple
+
+ROOT = os.path.abspath(os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
+sys.path.insert(0, os.path.join(ROOT, "dev/test"))
+from ptx import template  # noqa: E402
+
+LOGS = ["build/nvcc-bf16/train_gpt2.log", "build/nvcc-approxbp-bf16/train_gpt2.log"]
+
+# Of a multiprocessor: warps and blocks at most, KB of shared memory (CUDA C++ programming guide, technical specifications).
+# All have 65,536 registers, a quarter for each of their four schedulers, and take 1 KB of shared memory a block for themselves.
+Limits = namedtuple("Limits", "example warps blocks shared")
+LIMITS = {"sm_80": Limits("A100", 64, 32, 164), "sm_86": Limits("RTX 3090", 48, 16, 100), "sm_89": Limits("RTX 4090", 48, 24, 100),
+          "sm_90": Limits("H100, H200", 64, 32, 228), "sm_100": Limits("B200", 64, 32, 228), "sm_120": Limits("RTX 5090", 48, 24, 100)}
+
+# kernel: (threads, bytes of dynamic shared memory) of a block in bf16, GPT-2 124M; with 128 channels a head for the kernels of
+# those. dev/test/test_ptxas.py holds this to what the program launches.
+LAUNCHES = {
+    "embedding_forward_kernel": (256, 0), "embedding_backward_wte_kernel": (256, 0), "embedding_backward_wpe_kernel": (256, 0),
+    "layernorm_forward_kernel": (128, 4 * 768 * 2), "layernorm_backward_kernel": (96, 0),
+    "colsum_kernel": (256, 0), "colsum_finish_kernel": (1024, 0), "norm_fold_kernel": (256, 0), "norm_unfold_kernel": (256, 0),
+    "attention_forward_kernel<1>": (64, 0), "attention_forward_kernel<2>": (128, 0), "attention_forward_kernel<4>": (256, 0),
+    "attention_backward_dq_kernel<1>": (64, 0), "attention_backward_dq_kernel<2>": (128, 0), "attention_backward_dq_kernel<4>": (256, 0),
+    "attention_backward_dkv_kernel<1>": (64, 0), "attention_backward_dkv_kernel<2>": (128, 0), "attention_backward_dkv_kernel<4>": (256, 0),
+    "attention_forward_tc_kernel<64>": (128, 32 << 10), "attention_forward_tc_kernel<128>": (128, 64 << 10),
+    "attention_backward_dq_tc_kernel<64>": (128, 32 << 10), "attention_backward_dq_tc_kernel<128>": (128, 64 << 10),
+    "attention_backward_dkv_tc_kernel<64>": (128, 48 << 10), "attention_backward_dkv_tc_kernel<128>": (128, 80 << 10),
+    "act_forward_kernel": (256, 0), "act_backward_kernel": (256, 0), "classifier_kernel": (1024, 0), "square_sum_kernel": (256, 0),
+    "adamw_kernel": (256, 0)}
+# In one block, or before the first step: how many of them fit is of no interest
+ALONE = ["loss_sum_kernel", "partial_sum_kernel", "verdict_kernel", "init_normal_kernel", "init_constant_kernel", "widen_kernel"]
+
+Used = namedtuple("Used", "registers shared spills")
+
+
+def launch_of(kernel):
+    """A kernel's launch: by its name with the first of its template's arguments, or without."""
+    name, numbers = re.fullmatch(r"(\w+)(?:<(.*)>)?", kernel).groups()
+    return LAUNCHES.get(f"{name}<{(numbers or '').split(',')[0]}>", LAUNCHES.get(name))
+
+
+def read_log(text):
+    """{(kernel, architecture): Used}; spills: bytes that go to local memory and come back, or lie there."""
+    used = {}
+    for mangled, target, lines in re.findall(r"Compiling entry function '(\w+)' for '(sm_\d+)\w*'\n(.*?)(?=\nptxas info    : Comp|\Z)", text, re.S):
+        took = re.findall(r"Used (\d+) registers", lines)
+        memory = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", lines)
+        if len(took) != 1 or len(memory) != 1:
+            raise ValueError(f"what ptxas says of {mangled} for {target} is not understood:\n{lines}")
+        stack, stores, loads = map(int, memory[0])
+        shared = re.search(r"(\d+) bytes smem", lines)
+        used["".join(template(mangled)), target] = Used(int(took[0]), int(shared[1]) if shared else 0, max(stores + loads, stack))
+    return used
+
+
+def resident(target, registers, shared, threads):
+    """Blocks of so many threads that a multiprocessor holds at a time."""
+    limits, warps = LIMITS[target], -(-threads // 32)
+    of_warp = -(-registers * 32 // 256) * 256  # handed out by 256
+    by_registers = 4 * (65536 // 4 // of_warp) // warps
+    by_shared = (limits.shared << 10) // (-(-(shared + 1024) // 128) * 128)
+    return min(by_registers, by_shared, limits.warps // warps, limits.blocks)
+
+
+def table(used):
+    """Markdown: a kernel a row, an architecture a column."""
+    order = {name: i for i, name in enumerate(LAUNCHES)}
+    place = {kernel: order.get(kernel.split("<")[0], min([i for n, i in order.items() if n.split("<")[0] == kernel.split("<")[0]], default=99))
+             for kernel, _ in used}
+    lines = ["| kernel | threads | shared memory | " + " | ".join(f"{t}: {l.example}" for t, l in LIMITS.items()) + " |", "|---|---:|---:|" + "---:|" * len(LIMITS)]
+    for kernel in sorted(place, key=lambda k: (place[k], [int(n) for n in re.findall(r"\d+", k)])):
+        if kernel in ALONE:
+            continue
+        threads, dynamic = launch_of(kernel)
+        cells = []
+        for target in LIMITS:
+            u = used.get((kernel, target))
+            blocks = resident(target, u.registers, u.shared + dynamic, threads) if u else 0
+            cells.append(f"{u.registers}, {blocks} x {-(-threads // 32)}" + (f", spills {u.spills}" if u.spills else "") if u else "–")
+        shared = {used[k].shared + dynamic for k in used if k[0] == kernel}
+        lines.append(f"| `{kernel}` | {threads} | {max(shared):,} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Registers, blocks and warps of the kernels, by architecture.")
+    parser.add_argument("logs", nargs="*", metavar="LOG", default=[os.path.join(ROOT, log) for log in LOGS], help="(" + ", ".join(LOGS) + ")")
+    parser.add_argument("--write", action="store_true", help="puts the table into dev/cuda/README.md, between its markers")
+    a = parser.parse_args()
+    used = {}
+    for path in a.logs:
+        try:
+            with open(path) as f:
+                used = {**read_log(f.read()), **used}
+        except OSError as e:
+            parser.error(f"{path}: {e.strerror}; expected the log of a build with PTXAS=1 (--help has the command)")
+    lines = table(used)
+    if not a.write:
+        print("\n".join(lines))
+        return
+    path = os.path.join(ROOT, "dev/cuda/README.md")
+    with open(path, encoding="utf-8") as f:
+        text = f.read()
+    text = re.sub(r"(<!-- occupancy:begin -->\n).*?(<!-- occupancy:end -->)", lambda m: m[1] + "\n".join(lines) + "\n" + m[2], text, flags=re.S)
+    with open(path + ".tmp", "w", encoding="utf-8") as f:
+        f.write(text)
+    os.replace(path + ".tmp", path)
+
+
+if __name__ == "__main__":
+    main()
