@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from helpers import ROOT, environment, execute, program, words
+from helpers import ROOT, environment, execute, library, program, words
 
 sys.path.insert(0, str(ROOT / "dev/bench"))
 import demo  # noqa: E402
@@ -184,7 +184,7 @@ def test_loss_builds_what_it_says(tmp_path):
 
 
 def test_loss_plots(tmp_path):
-    pytest.importorskip("matplotlib")
+    library("matplotlib", "python3-matplotlib")
     a = SimpleNamespace(model="m", seeds=2)
     assert loss.plot(a, made_up("exact", 2.0, 2.1) + made_up("both", 2.0, 2.05), str(tmp_path / "x.png"))
     assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"

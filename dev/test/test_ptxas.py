@@ -3,9 +3,9 @@ import re
 
 import pytest
 
-from helpers import ROOT, execute, nvcc, program
+from helpers import NO_NVCC, ROOT, execute, nvcc, program
 
-pytestmark = pytest.mark.skipif(not nvcc(), reason="nvcc is not installed")
+pytestmark = pytest.mark.skipif(not nvcc(), reason=NO_NVCC)
 TARGETS = {"sm_80", "sm_89", "sm_90"}
 
 
