@@ -200,7 +200,7 @@ $(INTO)/flags:
 lacks = $(if $(shell { $(1); } >/dev/null 2>&1 && echo yes),,$(2))
 
 blas_links = printf '\#include <cblas.h>\nint main() {}\n' | $(CPU_CXX) $(CPU_CXXFLAGS) -x c++ - $(CPU_LDLIBS) -o /dev/null
-imports    = $(call lacks,$(PYTHON) -c "import $(1)",python3-$(2))
+imports    = $(call lacks,$(PYTHON) -c "import importlib.util as u; exit(u.find_spec('$(1)') is None)",python3-$(2))# without its seconds
 missing_cpu  = $(strip $(call lacks,command -v $(CPU_CXX),g++) $(call lacks,command -v python3,python3) \
                $(call lacks,$(blas_links),libopenblas-dev $(if $(findstring boost,$(CPU_LDLIBS)),libboost-context-dev)))
 missing_gpu  = $(call lacks,command -v g++,g++)# nvcc calls it
