@@ -41,7 +41,7 @@ def find_texts(typed):
     except ValueError as e:  # a quote that is not closed
         sys.exit(f"demo: TEXT={typed}: expected names of files, found {e}".replace("No closing", "no closing"))
     files = [path for word in words for path in ([word] if os.path.exists(word) else sorted(glob.glob(os.path.expanduser(word))) or [word])]
-    return files or [os.path.join(os.path.relpath(ROOT), "dev/bench/shakespeare.txt")]
+    return files or [os.path.relpath(os.path.join(ROOT, "dev/bench/shakespeare.txt"))]
 
 
 def check(files):
