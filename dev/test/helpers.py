@@ -22,6 +22,9 @@ FIXTURES = ROOT / "dev/test/fixtures"
 # programs, as `make variants` leaves them
 
 
+NO_NVCC = "nvcc is not installed (CUDA Toolkit)"
+
+
 @functools.lru_cache(None)
 def nvcc():
     there = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
@@ -40,13 +43,41 @@ def gpu():
 def program(variant, name="train_gpt2"):
     """The path of a built program. What this machine cannot build is a skip, what was not built a failure."""
     if variant.startswith(("nvcc", "gpu")) and not nvcc():
-        pytest.skip("nvcc is not installed")
+        pytest.skip(NO_NVCC)
     if variant.startswith("gpu") and not gpu():
         pytest.skip("no GPU is visible")
+    if "multi" in variant and not shutil.which("mpicxx"):
+        pytest.skip("mpicxx is not installed (Debian: libopenmpi-dev)")
     path = ROOT / "build" / variant / name
+    if variant not in os.environ.get("VARIANTS", variant).split():
+        pytest.skip(f"make quick does not build {variant}")
     if not path.exists():
         pytest.fail(f"{path} was not built: make variants", pytrace=False)
     return path
+
+
+def library(name, package=None):
+    """A Python library that some tests use, or a skip that says what would bring it."""
+    return pytest.importorskip(name, reason=f"Python's {name} is not installed ({f'Debian: {package}' if package else f'PyPI: {name}'})")
+
+
+def heeding_modes():
+    """What goes before a command to which the modes of files are to matter, as they do not to root."""
+    return ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
+
+
+@functools.lru_cache(None)
+def several_programs_run():
+    """Open MPI 5.0.7, which Debian 13 has, dies of `mpirun A : B`."""
+    return subprocess.run([*mpirun(1), "true", ":", "-np", "1", "true"], env=environment(), stdin=subprocess.DEVNULL, capture_output=True,
+                          timeout=60).returncode == 0
+
+
+def mpirun(ranks):
+    """The command that starts so many processes, whoever we are and however few cores there are."""
+    if not shutil.which("mpirun"):
+        pytest.skip("mpirun is not installed (Debian: openmpi-bin)")
+    return ["mpirun", "--oversubscribe", *(["--allow-run-as-root"] if os.geteuid() == 0 else []), "-np", str(ranks)]
 
 
 def environment(**extra):

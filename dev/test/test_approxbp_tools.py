@@ -16,6 +16,8 @@ import sys
 import numpy as np
 import pytest
 
+from helpers import library
+
 ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..")
 FIXTURES = os.path.join(ROOT, "dev/test/fixtures")
 sys.path[:0] = [os.path.join(ROOT, "prepro"), os.path.join(ROOT, "dev/bench")]
@@ -93,7 +95,7 @@ def test_codes_by_a_loop(function, bits):
 
 @pytest.fixture(scope="module")
 def fit_codes():
-    pytest.importorskip("scipy")
+    library("scipy", "python3-scipy")
     return importlib.import_module("fit_codes")
 
 
@@ -193,8 +195,8 @@ def test_fit_is_deterministic_and_symmetric(fit_codes, fitted):
 
 
 def test_fit_codes_program(tmp_path):
-    pytest.importorskip("scipy")
-    pytest.importorskip("matplotlib")
+    library("scipy", "python3-scipy")
+    library("matplotlib", "python3-matplotlib")
     args = ["--function", "gelu-tanh", "--bits", 1, 2]
     out = run("dev/bench/fit_codes.py", *args, "--plot", tmp_path / "new" / "codes.png")
     assert out.startswith(run("dev/bench/fit_codes.py", *args))
@@ -212,7 +214,7 @@ def test_fit_codes_program(tmp_path):
 
 @pytest.fixture(scope="module")
 def reference():
-    pytest.importorskip("torch")
+    library("torch", "python3-torch")
     return importlib.import_module("reference")
 
 

@@ -2,15 +2,19 @@
 
 What traffic.py says of a step is compared with the CPU build's profile (kernels, calls) and its ledger (tensors).
 """
+import hashlib
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
 
-from helpers import ROOT, environment, execute, program, words
+from helpers import ROOT, environment, execute, library, program, words
 
 sys.path.insert(0, str(ROOT / "dev/bench"))
 import demo  # noqa: E402
@@ -184,7 +188,7 @@ def test_loss_builds_what_it_says(tmp_path):
 
 
 def test_loss_plots(tmp_path):
-    pytest.importorskip("matplotlib")
+    library("matplotlib", "python3-matplotlib")
     a = SimpleNamespace(model="m", seeds=2)
     assert loss.plot(a, made_up("exact", 2.0, 2.1) + made_up("both", 2.0, 2.05), str(tmp_path / "x.png"))
     assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
@@ -198,6 +202,77 @@ def test_loss_says_what_is_wrong(tmp_path):
 
 # ----------------------------------------------------------------------------
 # demo.py
+
+@pytest.mark.parametrize("typed, found", [("my text.txt", ["my text.txt"]), ("a.txt b.txt", ["a.txt", "b.txt"]),
+                                          ("'my text.txt' a.txt", ["my text.txt", "a.txt"]), ("*.txt", ["a.txt", "b.txt", "my text.txt"]),
+                                          ("it's $5 #1 [v2] \\ \"x\".txt", ["it's $5 #1 [v2] \\ \"x\".txt"]), ("it's.txt a.txt", ["it's.txt", "a.txt"]),
+                                          ("gone.txt a.txt", ["gone.txt", "a.txt"])])
+def test_demo_finds_texts(tmp_path, monkeypatch, typed, found):
+    monkeypatch.chdir(tmp_path)
+    for name in {"a.txt", "b.txt", "my text.txt", *(found if typed != "*.txt" else [])} - {"gone.txt"}:
+        (tmp_path / name).write_text("text")
+    assert demo.find_texts(typed) == found
+
+
+def test_the_text_of_the_demo_is_fixed():
+    """The README's figures are of this text."""
+    (path,) = demo.find_texts("")
+    with open(path, "rb") as f:
+        text = f.read()
+    assert hashlib.sha256(text).hexdigest() == "2443e759d5c264434fae34891cf12cd9116876bdac5a66d46e77bfbf8fea8f99"
+
+
+SMALL_DEMO = ["-i", "build/demo/train.bin", "-j", "build/demo/val.bin", "-e", TRY, "-b", "2", "-t", "32", "-l", "2e-3", "-u", "2", "-q", "0.05", "-c", "0.1"]
+
+
+@pytest.fixture
+def demo_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "t.txt").write_bytes(bytes(words(20000)))
+    (tmp_path / demo.DIR).mkdir(parents=True)
+    demo.tokens(["t.txt"])
+    return tmp_path
+
+
+def test_the_demo_goes_on(demo_folder, capfd):
+    """Its last hint is the same run with more steps: every option is there again, and the trainer has nothing to say against it."""
+    first = [str(program("cpu-bf16")), *SMALL_DEMO, "-x", "4", "-s", "0", "-o", "out", "--log", "log.jsonl"]
+    more = demo.go_on(first, 12)
+    assert [x for x in more if x not in first] == ["12", "-y", "1"] and [x for x in first if x not in more] == ["4"]
+    demo.train(first, every=25)
+    done = execute(*more, cwd=demo_folder)
+    assert done.status == 0 and (demo_folder / "out/DONE_00000012").exists(), done.err
+    assert not re.search("other|differ|change", done.err, re.I), done.err
+    assert [line["step"] for line in demo.read_log("log.jsonl") if "train_loss" in line] == list(range(1, 13))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_demo_is_interrupted(demo_folder, number):
+    """At once, without a traceback, and with the checkpoint of the step that it was at."""
+    options = [*SMALL_DEMO, "-x", "1000000", "-s", "0", "-v", "0", "-o", "out"]
+    code = f"import sys; sys.path.insert(0, {str(ROOT / 'dev/bench')!r}); import demo; demo.train({[str(program('cpu-bf16')), *options]!r}, every=1)"
+    process = subprocess.Popen([sys.executable, "-B", "-c", code], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if re.match(r"step +\d+/", line):
+            break
+    process.send_signal(number)
+    begin = time.time()
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and "Traceback" not in err and time.time() - begin < 20, err
+    assert "Interrupted" in out and list((demo_folder / "out").glob("DONE_*"))
+
+
+def test_the_demo_of_make_is_interrupted(tmp_path):
+    """While it reads the text, too."""
+    os.mkfifo(tmp_path / "text")
+    process = subprocess.Popen([sys.executable, "-B", ROOT / "dev/bench/demo.py", "exact", "approxbp", "text"], cwd=tmp_path, env=environment(),
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() and process.stdout.readline()
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=20)
+    assert process.returncode == 130 and "Traceback" not in err, err
+
 
 def test_demo_table():
     def log(last, peak):

@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 
-from helpers import (MATRICES, Shape, environment, header, learned, model_bytes, names, options, padded, program, random_model,
+from helpers import (MATRICES, Shape, environment, header, learned, library, model_bytes, names, options, padded, program, random_model,
                      read_model, says, to_bf16, write_model, write_tokens, words)
 
 VERSIONS = {"cpu-fp32": 3, "cpu-bf16": 5}  # what each build writes
@@ -97,7 +97,7 @@ def test_a_model_with_wider_values_is_rounded_to_nearest(lab):
 
 def reference_loss(shape, tensors, ids):
     """The mean loss of one sequence, from the definition of GPT-2, with numpy in float64."""
-    np = pytest.importorskip("numpy")
+    np = library("numpy", "python3-numpy")
     C, NH, L, T = shape.C, shape.H, shape.L, len(ids) - 1
     p = {name: np.array(values) for name, values in tensors.items()}
 

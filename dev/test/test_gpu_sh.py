@@ -66,7 +66,7 @@ def test_wrong_arguments():
     assert done.status == 1 and "no-such-python" in done.err
 
 
-@pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
+@pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed (Debian: shellcheck)")
 def test_shellcheck():
     assert execute("shellcheck", SCRIPT, cwd=ROOT).out == ""
 
@@ -357,7 +357,7 @@ def torch_python():
     for path in (sys.executable, "/usr/bin/python3"):
         if subprocess.run([path, "-c", "import torch"], capture_output=True).returncode == 0:
             return path
-    return pytest.skip("PyTorch is not installed")
+    return pytest.skip("Python's torch is not installed (Debian: python3-torch)")
 
 
 def test_torch_baseline(torch_python, tmp_path):

@@ -2,6 +2,7 @@
 import os
 import re
 import shutil
+import sys
 import time
 
 import pytest
@@ -91,10 +92,30 @@ def test_a_build_that_fails_leaves_no_old_program(tree):
     assert not (tree.folder / "train_gpt2").exists()
 
 
+def test_a_build_that_cannot_begin_leaves_the_old_program(tree, monkeypatch):
+    """Tools are hidden by a PATH that has all the others."""
+    tree("train_gpt2", "CPU=1")
+    for i, (flags, hidden) in enumerate([(["CPU=0", "NVCC="], ""), (["CPU=0", "NVCC=/no/nvcc"], ""), (["CPU=0", "NVCC=true"], "g++"), (["CPU=1"], "g++"),
+                                         (["CPU=1"], "python3"), (["MULTI_GPU=1"], "mpicxx"), (["CPU=2"], ""), (["PRECISON=FP32"], "")]):
+        monkeypatch.setenv("PATH", str(path_without(tree.folder / f"bin{i}", hidden)))
+        for changed in ("build/train_gpt2.cpp", "train_gpt2.cu"):
+            assert tree("-W", changed, "train_gpt2", *flags, status=2).err and says(tree, "train_gpt2") == "fp32 0", (flags, hidden)
+
+
+def path_without(folder, *hidden):
+    folder.mkdir()
+    for tool in "bash sh make python3 g++ as ld rm mkdir printf grep dirname uname nproc cat true mpicxx id tail sed head cut".split():
+        if tool not in hidden and shutil.which(tool):
+            (folder / tool).symlink_to(shutil.which(tool))
+    return folder
+
+
 @pytest.mark.parametrize("flag, allowed", [
     ("PRECISION=FP16", "BF16 or FP32"), ("PRECISION=", "BF16 or FP32"), ("PRECISION=BF16 FP32", "BF16 or FP32"), ("PRECISION=fp32", "BF16 or FP32"),
     ("CPU=2", "0 or 1"), ("SAN=yes", "0 or 1"), ("MULTI_GPU=2", "0 or 1"), ("PTXAS=v", "0 or 1"),
-    ("BUILD=.", "a folder of its own"), ("PRECISON=FP32", "PRECISION"), ("ARCHS=90", "ARCH")])
+    *[(f"BUILD={name}", "a folder of its own") for name in (".", "./", "..", "/")],
+    *[(f"BUILD={name}", "without spaces") for name in ("my build", "a\tb", "a$b", "a#b", "a%", "a=b", "a;b", "a'b", 'a"b', "a\\b", "a*", "a(b", "-x", "~/x")],
+     ("PRECISON=FP32", "PRECISION"), ("ARCHS=90", "ARCH")])
 def test_bad_flags(tree, flag, allowed):
     done = tree("train_gpt2", flag, status=2)
     assert flag.split("=")[0] in done.err and allowed in done.err
@@ -159,6 +180,82 @@ def test_without_a_gpu_it_says_so(tree, machine):
     for part in ("code=sm_80", "code=sm_89", "code=sm_90", "code=compute_90"):
         assert part in blind
     assert "No GPU" not in tree("train_gpt2", "CPU=1", "BUILD=quiet").out
+
+
+def test_a_folder_with_odd_characters(tree):
+    """BUILD's may not have them, the project's own may."""
+    odd = tree.folder / "my [code] it's $5 (é)"
+    odd.mkdir()
+    for name in ("Makefile", "dev", "train_gpt2.cu"):
+        (tree.folder / name).rename(odd / name)
+    done = execute("make", "train_gpt2", "CPU=1", "BUILD=build/é", cwd=odd)
+    assert done.status == 0 and execute(odd / "build/é/train_gpt2", cwd=odd).out == "fp32 0\n", done.err
+
+
+# ----------------------------------------------------------------------------
+# what is installed, and by whom
+
+@pytest.fixture
+def somebody(tree, monkeypatch):
+    """make as somebody who is not root, with these tools besides; apt-get, sudo and Python write down what they are called with."""
+    folder = path_without(tree.folder / "bin", "python3")
+    monkeypatch.setenv("PATH", str(folder))
+    scripts = {"id": "echo 1000", "apt-get": "exit 100", "python3": 'case "$*" in *numpy*|*ensurepip*|*torch*) exit 1;; esac'}
+
+    def make(*arguments, status=0, **more):
+        for name, script in {**scripts, **more}.items():
+            (folder / name).unlink(missing_ok=True)
+            (folder / name).write_text(f'#!/bin/sh\necho "{name} $*" >>{tree.folder}/calls\n{script}\n')
+            (folder / name).chmod(0o755)
+        done = tree(*arguments, f"PYTHON={folder}/python3", status=status)
+        done.calls = (tree.folder / "calls").read_text()
+        return done
+    return make
+
+
+def test_without_root_one_line_says_what_to_install(somebody):
+    for sudo in ({}, {"sudo": "exit 1"}):
+        done = somebody("setup-test", status=2, **sudo)
+        lines = [line for line in done.err.splitlines() if not line.startswith("make")]
+        assert len(lines) == 1 and "root must run: apt-get install python3-numpy" in lines[0] and "python3-venv" in lines[0], done.err
+        assert "python3-torch" in lines[0] and "apt-get -qq" not in done.calls and done.out == ""
+
+
+def test_what_we_can_do_without_is_said_and_skipped(somebody):
+    done = somebody("setup-test", python3='case "$*" in *ensurepip*|*torch*) exit 1;; esac')
+    assert re.fullmatch(r"Tests that need these are skipped: no sudo here; root must run: apt-get install python3-venv .*python3-torch.*\n", done.out), done.out
+
+
+def test_what_apt_does_not_know_is_left_out(somebody):
+    done = somebody("setup-test", sudo='case "$1" in -*) exit 0;; esac; "$@"',
+                    **{"apt-get": 'case "$*" in *-s*torch) exit 100;; esac', "env": 'shift; exec "$@"'})
+    install = [line for line in done.calls.splitlines() if line.startswith("apt-get") and " install " in line and " -s " not in line]
+    assert len(install) == 1 and "python3-numpy" in install[0] and "python3-venv" in install[0] and "torch" not in install[0], done.calls
+
+
+def test_pips_reason_is_shown(tree, somebody):
+    venv = tree.folder / "build/venv/bin"
+    venv.mkdir(parents=True)
+    (venv / "python").write_text("#!/bin/sh\ncase \"$*\" in *version*check*) echo WARNING: x; echo 'ERROR: No matching distribution for it'; exit 1;; *import*) exit 1;; esac\n")
+    (venv / "python").chmod(0o755)
+    done = somebody("setup-test", python3="exit 0")
+    assert done.out.count("pip could not install") == 3 and done.out.count(": No matching distribution for it") == 3, done.out
+
+
+@pytest.mark.parametrize("target, given", [("test", "TESTS=dev/test/nowhere.py"), ("quick", "TESTS=dev/cpu/nowhere"), ("demo", "TEXT=nowhere.txt"),
+                                           ("demo", "TEXT=Makefile no where"), ("demo", "TEXT=dev"), ("demo", "TEXT='x"), ("demo", "TEXT=no*.txt")])
+def test_what_is_not_there_is_said_before_anything_is_built(tree, monkeypatch, target, given):
+    for name, script in (("id", "echo 1000"), ("sudo", "exit 1")):  # installs nothing
+        (tree.folder / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tree.folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tree.folder}:{os.environ['PATH']}")
+    shutil.copytree(ROOT / "dev/bench", tree.folder / "dev/bench", ignore=shutil.ignore_patterns("results", "__pycache__"))
+    (tree.folder / "build/venv/bin").mkdir(parents=True)
+    (tree.folder / "build/venv/bin/python").write_text(f'#!/bin/sh\ncase "$*" in *pip*|*import*) exit 0;; esac\nexec {sys.executable} "$@"\n')
+    (tree.folder / "build/venv/bin/python").chmod(0o755)
+    done = tree(target, given, status=2)
+    assert given.split("=")[0] in done.err and not re.search("[Bb]uilding", done.out + done.err), done.out + done.err
+    assert [p.name for p in (tree.folder / "build").iterdir()] == ["venv"]
 
 
 def test_clean(tree):

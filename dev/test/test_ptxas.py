@@ -6,13 +6,13 @@ import sys
 import pytest
 
 import ptx
-from helpers import ROOT, execute, nvcc, program, write_tokens
+from helpers import NO_NVCC, ROOT, execute, nvcc, program, write_tokens
 
 sys.path.insert(0, str(ROOT / "dev/bench"))
 import l2  # noqa: E402
 import occupancy  # noqa: E402
 
-pytestmark = pytest.mark.skipif(not nvcc(), reason="nvcc is not installed")
+pytestmark = pytest.mark.skipif(not nvcc(), reason=NO_NVCC)
 DEFINES = {"nvcc-bf16": [], "nvcc-fp32": ["-DFP32=1"], "nvcc-approxbp-bf16": ["-DAPPROX_ACT=2", "-DMS_NORM=1"]}
 each_variant = pytest.mark.parametrize("variant", DEFINES)
 

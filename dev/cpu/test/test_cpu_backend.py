@@ -33,6 +33,7 @@ def make_variable(name):
 
 
 CXX, CXXFLAGS, SANFLAGS, LDLIBS, TRANSLATE = map(make_variable, ['CPU_CXX', 'CPU_CXXFLAGS', 'CPU_SANFLAGS', 'CPU_LDLIBS', 'CPU_TRANSLATE'])
+CXXFLAGS += os.environ.get('CXXFLAGS', '').split()  # of make test CXXFLAGS=...
 
 
 def translate(source, output):
@@ -336,7 +337,7 @@ def test_dependencies_are_written(tmp_path):
 NVCC = shutil.which('nvcc') or next((p for p in ['/usr/local/cuda/bin/nvcc'] if os.path.exists(p)), None)
 
 
-@pytest.mark.skipif(not NVCC, reason='nvcc is not installed')
+@pytest.mark.skipif(not NVCC, reason='nvcc is not installed (CUDA Toolkit)')
 @pytest.mark.parametrize('source', ['tensor_core.cu', 'device_test.cu', 'matmul_test.cu'])
 def test_nvcc_accepts_it_without_a_warning(source):
     os.makedirs(OUT, exist_ok=True)
@@ -345,7 +346,7 @@ def test_nvcc_accepts_it_without_a_warning(source):
     assert result.returncode == 0 and result.stdout == '', result.stdout
 
 
-needs_mpi = pytest.mark.skipif(not (shutil.which('mpicxx') and shutil.which('mpirun')), reason='MPI is not installed')
+needs_mpi = pytest.mark.skipif(not (shutil.which('mpicxx') and shutil.which('mpirun')), reason='mpicxx or mpirun is not installed (Debian: libopenmpi-dev openmpi-bin)')
 
 
 @pytest.fixture(scope='session')
