@@ -1038,7 +1038,7 @@ __host__ __device__ inline AttPlace att_place(int block, int heads, int row_bloc
 inline int att_heads_together(int T, int HS, size_t l2_bytes) {   // a third of the cache, for their keys and values
     return (int)std::clamp(l2_bytes / 3 / (2 * sizeof(floatX) * T * HS), (size_t)1, (size_t)1 << 10);
 }
-inline AttShape att_in_groups(AttShape shape, int heads) {   // of one size: a small last one would not fill the GPU
+inline AttShape att_in_groups(AttShape shape, int heads) {   // of about one size, or a small last one would not fill the GPU
     shape.together = ceil_div(heads, ceil_div(heads, shape.together));
     return shape;
 }
