@@ -1029,7 +1029,7 @@ __device__ inline uint32_t again(uint32_t x) {
 // that its queries see (or all queries that see its keys), so blocks of one head should run while the L2 cache holds them: the
 // heads go by in groups that fit. And the blocks with most to do should begin first, or the last of them runs alone: within a
 // group those of the last queries, since a query sees all keys before it, or of the first keys. dev/bench/l2.py simulates this.
-struct AttPlace { int head, row_block; };
+struct AttPlace { int head, row_block; };   // among those of all sequences; among the head's
 __host__ __device__ inline AttPlace att_place(int block, int heads, int row_blocks, int together, bool last_first) {
     int first = block / (together * row_blocks) * together, i = block % (together * row_blocks);
     int size = heads - first < together ? heads - first : together;   // of this group
@@ -1042,7 +1042,7 @@ inline AttShape att_in_groups(AttShape shape, int heads) {   // of about one siz
     shape.together = ceil_div(heads, ceil_div(heads, shape.together));
     return shape;
 }
-struct AttBlock { int b, h, first, row_blocks; };
+struct AttBlock { int b, h, first, row_blocks; };   // sequence, its head, the first row; blocks a head
 __device__ inline AttBlock att_block(const AttShape& shape, int heads, int rows, bool last_first) {
     int row_blocks = (shape.T + rows - 1) / rows;
     AttPlace place = att_place(blockIdx.x, gridDim.x / row_blocks, row_blocks, shape.together, last_first);
