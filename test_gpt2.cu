@@ -61,7 +61,8 @@ Difference difference(const float* ours, const float* reference, size_t n) {
         dot += a * b;
     }
     // a NaN anywhere ends here as NaN, and no comparison with a bar is true of it
-    return {ref > 0 ? sqrt(diff / ref) : sqrt(diff), ref > 0 && own > 0 ? dot / sqrt(ref * own) : (ref == own ? 1.0 : 0.0), ref > 0 ? dot / ref : 1.0};
+    return {ref > 0 ? sqrt(diff / ref) : sqrt(diff), ref > 0 && own > 0 ? dot / sqrt(ref * own) : (ref == own ? 1.0 : 0.0),
+            ref > 0 ? dot / ref : 1.0};
 }
 
 // What reference.py knows about one batch.
@@ -247,7 +248,8 @@ void check_against_reference(const char* model, const Reference& r) {
             continue;
         }
         const int L = t.g.config.L;
-        const float room = way.gelu_fusion ? fused_room(L) : 0.0f, same = same_bar(L) + room, cosine = std::min(COSINE_BAR, 1 - same * same);
+        const float room = way.gelu_fusion ? fused_room(L) : 0.0f, same = same_bar(L) + room;
+        const float cosine = std::min(COSINE_BAR, 1 - same * same);
         report(fabsf(loss - r.loss) <= (LOSS_BAR + room) * fabsf(r.loss), "%s: loss %.6f", way.name, loss);
         check_gradients((std::string(way.name) + " against the plain way").c_str(), t.g.config, grads, base, same, cosine, false,
                         kFP32 ? INFINITY : same / 6);

@@ -20,7 +20,7 @@ The sections stand in the order in which one would teach them; start at section 
 
 Shapes in comments: B batch, T time, C channels, NH heads, HS = C / NH head size, V vocabulary, Vp the vocabulary padded to a
 multiple of 128, L layers. All matrices are row-major; a weight is (out, in) as in PyTorch. Nothing here uses a float atomic
-and every sum has one fixed order, so two runs with one seed are equal to the bit.
+and every sum has one fixed order, so two runs with one seed, batch and number of loss chunks are equal to the bit.
 
 Sections between "==== twin" marks stand in train_llama.cu too, byte for byte (make twins).
 */
@@ -90,9 +90,11 @@ static_assert(kActBits >= 0 && kActBits <= 4, "APPROX_ACT is 0 (exact) or 1 to 4
 using floatX = std::conditional_t<kFP32, float, __nv_bfloat16>;
 enum DType { F32, BF16, I32, BYTE };
 constexpr DType FLOATX = kFP32 ? F32 : BF16;
-inline size_t dtype_size(DType t) { return t == BF16 ? 2 : t == BYTE ? 1 : 4; }
-inline const char* dtype_name(DType t) { return t == F32 ? "fp32" : t == BF16 ? "bf16" : t == I32 ? "int32" : "byte"; }
-inline cudaDataType_t cuda_dtype(DType t) { return t == F32 ? CUDA_R_32F : CUDA_R_16BF; }
+inline size_t dtype_size(DType type) { return type == BF16 ? 2 : type == BYTE ? 1 : 4; }
+inline const char* dtype_name(DType type) {
+    return type == F32 ? "fp32" : type == BF16 ? "bf16" : type == I32 ? "int32" : "byte";
+}
+inline cudaDataType_t cuda_dtype(DType type) { return type == F32 ? CUDA_R_32F : CUDA_R_16BF; }
 
 const char* program_name = "train_gpt2";
 
@@ -236,20 +238,20 @@ struct Grad {
     DType type;
     Grad operator+(size_t elements) const { return {(char*)p + elements * dtype_size(type), type}; }
 };
-__device__ inline float grad_load(Grad g, size_t i) {
-    return g.type == F32 ? ((const float*)g.p)[i] : (float)((const __nv_bfloat16*)g.p)[i];
+__device__ inline float grad_load(Grad grad, size_t i) {
+    return grad.type == F32 ? ((const float*)grad.p)[i] : (float)((const __nv_bfloat16*)grad.p)[i];
 }
-__device__ inline void grad_store(Grad g, size_t i, float value, bool accumulate) {
-    if (accumulate) value += grad_load(g, i);
-    if (g.type == F32) ((float*)g.p)[i] = value;
-    else ((__nv_bfloat16*)g.p)[i] = (__nv_bfloat16)value;
+__device__ inline void grad_store(Grad grad, size_t i, float value, bool accumulate) {
+    if (accumulate) value += grad_load(grad, i);
+    if (grad.type == F32) ((float*)grad.p)[i] = value;
+    else ((__nv_bfloat16*)grad.p)[i] = (__nv_bfloat16)value;
 }
-__device__ inline Floats grad_load_vec(Grad g, size_t i) {   // elements [i, i + VEC), i a multiple of VEC
-    return g.type == F32 ? load((const float*)g.p + i) : load((const __nv_bfloat16*)g.p + i);
+__device__ inline Floats grad_load_vec(Grad grad, size_t i) {   // elements [i, i + VEC), i a multiple of VEC
+    return grad.type == F32 ? load((const float*)grad.p + i) : load((const __nv_bfloat16*)grad.p + i);
 }
-__device__ inline void grad_store_vec(Grad g, size_t i, const Floats& value) {
-    if (g.type == F32) store((float*)g.p + i, value);
-    else store((__nv_bfloat16*)g.p + i, value);
+__device__ inline void grad_store_vec(Grad grad, size_t i, const Floats& value) {
+    if (grad.type == F32) store((float*)grad.p + i, value);
+    else store((__nv_bfloat16*)grad.p + i, value);
 }
 
 // Random numbers without a state: a hash of (seed, stream, index) gives the same bits in whatever order threads run, and
@@ -688,7 +690,7 @@ void layernorm_forward(floatX* residual,     // (rows, C) out: inp + add; null t
 constexpr int NORM_ROWS = 8;
 constexpr int NORM_THREADS = 512;   // at most: 4096 columns; where there are more, further blocks do the rows' sums once more
 template <bool SHARED>
-__global__ void __launch_bounds__(NORM_THREADS, 1)   // the 1: it needs up to 85 registers, and room for two such blocks leaves 64
+__global__ void __launch_bounds__(NORM_THREADS, 1)   // the 1: it needs up to 99 registers, and room for two such blocks leaves 64
 layernorm_backward_kernel(floatX* dresidual, float* partial, const floatX* dout, const floatX* kept, const float* mean,
                           const float* rstd, const floatX* gamma, bool accumulate, int rows, int C) {
     __shared__ float mean_dz[2][NORM_ROWS], mean_dz_z[2][NORM_ROWS];   // twice: the rows before may still be in use
@@ -858,7 +860,9 @@ void norm_unfold(Grad dweight,         // (OC, C) in: G, out: dW
 // multiprocessor of an H100. Larger weights have as many without a split.
 constexpr size_t MATMUL_WORKSPACE = (size_t)64 << 20;   // bytes, at most, unless --workspace says otherwise
 constexpr size_t MATMUL_SPLITS = 32;                    // a sum in more parts than these has parts too short to pay
-inline size_t matmul_workspace(size_t largest_weight) { return std::min(MATMUL_WORKSPACE, MATMUL_SPLITS * largest_weight * sizeof(float)); }
+inline size_t matmul_workspace(size_t largest_weight) {   // in elements; the result in bytes
+    return std::min(MATMUL_WORKSPACE, MATMUL_SPLITS * largest_weight * sizeof(float));
+}
 
 struct Matmul {
     cublasLtHandle_t handle = nullptr;
@@ -866,7 +870,7 @@ struct Matmul {
     size_t workspace_bytes = 0;
     bool tf32 = false;            // fp32 builds: let the tensor cores round inputs to 10 bits of mantissa
     int gelu_fusion = 0;          // 0: kernels of our own; 1: GELU in the forward's epilogue; 2: and in the backward's
-    int* missing = nullptr;       // tests: where to count products with a GELU that cuBLASLt cannot fuse; null: such a one ends the run
+    int* missing = nullptr;       // tests count there the products with a GELU that cuBLASLt cannot fuse; null: one ends the run
 } matmul_state;
 
 struct MatmulPlan {
@@ -1025,7 +1029,7 @@ __device__ inline uint32_t again(uint32_t x) {
 // that its queries see (or all queries that see its keys), so blocks of one head should run while the L2 cache holds them: the
 // heads go by in groups that fit. And the blocks with most to do should begin first, or the last of them runs alone: within a
 // group those of the last queries, since a query sees all keys before it, or of the first keys. dev/bench/l2.py simulates this.
-struct AttPlace { int head, row_block; };
+struct AttPlace { int head, row_block; };   // among those of all sequences; among the head's
 __host__ __device__ inline AttPlace att_place(int block, int heads, int row_blocks, int together, bool last_first) {
     int first = block / (together * row_blocks) * together, i = block % (together * row_blocks);
     int size = heads - first < together ? heads - first : together;   // of this group
@@ -1034,11 +1038,11 @@ __host__ __device__ inline AttPlace att_place(int block, int heads, int row_bloc
 inline int att_heads_together(int T, int HS, size_t l2_bytes) {   // a third of the cache, for their keys and values
     return (int)std::clamp(l2_bytes / 3 / (2 * sizeof(floatX) * T * HS), (size_t)1, (size_t)1 << 10);
 }
-inline AttShape att_in_groups(AttShape shape, int heads) {   // of one size: a small last one would not fill the GPU
+inline AttShape att_in_groups(AttShape shape, int heads) {   // of about one size, or a small last one would not fill the GPU
     shape.together = ceil_div(heads, ceil_div(heads, shape.together));
     return shape;
 }
-struct AttBlock { int b, h, first, row_blocks; };
+struct AttBlock { int b, h, first, row_blocks; };   // sequence, its head, the first row; blocks a head
 __device__ inline AttBlock att_block(const AttShape& shape, int heads, int rows, bool last_first) {
     int row_blocks = (shape.T + rows - 1) / rows;
     AttPlace place = att_place(blockIdx.x, gridDim.x / row_blocks, row_blocks, shape.together, last_first);
@@ -1047,9 +1051,9 @@ __device__ inline AttBlock att_block(const AttShape& shape, int heads, int rows,
 
 // ---- attention, on tensor cores
 //
-// A warp multiplies matrices by mma.sync.m16n8k16: a (16 x 16) times b (16 x 8), bf16, added to c (16 x 8) in fp32. The matrices lie spread over the registers
-// of its 32 lanes, two bf16 to a register. PTX calls such a share of a matrix a fragment. With row = lane / 4 and
-// col = lane % 4 * 2, a lane holds
+// A warp multiplies matrices by mma.sync.m16n8k16: a (16 x 16) times b (16 x 8), bf16, added to c (16 x 8) in fp32. The matrices
+// lie spread over the registers of its 32 lanes, two bf16 or one float to a register. PTX calls a lane's share of a matrix a
+// fragment. With row = lane / 4 and col = lane % 4 * 2, a lane holds
 //
 //             col, col+1    col+8, col+9                       column row                    col, col+1
 //     a =   [    a[0]           a[2]     ]  row       b =   [    b[0]    ]  col, col+1    c = [ c[0], c[1] ]  row
@@ -1058,9 +1062,9 @@ __device__ inline AttBlock att_block(const AttShape& shape, int heads, int rows,
 // so two neighbouring c, 16 x 16, have the form of an a: the probabilities go into the next product as they are. For example
 // lane 5 (row 1, col 2) holds c's elements (1, 2), (1, 3), (9, 2) and (9, 3).
 //
-// A warp owns 16 M rows (queries, or keys) and keeps their a in registers. The other side comes in tiles of 64 rows, copied from
-// global to shared memory asynchronously, the next one while this one is used; ldmatrix takes b from there. What is read from
-// shared memory serves M products, and shared memory, not the tensor cores, is what M = 1 would wait for. Every sum belongs
+// A warp owns 16 M rows (queries, or keys), as M matrices a in registers. The other side comes in tiles of 64 rows, copied from
+// global to shared memory asynchronously, the next one while this one is used; ldmatrix takes b from there. Each b serves M
+// products: with M = 1 the warps would wait for shared memory more than for the tensor cores. Every sum belongs
 // to one thread, so nothing is added atomically; the price is that backward computes the scores twice, once by rows of queries
 // for dq and once by rows of keys for dk and dv.
 
@@ -1068,10 +1072,10 @@ typedef __nv_bfloat16 bf16;
 constexpr int TC_THREADS = 128;   // 4 warps
 constexpr int TC_ROWS = 64;       // rows of a tile
 template <int HS>
-constexpr int TC_M = HS == 64 ? 2 : 1;   // what fits in registers: a warp keeps 16 M rows, and sums of that shape
+constexpr int TC_M = HS == 64 ? 2 : 1;   // what fits in registers: 16 M rows of operands, and sums of that shape
 // Registers. Of a multiprocessor's 65,536 three blocks leave 168 to a thread, two leave 255, which is also the most that a thread
-// can have. For compute capability 10 and 12 the compiler needs a few more than for 8 and 9. What does not fit is v in dkv's
-// kernel: it is then read from shared memory each time.
+// can have. For compute capability 10 and 12 the compiler needs a few more than for 8 and 9. Where v has no room in the kernel
+// for dk and dv (TC_V_SHARED), it is read from shared memory each time.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 template <int HS> constexpr int TC_FORWARD_BLOCKS = 2;
 template <int HS> constexpr bool TC_V_SHARED = true;
@@ -1092,7 +1096,7 @@ __device__ inline void mma_16816(float (&c)[4], const uint32_t (&a)[4], uint32_t
 #endif
 }
 // Four 8 x 8 matrices from shared memory, whose addresses are 32-bit numbers; lane 8i + j gives the address of row j of matrix i.
-// In every lane r[i] is a pair of matrix i: (row lane / 4, columns col, col+1); or with TRANSPOSE (rows col, col+1, column lane / 4).
+// A lane's r[i] is a pair of matrix i: (row lane / 4, columns col, col+1), or with TRANSPOSE (rows col, col+1, column lane / 4).
 template <bool TRANSPOSE>
 __device__ inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t address) {
 #ifdef __CUDACC__
@@ -1146,8 +1150,8 @@ __device__ inline void tc_load_tile(uint32_t tile, const bf16* head, int stride,
     for (int i = 0; i < TC_ROWS; i += STEP) cp_async<16>(to + i * (2 * HS), from + i * stride, t0 + r + i < T);
 }
 // Reads from a tile, by one ldmatrix each:
-//     columns_8    8 rows of the tile as columns of b, times 32 channels: b[0], b[1] are the first 16 channels', b[2], b[3] the others'
-//     columns_16   16 channels as columns of b, times 16 rows: b[0], b[1] are the first 8 channels', b[2], b[3] the others'
+//     columns_8    8 rows of the tile as columns of b, times 32 channels: b[0], b[1] of the first 16, b[2], b[3] of the others
+//     columns_16   16 channels as columns of b, times 16 rows: b[0], b[1] of the first 8 channels, b[2], b[3] of the others
 //     as_a         16 rows times 16 channels, as an a
 // `row` is a multiple of 8 or 16 and `channel` one of 32 or 16. What they add to a lane's address is a sum for rows, and for
 // channels an XOR with bits that the lane's part does not have.
@@ -1169,9 +1173,10 @@ struct TileReader {
         ldmatrix_x4<false>(a, tile + row * (2 * HS) + (at_16 ^ (2 * channel)));
     }
 };
-// c[n][m] = the products of M times 16 rows, in a, with 8 rows of a tile, from `row` + 8 n on
+// c[n][m] += the 16 rows in a[m] times 8 rows of a tile, those from `row` + 8 n on: scores of 16 rows with 8
 template <int HS, int M, int N>
-__device__ inline void tc_scores(float (&c)[N][M][4], const uint32_t (&a)[M][HS / 16][4], const TileReader<HS>& read, uint32_t tile, int row) {
+__device__ inline void tc_scores(float (&c)[N][M][4], const uint32_t (&a)[M][HS / 16][4], const TileReader<HS>& read,
+                                 uint32_t tile, int row) {
 #pragma unroll
     for (int i = 0; i < HS / 16; i += 2)
 #pragma unroll
@@ -1182,9 +1187,10 @@ __device__ inline void tc_scores(float (&c)[N][M][4], const uint32_t (&a)[M][HS 
             for (int m = 0; m < M; m++) mma_16816(c[n][m], a[m][i], b[0], b[1]), mma_16816(c[n][m], a[m][i + 1], b[2], b[3]);
         }
 }
-// The same, with a read from a tile too, from row `a_row` on: for what has no place in registers
+// The same, where a has no room in registers and is read from a tile too: its rows from `a_row` + 16 m on
 template <int HS, int M, int N>
-__device__ inline void tc_scores(float (&c)[N][M][4], uint32_t a_tile, int a_row, const TileReader<HS>& read, uint32_t tile, int row) {
+__device__ inline void tc_scores(float (&c)[N][M][4], uint32_t a_tile, int a_row, const TileReader<HS>& read, uint32_t tile,
+                                 int row) {
 #pragma unroll
     for (int i = 0; i < HS / 16; i += 2) {
         uint32_t b[N][4];
@@ -1201,9 +1207,10 @@ __device__ inline void tc_scores(float (&c)[N][M][4], uint32_t a_tile, int a_row
             }
     }
 }
-// sum[m] += a[m] times 16 rows of a tile
+// sum[m] (16 rows x HS channels) += a[m] (16 x 16) times rows [row, row + 16) of a tile
 template <int HS, int M>
-__device__ inline void tc_add(float (&sum)[M][HS / 8][4], const uint32_t (&a)[M][4], const TileReader<HS>& read, uint32_t tile, int row) {
+__device__ inline void tc_add(float (&sum)[M][HS / 8][4], const uint32_t (&a)[M][4], const TileReader<HS>& read, uint32_t tile,
+                              int row) {
 #pragma unroll
     for (int i = 0; i < HS / 16; i++) {
         uint32_t b[4];
@@ -1212,7 +1219,7 @@ __device__ inline void tc_add(float (&sum)[M][HS / 8][4], const uint32_t (&a)[M]
         for (int m = 0; m < M; m++) mma_16816(sum[m][2 * i], a[m], b[0], b[1]), mma_16816(sum[m][2 * i + 1], a[m], b[2], b[3]);
     }
 }
-// Rows [row, row + 16) of one head in global memory as HS / 16 a, zeros where there is nothing.
+// Rows [row, row + 16) of one head in global memory as HS / 16 matrices a, zeros where there is nothing.
 template <int HS>
 __device__ inline void tc_load_a(uint32_t (&a)[HS / 16][4], const bf16* head, int stride, int row, int T) {
     int lane = again(threadIdx.x) % 32, lane_row = lane / 4, lane_col = lane % 4 * 2;
@@ -1226,7 +1233,7 @@ __device__ inline uint32_t tc_pack(float low, float high) {
     __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
     return *(const uint32_t*)&pair;
 }
-// A c as half of an a: its left 8 columns, or its right ones
+// A c (16 x 8), rounded to bf16, as half of an a (16 x 16): its left 8 columns, or its right ones
 __device__ inline void tc_as_a(uint32_t (&a)[4], const float (&c)[4], bool right) {
     a[2 * right] = tc_pack(c[0], c[1]);
     a[2 * right + 1] = tc_pack(c[2], c[3]);
@@ -1263,7 +1270,7 @@ __device__ inline void tc_column_sums(float* column_sums, const float (&c)[M][HS
     for (int i = threadIdx.x; i < HS; i += TC_THREADS)
         column_sums[i] = factor * ((shared[i] + shared[HS + i]) + (shared[2 * HS + i] + shared[3 * HS + i]));
 }
-// Over the 4 lanes that share a row
+// Over the 4 lanes that share a row of c
 __device__ inline float quad_sum(float x) {
     x += __shfl_xor_sync(ALL_LANES, x, 1);
     return x + __shfl_xor_sync(ALL_LANES, x, 2);
@@ -1366,8 +1373,9 @@ attention_forward_tc_kernel(bf16* out, float* lse, const bf16* qkv, AttShape sha
     }
 }
 
-// dq, delta for the other half, and the sums of dq over the block's rows, for the bias of the matmul that made qkv. Rows are
-// queries.
+// Backward by rows of queries. With p = exp(s - lse), dp = dout v^T and delta = sum_c dout * out: ds = p (dp - delta) and
+// dq = scale * ds k. delta is kept for the kernel below; partial gets the sums of dq over the block's rows, for the bias of the
+// matmul that made qkv.
 template <int HS, int M>
 __global__ void __launch_bounds__(TC_THREADS, TC_BACKWARD_BLOCKS)
 attention_backward_dq_tc_kernel(bf16* dqkv, float* partial, float* delta, const bf16* dout, const bf16* qkv, const bf16* out,
@@ -1452,7 +1460,7 @@ attention_backward_dq_tc_kernel(bf16* dqkv, float* partial, float* delta, const 
                           (float*)tc_tiles);
 }
 
-// dk and dv, and their sums over rows. Rows are keys, and everything is transposed: s^T = k q^T, dv = p^T dout, dk = scale * ds^T q.
+// Backward by rows of keys: dk, dv and their sums over rows. All is transposed: s^T = k q^T, dv = p^T dout, dk = scale * ds^T q.
 template <int HS, int M>
 __global__ void __launch_bounds__(TC_THREADS, TC_BACKWARD_BLOCKS)
 attention_backward_dkv_tc_kernel(bf16* dqkv, float* partial, const bf16* dout, const bf16* qkv, const float* lse,
@@ -1514,7 +1522,8 @@ attention_backward_dkv_tc_kernel(bf16* dqkv, float* partial, const bf16* dout, c
                     if (ahead + 16 * m + 15 > 8 * n || t0 + j + 15 >= T) {   // some query comes before some key, or is not there
 #pragma unroll
                         for (int i = 0; i < 4; i++)
-                            if (ahead + lane_ahead > 8 * n + i % 2 - 16 * m - i / 2 * 8 || t0 + 2 * pair + i % 2 >= T) s[n][m][i] = -INFINITY;
+                            if (ahead + lane_ahead > 8 * n + i % 2 - 16 * m - i / 2 * 8 || t0 + 2 * pair + i % 2 >= T)
+                                s[n][m][i] = -INFINITY;
                     }
 #pragma unroll
                     for (int i = 0; i < 4; i++) {   // p in place of s, ds of dp
@@ -1542,7 +1551,7 @@ attention_backward_dkv_tc_kernel(bf16* dqkv, float* partial, const bf16* dout, c
     tc_column_sums<HS, M>(sums + to_v, dv, 1, (float*)tc_tiles + 4 * HS);
 }
 
-// A kernel has to ask for more than 48 KB of shared memory. Returns the bytes.
+// A kernel has to ask for more than 48 KB of shared memory, static and dynamic together. Returns the bytes of the dynamic.
 template <class Kernel>
 int tc_shared_bytes(Kernel kernel, int bytes) {
     cudaCheck(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
@@ -1580,8 +1589,8 @@ void attention_backward_tc(void* dqkv, Grad dbias, float* delta, float* scratch,
 // or 128 channels; a tile of the other side lies in shared memory, from where all rows of the block read the same line at once
 // (a broadcast).
 
-// At most 256 threads a block, and one block is enough for us (the 1 of the launch bounds): a row's state takes up to 240 registers,
-// and a compiler that aims at more blocks spills some of them.
+// At most 256 threads a block, and one block is enough for us (the 1 of the launch bounds): a row's state takes up to 240
+// registers, and a compiler that aims at more blocks spills some of them.
 constexpr int ATT_ROWS = 64;       // rows a block
 constexpr int ATT_TILE = 16;       // rows of the other side in shared memory at a time
 constexpr int ATT_CHANNELS = 32;   // channels a thread
@@ -1644,7 +1653,8 @@ __device__ inline void att_load_tile(AttTile<G>& tile, const floatX* head, size_
 template <int G>
 struct AttThread : AttBlock {
     int row, share, warp_first, warp_last;
-    __device__ AttThread(const AttShape& shape, int heads, bool last_first) : AttBlock(att_block(shape, heads, ATT_ROWS, last_first)) {
+    __device__ AttThread(const AttShape& shape, int heads, bool last_first)
+        : AttBlock(att_block(shape, heads, ATT_ROWS, last_first)) {
         row = first + threadIdx.x / G;
         share = threadIdx.x % G;
         // A tile that is masked for every row of interest is skipped. With G > 1 the warp must decide as one, for its shuffles.
@@ -1695,8 +1705,7 @@ attention_forward_kernel(floatX* out, float* lse, const floatX* qkv, AttShape sh
     if (at.share == 0) lse[((size_t)at.b * NH + at.h) * T + at.row] = max + logf(sum);
 }
 
-// Backward, first half: rows are queries. With p = exp(s - lse), dp = dout v^T and delta = sum_c dout * out,
-// ds = p (dp - delta) and dq = scale * ds k. delta is kept for the other half.
+// Backward by rows of queries, by the same formulas as on tensor cores.
 template <int G>
 __global__ void __launch_bounds__(ATT_ROWS * G, 1)
 attention_backward_dq_kernel(floatX* dqkv, float* delta, const floatX* dout, const floatX* qkv, const floatX* out,
@@ -1736,8 +1745,7 @@ attention_backward_dq_kernel(floatX* dqkv, float* delta, const floatX* dout, con
     if (there) att_store_row(dqkv + ((size_t)at.b * T + at.row) * stride + at.h * HS, dq, at.share, HS, shape.scale);
 }
 
-// Second half: rows are keys, and the tiles are the queries that see them. dv = p^T dout, dk = scale * ds^T q. Every sum
-// belongs to one thread, so nothing is added atomically; the price is that the scores are computed a second time.
+// Backward by rows of keys: the tiles are the queries that see them.
 template <int G>
 __global__ void __launch_bounds__(ATT_ROWS * G, 1)
 attention_backward_dkv_kernel(floatX* dqkv, const floatX* dout, const floatX* qkv, const float* lse, const float* delta,
@@ -1807,8 +1815,12 @@ AttShape att_shape(int T, int NH, int NKV, int HS) {
     if (NKV < 1 || NH % NKV != 0) fail("attention: %d query heads, %d key-value heads: expected a multiple", NH, NKV);
     if (HS < VEC || HS > 4 * ATT_CHANNELS || HS % VEC != 0)
         fail("attention: a head has %d channels: expected a multiple of %d, up to %d", HS, VEC, 4 * ATT_CHANNELS);
-    static int l2_bytes = 0;   // 0: not asked yet
-    if (l2_bytes == 0) cudaCheck(cudaDeviceGetAttribute(&l2_bytes, cudaDevAttrL2CacheSize, 0));
+    static const int l2_bytes = [] {   // of this process's GPU
+        int device = 0, bytes = 0;
+        cudaCheck(cudaGetDevice(&device));
+        cudaCheck(cudaDeviceGetAttribute(&bytes, cudaDevAttrL2CacheSize, device));
+        return bytes > 0 ? bytes : 32 << 20;   // a virtual GPU may not say
+    }();
     return {T, NH, NKV, HS, 1.0f / sqrtf((float)HS), att_heads_together(T, HS, l2_bytes)};
 }
 
@@ -1964,8 +1976,9 @@ void matmul_act_backward(floatX* dbefore,            // (rows, C)
 // ---- loss
 //
 // Softmax and cross-entropy of a row of logits, and their gradient in place: dlogits = (softmax - onehot(target)) * dloss.
-// A block owns a row, so that few rows are under way at a time and the second pass, which writes, finds in the cache what the
-// first, for the maximum and the sum together, has read. Padded columns [V, Vp) take no part, and their gradient is 0.
+// A block owns a row, so that few rows are under way at a time: what the first pass, for the maximum and the sum together, has
+// read is still in the L2 cache when the second pass reads it again and writes. Padded columns [V, Vp) take no part, and their
+// gradient is 0.
 __global__ void __launch_bounds__(1024)
 classifier_kernel(floatX* logits, float* losses, const int* targets, float dloss, bool train, int V, int Vp) {
     __shared__ float shared_max[32], shared_sum[32];
@@ -2009,7 +2022,7 @@ classifier_kernel(floatX* logits, float* losses, const int* targets, float dloss
         Floats f = load(x + c);
 #pragma unroll
         for (int k = 0; k < VEC; k++) f[k] = exp_e(f[k] - row_max) * scale;
-        if ((unsigned)(target - c) < VEC) {   // the vector that holds the target, and the last ones: few, so a branch is cheaper
+        if ((unsigned)(target - c) < VEC) {   // one vector of the row holds the target: a branch costs less than 8 selects
 #pragma unroll
             for (int k = 0; k < VEC; k++) f[k] -= c + k == target ? 1.0f : 0.0f;
         }
@@ -2080,16 +2093,17 @@ struct OptTable {
 };
 // What this thread works on. Blocks begin anew at each share, so that with and without --zero 1 they have the same elements.
 struct OptPlace {
-    int tensor = 0;
+    int which = 0;   // of the table's tensors
     size_t i;     // the first of VEC elements
     bool there;   // false after the end of the share
     __device__ explicit OptPlace(const OptTable& table) {
-        while (tensor + 1 < table.count && table.t[tensor + 1].first_block <= blockIdx.x) tensor++;
-        const OptTensor& t = table.t[tensor];
-        unsigned block = blockIdx.x - t.first_block, blocks = (unsigned)((t.n + OPT_BLOCK - 1) / OPT_BLOCK);   // of a share
+        while (which + 1 < table.count && table.t[which + 1].first_block <= blockIdx.x) which++;
+        const OptTensor& tensor = table.t[which];
+        unsigned block = blockIdx.x - tensor.first_block;                        // of the tensor
+        unsigned blocks = (unsigned)((tensor.n + OPT_BLOCK - 1) / OPT_BLOCK);   // of a share
         size_t in_share = (size_t)(block % blocks) * OPT_BLOCK + threadIdx.x * VEC;
-        i = block / blocks * t.n + in_share;
-        there = in_share < t.n;
+        i = block / blocks * tensor.n + in_share;
+        there = in_share < tensor.n;
     }
 };
 
@@ -2098,16 +2112,16 @@ struct OptPlace {
 __global__ void square_sum_kernel(float* partial, OptTable table) {
     __shared__ float shared[8];
     const OptPlace at(table);
-    const OptTensor& t = table.t[at.tensor];
+    const OptTensor& tensor = table.t[at.which];
     const size_t i = at.i;
     float sum = 0;
     if (at.there) {
-        Floats g = grad_load_vec(t.grad, i);
+        Floats grad = grad_load_vec(tensor.grad, i);
 #pragma unroll
-        for (int k = 0; k < VEC; k++) sum += g[k] * g[k];
+        for (int k = 0; k < VEC; k++) sum += grad[k] * grad[k];
     }
-    sum = block_sum_256(sum * t.norm_weight, shared);
-    if (threadIdx.x == 0) partial[blockIdx.x + t.elsewhere] = sum;
+    sum = block_sum_256(sum * tensor.norm_weight, shared);
+    if (threadIdx.x == 0) partial[blockIdx.x + tensor.elsewhere] = sum;
 }
 
 __global__ void partial_sum_kernel(float* sum, const float* partial, unsigned n) {
@@ -2179,28 +2193,28 @@ __global__ void adamw_kernel(OptTable table, const Verdict* verdict, AdamW a) {
     float clip = verdict->clip;
     const OptPlace at(table);
     if (!at.there) return;
-    const OptTensor& t = table.t[at.tensor];
+    const OptTensor& tensor = table.t[at.which];
     const size_t i = at.i;
-    Floats g = grad_load_vec(t.grad, i), m = load(t.m + i), v = load(t.v + i);
-    Floats x = t.master != nullptr ? load(t.master + i) : load(t.param + i);
+    Floats grad = grad_load_vec(tensor.grad, i), m = load(tensor.m + i), v = load(tensor.v + i);
+    Floats x = tensor.master != nullptr ? load(tensor.master + i) : load(tensor.param + i);
 #pragma unroll
     for (int k = 0; k < VEC; k++) {
-        g[k] *= clip;
-        m[k] = a.beta1 * m[k] + (1 - a.beta1) * g[k];
-        v[k] = a.beta2 * v[k] + (1 - a.beta2) * g[k] * g[k];
-        x[k] -= a.lr * ((m[k] / a.correction1) / (sqrtf(v[k] / a.correction2) + a.eps) + t.decay * x[k]);
+        grad[k] *= clip;
+        m[k] = a.beta1 * m[k] + (1 - a.beta1) * grad[k];
+        v[k] = a.beta2 * v[k] + (1 - a.beta2) * grad[k] * grad[k];
+        x[k] -= a.lr * ((m[k] / a.correction1) / (sqrtf(v[k] / a.correction2) + a.eps) + tensor.decay * x[k]);
     }
-    store(t.m + i, m);
-    store(t.v + i, v);
-    if (t.master != nullptr) {
-        store(t.master + i, x);
-        store(t.param + i, x);
+    store(tensor.m + i, m);
+    store(tensor.v + i, v);
+    if (tensor.master != nullptr) {
+        store(tensor.master + i, x);
+        store(tensor.param + i, x);
     } else {
         Vec rounded;
 #pragma unroll
         for (int k = 0; k < VEC; k++)
-            rounded.x[k] = round_stochastic(x[k], (uint32_t)hash64(a.seed, a.step * MAX_PARAMS + at.tensor, t.offset + i + k));
-        *reinterpret_cast<Vec*>(t.param + i) = rounded;
+            rounded.x[k] = round_stochastic(x[k], (uint32_t)hash64(a.seed, a.step * MAX_PARAMS + at.which, tensor.offset + i + k));
+        *reinterpret_cast<Vec*>(tensor.param + i) = rounded;
     }
 }
 
@@ -2350,15 +2364,15 @@ void world_sum_floats(float* x, size_t n, cudaStream_t stream) {   // on the dev
 #endif
 }
 // Sums a gradient over the ranks, in place: of all of it, or of this rank's share only.
-void world_reduce_gradient(Grad g, size_t n, cudaStream_t stream) {
+void world_reduce_gradient(Grad grad, size_t n, cudaStream_t stream) {
 #ifdef MULTI_GPU
     if (world.size == 1) return;
-    ncclDataType_t type = g.type == F32 ? ncclFloat : ncclBfloat16;
+    ncclDataType_t type = grad.type == F32 ? ncclFloat : ncclBfloat16;
     if (world_shards(n))
-        ncclCheck(ncclReduceScatter(g.p, (g + shard_offset(n)).p, shard_size(n), type, ncclSum, world.nccl, stream));
-    else ncclCheck(ncclAllReduce(g.p, g.p, n, type, ncclSum, world.nccl, stream));
+        ncclCheck(ncclReduceScatter(grad.p, (grad + shard_offset(n)).p, shard_size(n), type, ncclSum, world.nccl, stream));
+    else ncclCheck(ncclAllReduce(grad.p, grad.p, n, type, ncclSum, world.nccl, stream));
 #else
-    (void)g;
+    (void)grad;
     (void)n;
     (void)stream;
 #endif
@@ -2659,20 +2673,20 @@ size_t gpt2_opt_blocks(const GPT2Config& c) {
     return blocks;
 }
 OptTable gpt2_opt_table(const GPT2& g, float weight_decay) {
-    OptTable t = {};
+    OptTable table = {};
     size_t all = 0;   // blocks of the tensors before, of all ranks
     for (int p = 0; p < NUM_PARAMS; p++) {
         ParamShape s = param_shape(g.config, p);
         size_t n = s.elements(), offset = shard_offset(n), share = world_share(n), blocks = opt_blocks(n) / (n / shard_size(n));
         bool counts = !world.sharded || world_shards(n) || world.rank == 0;
         size_t first = all + offset / share * blocks;
-        t.t[p] = {g.param[p] + offset,          g.grad[p] + offset,   g.m[p],   g.v[p],                     g.master[p], share, offset,
-                  s.cols ? weight_decay : 0.0f, counts ? 1.0f : 0.0f, t.blocks, (unsigned)first - t.blocks};
-        t.blocks += (unsigned)blocks;
+        table.t[p] = {g.param[p] + offset, g.grad[p] + offset, g.m[p], g.v[p], g.master[p], share, offset,
+                      s.cols ? weight_decay : 0.0f, counts ? 1.0f : 0.0f, table.blocks, (unsigned)first - table.blocks};
+        table.blocks += (unsigned)blocks;
         all += opt_blocks(n);
     }
-    t.count = NUM_PARAMS;
-    return t;
+    table.count = NUM_PARAMS;
+    return table;
 }
 
 // The table of a run. Nothing is allocated here, and a tensor that the run does not need keeps the null pointer it has.
@@ -2967,8 +2981,9 @@ void gpt2_backward(GPT2& g, int B, int T, int buckets, int micro_batch) {
         auto W = [&](int p) { return (const floatX*)g.param[p] + l * param_shape(g.config, p).per_layer(); };
         auto G = [&](int p) { return g.grad[p] + l * param_shape(g.config, p).per_layer(); };
 
-        // What forward did not keep is computed again, by the same kernels from the same bits. work_4c holds GELU's output
-        // until the weight gradient has used it; then the gradient of the matmul's input takes its place.
+        // What forward did not keep is computed again from the same bits, and by the same kernels, except that --gelu-fusion had
+        // cuBLASLt compute GELU. work_4c holds GELU's output until the weight gradient has used it; then the gradient of the
+        // matmul's input takes its place.
         if (recomputes_act(g.plan)) act_recompute<kActBits>(t.fch_gelu, t.fch, BT, 4 * C, stream);
         matmul_backward_weight(G(FCPROJW), g.dresid, t.fch_gelu, add, BT, 4 * C, C, stream);
         floatX* dfch = g.work_4c;
@@ -3017,8 +3032,9 @@ Verdict gpt2_update(GPT2& g, const Hyper& h, uint64_t step, const std::function<
     verdict_kernel<<<1, 1, 0, g.stream>>>(g.state, loss_scale, h.grad_clip, h.skip_loss_z, h.skip_grad_z);
     cudaCheck(cudaGetLastError());
 
-    int t = g.updates + 1;
-    AdamW a = {h.lr, h.beta1, h.beta2, h.eps, (float)(1 - pow(h.beta1, t)), (float)(1 - pow(h.beta2, t)), g.seed, step};
+    const int updates = g.updates + 1;   // with this one
+    AdamW a = {h.lr,   h.beta1, h.beta2, h.eps, (float)(1 - pow(h.beta1, updates)), (float)(1 - pow(h.beta2, updates)),
+               g.seed, step};
     adamw_kernel<<<table.blocks, 256, 0, g.stream>>>(table, &g.state->verdict, a);
     cudaCheck(cudaGetLastError());
     world_group(true);

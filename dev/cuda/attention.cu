@@ -862,9 +862,10 @@ void test_infinity(uint64_t seed) {
     report({&k, &q, &v});
 }
 
-// T = 1000, all of it with --large. On the CPU the first block of each kernel runs, the one with most to do: that of the last queries, which see all keys, or of the first keys,
-// which all queries see. The queries between have a dout of 0, so that the reference can leave them out. What the blocks that
-// do not run would have written is written for them: out and lse of the first queries; any lse will do for those between.
+// T = 1000, all of it with --large. On the CPU the first block of each kernel runs, the one with most to do: that of the last
+// queries, which see all keys, or of the first keys, which all queries see. The queries between have a dout of 0, so that the
+// reference can leave them out. What the blocks that do not run would have written is written for them: out and lse of the first
+// queries; any lse will do for those between.
 void test_long(uint64_t seed) {
     Property out("T = 1000: out and lse of the last queries"), dq("dq of the last queries"), dkv("dk and dv of the first keys");
     for (int HS : {64, 128}) {
@@ -891,7 +892,9 @@ void test_long(uint64_t seed) {
         o.write(got);
         lse.write(got_lse);
         delta.write(got_delta);
-        launch_blocks(0, 0, [&] { backward(TRAINER, dqkv.p, dbias.grad(), delta.p, scratch.p, dout.p, qkv.p, o.p, lse.p, false, s); });
+        launch_blocks(0, 0, [&] {
+            backward(TRAINER, dqkv.p, dbias.grad(), delta.p, scratch.p, dout.p, qkv.p, o.p, lse.p, false, s);
+        });
         std::vector<floatX> d = dqkv.read();
         for (size_t i = 0; i < s.qkv(); i++) {
             const int t = (int)(i / s.stride()), part = part_of(s, i);
