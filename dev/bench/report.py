@@ -331,11 +331,12 @@ def modes_table(s, found):
 
 def sweeps_table(found):
     """What gpu.sh has tried of settings that are chosen by hand; nothing where no GPU has."""
+    found = {where: data for where, data in found.items() if runs(data, "bench")}
     rows = []
     for mode in (gpu.EXACT, gpu.FUSED, *gpu.SWEEPS):
         speeds = [mean([e["tokens_per_s"] for e in measured(runs(data, "bench"), gpu.SMALL.name, FIXED, mode.row)]) for data in found.values()]
-        rows.append([f"`{mode.options}`", *(f"{v:,.0f}" if v else NOT_RUN for v in speeds)])
-    if all(cell == NOT_RUN for cells in rows[2:] for cell in cells[1:]):
+        rows.append([f"`{mode.options}`", *(f"{v:,.0f}" if v else NOTHING for v in speeds)])
+    if all(cell == NOTHING for cells in rows[2:] for cell in cells[1:]):
         return []
     return ["", "Settings that are chosen by hand, tokens/s (exact; the first two with what is the default):", "",
             *table(["options", *found], rows)]
