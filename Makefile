@@ -6,13 +6,13 @@ define HELP
 make demo           from nothing to a trained GPT-2: installs, builds, trains, prints samples
 make test           installs what the tests need, builds all variants and tests everything
 make quick          the part of it that takes three minutes on two cores: builds cpu-bf16 and cpu-fp32 alone, and tests the command
-                    line, files, checkpoints, training, prepro, make and reports; neither kernels nor memory modes nor mpirun
+                    line, files, checkpoints, training, prepro and reports; neither kernels nor memory modes nor mpirun nor make
 make train_gpt2     the trainer
 make test_gpt2      its check against PyTorch's numbers
 make dev/cuda/NAME  one of the kernels on its own, with its test and benchmark
 make setup          installs what building and the demo need (Debian, Ubuntu: apt-get, as root or by sudo)
-make setup-test     installs what the tests need besides: Open MPI, SciPy, Matplotlib, PyTorch, and three packages of PyPI's;
-                    tests that need what cannot be had are skipped
+make setup-test     installs what the tests need besides: Open MPI, SciPy, Matplotlib, PyTorch, and packages of PyPI's for
+                    tokenizers; tests that need what cannot be had are skipped
 make twins          checks that what the trainers share is the same in both
 make clean          removes what was built
 
@@ -208,6 +208,7 @@ missing_demo = $(if $(filter 1,$(CPU)),$(missing_cpu),$(missing_gpu)) $(call imp
 missing_test = $(missing_cpu) $(call imports,numpy,numpy) $(call imports,pytest,pytest)
 # what some tests want, which are skipped where it is not to be had
 wanted_test  = $(call imports,ensurepip,venv) $(call imports,scipy,scipy) $(call imports,matplotlib,matplotlib) $(call imports,torch,torch) \
+               $(call imports,xdist,pytest-xdist) \
                $(call lacks,command -v mpicxx,libopenmpi-dev) $(call lacks,command -v mpirun,openmpi-bin) \
                $(call lacks,command -v shellcheck,shellcheck)
 
@@ -247,8 +248,8 @@ endef
 setup:
 	$(call install,$(missing_demo))
 
-# The tests of prepro can use two libraries that Debian does not package, and a third runs two files of tests at a time: into an
-# environment of their own. Without a network the tests that need them are skipped, and files run one after the other.
+# What Debian does not package goes into an environment of its own: vocabularies for the tests of prepro. pytest-xdist, which Debian may
+# have, runs two files of tests at a time. Without a network the tests that need them are skipped, and files run one after the other.
 VENV := build/venv
 setup-test:
 	$(call install,$(missing_test),$(wanted_test))
@@ -303,7 +304,7 @@ AS_SHIPPED := cpu-bf16 cpu-fp32 cpu-approxbp-bf16 gpu-% nvcc-%
 programs_of = $(if $(filter $(MPI_VARIANTS) $(NVCC_VARIANTS),$(1)),train_gpt2,$(if $(filter cpu-norm-fp32 san-approxbp-bf16,$(1)),test_gpt2,$(PROGRAMS)))
 
 QUICK_VARIANTS := cpu-bf16 cpu-fp32
-QUICK_TESTS    := $(addprefix dev/test/test_,$(addsuffix .py,approxbp_tools cli files gpt2_numbers makefile mutate prepro report resume train twins))
+QUICK_TESTS    := $(addprefix dev/test/test_,$(addsuffix .py,approxbp_tools cli files gpt2_numbers mutate prepro report resume train twins))
 
 PYTEST = $$([ -x $(VENV)/bin/python ] && echo $(VENV)/bin/python || echo $(PYTHON)) -B -m pytest -q --tb=short -p no:cacheprovider </dev/null
 tests  = $(or $(TESTS),$(if $(filter quick,$@),$(QUICK_TESTS),dev/test dev/cpu/test))

@@ -1,12 +1,15 @@
 """pytest's hooks and fixtures; `make test` ends with the line that is printed here."""
+import os
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from helpers import Lab  # noqa: E402
+from helpers import ROOT, Lab, execute  # noqa: E402
 
 
 @pytest.fixture
@@ -19,6 +22,21 @@ def lab(tmp_path):
 def shared_lab(tmp_path_factory):
     """One for a whole file of tests, for those that only compare logs."""
     return Lab(tmp_path_factory.mktemp("lab"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem):
+    """Who is not root mounts disks in a namespace of their own: such a test runs there, in a pytest of its own."""
+    if "disk" not in pyfuncitem.fixturenames or os.geteuid() == 0:
+        return None
+    if subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", "/mnt"], capture_output=True).returncode != 0:
+        pytest.skip("a disk cannot be mounted, neither as root nor in a user namespace")
+    test = f"{pyfuncitem.path}::{pyfuncitem.nodeid.split('::', 1)[1]}"
+    with tempfile.TemporaryDirectory() as folder:
+        done = execute("unshare", "-rm", sys.executable, "-B", "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--basetemp={folder}/x", test,
+                       cwd=ROOT, timeout=300)
+    assert done.status == 0, done.out + done.err
+    return True
 
 
 def pytest_unconfigure(config):

@@ -377,7 +377,7 @@ def disk(lab):
     def mount(size):
         if not shutil.which("mount") or os.geteuid() != 0 or subprocess.run(
                 ["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", where], capture_output=True).returncode != 0:
-            pytest.skip("cannot mount a tmpfs")
+            pytest.skip("a tmpfs cannot be mounted here")
     yield mount
     if os.path.ismount(where):
         subprocess.run(["umount", where], check=True)
