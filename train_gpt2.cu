@@ -42,7 +42,6 @@ Sections between "==== twin" marks stand in train_llama.cu too, byte for byte (m
 #include <stdlib.h>
 #include <string.h>
 #include <sys/file.h>
-#include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/statvfs.h>
@@ -3282,9 +3281,9 @@ struct Loader {
     uint64_t checksum = 0;   // of all tokens in their order: data are what they hold, not what they are called
     int largest_id = 0;
     // the open shard
-    std::vector<uint32_t> shard_order, window_order;
-    const char* map = nullptr;
-    size_t map_bytes = 0;
+    std::vector<uint32_t> shard_order, window_order, ids;
+    int fd = -1;
+    std::string error;   // a file is no more what it was when the run began
 
     size_t windows(const Shard& s) const { return (s.tokens - 1) / T; }
     size_t batch_windows() const { return (size_t)B * world.size; }
@@ -3304,50 +3303,64 @@ std::vector<uint32_t> shuffled(size_t n, bool shuffle, uint64_t seed, uint64_t s
     return order;
 }
 
-// The ids of a shard, mapped into memory: what a run does not touch is not read.
-const char* shard_map(const Shard& s, size_t& bytes) {
-    bytes = HEADER_BYTES + s.tokens * s.bytes_per_token;
+// A shard that was checked before; -1 if it is not the same any more.
+int shard_open(const Shard& s, std::string& error) {
+    const size_t bytes = HEADER_BYTES + s.tokens * s.bytes_per_token;
     int fd = open(s.path.c_str(), O_RDONLY | O_NONBLOCK | O_CLOEXEC);
     struct stat st;
-    if (fd < 0 || fstat(fd, &st) != 0 || (size_t)st.st_size != bytes)
-        fail("%s: was a file of %zu bytes when this run began, and is no more", s.path.c_str(), bytes);
-    void* map = mmap(nullptr, bytes, PROT_READ, MAP_SHARED, fd, 0);
-    if (map == MAP_FAILED) fail("cannot map %s: %s", s.path.c_str(), strerror(errno));
-    close(fd);
-    return (const char*)map;
+    if (fd >= 0 && fstat(fd, &st) == 0 && (size_t)st.st_size == bytes) return fd;
+    error = s.path + ": was a file of " + std::to_string(bytes) + " bytes when this run began, and is no more";
+    if (fd >= 0) close(fd);
+    return -1;
 }
-inline uint32_t shard_token(const Shard& s, const char* map, size_t i) {
-    map += HEADER_BYTES;
-    return s.bytes_per_token == 2 ? ((const uint16_t*)map)[i] : ((const uint32_t*)map)[i];
+// Ids [first, first + n) of an open shard. Read and not mapped: a file that somebody cuts off meanwhile is an error of read(), and
+// not a signal that ends us.
+bool shard_read(const Shard& s, int fd, size_t first, size_t n, std::vector<uint32_t>& ids, std::string& error) {
+    static std::vector<char> raw;
+    raw.resize(n * s.bytes_per_token);
+    ids.resize(n);
+    size_t done = 0;
+    while (done < raw.size()) {
+        ssize_t got = pread(fd, raw.data() + done, raw.size() - done, HEADER_BYTES + first * s.bytes_per_token + done);
+        if (got > 0) { done += got; continue; }
+        if (got < 0 && errno == EINTR) continue;
+        error = s.path + ": cannot read it to its end: " + (got < 0 ? strerror(errno) : "it was cut off while this run read it");
+        return false;
+    }
+    for (size_t i = 0; i < n; i++) ids[i] = s.bytes_per_token == 2 ? ((const uint16_t*)raw.data())[i] : ((const uint32_t*)raw.data())[i];
+    return true;
 }
 // An id beyond wte would read whatever lies behind it, so all are looked at before a run begins. Returns a checksum of them, the
 // same for 16 and 32 bits.
 uint64_t shard_check_ids(const Shard& s, int V, int& largest) {
-    size_t bytes;
-    const char* map = shard_map(s, bytes);
+    constexpr size_t CHUNK = 1 << 20;
+    std::vector<uint32_t> ids;
+    std::string error;
+    const int fd = shard_open(s, error);
     uint64_t sum = s.tokens;
-    for (size_t i = 0; i < s.tokens; i++) {
-        uint32_t id = shard_token(s, map, i);
-        sum = (sum + id) * 0x9e3779b97f4a7c15ull;
-        largest = std::max(largest, (int)id);
-        if (id >= (uint32_t)V)
-            fail(
-                "%s: token %zu has id %u, but the model's vocabulary is %d (expected ids 0 to %d); make the tokens with the "
-                "model's "
-                "tokenizer (prepro/text.py --tokenizer), or take a model with V%u or more (-e gpt2:...,V%u)",
-                s.path.c_str(), i, id, V, V - 1, id + 1, id + 1);
+    for (size_t i = 0; i < s.tokens; i += CHUNK) {
+        if (fd < 0 || !shard_read(s, fd, i, std::min(CHUNK, s.tokens - i), ids, error)) fail("%s; %s", error.c_str(), TOKENS_REMEDY);
+        for (size_t j = 0; j < ids.size(); j++) {
+            const uint32_t id = ids[j];
+            sum = (sum + id) * 0x9e3779b97f4a7c15ull;
+            largest = std::max(largest, (int)id);
+            if (id >= (uint32_t)V)
+                fail("%s: token %zu has id %u, but the model's vocabulary is %d (expected ids 0 to %d); make the tokens with the "
+                     "model's tokenizer (prepro/text.py --tokenizer), or take a model with V%u or more (-e gpt2:...,V%u)",
+                     s.path.c_str(), i + j, id, V, V - 1, id + 1, id + 1);
+        }
     }
-    munmap((void*)map, bytes);
+    close(fd);
     return sum;
 }
 
 void loader_open_shard(Loader& d) {
-    if (d.map != nullptr) munmap((void*)d.map, d.map_bytes);
+    if (d.fd >= 0) close(d.fd);
     if (d.shard == 0 || d.shard_order.empty())
         d.shard_order = shuffled(d.shards.size(), d.shuffle, d.seed, 2 * d.epoch + (1ull << 40));
     const Shard& s = d.shards[d.shard_order[d.shard]];
     d.window_order = shuffled(d.windows(s), d.shuffle, d.seed, ((d.epoch * d.shards.size() + d.shard) << 1) + 1 + (1ull << 41));
-    d.map = shard_map(s, d.map_bytes);
+    d.fd = shard_open(s, d.error);
 }
 
 void loader_seek(Loader& d, size_t epoch, size_t shard, size_t window) {
@@ -3437,12 +3450,12 @@ size_t loader_tokens(const Loader& d) {
     return n;
 }
 void loader_close(Loader& d) {
-    if (d.map != nullptr) munmap((void*)d.map, d.map_bytes);
+    if (d.fd >= 0) close(d.fd);
     d = Loader();
 }
 
-// This rank's rows of the next batch.
-void loader_next(Loader& d, int* inputs, int* targets) {   // (B, T) each
+// This rank's rows of the next batch. False: they cannot be had any more, and `error` says why.
+bool loader_next(Loader& d, int* inputs, int* targets) {   // (B, T) each
     while (d.window + d.batch_windows() > d.window_order.size()) {   // what is left of a shard and makes no batch waits for the next epoch's order
         d.window = 0;
         if (++d.shard == d.shards.size()) {
@@ -3454,13 +3467,16 @@ void loader_next(Loader& d, int* inputs, int* targets) {   // (B, T) each
     const Shard& s = d.shards[d.shard_order[d.shard]];
     for (int b = 0; b < d.B; b++) {
         size_t first = (size_t)d.window_order[d.window + (size_t)world.rank * d.B + b] * d.T;
+        if (d.fd < 0 || !shard_read(s, d.fd, first, d.T + 1, d.ids, d.error)) return false;
         for (int t = 0; t <= d.T; t++) {
-            int id = (int)shard_token(s, d.map, first + t);
+            const int id = (int)d.ids[t];
+            if (id < 0 || id > d.largest_id) return d.error = s.path + ": was written to since this run began", false;
             if (t < d.T) inputs[b * d.T + t] = id;
             if (t > 0) targets[b * d.T + t - 1] = id;
         }
     }
     d.window += d.batch_windows();
+    return true;
 }
 
 // A micro-batch as the device wants it: inputs, targets, and the positions of the inputs sorted by token, for the embedding's
@@ -4064,7 +4080,8 @@ float gpt2_batch_loss(GPT2& g, int* host) {
     return loss / BT;
 }
 
-// Mean loss over up to `batches` batches from the start of the validation data. Ctrl-C ends it early: then it means nothing.
+// Mean loss over up to `batches` batches from the start of the validation data. Ctrl-C ends it early, and so do
+// lost data: then it means nothing.
 float gpt2_validate(GPT2& g, Loader& val, int batches, int* host) {
     const int BT = g.plan.B * g.plan.T;
     batches = (int)std::min<size_t>(batches, val.batches_per_epoch());
@@ -4072,7 +4089,7 @@ float gpt2_validate(GPT2& g, Loader& val, int batches, int* host) {
     double sum = 0, begin = now_seconds();
     for (int i = 0; i < batches && !interrupted; i++) {
         progress("validating", i, batches, begin);
-        loader_next(val, host, host + BT);
+        if (!loader_next(val, host, host + BT)) break;
         sum += gpt2_batch_loss(g, host);
     }
     progress("", batches, batches, begin);
@@ -4268,10 +4285,16 @@ void prepare_out(const Settings& s, const Options& o, int resume_step) {
     if (faccessat(AT_FDCWD, out, R_OK | W_OK | X_OK, AT_EACCESS) != 0)
         fail("%s: cannot list, enter and write into this folder: %s", option.c_str(), strerror(errno));
     if (world.rank > 0) return;   // rank 0 holds the lock for all
-    int fd = open(lock.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666);   // open, and so locked, until this process ends
-    if (fd < 0) fail("%s: cannot write into this folder: %s", option.c_str(), strerror(errno));
+    // Both are open, and so locked, until this process ends. The folder's lock holds where somebody removes the file; the file's is
+    // for NFS, which locks no folders.
+    const int folder = open(out, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    const int fd = open(lock.c_str(), O_RDWR | O_CREAT | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC, 0666);
+    struct stat st;
+    if (fd < 0 && errno != ELOOP && errno != EISDIR) fail("%s: cannot write into this folder: %s", option.c_str(), strerror(errno));
+    if (fd < 0 || fstat(fd, &st) != 0 || !S_ISREG(st.st_mode))
+        fail("%s: expected .lock in it to be a file that this run may write, found a folder, a link or a device; remove it", option.c_str());
     char holder[200] = "", host[100] = "";
-    if (!lock_file(fd, lock.c_str())) {
+    if ((flock(folder, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK) || !lock_file(fd, lock.c_str())) {
         if (read(fd, holder, sizeof holder - 1) <= 0) strcpy(holder, "another process");
         fail("%s: %s trains into this folder; wait for its end, or name another folder", option.c_str(), holder);
     }
@@ -4351,6 +4374,7 @@ void log_open(Log& log, const Settings& s, const Options& o, int resume_step) {
     }
     if (old == nullptr || ferror(old) || fstat(log.fd, &at) != 0 || (keep < at.st_size && ftruncate(log.fd, keep) != 0))
         fail("%s: cannot go on with it: %s", option.c_str(), strerror(errno));
+    if (keep == 0 && at.st_size > 0) printf("note: %s held the lines of an earlier run, and begins anew\n", s.log.c_str());
     fclose(old);
 }
 
@@ -4416,21 +4440,23 @@ std::vector<Setting> settings_kept(const Run& run) {
     };
 }
 
-// The tokens of a micro-batch, into `half`.
-void load_tokens(Run& run, int micro) {
+// The tokens of a step, into `half`.
+void load_tokens(Run& run) {
     const int BT = run.g.plan.B * run.g.plan.T, V = run.g.config.V;
-    int* host = run.host_region(micro);
-    if (run.s.overfit && micro == 0) loader_seek(run.train, 0, 0, 0);
-    loader_next(run.train, host, host + BT);
-    run.buckets[micro] = tokens_sort(host, BT, V);
+    run.buckets.resize(run.g.plan.micro_batches);
+    run.ready = true;
+    for (int micro = 0; run.ready && micro < run.g.plan.micro_batches; micro++) {
+        int* host = run.host_region(micro);
+        if (run.s.overfit && micro == 0) loader_seek(run.train, 0, 0, 0);
+        run.ready = loader_next(run.train, host, host + BT);
+        if (run.ready) run.buckets[micro] = tokens_sort(host, BT, V);
+    }
 }
 
 Verdict run_step(Run& run, const Hyper& h) {
     GPT2& g = run.g;
     const int B = g.plan.B, T = g.plan.T, micro_batches = g.plan.micro_batches;
-    run.buckets.resize(micro_batches);
     for (int micro = 0; micro < micro_batches; micro++) {
-        if (!run.ready) load_tokens(run, micro);
         if (run.first_tokens.empty()) run.first_tokens.assign(run.host_region(0), run.host_region(0) + 2 * (size_t)B * T);
         tokens_copy(g.tokens, run.host_region(micro), B * T, g.config.V, run.buckets[micro], g.stream);
         gpt2_forward(g, B, T);
@@ -4439,12 +4465,11 @@ Verdict run_step(Run& run, const Hyper& h) {
     }
     return gpt2_update(g, h, run.state.step, [&] {
         run.state.set_position(run.train);
-        // Another shard is opened when its step comes: what may be wrong with it must not cost this step's checkpoint.
         const bool another = run.state.step + 1 < run.steps && run.train.batches_left_in_shard() >= (size_t)micro_batches;
         run.ready = another || run.s.overfit;
         if (run.s.overfit) return;   // the same tokens again
         run.half = !run.half;
-        for (int micro = 0; another && micro < micro_batches; micro++) load_tokens(run, micro);
+        if (another) load_tokens(run);
     });
 }
 
@@ -4466,9 +4491,9 @@ void save(Run& run) {
                 at.step);
 }
 
-bool stop_wanted() {   // by a signal to any of the ranks
+bool stop_wanted(const Run& run) {   // by a signal to any of the ranks, or because data are lost
     if (int signal = -(int)world_min(-(double)interrupted)) interrupted = signal;
-    return interrupted;
+    return world_any(!run.train.error.empty() || !run.val.error.empty()) || interrupted;
 }
 
 // Returns the exit status.
@@ -4486,11 +4511,12 @@ int run_loop(Run& run) {
         if (speaks && fflush(stdout) != 0 && errno == EPIPE) on_interrupt(SIGPIPE);   // nobody reads us any more
         const bool saves = !s.out.empty() && g.plan.training, fresh = saves && at.step > 0 && at.step != run.saved;
         set_stop_answer(at.step, fresh);
-        bool stop = stop_wanted();
         const bool finished = at.step >= run.steps;
+        if (!finished && !run.ready && run.train.error.empty()) load_tokens(run);
+        bool stop = stop_wanted(run);
         if (s.val_every > 0 && !stop && (finished || at.step % s.val_every == 0)) {
             float loss = gpt2_validate(g, run.val, (int)s.val_batches, run.host_free());
-            stop = stop_wanted();
+            stop = stop_wanted(run);
             if (!stop) run.val_loss = loss;
             if (speaks && !stop) printf("val loss %.4f at step %d\n", std::isnan(loss) ? NAN : loss, at.step);   // a NaN may be negative
             fflush(stdout);
@@ -4506,18 +4532,24 @@ int run_loop(Run& run) {
                 if (!fine && !g.plan.training) run.status = 3;
                 printf("----\n");
             }
-            stop = stop_wanted();
+            stop = stop_wanted(run);
         }
         const bool last = finished || stop;
         // without -n: at the end; -n 0: never, unless the run is interrupted
         bool periodic = s.checkpoint_every > 0 && at.step % s.checkpoint_every == 0;
         bool at_end = last && !(given(run.options, "checkpoint-every") && s.checkpoint_every == 0);
-        if (fresh && (stop || periodic || at_end)) save(run);
+        const bool writes = fresh && (stop || periodic || at_end);
+        if (writes) save(run);
         if (last) {
             stopped = stop && (!finished || s.val_every > 0 || s.sample_every > 0);   // something is left out
-            if (!g.plan.training && !std::isfinite(run.val_loss)) run.status = 3;
+            if (at.not_finite_in_row > 0 || !std::isfinite(run.val_loss)) run.status = 3;
+            for (const Loader* d : {&run.train, &run.val}) {
+                if (d->error.empty()) continue;
+                fprintf(stderr, "%s: %s\n", program_name, d->error.c_str());
+                run.status = std::max(run.status, 1);
+            }
             if (!speaks) break;
-            if (!g.plan.training && run.status == 3) fprintf(stderr, "%s: what this model computes is not finite\n", program_name);
+            if (!writes && run.status == 3) fprintf(stderr, "%s: what this model computes is not finite\n", program_name);
             fflush(stdout);
             FILE* to = ferror(stdout) ? stderr : stdout;   // the last words must be heard
             if (timed > 0)
@@ -4593,6 +4625,8 @@ void pick_model(Run& run) {
     run.g.seed = s.seed;
     const std::string option = typed(o, "model");
     std::vector<int> checkpoints;
+    if (s.resume && file_exists(s.out) && !is_folder(s.out.c_str()))
+        fail("%s %s: expected a folder, found a file", typed(o, "out").c_str(), s.out.c_str());
     if (s.resume && access(s.out.c_str(), R_OK | X_OK) != 0 && errno != ENOENT)
         fail("%s %s: cannot read this folder: %s", typed(o, "out").c_str(), s.out.c_str(), strerror(errno));
     if (s.resume) checkpoints = checkpoints_in(s.out);

@@ -1,6 +1,7 @@
 """How runs end: by a signal, without a reader, on a full disk, beside another run, with a model that is no good. What was good before stays."""
 import contextlib
 import json
+import math
 import os
 import resource
 import signal
@@ -145,9 +146,21 @@ def test_one_folder_one_run(lab):
             says(done.err, "-o out", f"process {first.pid}")
         says(lab.run(*options("--log", "log.jsonl"), status=1).err, "--log log.jsonl", "another run")
         assert lab.files("out") == before and first.poll() is None
+        lab.path("out/.lock").unlink()   # somebody may take it for a leftover
+        says(lab.run(*options("-o", "out"), status=1).err, "-o out", "another process")
         first.kill()
         first.wait()
         assert len(lab.train("-o", "out").losses) == 4, "the kernel has released it"
+
+
+@pytest.mark.parametrize("make", [lambda p: p.symlink_to("../train.bin"), lambda p: p.symlink_to("../nothing"), os.mkfifo, os.mkdir],
+                         ids=["link", "dangling link", "fifo", "folder"])
+def test_a_lock_that_is_not_ours(lab, make):
+    lab.path("out").mkdir()
+    make(lab.path("out/.lock"))
+    before = lab.path("train.bin").read_bytes()
+    says(lab.run(*options("-o", "out"), status=1).err, "-o out", ".lock")
+    assert lab.path("train.bin").read_bytes() == before and not lab.path("nothing").exists()
 
 
 def test_two_that_start_together(lab):
@@ -313,3 +326,39 @@ def test_a_validation_that_is_not_finite_keeps_checkpoints_out(lab):
     write_tokens(lab.path("val.bin"), words(500) + [200] * 500)
     result = lab.train("-e", "start.bin", "-v", 1, "-x", 2, "-n", 1, "-o", "out", status=3)
     assert None not in result.losses and result.vals == [None] * 3 and lab.files("out") == {}
+
+
+@pytest.mark.parametrize("given", [[], ["-o", "out", "-n", 0], ["-v", 1]])
+def test_a_run_that_ends_with_bad_news_says_so(lab, given):
+    shape = Shape()
+    model = random_model(shape)
+    model["qkvw"][3] = math.nan
+    write_model(lab.path("nan.bin"), shape, model)
+    lab.train("-e", "nan.bin", "-x", 2, *given, status=3)
+
+
+# ----------------------------------------------------------------------------
+# data that change while a run reads them: what was learned is saved
+
+def cut_off(path):
+    os.truncate(path, 2000)
+
+
+def other_ids(path):
+    with open(path, "r+b") as f:
+        f.seek(1024)
+        f.write(b"\xff" * 6000)
+
+
+@pytest.mark.parametrize("name", ["train.bin", "val.bin"])
+@pytest.mark.parametrize("change", [cut_off, other_ids, os.unlink])
+def test_data_that_change_under_a_run(lab, name, change):
+    if name == "train.bin" and change is os.unlink:   # the open file stays until its epoch ends
+        write_tokens(lab.path("train.bin"), words(1000))
+    with started(lab, *LONG, "-v", 1, "-m", 1) as process:
+        change(lab.path(name))
+        status, err, step = ended(lab, process)
+    assert status == 1
+    says(err, name)
+    write_tokens(lab.path("train.bin"), words(1000 if change is os.unlink and name == "train.bin" else 4000))
+    assert len(lab.train("-o", "out", "-y", 1, "-x", step + 1).losses) == 1
