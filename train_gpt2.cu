@@ -3675,9 +3675,9 @@ struct RunState {
 };
 constexpr int STATE_SETTINGS = 40;   // where they stand in the header: their number, and from the second int after it two ints each
 const char* STATE_REMEDY = "remove this checkpoint's DONE file to resume from the one before, or start afresh with another --out";
-std::string checkpoint_path(const std::string& folder, const char* kind, int step) {
+std::string checkpoint_path(const std::string& folder, const char* kind, int step, int rank = world.rank) {
     char name[64];
-    if (strcmp(kind, "state") == 0) snprintf(name, sizeof name, "/state_%08d_%05d.bin", step, world.rank);
+    if (strcmp(kind, "state") == 0) snprintf(name, sizeof name, "/state_%08d_%05d.bin", step, rank);
     else snprintf(name, sizeof name, strcmp(kind, "model") == 0 ? "/model_%08d.bin" : "/DONE_%08d", step);
     return folder + name;
 }
@@ -3720,7 +3720,9 @@ std::string state_save(GPT2& g, const RunState& r, const Loader& train, const st
 // loss, sums would have another order and other bits.
 Plan state_plan(const std::string& folder, int step) {
     int32_t h[HEADER_INTS];
-    fclose(open_with_header(checkpoint_path(folder, "state", step).c_str(), h, 20240527, "the state of a run", STATE_REMEDY));
+    const std::string path = checkpoint_path(folder, "state", step, 0);   // rank 0's: how many there are is to be seen
+    fclose(open_with_header(path.c_str(), h, 20240527, "the state of a run", STATE_REMEDY));
+    if (h[2] != world.size) fail("%s: was written by a run on %d GPUs, this one has %d; resume with as many GPUs", path.c_str(), h[2], world.size);
     Plan was = {};
     was.B = std::max(h[16], 0);
     was.chunk_rows = std::max(h[13], 0);
@@ -3728,7 +3730,7 @@ Plan state_plan(const std::string& folder, int step) {
 }
 // Puts model and loader where the run stood after `step` steps. A run that only evaluates needs no more than to know the step.
 RunState state_load(GPT2& g, Loader& train, const std::string& folder, int step) {
-    const std::string path_text = checkpoint_path(folder, "state", step);
+    const std::string path_text = checkpoint_path(folder, "state", step, g.plan.training ? world.rank : 0);
     const char* path = path_text.c_str();
     const char* remedy = STATE_REMEDY;
     int32_t h[HEADER_INTS];

@@ -5,8 +5,8 @@
 """
 import contextlib
 import errno
-import glob
 import os
+import re
 import stat
 
 
@@ -42,15 +42,18 @@ def atomic(*paths):
     size limit may show only then. The temporary name ends in .tmp: a glob for *.bin never meets it.
     Links stay links, and a file that is replaced hands down its owner and permissions.
     """
-    files, renames = [], {}  # temporary name: final name
+    files, renames, leftovers = [], {}, {}  # renames: temporary name: final name
     try:
         for path in paths:
             target, f = destination(path)
             if f is None:
-                for old in glob.glob(f"{glob.escape(target)}.*.tmp"):  # what a killed process left
-                    pid = old[len(target) + 1:-4]
-                    if pid.isdigit() and old not in renames and (int(pid) == os.getpid() or not os.path.exists(f"/proc/{pid}")):
-                        os.unlink(old)
+                folder = os.path.dirname(target) or "."
+                if folder not in leftovers:  # listed once: there may be thousands of files
+                    leftovers[folder] = [re.fullmatch(r"(.*)\.(\d+)\.tmp", name, re.S) for name in os.listdir(folder)]
+                for old in filter(None, leftovers[folder]):  # what a killed process left
+                    if old[1] == os.path.basename(target) and (int(old[2]) == os.getpid() or not os.path.exists(f"/proc/{old[2]}")):
+                        with contextlib.suppress(FileNotFoundError):
+                            os.unlink(os.path.join(folder, old[0]))
                 temporary = f"{target}.{os.getpid()}.tmp"
                 f = open(temporary, "xb")
                 renames[temporary] = target

@@ -13,6 +13,7 @@ A writer works under a temporary name, so that a file under its final name is al
 import os
 import re
 import signal
+import stat
 import sys
 from dataclasses import dataclass
 
@@ -20,10 +21,13 @@ from atomic import atomic
 
 if os.path.dirname(os.path.abspath(sys.argv[0])) == os.path.dirname(os.path.abspath(__file__)):
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # one of our scripts: no traceback where Ctrl-C meets an import; then see run()
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # no more are of use here, and under a memory limit NumPy's waits for theirs for ever
 
 try:
     import numpy as np
-except ImportError:
+except ImportError as e:
+    if not isinstance(e, ModuleNotFoundError):
+        sys.exit(f"{sys.executable} cannot load NumPy: {str(e).strip().splitlines()[-1]} (is there a limit on memory, ulimit -v?)")
     sys.exit(f"{sys.executable} has no NumPy. On Debian and Ubuntu: apt-get install python3-numpy, and use /usr/bin/python3; elsewhere: pip install numpy")
 
 HEADER_BYTES = 256 * 4
@@ -101,7 +105,10 @@ def _header(*values):
 def _read_header(path, kind, versions):
     """versions: {magic: set of versions}. Returns the header as a list of int and the body's size."""
     try:
-        size = os.path.getsize(path)
+        found = os.stat(path)
+        if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):  # a pipe would be waited for, a device has no size
+            raise Error(f"{path}: expected a {kind} in a regular file, found a pipe or a device")
+        size = found.st_size
         with open(path, "rb") as f:
             raw = f.read(HEADER_BYTES)
     except OSError as e:

@@ -266,7 +266,9 @@ class Progress:
         of, left = "", ""
         if self.done < (self.total or 0):
             seconds = round((self.total - self.done) / rate)
-            of, left = f" of {self.total / 1e6:,.0f}", f", {seconds // 60}:{seconds % 60:02d} left"
+            of = f" of {self.total / 1e6:,.0f}"
+            if self.done * 50 > self.total:  # before that it is no estimate
+                left = f", {seconds // 60}:{seconds % 60:02d} left"
         self.show(f"{self.what} {self.done / 1e6:,.0f}{of} MB, {rate / 1e6:.1f} MB/s{left}")
 
     def show(self, line):
@@ -583,6 +585,8 @@ def prepare(paths, out="data", tokenizer="bytes", eot=None, val_fraction=0.1, sh
         raise Error(f"--val-fraction {val_fraction}: expected a number from 0 to less than 1")
     if shard_tokens is not None and not 1 < shard_tokens <= binfmt.MAX_COUNT:
         raise Error(f"--shard-tokens {shard_tokens}: expected 2 to {binfmt.MAX_COUNT}: a token, and the one that follows it")
+    if not out:
+        raise Error("--out: expected a folder, found an empty name")
     for path in paths:  # before a tokenizer is looked for, and a folder made
         if path != "-" and not os.path.exists(path):
             raise Error(f"{path or 'FILE'}: no such file")

@@ -467,6 +467,8 @@ def test_merge_errors(tmp_path):
     def fails(*args):
         return run("prepro/merge_norm.py", *args, status=1)
     assert "none.bin" in fails(tmp_path / "none.bin", out)
+    os.mkfifo(tmp_path / "pipe")
+    assert "a pipe" in fails(tmp_path / "pipe", out)  # and nobody waits for its writer
     assert "this is" in fails(model, model)
     os.link(model, tmp_path / "link.bin")
     assert "this is" in fails(model, tmp_path / "link.bin")
@@ -486,4 +488,4 @@ def test_merge_errors(tmp_path):
     big["ln1w"][:] = big["qkvw"][:] = 1e30
     binfmt.write_model(tmp_path / "bad.bin", SIZES, big)
     assert "qkvw is not finite" in fails(tmp_path / "bad.bin", out)
-    assert sorted(os.listdir(tmp_path)) == ["bad.bin", "in.bin", "link.bin", "llama.bin", "short.bin"]
+    assert sorted(os.listdir(tmp_path)) == ["bad.bin", "in.bin", "link.bin", "llama.bin", "pipe", "short.bin"]

@@ -88,8 +88,10 @@ def test_a_signal_saves(lab):
 
 def test_another_number_of_ranks_is_refused(lab):
     train(lab, "two", "-x", 2, "-o", "out")
-    done, _ = train(lab, "one", "-x", 4, "-o", "out", "-y", 1, ranks=1, status=1)
-    assert "rank 0 of 2" in done.err and "rank 0 of 1" in done.err
+    for ranks in (1, 3):
+        done, _ = train(lab, "other", "-x", 4, "-o", "out", "-y", 1, ranks=ranks, status=1)
+        assert f"by a run on 2 GPUs, this one has {ranks}" in done.err
+    train(lab, "look", "-x", 0, "-v", 1, "-o", "out", "-y", 1, ranks=3)  # the weights are everybody's
 
 
 def test_ranks_with_different_memory_take_one_batch(lab):

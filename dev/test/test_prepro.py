@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from helpers import heeding_modes, library
+from helpers import ROOT, execute, heeding_modes, library
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 PREPRO = os.path.join(HERE, "..", "..", "prepro")
@@ -902,3 +902,11 @@ def test_fixtures_regenerate(reference, tmp_path, args, name):
 
 def test_the_fixtures_have_their_command():
     assert [name for _, name in fixture_commands()] == ["gpt2_c96", "gpt2_hs64", "gpt2_hs80"]
+
+
+@pytest.mark.parametrize("limit", [60, 100, 150, 200])  # MB; of more than one thread NumPy's OpenBLAS waits for ever at the last three
+def test_a_memory_limit_is_no_reason_to_wait(tmp_path, limit):
+    (tmp_path / "a.txt").write_bytes(b"words and more words " * 100)
+    done = execute(sys.executable, ROOT / "prepro/text.py", "a.txt", cwd=tmp_path, timeout=60,
+                   before=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit << 20, limit << 20)))
+    assert done.status == 0 or (done.err and "Traceback" not in done.err and "has no NumPy" not in done.err)
