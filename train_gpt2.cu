@@ -4477,13 +4477,13 @@ Verdict run_step(Run& run, const Hyper& h) {
 
 // Writes a checkpoint, and with --keep deletes an older one, if what is in memory is worth it. The last step and the last
 // validation were finite; but that step has changed the weights since. So the first micro-batch of the run, tried once more, must
-// have a loss that is a number, and not ten times worse than guessing or than at the beginning.
+// have a loss that is a number, and less than twice that of guessing, or of the beginning.
 void save(Run& run) {
     const RunState& at = run.state;
     bool good = at.not_finite_in_row == 0 && std::isfinite(run.val_loss);
     if (good) {
         std::copy(run.first_tokens.begin(), run.first_tokens.end(), run.host_free());
-        const float limit = 10 * std::max(logf((float)run.g.config.V), run.first_loss);
+        const float limit = 2 * std::max(logf((float)run.g.config.V), run.first_loss);
         good = !world_any(!(gpt2_batch_loss(run.g, run.host_free()) <= limit));   // so written, NaN is not good
     }
     run.status = !good ? 3 : checkpoint_save(run.g, at, run.train, run.s.out, (int)run.s.keep) ? 0 : 1;
