@@ -374,13 +374,17 @@ def disk(lab):
     where = lab.path("disk")
     where.mkdir()
 
+    def unmount():
+        if os.path.ismount(where):
+            subprocess.run(["umount", where], check=True)
+
     def mount(size):
+        unmount()
         if not shutil.which("mount") or os.geteuid() != 0 or subprocess.run(
                 ["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", where], capture_output=True).returncode != 0:
             pytest.skip("a tmpfs cannot be mounted here")
     yield mount
-    if os.path.ismount(where):
-        subprocess.run(["umount", where], check=True)
+    unmount()
 
 
 def test_a_disk_that_is_too_small(lab, disk):
@@ -389,7 +393,7 @@ def test_a_disk_that_is_too_small(lab, disk):
     done = lab.run(*options("-x", 4, "-o", "disk"), status=1)
     says(done.err, "-o disk", "free")
     assert "step     1" not in done.out and lab.files("disk") == {}
-    subprocess.run(["mount", "-o", "remount,size=1300k", lab.path("disk")], check=True)
+    disk(1300)
     result = lab.train("-x", 6, "-n", 1, "-o", "disk", status=1)
     says(result.out, "room for 2 more", "would add 6")
     says(result.err, "No space left", "no checkpoint of step 3")
