@@ -306,7 +306,8 @@ programs_of = $(if $(filter $(MPI_VARIANTS) $(NVCC_VARIANTS),$(1)),train_gpt2,$(
 QUICK_VARIANTS := cpu-bf16 cpu-fp32
 QUICK_TESTS    := $(addprefix dev/test/test_,$(addsuffix .py,approxbp_tools cli files gpt2_numbers mutate prepro report resume train twins))
 
-PYTEST = $$([ -x $(VENV)/bin/python ] && echo $(VENV)/bin/python || echo $(PYTHON)) -B -m pytest -q --tb=short -p no:cacheprovider </dev/null
+test_python = $$([ -x $(VENV)/bin/python ] && echo $(VENV)/bin/python || echo $(PYTHON))
+PYTEST = $(test_python) -B -m pytest -q --tb=short -p no:cacheprovider </dev/null
 tests  = $(or $(TESTS),$(if $(filter quick,$@),$(QUICK_TESTS),dev/test dev/cpu/test))
 only   = $(if $(filter quick,$@),VARIANTS="$(QUICK_VARIANTS)")
 
@@ -314,7 +315,7 @@ only   = $(if $(filter quick,$@),VARIANTS="$(QUICK_VARIANTS)")
 test quick: setup-test
 	@said=$$($(PYTEST) --collect-only $(tests) 2>&1) || { echo "make $@ TESTS=\"$(TESTS)\": pytest cannot take that" >&2; tail -20 <<<"$$said" >&2; exit 2; }
 	-@$(MAKE) $(if $(findstring jobserver,$(MAKEFLAGS)),,-j$$(nproc)) -k variants $(only)
-	@$(only) $(PYTEST) $$($(PYTEST) --help | grep -q numprocesses && echo "-n 2 --dist loadfile") $(tests)
+	@$(only) $(PYTEST) $$($(test_python) -c "import xdist" 2>/dev/null && echo "-n 2 --dist loadfile") $(tests)
 
 ifneq ($(filter variants,$(MAKECMDGOALS)),)
 variants: $(VARIANTS)
