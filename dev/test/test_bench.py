@@ -215,10 +215,19 @@ def test_demo_finds_texts(tmp_path, monkeypatch, typed, found):
 
 
 def test_the_text_of_the_demo_is_fixed():
-    """The README's figures are of this text."""
+    """The README's figures are of this text, and its memory is that of today's programs."""
     (path,) = demo.find_texts("")
     with open(path, "rb") as f:
         text = f.read()
+    model, B, T, *_ = demo.sizes(False, len(text) // 10)
+    shape = ["-e", model, "-b", str(B), "-t", str(T)]
+    columns = []
+    for variant in ("cpu-bf16", "cpu-approxbp-bf16"):
+        kept, units = demo.ledger(program(variant), shape)
+        total = json.loads(execute(program(variant), *shape, "--estimate=json", cwd=ROOT).out)["total_bytes"]
+        columns.append([f"{total:,}", f"{kept:,}", f"{units:.2f}"])
+    shown = re.search(r"^device memory, peak bytes +(\S+) +(\S+)\n.*backward +(\S+) +(\S+)\n.*C +(\S+) +(\S+)$", (ROOT / "README.md").read_text(), re.M)
+    assert [list(shown.groups())[i::2] for i in (0, 1)] == columns, "take the table of make demo into README.md"
     assert hashlib.sha256(text).hexdigest() == "2443e759d5c264434fae34891cf12cd9116876bdac5a66d46e77bfbf8fea8f99"
 
 
