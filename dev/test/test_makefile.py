@@ -239,7 +239,7 @@ def test_pips_reason_is_shown(tree, somebody):
     (venv / "python").write_text("#!/bin/sh\ncase \"$*\" in *version*check*) echo WARNING: x; echo 'ERROR: No matching distribution for it'; exit 1;; *import*) exit 1;; esac\n")
     (venv / "python").chmod(0o755)
     done = somebody("setup-test", python3="exit 0")
-    assert done.out.count("pip could not install") == 3 and done.out.count(": No matching distribution for it") == 3, done.out
+    assert done.out.count("pip could not install") == done.out.count(": No matching distribution for it") >= 3, done.out
 
 
 @pytest.mark.parametrize("target, given", [("test", "TESTS=dev/test/nowhere.py"), ("quick", "TESTS=dev/cpu/nowhere"), ("demo", "TEXT=nowhere.txt"),
