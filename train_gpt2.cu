@@ -3704,7 +3704,7 @@ std::string state_save(GPT2& g, const RunState& r, const Loader& train, const st
     memcpy(&h[34], &r.epoch, 8);
     memcpy(&h[36], &train.checksum, 8);
     h[STATE_SETTINGS] = (int)r.settings.size();
-    memcpy(&h[STATE_SETTINGS + 2], r.settings.data(), r.settings.size() * 8);
+    if (!r.settings.empty()) memcpy(&h[STATE_SETTINGS + 2], r.settings.data(), r.settings.size() * 8);
     std::vector<char> staging;
     AtomicFile f(path);
     f.write(h, sizeof h);
@@ -3777,7 +3777,7 @@ RunState state_load(GPT2& g, Loader& train, const std::string& folder, int step)
     if (h[STATE_SETTINGS] < 0 || h[STATE_SETTINGS] > (HEADER_INTS - STATE_SETTINGS - 2) / 2)
         fail("%s: its header counts %d settings; it is damaged; %s", path, h[STATE_SETTINGS], remedy);
     r.settings.resize(h[STATE_SETTINGS]);
-    memcpy(r.settings.data(), &h[STATE_SETTINGS + 2], r.settings.size() * 8);
+    if (!r.settings.empty()) memcpy(r.settings.data(), &h[STATE_SETTINGS + 2], r.settings.size() * 8);
     train.seed = g.seed;
     loader_seek(train, r.epoch, r.shard, r.window);
     std::vector<char> staging;
