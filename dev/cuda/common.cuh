@@ -3,6 +3,7 @@
 #pragma once
 
 #include <inttypes.h>
+#include <sys/mman.h>
 #include <sys/wait.h>
 
 #include <cmath>

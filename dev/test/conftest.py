@@ -1,5 +1,6 @@
 """pytest's hooks and fixtures; `make test` ends with the line that is printed here."""
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -10,6 +11,11 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 from helpers import ROOT, Lab, execute  # noqa: E402
+
+# A job in the background may be started with Ctrl-C and hang-ups ignored, and whom it starts inherits that: the programs under test too.
+for number, action in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, action)
 
 
 @pytest.fixture
