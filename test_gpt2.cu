@@ -79,7 +79,7 @@ void read_values(FILE* f, std::vector<T>& out, size_t n) {
     out.resize(n);
     if (fread(out.data(), sizeof(T), n, f) != n) fail("the debug state could not be read to its end");
 }
-Reference read_reference(const char* path, const GPT2Config& c) {
+Reference read_reference(const char* path, const Config& c) {
     const char* remedy = "make one with: python3 prepro/reference.py";
     int32_t h[HEADER_INTS];
     FILE* f = open_with_header(path, h, 20240327, "a debug state", remedy);
@@ -111,60 +111,60 @@ Reference read_reference(const char* path, const GPT2Config& c) {
 
 // A model on the device, with the host's side of its token buffer.
 struct Bench {
-    GPT2 g = {};
+    Model model = {};
     int* host = nullptr;
 
-    Bench(const char* model, const Plan& plan) {
-        g.config = gpt2_read_config(model);
-        g.plan = plan;
-        g.seed = 1337;
-        cudaCheck(cudaStreamCreate(&g.stream));
-        gpt2_allocate(g);
-        gpt2_load(g, model);
-        cudaCheck(cudaMallocHost((void**)&host, token_ints((size_t)plan.B * plan.T, g.config.V) * sizeof(int)));
+    Bench(const char* file, const Plan& plan) {
+        model.config = model_read_config(file);
+        model.plan = plan;
+        model.seed = 1337;
+        cudaCheck(cudaStreamCreate(&model.stream));
+        model_allocate(model);
+        model_load(model, file);
+        cudaCheck(cudaMallocHost((void**)&host, token_ints((size_t)plan.B * plan.T, model.config.V) * sizeof(int)));
     }
     ~Bench() {
         cudaCheck(cudaFreeHost(host));
-        table_free(g.table);
-        cudaCheck(cudaStreamDestroy(g.stream));
+        table_free(model.table);
+        cudaCheck(cudaStreamDestroy(model.stream));
     }
     int upload(const Reference& r, int micro) {   // micro-batch `micro` of the reference's batch
-        int BT = g.plan.B * g.plan.T;
-        cudaCheck(cudaStreamSynchronize(g.stream));   // host is written to again
+        int BT = model.plan.B * model.plan.T;
+        cudaCheck(cudaStreamSynchronize(model.stream));   // host is written to again
         std::copy_n(r.x.begin() + (size_t)micro * BT, BT, host);
         std::copy_n(r.y.begin() + (size_t)micro * BT, BT, host + BT);
-        return tokens_upload(g.tokens, host, BT, g.config.V, g.stream);
+        return tokens_upload(model.tokens, host, BT, model.config.V, model.stream);
     }
     // forward, loss and backward over all micro-batches; returns the mean loss
     float gradients(const Reference& r) {
-        for (int micro = 0; micro < g.plan.micro_batches; micro++) {
+        for (int micro = 0; micro < model.plan.micro_batches; micro++) {
             int buckets = upload(r, micro);
-            gpt2_forward(g, g.plan.B, g.plan.T);
-            gpt2_loss(g, g.plan.B, g.plan.T, true, micro == 0);
-            gpt2_backward(g, g.plan.B, g.plan.T, buckets, micro);
+            model_forward(model, model.plan.B, model.plan.T);
+            model_loss(model, model.plan.B, model.plan.T, true, micro == 0);
+            model_backward(model, model.plan.B, model.plan.T, buckets, micro);
         }
         float sum;
-        cudaCheck(cudaMemcpyAsync(&sum, &g.state->loss_sum, sizeof sum, cudaMemcpyDeviceToHost, g.stream));
-        cudaCheck(cudaStreamSynchronize(g.stream));
+        cudaCheck(cudaMemcpyAsync(&sum, &model.state->loss_sum, sizeof sum, cudaMemcpyDeviceToHost, model.stream));
+        cudaCheck(cudaStreamSynchronize(model.stream));
         return sum / ((float)r.B * r.T);
     }
     std::vector<float> read_gradients() {   // all, as floats, in the model's layout
         std::vector<float> all;
         for (int p = 0; p < NUM_PARAMS; p++) {
-            size_t n = param_shape(g.config, p).elements();
-            std::vector<char> raw(n * dtype_size(g.grad[p].type));
-            cudaCheck(cudaMemcpy(raw.data(), g.grad[p].p, raw.size(), cudaMemcpyDeviceToHost));
+            size_t n = param_shape(model.config, p).elements();
+            std::vector<char> raw(n * dtype_size(model.grad[p].type));
+            cudaCheck(cudaMemcpy(raw.data(), model.grad[p].p, raw.size(), cudaMemcpyDeviceToHost));
             for (size_t i = 0; i < n; i++)
-                all.push_back(g.grad[p].type == F32 ? ((float*)raw.data())[i] : (float)((__nv_bfloat16*)raw.data())[i]);
+                all.push_back(model.grad[p].type == F32 ? ((float*)raw.data())[i] : (float)((__nv_bfloat16*)raw.data())[i]);
         }
         return all;
     }
     std::vector<char> read_params() {
         std::vector<char> all;
         for (int p = 0; p < NUM_PARAMS; p++) {
-            size_t bytes = param_shape(g.config, p).elements() * sizeof(floatX);
+            size_t bytes = param_shape(model.config, p).elements() * sizeof(floatX);
             all.resize(all.size() + bytes);
-            cudaCheck(cudaMemcpy(all.data() + all.size() - bytes, g.param[p], bytes, cudaMemcpyDeviceToHost));
+            cudaCheck(cudaMemcpy(all.data() + all.size() - bytes, model.param[p], bytes, cudaMemcpyDeviceToHost));
         }
         return all;
     }
@@ -172,7 +172,7 @@ struct Bench {
 
 // Compares every tensor's gradient, and with scale_bar the scale of large ones. In a long list only the worst is printed, unless
 // it fails.
-void check_gradients(const char* what, const GPT2Config& c, const std::vector<float>& ours, const std::vector<float>& reference,
+void check_gradients(const char* what, const Config& c, const std::vector<float>& ours, const std::vector<float>& reference,
                      float bar, float cosine_bar, bool list, float scale_bar = INFINITY) {
     size_t at = 0;
     double worst = 0, worst_cosine = 1;
@@ -193,15 +193,15 @@ void check_gradients(const char* what, const GPT2Config& c, const std::vector<fl
         report(fine, "%s: worst relative %.2e (bar %.0e, %s), worst cosine %.6f", what, worst, bar, worst_name, worst_cosine);
 }
 
-void check_against_reference(const char* model, const Reference& r) {
+void check_against_reference(const char* file, const Reference& r) {
     const Plan plain = {r.B, r.T, 1, true, 0, true};
     std::vector<float> base;
     {
-        Bench t(model, plain);
-        const GPT2Config& c = t.g.config;
+        Bench t(file, plain);
+        const Config& c = t.g.config;
         t.upload(r, 0);
-        gpt2_forward(t.g, r.B, r.T);
-        gpt2_loss(t.g, r.B, r.T, false, true);
+        model_forward(t.g, r.B, r.T);
+        model_loss(t.g, r.B, r.T, false, true);
         std::vector<floatX> raw((size_t)r.B * r.T * c.Vp);
         cudaCheck(cudaStreamSynchronize(t.g.stream));
         cudaCheck(cudaMemcpy(raw.data(), t.g.logits, raw.size() * sizeof(floatX), cudaMemcpyDeviceToHost));
@@ -239,7 +239,7 @@ void check_against_reference(const char* model, const Reference& r) {
         matmul_state.gelu_fusion = way.gelu_fusion;
         int missing = 0;
         matmul_state.missing = &missing;
-        Bench t(model, way.plan);
+        Bench t(file, way.plan);
         float loss = t.gradients(r);
         std::vector<float> grads = t.read_gradients();
         matmul_state.missing = nullptr;
@@ -261,7 +261,7 @@ void check_against_reference(const char* model, const Reference& r) {
     }
     matmul_state.gelu_fusion = 0;
 
-    Bench t(model, plain);
+    Bench t(file, plain);
     Hyper h;
     h.lr = 1e-4f;
     h.beta2 = 0.999f;
@@ -269,7 +269,7 @@ void check_against_reference(const char* model, const Reference& r) {
     std::vector<float> losses;
     for (size_t step = 0; step < r.losses.size(); step++) {
         losses.push_back(t.gradients(r));
-        gpt2_update(t.g, h, step);
+        model_update(t.g, h, step);
     }
     for (size_t step = 0; step < losses.size(); step++)
         report(fabsf(losses[step] - r.losses[step]) <= LOSS_BAR * r.losses[step], "AdamW step %2zu: loss %.6f, reference %.6f",
@@ -284,11 +284,11 @@ void check_against_reference(const char* model, const Reference& r) {
 
 // 10 steps on end, and 5, a checkpoint, a new process' worth of everything, 5: equal to the bit, with and without master
 // weights, over the end of an epoch.
-void check_resume(const char* model, const Reference& r) {
+void check_resume(const char* file, const Reference& r) {
     std::string name = "/tmp/test_gpt2." + std::string(6, 'X');
     const char* folder = mkdtemp(&name[0]);
     if (folder == nullptr) fail("cannot make a folder under /tmp: %s", strerror(errno));
-    const GPT2Config c = gpt2_read_config(model);
+    const Config c = model_read_config(file);
     const int T = std::min(r.T, 16);
     const std::string tokens = std::string(folder) + "/tokens.bin";
     {
@@ -312,17 +312,17 @@ void check_resume(const char* model, const Reference& r) {
                     cudaCheck(cudaStreamSynchronize(t.g.stream));
                     loader_next(data, t.host, t.host + BT);
                     int buckets = tokens_upload(t.g.tokens, t.host, BT, c.V, t.g.stream);
-                    gpt2_forward(t.g, t.g.plan.B, t.g.plan.T);
-                    gpt2_loss(t.g, t.g.plan.B, t.g.plan.T, true, micro == 0);
-                    gpt2_backward(t.g, t.g.plan.B, t.g.plan.T, buckets, micro);
+                    model_forward(t.g, t.g.plan.B, t.g.plan.T);
+                    model_loss(t.g, t.g.plan.B, t.g.plan.T, true, micro == 0);
+                    model_backward(t.g, t.g.plan.B, t.g.plan.T, buckets, micro);
                 }
-                gpt2_update(t.g, h, run.step++);
+                model_update(t.g, h, run.step++);
             }
         };
         const Plan plan = {2, T, 2, true, 1, master};
         std::vector<char> straight, resumed;
         {
-            Bench t(model, plan);
+            Bench t(file, plan);
             Loader data;
             RunState run;
             loader_open(data, "-i", tokens.c_str(), T, c.V, true, t.g.seed);
@@ -332,7 +332,7 @@ void check_resume(const char* model, const Reference& r) {
             loader_close(data);
         }
         {
-            Bench t(model, plan);
+            Bench t(file, plan);
             Loader data;
             RunState run;
             loader_open(data, "-i", tokens.c_str(), T, c.V, true, t.g.seed);
@@ -402,8 +402,8 @@ int main(int argc, char** argv) {
     cublasCheck(cublasLtCreate(&matmul_state.handle));
 
     for (size_t i = 0; i < files.size(); i += 2) {
-        GPT2Config c = gpt2_read_config(files[i].c_str());
-        gpt2_check_config(c, "model", files[i].c_str());
+        Config c = model_read_config(files[i].c_str());
+        model_check_config(c, "model", files[i].c_str());
         Reference r = read_reference(files[i + 1].c_str(), c);
         printf("%s: L %d, NH %d, C %d, V %d; B %d, T %d; %s\n", files[i].c_str(), c.L, c.NH, c.C, c.V, r.B, r.T,
                dtype_name(FLOATX));

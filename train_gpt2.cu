@@ -7,7 +7,7 @@ GPT-2 in one file: training and fine-tuning in CUDA C, with every layer's forwar
     ./train_gpt2 --estimate -e d12 -b 64 -t 1024                 # what it would take, before anything is allocated
     ./train_gpt2 --help
 
-The sections stand in the order in which one would teach them; start at section 6's gpt2_forward if you know the parts.
+The sections stand in the order in which one would teach them; start at section 6's model_forward if you know the parts.
 
     1. numbers and errors        floatX, 16-byte accesses, warp sums, cudaCheck
     2. what backward keeps       GELU, the Approx-BP codes, and the functions through which backward sees what forward kept
@@ -82,7 +82,7 @@ constexpr bool kFP32 = FP32;
 #define MS_NORM USE_APPROXBP
 #endif
 constexpr int kActBits = APPROX_ACT;    // bits that the activation keeps of an element for backward; 0: the element itself
-constexpr bool kSharedNorm = MS_NORM;   // a norm and the matmul behind it keep one tensor between them
+constexpr bool kMsNorm = MS_NORM;   // a norm and the matmul behind it keep one tensor between them
 static_assert(kActBits >= 0 && kActBits <= 4, "APPROX_ACT is 0 (exact) or 1 to 4 bits");
 
 // The type of weights, activations and (with one micro-batch a step) gradients. Arithmetic is always fp32.
@@ -287,128 +287,8 @@ struct NvtxRange {   // names a stretch of the timeline in Nsight Systems
 // ==== end twin
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 2. what backward keeps
-//
-// Two tensors of a block are there for backward alone, and this section is about keeping less than them.
-//
-// (a) GELU. Its backward needs h'(x) of every element. The exact trainer keeps x, 16 bits. Approx-BP (Yang et al., ICML 2024,
-// arXiv 2406.16282) replaces h, in backward only, by a sum of ramps that is close to it,
-//     h~(x) = sum_i a_i max(x - c_i, 0),   sum a_i = 1,   sum a_i c_i = 0   (so that h~ tends to 0 and to x, as h does),
-// with a and c minimising the integral of (h - h~)^2. Its derivative is a step function: with 3 ramps it has 4 values, and an
-// element keeps 2 bits, the number of thresholds c_i below x. Forward stays exact. h~' is not close to h' point by point (relative
-// squared error 0.127 under N(0,1), where ReLU's mask has 0.102); it is h~ that is close to h, and training does not seem to
-// mind: see the README's table of losses.
-//
-// (b) the norm. With z = (x - mean) * rstd, backward needs z and rstd. The matmul behind the norm needs its own input, gamma * z
-// + beta. Multiply gamma and beta into the matmul's weight and bias while they are used, and its input is z itself: one tensor
-// serves both, and x, the residual stream, need not be kept (section 3, "norm, shared with its matmul").
-//
-// Forward saves through save_act and backward reads through load_act and load_norm: a mode that keeps something else changes
-// these.
+// 2. layers
 
-// GPT-2's GELU is the tanh form 0.5 x (1 + tanh(u)), u = sqrt(2/pi) (x + 0.044715 x^3). Since 0.5 (1 + tanh(u)) is the
-// sigmoid of 2u, it is x * sigmoid(2u): one exponential, and no cancellation where tanh is near -1.
-constexpr float GELU_SCALE = 0.79788456080286536f;   // sqrt(2/pi)
-constexpr float GELU_CUBIC = 0.044715f;
-__device__ inline float gelu_gate(float x) {
-    float u = GELU_SCALE * (x + GELU_CUBIC * x * x * x);
-    return reciprocal(1.0f + exp_e(-2.0f * u));
-}
-__device__ inline float gelu(float x) { return x * gelu_gate(x); }
-__device__ inline float gelu_derivative(float x) {
-    float s = gelu_gate(x);
-    float du = GELU_SCALE * (1.0f + 3.0f * GELU_CUBIC * x * x);
-    return s + x * s * (1.0f - s) * 2.0f * du;
-}
-
-// h~' for k bits: its 2^k - 1 thresholds and 2^k slopes.
-template <int BITS>
-struct Steps {
-    float threshold[(1 << BITS) - 1], slope[1 << BITS];
-};
-// 2 bits: the published constants. The others: dev/bench/fit_codes.py --function gelu-tanh --bits 1 3 4
-template <int BITS>
-__host__ __device__ constexpr Steps<BITS> gelu_steps();
-template <>
-__host__ __device__ constexpr Steps<1> gelu_steps<1>() {   // one ramp that tends to 0 and to x can only be ReLU
-    return {{0.0f}, {0.0f, 1.0f}};
-}
-template <>
-__host__ __device__ constexpr Steps<2> gelu_steps<2>() {
-    return {{-3.1858810036855245f, -0.001178821281161997f, 3.190832613414926f},
-            {0.0f, -0.04922261145617846f, 1.0487405950855512f, 1.0f}};
-}
-template <>
-__host__ __device__ constexpr Steps<3> gelu_steps<3>() {
-    return {{-2.9972859385280213f, -2.1488463684062844f, -0.7608586392290613f, -0.2515809720689709f, 0.20736940553018035f,
-             0.7067004792221089f, 2.5120639678674554f}, {0.0f, -0.03436933715760716f, -0.1104116083111237f,
-             0.13309324477783385f, 0.4825500349993143f, 0.836471697046971f, 1.1009140236400419f, 1.0f}};
-}
-template <>
-__host__ __device__ constexpr Steps<4> gelu_steps<4>() {
-    return {{-3.2125623784944564f, -2.470226078578352f, -1.9301573926352051f, -0.9990627037669311f, -0.6983753968787401f,
-             -0.4478969481798776f, -0.21942982452889515f, 0.0f, 0.21942982452889515f, 0.4478969481798776f,
-             0.6983753968787401f, 0.9990627037669311f, 1.9301573926352051f, 2.470226078578352f, 3.2125623784944564f}, {0.0f,
-             -0.01871599826999576f, -0.065327636824561f, -0.12052456782615412f, -0.036094219827852825f, 0.09054754833464024f,
-             0.2440949329673331f, 0.41302162626973654f, 0.5869783737302634f, 0.755905067032667f, 0.9094524516653597f,
-             1.0360942198278529f, 1.1205245678261542f, 1.065327636824561f, 1.0187159982699958f, 1.0f}};
-}
-
-// What is kept of an activation's input: the elements, or BITS for each. Element i has bits [k * (i % 8), k * (i % 8) + k) of the
-// k bytes that its group of 8 shares, the lowest first. A thread owns whole groups, so it writes whole bytes.
-template <int BITS>
-using ActKept = std::conditional_t<BITS == 0, floatX, uint8_t>;
-inline size_t act_kept(size_t n) { return kActBits == 0 ? n : n / 8 * kActBits; }   // ActKepts for n elements, n a multiple of 8
-
-template <int BITS>
-__device__ inline void save_act(ActKept<BITS>* kept, size_t i, const Floats& x) {
-    if constexpr (BITS > 0) {   // exact: the matmul has put x there
-        constexpr Steps<BITS> h = gelu_steps<BITS>();
-        uint32_t codes = 0;
-#pragma unroll
-        for (int e = 0; e < VEC; e++) {
-            uint32_t code = 0;
-#pragma unroll
-            for (int j = 0; j < (1 << BITS) - 1; j++) code += !(x[e] <= h.threshold[j]);   // a NaN is above them all: its slope is 1
-            codes |= code << (BITS * e);
-        }
-        uint8_t* p = kept + i / 8 * BITS;
-        if constexpr (BITS == 1) *p = (uint8_t)codes;
-        if constexpr (BITS == 2) *(uint16_t*)p = (uint16_t)codes;
-        if constexpr (BITS == 3) p[0] = (uint8_t)codes, p[1] = (uint8_t)(codes >> 8), p[2] = (uint8_t)(codes >> 16);
-        if constexpr (BITS == 4) *(uint32_t*)p = codes;
-    }
-}
-// h'(x), or h~'(x), for elements [i, i + 8) of the activation's input, from what forward kept of them.
-template <int BITS>
-__device__ inline Floats load_act(const ActKept<BITS>* kept, size_t i) {
-    Floats slope;
-    if constexpr (BITS == 0) {
-        slope = load(kept + i);
-#pragma unroll
-        for (int e = 0; e < VEC; e++) slope[e] = gelu_derivative(slope[e]);
-    } else {
-        constexpr Steps<BITS> h = gelu_steps<BITS>();
-        const uint8_t* p = kept + i / 8 * BITS;
-        uint32_t codes;
-        if constexpr (BITS == 1) codes = *p;
-        if constexpr (BITS == 2) codes = *(const uint16_t*)p;
-        if constexpr (BITS == 3) codes = p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16;
-        if constexpr (BITS == 4) codes = *(const uint32_t*)p;
-#pragma unroll
-        for (int e = 0; e < VEC; e++) {
-            uint32_t code = codes >> (BITS * e) & ((1u << BITS) - 1);
-            slope[e] = h.slope[0];
-#pragma unroll
-            for (uint32_t j = 1; j < 1u << BITS; j++)   // selects: an array indexed by a variable would lie in local memory
-                if (code >= j) slope[e] = h.slope[j];
-        }
-    }
-    return slope;
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// 3. layers
 // ---- embedding
 
 // out[b,t,:] = wte[token[b,t],:] + wpe[t,:], one vector a thread
@@ -510,17 +390,6 @@ inline int norm_slices(int rows) { return std::clamp(rows / 16, 1, NORM_SLICES);
 // norm's three of C
 inline size_t colsum_scratch(size_t C) { return 3 * C * NORM_SLICES; }
 
-// z = (x - mean) * rstd for elements [i, i + VEC) of a row, from what the norm kept: x, or z itself.
-template <bool SHARED>
-__device__ inline Floats load_norm(const floatX* kept, size_t i, float mean, float rstd) {
-    Floats x = load(kept + i);
-    if constexpr (!SHARED) {
-#pragma unroll
-        for (int k = 0; k < VEC; k++) x[k] = (x[k] - mean) * rstd;
-    }
-    return x;
-}
-
 // Where a block of 256 threads stands in a column sum: its lanes' columns, its warps' rows.
 struct ColsumPlace {
     int lane, warp, c, first, end;
@@ -604,13 +473,13 @@ void bias_backward(Grad dbias,           // (OC)
 // y = gamma * z + beta with z = (x - mean) * rstd over the C channels of a row (Ba et al., arXiv 1607.06450), fused with the
 // residual addition before it: x = inp + add. A warp owns a row, so the sums need no barrier. A lane comes back twice to the
 // elements that it read; they wait in shared memory, each written and read by one lane alone.
-// SHARED: the output is z itself, for a matmul that has gamma and beta folded in, and the mean is not kept.
+// MS_LN: the output is z itself, for a matmul that has gamma and beta folded in, and the mean is not kept.
 
 constexpr float NORM_EPS = 1e-5f;
 // warps (rows) a block, so that the rows fit the 48 KB of shared memory that every GPU gives without asking
 inline int norm_warps(int C) { return (int)std::clamp(48 * 1024 / ((size_t)C * sizeof(floatX)), (size_t)1, (size_t)4); }
 
-template <bool SHARED>
+template <bool MS_LN>
 __global__ void layernorm_forward_kernel(floatX* residual, floatX* out, float* mean, float* rstd, const floatX* inp,
                                          const floatX* add, const floatX* gamma, const floatX* beta, int rows, int C) {
     extern __shared__ Vec norm_rows[];
@@ -646,7 +515,7 @@ __global__ void layernorm_forward_kernel(floatX* residual, floatX* out, float* m
         Floats f = widen(x[c / VEC]);
 #pragma unroll
         for (int k = 0; k < VEC; k++) f[k] = (f[k] - mu) * rs;
-        if constexpr (!SHARED) {
+        if constexpr (!MS_LN) {
             Floats gamma_c = load(gamma + c), beta_c = load(beta + c);
 #pragma unroll
             for (int k = 0; k < VEC; k++) f[k] = gamma_c[k] * f[k] + beta_c[k];
@@ -654,41 +523,52 @@ __global__ void layernorm_forward_kernel(floatX* residual, floatX* out, float* m
         store(out + base + c, f);
     }
     if (lane == 0) {
-        if constexpr (!SHARED) mean[row] = mu;
+        if constexpr (!MS_LN) mean[row] = mu;
         rstd[row] = rs;
     }
 }
 
 // residual may be inp or add, and out may be add: a lane has read an element before it writes it.
-template <bool SHARED>
+template <bool MS_LN>
 void layernorm_forward(floatX* residual,     // (rows, C) out: inp + add; null to drop it
                        floatX* out,          // (rows, C)
-                       float* mean,          // (rows); SHARED: not written
+                       float* mean,          // (rows); MS_LN: not written
                        float* rstd,          // (rows)
                        const floatX* inp,    // (rows, C)
                        const floatX* add,    // (rows, C) or null
-                       const floatX* gamma,  // (C); SHARED: not read
-                       const floatX* beta,   // (C); SHARED: not read
+                       const floatX* gamma,  // (C); MS_LN: not read
+                       const floatX* beta,   // (C); MS_LN: not read
                        int rows, int C, cudaStream_t stream) {
     check_vec("layernorm_forward: C", C);
     const int most = 48 * 1024 / sizeof(floatX);
     if (C > most) fail("layernorm_forward: C is %d: expected at most %d, because a row must fit 48 KB of shared memory", C, most);
     int warps = norm_warps(C);
-    layernorm_forward_kernel<SHARED><<<ceil_div(rows, warps), warps * 32, warps * C * sizeof(floatX), stream>>>(
+    layernorm_forward_kernel<MS_LN><<<ceil_div(rows, warps), warps * 32, warps * C * sizeof(floatX), stream>>>(
         residual, out, mean, rstd, inp, add, gamma, beta, rows, C);
     cudaCheck(cudaGetLastError());
 }
 
+// z = (x - mean) * rstd for elements [i, i + VEC) of a row, from what the norm kept: x, or z itself.
+template <bool MS_LN>
+__device__ inline Floats norm_z(const floatX* kept, size_t i, float mean, float rstd) {
+    Floats x = load(kept + i);
+    if constexpr (!MS_LN) {
+#pragma unroll
+        for (int k = 0; k < VEC; k++) x[k] = (x[k] - mean) * rstd;
+    }
+    return x;
+}
+
 // dx = rstd * (dz - mean(dz) - z * mean(dz * z)). Added to the gradient of the residual stream that goes around the norm, in
-// place. dz = dout * gamma; SHARED: z is what was kept.
+// place. dz = dout * gamma; MS_LN: z is what was kept.
 //
-// Two kinds of sums are wanted: along each row, for dx; and along columns, for dbeta and dgamma (SHARED: the matmul has made
+// Two kinds of sums are wanted: along each row, for dx; and along columns, for dbeta and dgamma (MS_LN: the matmul has made
 // those), and for the bias of the matmul whose output was added to the stream here: its gradient is the sum of what this kernel
 // writes. So a block takes 8 rows at a time: first a warp a row for the sums along it, then a thread a vector of columns, down
 // the same 8 rows, which lie in the cache by now.
 constexpr int NORM_ROWS = 8;
 constexpr int NORM_THREADS = 512;   // at most: 4096 columns; where there are more, further blocks do the rows' sums once more
-template <bool SHARED>
+template <bool MS_LN>
 __global__ void __launch_bounds__(NORM_THREADS, 1)   // the 1: it needs up to 99 registers, and room for two such blocks leaves 64
 layernorm_backward_kernel(floatX* dresidual, float* partial, const floatX* dout, const floatX* kept, const float* mean,
                           const float* rstd, const floatX* gamma, bool accumulate, int rows, int C) {
@@ -701,9 +581,9 @@ layernorm_backward_kernel(floatX* dresidual, float* partial, const floatX* dout,
         int count = min(NORM_ROWS, end - r0);
         for (int i = warp; i < count; i += warps) {
             size_t base = (size_t)(r0 + i) * C;
-            float mu = SHARED ? 0 : mean[r0 + i], rs = rstd[r0 + i], sum = 0, sum_z = 0;
+            float mu = MS_LN ? 0 : mean[r0 + i], rs = rstd[r0 + i], sum = 0, sum_z = 0;
             for (int c = lane * VEC; c < C; c += 32 * VEC) {
-                Floats d = load(dout + base + c), z = load_norm<SHARED>(kept, base + c, mu, rs), gamma_c = load(gamma + c);
+                Floats d = load(dout + base + c), z = norm_z<MS_LN>(kept, base + c, mu, rs), gamma_c = load(gamma + c);
 #pragma unroll
                 for (int k = 0; k < VEC; k++) {
                     sum += d[k] * gamma_c[k];
@@ -719,8 +599,8 @@ layernorm_backward_kernel(floatX* dresidual, float* partial, const floatX* dout,
         __syncthreads();
         for (int i = 0; column < C && i < count; i++) {
             size_t at = (size_t)(r0 + i) * C + column;
-            float mu = SHARED ? 0 : mean[r0 + i], rs = rstd[r0 + i];
-            Floats d = load(dout + at), z = load_norm<SHARED>(kept, at, mu, rs), gamma_c = load(gamma + column), dx = next;
+            float mu = MS_LN ? 0 : mean[r0 + i], rs = rstd[r0 + i];
+            Floats d = load(dout + at), z = norm_z<MS_LN>(kept, at, mu, rs), gamma_c = load(gamma + column), dx = next;
             if (accumulate && i + 1 < count) next = load(dresidual + at + C);
 #pragma unroll
             for (int k = 0; k < VEC; k++) {
@@ -735,118 +615,32 @@ layernorm_backward_kernel(floatX* dresidual, float* partial, const floatX* dout,
     if (column >= C) return;
     size_t sums = (size_t)gridDim.x * C, at = (size_t)blockIdx.x * C + column;
     store(partial + at, sum_dx);
-    if constexpr (!SHARED) {
+    if constexpr (!MS_LN) {
         store(partial + sums + at, sum_d);
         store(partial + 2 * sums + at, sum_d_z);
     }
 }
 
-template <bool SHARED>
+template <bool MS_LN>
 void layernorm_backward(floatX* dresidual,    // (rows, C), added to if accumulate_residual
                         Grad dbias,           // (C) column sums of dresidual as it comes out; null: not wanted
-                        Grad dgamma,          // (C); SHARED: not written, nor is dbeta
+                        Grad dgamma,          // (C); MS_LN: not written, nor is dbeta
                         Grad dbeta,           // (C)
                         float* scratch,       // colsum_scratch(C) floats
                         const floatX* dout,   // (rows, C)
-                        const floatX* kept,   // (rows, C): x; SHARED: z
-                        const float* mean,    // (rows); SHARED: not read
+                        const floatX* kept,   // (rows, C): x; MS_LN: z
+                        const float* mean,    // (rows); MS_LN: not read
                         const float* rstd,    // (rows)
                         const floatX* gamma,  // (C)
                         bool accumulate_residual, bool accumulate, int rows, int C, cudaStream_t stream) {
     check_vec("layernorm_backward: C", C);
     int slices = norm_slices(rows), threads = std::min(ceil_div(C, 32 * VEC) * 32, NORM_THREADS);
-    layernorm_backward_kernel<SHARED><<<dim3(slices, ceil_div(C, threads * VEC)), threads, 0, stream>>>(
+    layernorm_backward_kernel<MS_LN><<<dim3(slices, ceil_div(C, threads * VEC)), threads, 0, stream>>>(
         dresidual, scratch, dout, kept, mean, rstd, gamma, accumulate_residual, rows, C);
     cudaCheck(cudaGetLastError());
-    if (!SHARED || dbias.p != nullptr)
-        colsum_finish({dbias, dbeta, dgamma}, SHARED ? 1 : 3, scratch, slices, C, accumulate, stream);
+    if (!MS_LN || dbias.p != nullptr)
+        colsum_finish({dbias, dbeta, dgamma}, MS_LN ? 1 : 3, scratch, slices, C, accumulate, stream);
 }
-
-// ==== twin: norm shared with its matmul
-// ---- norm, shared with its matmul
-//
-// The matmul behind a norm computes y = (gamma * z + beta) W^T + b. With W' = W * gamma (by columns) and b' = b + W beta that is
-// y = z W'^T + b', and z is all that norm and matmul keep. gamma and beta stay parameters:
-//     forward            W', b' into scratch (fold), then the matmul
-//     backward           dz = (dy W) * gamma; the usual weight gradient, of z instead of the norm's output, gathers G = dy^T z in dW
-//     once a step        dgamma = colsum(G * W), dbeta = W^T db, dW = G * gamma + db beta^T   (unfold)
-// This is the exact gradient. W, gamma and beta do not change within a step, so unfolding the sum over micro-batches is right,
-// and unfolding each would count db beta^T more than once. The published method (arXiv 2406.16282) merges gamma and beta into
-// the weights for good; prepro/merge_norm.py does that to a checkpoint.
-
-__global__ void norm_fold_kernel(floatX* folded, floatX* folded_bias, const floatX* weight, const floatX* bias, const floatX* gamma,
-                                 const floatX* beta, int OC, int C) {
-    int lane = threadIdx.x % 32;
-    int row = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
-    if (row >= OC) return;
-    size_t base = (size_t)row * C;
-    float sum = 0;
-    for (int c = lane * VEC; c < C; c += 32 * VEC) {
-        Floats w = load(weight + base + c), gamma_c = load(gamma + c), beta_c = load(beta + c);
-#pragma unroll
-        for (int k = 0; k < VEC; k++) {
-            sum += w[k] * beta_c[k];
-            w[k] *= gamma_c[k];
-        }
-        store(folded + base + c, w);
-    }
-    sum = warp_sum(sum);
-    if (lane == 0) folded_bias[row] = (floatX)((float)bias[row] + sum);
-}
-
-void norm_fold(floatX* folded,       // (OC, C) W'
-               floatX* folded_bias,  // (OC) b'
-               const floatX* weight, // (OC, C)
-               const floatX* bias,   // (OC)
-               const floatX* gamma,  // (C)
-               const floatX* beta,   // (C)
-               int OC, int C, cudaStream_t stream) {
-    check_vec("norm_fold: C", C);
-    norm_fold_kernel<<<ceil_div(OC, 8), 256, 0, stream>>>(folded, folded_bias, weight, bias, gamma, beta, OC, C);
-    cudaCheck(cudaGetLastError());
-}
-
-__global__ void norm_unfold_kernel(Grad dweight, float* partial_gamma, float* partial_beta, Grad dbias, const floatX* weight,
-                                   const floatX* gamma, const floatX* beta, int OC, int C) {
-    __shared__ float shared[8][32 * VEC];
-    ColsumPlace at(OC);
-    Floats sum_gamma = {}, sum_beta = {};
-    if (at.c < C) {
-        Floats gamma_c = load(gamma + at.c), beta_c = load(beta + at.c);
-        for (int o = at.first + at.warp; o < at.end; o += 8) {
-            size_t i = (size_t)o * C + at.c;
-            Floats w = load(weight + i), G = grad_load_vec(dweight, i);
-            float db = grad_load(dbias, o);
-#pragma unroll
-            for (int k = 0; k < VEC; k++) {
-                sum_gamma[k] += G[k] * w[k];
-                sum_beta[k] += w[k] * db;
-                G[k] = G[k] * gamma_c[k] + db * beta_c[k];
-            }
-            grad_store_vec(dweight, i, G);
-        }
-    }
-    colsum_store(partial_gamma, sum_gamma, shared, at, C);
-    colsum_store(partial_beta, sum_beta, shared, at, C);
-}
-
-void norm_unfold(Grad dweight,         // (OC, C) in: G, out: dW
-                 Grad dgamma,          // (C)
-                 Grad dbeta,           // (C)
-                 float* scratch,       // 2 * COLSUM_SLICES * C floats
-                 Grad dbias,           // (OC)
-                 const floatX* weight, // (OC, C)
-                 const floatX* gamma,  // (C)
-                 const floatX* beta,   // (C)
-                 int OC, int C, cudaStream_t stream) {
-    check_vec("norm_unfold: C", C);
-    int slices = colsum_slices(OC);
-    norm_unfold_kernel<<<dim3(ceil_div(C, 32 * VEC), slices), 256, 0, stream>>>(dweight, scratch, scratch + (size_t)slices * C,
-                                                                                dbias, weight, gamma, beta, OC, C);
-    cudaCheck(cudaGetLastError());
-    colsum_finish({dgamma, dbeta}, 2, scratch, slices, C, false, stream);
-}
-// ==== end twin
 
 // ==== twin: matmul
 // ---- matmul, by cuBLASLt
@@ -1048,7 +842,649 @@ __device__ inline AttBlock att_block(const AttShape& shape, int heads, int rows,
     return {place.head / heads, place.head % heads, place.row_block * rows, row_blocks};
 }
 
-// ---- attention, on tensor cores
+// ---- attention, in plain arithmetic
+//
+// A thread keeps 32 channels of its row in registers, so G = 1, 2 or 4 neighbouring threads share a row of a head of up to 32, 64
+// or 128 channels; a tile of the other side lies in shared memory, from where all rows of the block read the same line at once
+// (a broadcast).
+
+// At most 256 threads a block, and one block is enough for us (the 1 of the launch bounds): a row's state takes up to 240
+// registers, and a compiler that aims at more blocks spills some of them.
+constexpr int ATT_ROWS = 64;       // rows a block
+constexpr int ATT_TILE = 16;       // rows of the other side in shared memory at a time
+constexpr int ATT_CHANNELS = 32;   // channels a thread
+constexpr int ATT_PITCH = ATT_CHANNELS + 4;   // floats between the shares of two threads: 32 would be the same bank
+
+template <int G>
+using AttTile = float[ATT_TILE][G][ATT_PITCH];
+
+// Sum over the G threads of a row. Every lane of the warp takes part.
+template <int G>
+__device__ inline float att_row_sum(float x) {
+#pragma unroll
+    for (int o = 1; o < G; o <<= 1) x += __shfl_xor_sync(ALL_LANES, x, o);
+    return x;
+}
+__device__ inline float att_dot(const float* a, const float* b) {   // over ATT_CHANNELS, in 8 sums that do not wait for each other
+    float sum[8] = {};
+#pragma unroll
+    for (int c = 0; c < ATT_CHANNELS; c += 8)
+#pragma unroll
+        for (int i = 0; i < 8; i++) sum[i] += a[c + i] * b[c + i];
+    return ((sum[0] + sum[4]) + (sum[1] + sum[5])) + ((sum[2] + sum[6]) + (sum[3] + sum[7]));
+}
+__device__ inline void att_add(float* a, float factor, const float* b) {   // a += factor * b
+#pragma unroll
+    for (int c = 0; c < ATT_CHANNELS; c++) a[c] += factor * b[c];
+}
+// This thread's 32 channels of one row; zeros past the head's size and for a row that is not there.
+__device__ inline void att_load_row(float* out, const floatX* row, int share, int HS, bool there) {
+#pragma unroll
+    for (int c = 0; c < ATT_CHANNELS; c += VEC) {
+        Floats f = {};
+        if (there && share * ATT_CHANNELS + c < HS) f = load(row + share * ATT_CHANNELS + c);
+#pragma unroll
+        for (int i = 0; i < VEC; i++) out[c + i] = f[i];
+    }
+}
+__device__ inline void att_store_row(floatX* row, const float* x, int share, int HS, float factor) {
+#pragma unroll
+    for (int c = 0; c < ATT_CHANNELS; c += VEC) {
+        if (share * ATT_CHANNELS + c >= HS) continue;
+        Floats f;
+#pragma unroll
+        for (int i = 0; i < VEC; i++) f[i] = x[c + i] * factor;
+        store(row + share * ATT_CHANNELS + c, f);
+    }
+}
+// Rows [t0, t0 + ATT_TILE) of one head into shared memory, zeros where there is nothing. The whole block takes part.
+template <int G>
+__device__ inline void att_load_tile(AttTile<G>& tile, const floatX* head, size_t stride, int t0, int T, int HS) {
+    for (int i = threadIdx.x * VEC; i < ATT_TILE * G * ATT_CHANNELS; i += blockDim.x * VEC) {
+        int r = i / (G * ATT_CHANNELS), c = i % (G * ATT_CHANNELS);
+        Floats f = {};
+        if (t0 + r < T && c < HS) f = load(head + (size_t)(t0 + r) * stride + c);
+#pragma unroll
+        for (int k = 0; k < VEC; k++) tile[r][c / ATT_CHANNELS][c % ATT_CHANNELS + k] = f[k];
+    }
+}
+// Where a thread of the three kernels below stands: its block, its row, its share of the row.
+template <int G>
+struct AttThread : AttBlock {
+    int row, share, warp_first, warp_last;
+    __device__ AttThread(const AttShape& shape, int heads, bool last_first)
+        : AttBlock(att_block(shape, heads, ATT_ROWS, last_first)) {
+        row = first + threadIdx.x / G;
+        share = threadIdx.x % G;
+        // A tile that is masked for every row of interest is skipped. With G > 1 the warp must decide as one, for its shuffles.
+        warp_first = G == 1 ? row : first + (int)(threadIdx.x & ~31u) / G;
+        warp_last = G == 1 ? row : first + (int)(threadIdx.x | 31u) / G;
+    }
+};
+
+template <int G>
+__global__ void __launch_bounds__(ATT_ROWS * G, 1)
+attention_forward_kernel(floatX* out, float* lse, const floatX* qkv, AttShape shape) {
+    __shared__ AttTile<G> k_tile, v_tile;
+    const int T = shape.T, NH = shape.NH, HS = shape.HS;
+    const AttThread<G> at(shape, NH, true);
+    size_t stride = shape.stride();
+    const floatX* row0 = qkv + at.b * T * stride;
+    float q[ATT_CHANNELS], o[ATT_CHANNELS] = {};
+    att_load_row(q, row0 + at.row * stride + at.h * HS, at.share, HS, at.row < T);
+    float max = -INFINITY, sum = 0;
+    int end = min(at.first + ATT_ROWS, T);
+    for (int t0 = 0; t0 < end; t0 += ATT_TILE) {
+        __syncthreads();   // the tile before has been used
+        att_load_tile<G>(k_tile, row0 + shape.k_head(at.h) * HS, stride, t0, T, HS);
+        att_load_tile<G>(v_tile, row0 + shape.v_head(at.h) * HS, stride, t0, T, HS);
+        __syncthreads();
+        if (t0 > at.warp_last) continue;
+        float s[ATT_TILE], tile_max = max;
+#pragma unroll
+        for (int j = 0; j < ATT_TILE; j++) {
+            s[j] = att_row_sum<G>(att_dot(q, k_tile[j][at.share])) * shape.scale;
+            if (t0 + j > at.row) s[j] = -INFINITY;
+            tile_max = fmaxf(tile_max, s[j]);
+        }
+        float shrink = expf(max - tile_max);   // what was summed so far was relative to the old maximum
+        max = tile_max;
+        sum *= shrink;
+#pragma unroll
+        for (int c = 0; c < ATT_CHANNELS; c++) o[c] *= shrink;
+#pragma unroll
+        for (int j = 0; j < ATT_TILE; j++) {
+            float p = expf(s[j] - max);
+            sum += p;
+            att_add(o, p, v_tile[j][at.share]);
+        }
+    }
+    if (at.row >= T) return;
+    att_store_row(out + (((size_t)at.b * T + at.row) * NH + at.h) * HS, o, at.share, HS, 1.0f / sum);
+    if (at.share == 0) lse[((size_t)at.b * NH + at.h) * T + at.row] = max + logf(sum);
+}
+
+// Backward by rows of queries, by the same formulas as on tensor cores.
+template <int G>
+__global__ void __launch_bounds__(ATT_ROWS * G, 1)
+attention_backward_dq_kernel(floatX* dqkv, float* delta, const floatX* dout, const floatX* qkv, const floatX* out,
+                             const float* lse, AttShape shape) {
+    __shared__ AttTile<G> k_tile, v_tile;
+    const int T = shape.T, NH = shape.NH, HS = shape.HS;
+    const AttThread<G> at(shape, NH, true);
+    size_t stride = shape.stride();
+    const floatX* row0 = qkv + at.b * T * stride;
+    bool there = at.row < T;
+    size_t out_row = (((size_t)at.b * T + at.row) * NH + at.h) * HS;
+    size_t stat = ((size_t)at.b * NH + at.h) * T + at.row;
+    float q[ATT_CHANNELS], dout_row[ATT_CHANNELS], dq[ATT_CHANNELS];
+    att_load_row(q, out + out_row, at.share, HS, there);   // q's registers hold out for a moment
+    att_load_row(dout_row, dout + out_row, at.share, HS, there);
+    float row_delta = att_row_sum<G>(att_dot(q, dout_row));
+    if (there && at.share == 0) delta[stat] = row_delta;
+    att_load_row(q, row0 + at.row * stride + at.h * HS, at.share, HS, there);
+    float row_lse = there ? lse[stat] : 0;
+#pragma unroll
+    for (int c = 0; c < ATT_CHANNELS; c++) dq[c] = 0;
+    int end = min(at.first + ATT_ROWS, T);
+    for (int t0 = 0; t0 < end; t0 += ATT_TILE) {
+        __syncthreads();
+        att_load_tile<G>(k_tile, row0 + shape.k_head(at.h) * HS, stride, t0, T, HS);
+        att_load_tile<G>(v_tile, row0 + shape.v_head(at.h) * HS, stride, t0, T, HS);
+        __syncthreads();
+        if (t0 > at.warp_last) continue;
+#pragma unroll 2
+        for (int j = 0; j < ATT_TILE; j++) {
+            float s = att_row_sum<G>(att_dot(q, k_tile[j][at.share])) * shape.scale;
+            float dp = att_row_sum<G>(att_dot(dout_row, v_tile[j][at.share]));
+            float p = t0 + j > at.row ? 0.0f : expf(s - row_lse);
+            att_add(dq, p * (dp - row_delta), k_tile[j][at.share]);
+        }
+    }
+    if (there) att_store_row(dqkv + ((size_t)at.b * T + at.row) * stride + at.h * HS, dq, at.share, HS, shape.scale);
+}
+
+// Backward by rows of keys: the tiles are the queries that see them.
+template <int G>
+__global__ void __launch_bounds__(ATT_ROWS * G, 1)
+attention_backward_dkv_kernel(floatX* dqkv, const floatX* dout, const floatX* qkv, const float* lse, const float* delta,
+                              AttShape shape) {
+    __shared__ AttTile<G> q_tile, dout_tile;
+    __shared__ float lse_tile[ATT_TILE], delta_tile[ATT_TILE];
+    const int T = shape.T, NH = shape.NH, HS = shape.HS;
+    const AttThread<G> at(shape, shape.NKV, false);   // h is a key-value head
+    size_t stride = shape.stride();
+    const floatX* row0 = qkv + at.b * T * stride;
+    size_t k_offset = (size_t)(NH + at.h) * HS, v_offset = k_offset + (size_t)shape.NKV * HS;
+    bool there = at.row < T;
+    float k[ATT_CHANNELS], v[ATT_CHANNELS], dk[ATT_CHANNELS] = {}, dv[ATT_CHANNELS] = {};
+    att_load_row(k, row0 + at.row * stride + k_offset, at.share, HS, there);
+    att_load_row(v, row0 + at.row * stride + v_offset, at.share, HS, there);
+    for (int h = at.h * shape.group(); h < (at.h + 1) * shape.group(); h++) {   // the query heads that share it, in order
+        const floatX* dout_head = dout + ((size_t)at.b * T * NH + h) * HS;
+        size_t stat = ((size_t)at.b * NH + h) * T;
+        for (int t0 = at.first; t0 < T; t0 += ATT_TILE) {   // queries before the block's first key see none of its keys
+            __syncthreads();
+            att_load_tile<G>(q_tile, row0 + (size_t)h * HS, stride, t0, T, HS);
+            att_load_tile<G>(dout_tile, dout_head, (size_t)NH * HS, t0, T, HS);
+            if (threadIdx.x < ATT_TILE) {
+                bool query = t0 + (int)threadIdx.x < T;
+                lse_tile[threadIdx.x] = query ? lse[stat + t0 + threadIdx.x] : 0;
+                delta_tile[threadIdx.x] = query ? delta[stat + t0 + threadIdx.x] : 0;
+            }
+            __syncthreads();
+            if (t0 + ATT_TILE <= at.warp_first) continue;
+#pragma unroll 2
+            for (int i = 0; i < ATT_TILE; i++) {
+                float s = att_row_sum<G>(att_dot(q_tile[i][at.share], k)) * shape.scale;
+                float dp = att_row_sum<G>(att_dot(dout_tile[i][at.share], v));
+                bool sees = t0 + i >= at.row && t0 + i < T;
+                float p = sees ? expf(s - lse_tile[i]) : 0.0f;
+                att_add(dv, p, dout_tile[i][at.share]);
+                att_add(dk, p * (dp - delta_tile[i]), q_tile[i][at.share]);
+            }
+        }
+    }
+    if (!there) return;
+    floatX* row = dqkv + ((size_t)at.b * T + at.row) * stride;
+    att_store_row(row + k_offset, dk, at.share, HS, shape.scale);
+    att_store_row(row + v_offset, dv, at.share, HS, 1.0f);
+}
+
+template <int G>
+void attention_forward_launch(floatX* out, float* lse, const floatX* qkv, int B, AttShape shape, cudaStream_t stream) {
+    int heads = B * shape.NH, blocks = heads * ceil_div(shape.T, ATT_ROWS);
+    attention_forward_kernel<G><<<blocks, ATT_ROWS * G, 0, stream>>>(out, lse, qkv, att_in_groups(shape, heads));
+    cudaCheck(cudaGetLastError());
+}
+template <int G>
+void attention_backward_launch(floatX* dqkv, Grad dbias, float* delta, float* scratch, const floatX* dout, const floatX* qkv,
+                               const floatX* out, const float* lse, bool accumulate, int B, AttShape shape, cudaStream_t stream) {
+    int row_blocks = ceil_div(shape.T, ATT_ROWS), heads = B * shape.NH, kv_heads = B * shape.NKV;
+    attention_backward_dq_kernel<G>
+        <<<heads * row_blocks, ATT_ROWS * G, 0, stream>>>(dqkv, delta, dout, qkv, out, lse, att_in_groups(shape, heads));
+    cudaCheck(cudaGetLastError());
+    attention_backward_dkv_kernel<G>
+        <<<kv_heads * row_blocks, ATT_ROWS * G, 0, stream>>>(dqkv, dout, qkv, lse, delta, att_in_groups(shape, kv_heads));
+    cudaCheck(cudaGetLastError());
+    bias_backward(dbias, scratch, dqkv, accumulate, B * shape.T, (shape.NH + 2 * shape.NKV) * shape.HS, stream);
+}
+
+// ==== end twin
+
+// ---- activation
+
+// GPT-2's GELU is the tanh form 0.5 x (1 + tanh(u)), u = sqrt(2/pi) (x + 0.044715 x^3). Since 0.5 (1 + tanh(u)) is the
+// sigmoid of 2u, it is x * sigmoid(2u): one exponential, and no cancellation where tanh is near -1.
+constexpr float GELU_SCALE = 0.79788456080286536f;   // sqrt(2/pi)
+constexpr float GELU_CUBIC = 0.044715f;
+__device__ inline float gelu_gate(float x) {
+    float u = GELU_SCALE * (x + GELU_CUBIC * x * x * x);
+    return reciprocal(1.0f + exp_e(-2.0f * u));
+}
+__device__ inline float gelu(float x) { return x * gelu_gate(x); }
+__device__ inline float gelu_derivative(float x) {
+    float s = gelu_gate(x);
+    float du = GELU_SCALE * (1.0f + 3.0f * GELU_CUBIC * x * x);
+    return s + x * s * (1.0f - s) * 2.0f * du;
+}
+
+// What is kept of an activation's input: the elements, or BITS for each. Element i has bits [k * (i % 8), k * (i % 8) + k) of the
+// k bytes that its group of 8 shares, the lowest first. A thread owns whole groups, so it writes whole bytes.
+template <int BITS>
+using ActKept = std::conditional_t<BITS == 0, floatX, uint8_t>;
+inline size_t act_kept(size_t n) { return kActBits == 0 ? n : n / 8 * kActBits; }   // ActKepts for n elements, n a multiple of 8
+
+template <int BITS>
+__device__ void act_keep(ActKept<BITS>* kept, size_t i, const Floats& x);
+template <int BITS>
+__device__ Floats act_slope(const ActKept<BITS>* kept, size_t i);
+
+template <int BITS>
+__global__ void act_forward_kernel(floatX* out, ActKept<BITS>* kept, const floatX* inp, const floatX* bias, size_t n, int OC) {
+    size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC;
+    if (i >= n) return;
+    Floats x = load(inp + i);
+    if (bias != nullptr) {
+        Floats b = load(bias + i % OC);
+#pragma unroll
+        for (int k = 0; k < VEC; k++) x[k] += b[k];
+    }
+    if (kept != nullptr) act_keep<BITS>(kept, i, x);
+#pragma unroll
+    for (int k = 0; k < VEC; k++) x[k] = gelu(x[k]);
+    store(out + i, x);
+}
+
+// out = GELU(inp + bias), in one pass; out may be inp.
+template <int BITS>
+void act_forward(floatX* out,          // (rows, OC)
+                 ActKept<BITS>* kept,  // (rows, OC) in BITS bits, or null: nothing is kept
+                 const floatX* inp,    // (rows, OC)
+                 const floatX* bias,   // (OC) or null
+                 size_t rows, int OC, cudaStream_t stream) {
+    check_vec("act_forward: OC", OC);
+    size_t n = rows * OC;
+    act_forward_kernel<BITS><<<ceil_div(n, 256 * VEC), 256, 0, stream>>>(out, kept, inp, bias, n, OC);
+    cudaCheck(cudaGetLastError());
+}
+
+// d *= h'(x), and the sums over rows of what comes out: the gradient of the bias before the activation
+template <int BITS>
+__global__ void act_backward_kernel(floatX* d, float* partial, const ActKept<BITS>* kept, int rows, int columns) {
+    __shared__ float shared[8][32 * VEC];
+    ColsumPlace at(rows);
+    Floats sum = {};
+    for (int r = at.first + at.warp; at.c < columns && r < at.end; r += 8) {
+        size_t i = (size_t)r * columns + at.c;
+        Floats dx = load(d + i), slope = act_slope<BITS>(kept, i);
+#pragma unroll
+        for (int k = 0; k < VEC; k++) {
+            dx[k] *= slope[k];
+            sum[k] += dx[k];
+        }
+        store(d + i, dx);
+    }
+    colsum_store(partial, sum, shared, at, columns);
+}
+
+template <int BITS>
+void act_backward(floatX* d,                  // (rows, OC) in: gradient of the output, out: of the input
+                  Grad dbias,                 // (OC)
+                  float* scratch,             // COLSUM_SLICES * OC floats
+                  const ActKept<BITS>* kept,  // (rows, OC) what forward kept
+                  bool accumulate, int rows, int OC, cudaStream_t stream) {
+    check_vec("act_backward: OC", OC);
+    int slices = colsum_slices(rows);
+    act_backward_kernel<BITS><<<dim3(ceil_div(OC, 32 * VEC), slices), 256, 0, stream>>>(d, scratch, kept, rows, OC);
+    cudaCheck(cudaGetLastError());
+    colsum_finish({dbias}, 1, scratch, slices, OC, accumulate, stream);
+}
+
+// The activation once more, where forward kept its input and not its output.
+template <int BITS>
+void act_recompute(floatX* out, const ActKept<BITS>* kept, int rows, int OC, cudaStream_t stream) {   // (rows, OC) both
+    if constexpr (BITS == 0) act_forward<0>(out, nullptr, kept, nullptr, rows, OC, stream);
+    else fail("codes of %d bits do not give an activation back", BITS);
+}
+
+// out = GELU(inp W^T + bias), keeping for backward what section 2 says.
+template <int BITS>
+void matmul_act_forward(floatX* out,           // (rows, OC)
+                        ActKept<BITS>* kept,   // (rows, OC)
+                        const floatX* inp,     // (rows, C)
+                        const floatX* weight,  // (OC, C)
+                        const floatX* bias,    // (OC)
+                        int rows, int C, int OC, cudaStream_t stream) {
+    if constexpr (BITS > 0) {   // the codes are made where bias and GELU are, over the matmul's output and in its place
+        matmul_forward(out, inp, weight, nullptr, rows, C, OC, stream);
+        act_forward<BITS>(out, kept, out, bias, rows, OC, stream);
+    } else if (matmul_state.gelu_fusion >= 1) {   // cuBLASLt's epilogue saves a pass over (rows, OC)
+        matmul(out, FLOATX, weight, inp, OC, rows, C, true, false, false, stream, CUBLASLT_EPILOGUE_GELU_AUX_BIAS, bias, kept);
+    } else {
+        matmul_forward(kept, inp, weight, bias, rows, C, OC, stream);
+        act_forward<BITS>(out, nullptr, kept, nullptr, rows, OC, stream);
+    }
+}
+
+// The gradient of the matmul behind a GELU, taken back through it: dbefore = (dout W) * GELU'(before), dbias (+)= colsum(dbefore)
+template <int BITS>
+void matmul_act_backward(floatX* dbefore,            // (rows, C)
+                         Grad dbias,                 // (C), of the bias before the GELU
+                         float* scratch,             // COLSUM_SLICES * C floats
+                         const floatX* dout,         // (rows, OC)
+                         const floatX* weight,       // (OC, C)
+                         const ActKept<BITS>* kept,  // (rows, C)
+                         bool accumulate, int rows, int C, int OC, cudaStream_t stream) {
+    if (BITS == 0 && matmul_state.gelu_fusion >= 2) {
+        matmul(dbefore, FLOATX, weight, dout, C, rows, OC, false, false, false, stream, CUBLASLT_EPILOGUE_DGELU, nullptr, kept);
+        bias_backward(dbias, scratch, dbefore, accumulate, rows, C, stream);
+    } else {
+        matmul_backward_input(dbefore, dout, weight, rows, C, OC, stream);
+        act_backward<BITS>(dbefore, dbias, scratch, kept, accumulate, rows, C, stream);
+    }
+}
+
+// ==== twin: loss
+// ---- loss
+//
+// Softmax and cross-entropy of a row of logits, and their gradient in place: dlogits = (softmax - onehot(target)) * dloss.
+// A block owns a row, so that few rows are under way at a time: what the first pass, for the maximum and the sum together, has
+// read is still in the L2 cache when the second pass reads it again and writes. Padded columns [V, Vp) take no part, and their
+// gradient is 0.
+__global__ void __launch_bounds__(1024)
+classifier_kernel(floatX* logits, float* losses, const int* targets, float dloss, bool train, int V, int Vp) {
+    __shared__ float shared_max[32], shared_sum[32];
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    size_t row = blockIdx.x;
+    floatX* x = logits + row * Vp;
+    int target = targets[row];
+    float target_logit = (float)x[target];   // before it is overwritten
+    float max = -INFINITY, sum = 0;
+    for (int c = threadIdx.x * VEC; c < V; c += blockDim.x * VEC) {
+        Floats f = load(x + c);
+        if (c + VEC > V) {
+#pragma unroll
+            for (int k = 0; k < VEC; k++)
+                if (c + k >= V) f[k] = -INFINITY;
+        }
+        float vec_max = max;
+#pragma unroll
+        for (int k = 0; k < VEC; k++) vec_max = fmaxf(vec_max, f[k]);
+        if (vec_max > max) {
+            sum *= exp_e(max - vec_max);
+            max = vec_max;
+        }
+        float base = max == -INFINITY ? 0.0f : max;   // of -inf alone: exp(-inf - 0) = 0, where -inf - -inf is no number
+#pragma unroll
+        for (int k = 0; k < VEC; k++) sum += exp_e(f[k] - base);
+    }
+    float row_max = warp_max(max);
+    if (lane == 0) shared_max[warp] = row_max;
+    __syncthreads();
+    row_max = warp_max(lane < warps ? shared_max[lane] : -INFINITY);
+    // A thread without columns, or with -inf alone, has max = -inf and sum = 0. Where all have, the loss is NaN, rightly.
+    sum = warp_sum(max == row_max ? sum : sum * exp_e(max - row_max));
+    if (lane == 0) shared_sum[warp] = sum;
+    __syncthreads();
+    sum = warp_sum(lane < warps ? shared_sum[lane] : 0.0f);
+    if (threadIdx.x == 0) losses[row] = logf(sum) + (row_max - target_logit);
+    if (!train) return;
+    float scale = 1.0f / sum;
+    for (int c = threadIdx.x * VEC; c < Vp; c += blockDim.x * VEC) {
+        Floats f = load(x + c);
+#pragma unroll
+        for (int k = 0; k < VEC; k++) f[k] = exp_e(f[k] - row_max) * scale;
+        if ((unsigned)(target - c) < VEC) {   // one vector of the row holds the target: a branch costs less than 8 selects
+#pragma unroll
+            for (int k = 0; k < VEC; k++) f[k] -= c + k == target ? 1.0f : 0.0f;
+        }
+#pragma unroll
+        for (int k = 0; k < VEC; k++) f[k] *= dloss;
+        if (c + VEC > V) {
+#pragma unroll
+            for (int k = 0; k < VEC; k++)
+                if (c + k >= V) f[k] = 0;
+        }
+        store(x + c, f);
+    }
+}
+
+void classifier(floatX* logits,      // (rows, Vp); out, if train: their gradient
+                float* losses,       // (rows), nats
+                const int* targets,  // (rows)
+                float dloss, bool train, int rows, int V, int Vp, cudaStream_t stream) {
+    check_vec("classifier: Vp", Vp);
+    int threads = std::clamp(ceil_div(Vp, 32 * VEC), 1, 32) * 32;
+    classifier_kernel<<<rows, threads, 0, stream>>>(logits, losses, targets, dloss, train, V, Vp);
+    cudaCheck(cudaGetLastError());
+}
+
+__global__ void loss_sum_kernel(float* sum, const float* losses, bool accumulate, int n) {
+    __shared__ float shared[8];
+    float x = 0;
+    for (int i = threadIdx.x; i < n; i += 256) x += losses[i];
+    x = block_sum_256(x, shared);
+    if (threadIdx.x == 0) *sum = accumulate ? *sum + x : x;
+}
+
+void loss_sum(float* sum,           // (1)
+              const float* losses,  // (n)
+              bool accumulate, int n, cudaStream_t stream) {
+    loss_sum_kernel<<<1, 256, 0, stream>>>(sum, losses, accumulate, n);
+    cudaCheck(cudaGetLastError());
+}
+// ==== end twin
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 3. what backward keeps
+//
+// Two tensors of a block are there for backward alone, and this section is about keeping less than them.
+//
+// (a) GELU. Its backward needs h'(x) of every element. The exact trainer keeps x, 16 bits. Approx-BP (Yang et al., ICML 2024,
+// arXiv 2406.16282) replaces h, in backward only, by a sum of ramps that is close to it,
+//     h~(x) = sum_i a_i max(x - c_i, 0),   sum a_i = 1,   sum a_i c_i = 0   (so that h~ tends to 0 and to x, as h does),
+// with a and c minimising the integral of (h - h~)^2. Its derivative is a step function: with 3 ramps it has 4 values, and an
+// element keeps 2 bits, the number of thresholds c_i below x. Forward stays exact. h~' is not close to h' point by point (relative
+// squared error 0.127 under N(0,1), where ReLU's mask has 0.102); it is h~ that is close to h, and training does not seem to
+// mind: see the README's table of losses.
+//
+// (b) the norm. With z = (x - mean) * rstd, backward needs z and rstd. The matmul behind the norm needs its own input, gamma * z
+// + beta. Multiply gamma and beta into the matmul's weight and bias while they are used, and its input is z itself: one tensor
+// serves both, and x, the residual stream, need not be kept (section 3, "norm, shared with its matmul").
+//
+// Forward saves through act_keep and backward reads through act_slope and norm_z: a mode that keeps something else changes
+// these.
+
+// h~' for k bits: its 2^k - 1 thresholds and 2^k slopes.
+template <int BITS>
+struct StepFunction {
+    float threshold[(1 << BITS) - 1], slope[1 << BITS];
+};
+// 2 bits: the published constants. The others: dev/bench/fit_codes.py --function gelu-tanh --bits 1 3 4
+template <int BITS>
+__host__ __device__ constexpr StepFunction<BITS> gelu_steps();
+template <>
+__host__ __device__ constexpr StepFunction<1> gelu_steps<1>() {   // one ramp that tends to 0 and to x can only be ReLU
+    return {{0.0f}, {0.0f, 1.0f}};
+}
+template <>
+__host__ __device__ constexpr StepFunction<2> gelu_steps<2>() {
+    return {{-3.1858810036855245f, -0.001178821281161997f, 3.190832613414926f},
+            {0.0f, -0.04922261145617846f, 1.0487405950855512f, 1.0f}};
+}
+template <>
+__host__ __device__ constexpr StepFunction<3> gelu_steps<3>() {
+    return {{-2.9972859385280213f, -2.1488463684062844f, -0.7608586392290613f, -0.2515809720689709f, 0.20736940553018035f,
+             0.7067004792221089f, 2.5120639678674554f}, {0.0f, -0.03436933715760716f, -0.1104116083111237f,
+             0.13309324477783385f, 0.4825500349993143f, 0.836471697046971f, 1.1009140236400419f, 1.0f}};
+}
+template <>
+__host__ __device__ constexpr StepFunction<4> gelu_steps<4>() {
+    return {{-3.2125623784944564f, -2.470226078578352f, -1.9301573926352051f, -0.9990627037669311f, -0.6983753968787401f,
+             -0.4478969481798776f, -0.21942982452889515f, 0.0f, 0.21942982452889515f, 0.4478969481798776f,
+             0.6983753968787401f, 0.9990627037669311f, 1.9301573926352051f, 2.470226078578352f, 3.2125623784944564f}, {0.0f,
+             -0.01871599826999576f, -0.065327636824561f, -0.12052456782615412f, -0.036094219827852825f, 0.09054754833464024f,
+             0.2440949329673331f, 0.41302162626973654f, 0.5869783737302634f, 0.755905067032667f, 0.9094524516653597f,
+             1.0360942198278529f, 1.1205245678261542f, 1.065327636824561f, 1.0187159982699958f, 1.0f}};
+}
+
+template <int BITS>
+__device__ inline void act_keep(ActKept<BITS>* kept, size_t i, const Floats& x) {
+    if constexpr (BITS > 0) {   // exact: the matmul has put x there
+        constexpr StepFunction<BITS> h = gelu_steps<BITS>();
+        uint32_t codes = 0;
+#pragma unroll
+        for (int e = 0; e < VEC; e++) {
+            uint32_t code = 0;
+#pragma unroll
+            for (int j = 0; j < (1 << BITS) - 1; j++) code += !(x[e] <= h.threshold[j]);   // a NaN is above them all: its slope is 1
+            codes |= code << (BITS * e);
+        }
+        uint8_t* p = kept + i / 8 * BITS;
+        if constexpr (BITS == 1) *p = (uint8_t)codes;
+        if constexpr (BITS == 2) *(uint16_t*)p = (uint16_t)codes;
+        if constexpr (BITS == 3) p[0] = (uint8_t)codes, p[1] = (uint8_t)(codes >> 8), p[2] = (uint8_t)(codes >> 16);
+        if constexpr (BITS == 4) *(uint32_t*)p = codes;
+    }
+}
+// h'(x), or h~'(x), for elements [i, i + 8) of the activation's input, from what forward kept of them.
+template <int BITS>
+__device__ inline Floats act_slope(const ActKept<BITS>* kept, size_t i) {
+    Floats slope;
+    if constexpr (BITS == 0) {
+        slope = load(kept + i);
+#pragma unroll
+        for (int e = 0; e < VEC; e++) slope[e] = gelu_derivative(slope[e]);
+    } else {
+        constexpr StepFunction<BITS> h = gelu_steps<BITS>();
+        const uint8_t* p = kept + i / 8 * BITS;
+        uint32_t codes;
+        if constexpr (BITS == 1) codes = *p;
+        if constexpr (BITS == 2) codes = *(const uint16_t*)p;
+        if constexpr (BITS == 3) codes = p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16;
+        if constexpr (BITS == 4) codes = *(const uint32_t*)p;
+#pragma unroll
+        for (int e = 0; e < VEC; e++) {
+            uint32_t code = codes >> (BITS * e) & ((1u << BITS) - 1);
+            slope[e] = h.slope[0];
+#pragma unroll
+            for (uint32_t j = 1; j < 1u << BITS; j++)   // selects: an array indexed by a variable would lie in local memory
+                if (code >= j) slope[e] = h.slope[j];
+        }
+    }
+    return slope;
+}
+
+// ==== twin: norm shared with its matmul
+// ---- norm, shared with its matmul
+//
+// The matmul behind a norm computes y = (gamma * z + beta) W^T + b. With W' = W * gamma (by columns) and b' = b + W beta that is
+// y = z W'^T + b', and z is all that norm and matmul keep. gamma and beta stay parameters:
+//     forward            W', b' into scratch (fold), then the matmul
+//     backward           dz = (dy W) * gamma; the usual weight gradient, of z instead of the norm's output, gathers G = dy^T z in dW
+//     once a step        dgamma = colsum(G * W), dbeta = W^T db, dW = G * gamma + db beta^T   (unfold)
+// This is the exact gradient. W, gamma and beta do not change within a step, so unfolding the sum over micro-batches is right,
+// and unfolding each would count db beta^T more than once. The published method (arXiv 2406.16282) merges gamma and beta into
+// the weights for good; prepro/merge_norm.py does that to a checkpoint.
+
+__global__ void norm_fold_kernel(floatX* folded, floatX* folded_bias, const floatX* weight, const floatX* bias, const floatX* gamma,
+                                 const floatX* beta, int OC, int C) {
+    int lane = threadIdx.x % 32;
+    int row = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
+    if (row >= OC) return;
+    size_t base = (size_t)row * C;
+    float sum = 0;
+    for (int c = lane * VEC; c < C; c += 32 * VEC) {
+        Floats w = load(weight + base + c), gamma_c = load(gamma + c), beta_c = load(beta + c);
+#pragma unroll
+        for (int k = 0; k < VEC; k++) {
+            sum += w[k] * beta_c[k];
+            w[k] *= gamma_c[k];
+        }
+        store(folded + base + c, w);
+    }
+    sum = warp_sum(sum);
+    if (lane == 0) folded_bias[row] = (floatX)((float)bias[row] + sum);
+}
+
+void norm_fold(floatX* folded,       // (OC, C) W'
+               floatX* folded_bias,  // (OC) b'
+               const floatX* weight, // (OC, C)
+               const floatX* bias,   // (OC)
+               const floatX* gamma,  // (C)
+               const floatX* beta,   // (C)
+               int OC, int C, cudaStream_t stream) {
+    check_vec("norm_fold: C", C);
+    norm_fold_kernel<<<ceil_div(OC, 8), 256, 0, stream>>>(folded, folded_bias, weight, bias, gamma, beta, OC, C);
+    cudaCheck(cudaGetLastError());
+}
+
+__global__ void norm_unfold_kernel(Grad dweight, float* partial_gamma, float* partial_beta, Grad dbias, const floatX* weight,
+                                   const floatX* gamma, const floatX* beta, int OC, int C) {
+    __shared__ float shared[8][32 * VEC];
+    ColsumPlace at(OC);
+    Floats sum_gamma = {}, sum_beta = {};
+    if (at.c < C) {
+        Floats gamma_c = load(gamma + at.c), beta_c = load(beta + at.c);
+        for (int o = at.first + at.warp; o < at.end; o += 8) {
+            size_t i = (size_t)o * C + at.c;
+            Floats w = load(weight + i), G = grad_load_vec(dweight, i);
+            float db = grad_load(dbias, o);
+#pragma unroll
+            for (int k = 0; k < VEC; k++) {
+                sum_gamma[k] += G[k] * w[k];
+                sum_beta[k] += w[k] * db;
+                G[k] = G[k] * gamma_c[k] + db * beta_c[k];
+            }
+            grad_store_vec(dweight, i, G);
+        }
+    }
+    colsum_store(partial_gamma, sum_gamma, shared, at, C);
+    colsum_store(partial_beta, sum_beta, shared, at, C);
+}
+
+void norm_unfold(Grad dweight,         // (OC, C) in: G, out: dW
+                 Grad dgamma,          // (C)
+                 Grad dbeta,           // (C)
+                 float* scratch,       // 2 * COLSUM_SLICES * C floats
+                 Grad dbias,           // (OC)
+                 const floatX* weight, // (OC, C)
+                 const floatX* gamma,  // (C)
+                 const floatX* beta,   // (C)
+                 int OC, int C, cudaStream_t stream) {
+    check_vec("norm_unfold: C", C);
+    int slices = colsum_slices(OC);
+    norm_unfold_kernel<<<dim3(ceil_div(C, 32 * VEC), slices), 256, 0, stream>>>(dweight, scratch, scratch + (size_t)slices * C,
+                                                                                dbias, weight, gamma, beta, OC, C);
+    cudaCheck(cudaGetLastError());
+    colsum_finish({dgamma, dbeta}, 2, scratch, slices, C, false, stream);
+}
+// ==== end twin
+
+// ==== twin: attention on tensor cores
+// ---------------------------------------------------------------------------------------------------------------------
+// 4. attention on tensor cores
 //
 // A warp multiplies matrices by mma.sync.m16n8k16: a (16 x 16) times b (16 x 8), bf16, added to c (16 x 8) in fp32. The matrices
 // lie spread over the registers of its 32 lanes, two bf16 or one float to a register. PTX calls a lane's share of a matrix a
@@ -1582,234 +2018,6 @@ void attention_backward_tc(void* dqkv, Grad dbias, float* delta, float* scratch,
     colsum_finish({dbias}, 1, scratch, B * row_blocks, (shape.NH + 2 * shape.NKV) * shape.HS, accumulate, stream);
 }
 
-// ---- attention, in plain arithmetic
-//
-// A thread keeps 32 channels of its row in registers, so G = 1, 2 or 4 neighbouring threads share a row of a head of up to 32, 64
-// or 128 channels; a tile of the other side lies in shared memory, from where all rows of the block read the same line at once
-// (a broadcast).
-
-// At most 256 threads a block, and one block is enough for us (the 1 of the launch bounds): a row's state takes up to 240
-// registers, and a compiler that aims at more blocks spills some of them.
-constexpr int ATT_ROWS = 64;       // rows a block
-constexpr int ATT_TILE = 16;       // rows of the other side in shared memory at a time
-constexpr int ATT_CHANNELS = 32;   // channels a thread
-constexpr int ATT_PITCH = ATT_CHANNELS + 4;   // floats between the shares of two threads: 32 would be the same bank
-
-template <int G>
-using AttTile = float[ATT_TILE][G][ATT_PITCH];
-
-// Sum over the G threads of a row. Every lane of the warp takes part.
-template <int G>
-__device__ inline float att_row_sum(float x) {
-#pragma unroll
-    for (int o = 1; o < G; o <<= 1) x += __shfl_xor_sync(ALL_LANES, x, o);
-    return x;
-}
-__device__ inline float att_dot(const float* a, const float* b) {   // over ATT_CHANNELS, in 8 sums that do not wait for each other
-    float sum[8] = {};
-#pragma unroll
-    for (int c = 0; c < ATT_CHANNELS; c += 8)
-#pragma unroll
-        for (int i = 0; i < 8; i++) sum[i] += a[c + i] * b[c + i];
-    return ((sum[0] + sum[4]) + (sum[1] + sum[5])) + ((sum[2] + sum[6]) + (sum[3] + sum[7]));
-}
-__device__ inline void att_add(float* a, float factor, const float* b) {   // a += factor * b
-#pragma unroll
-    for (int c = 0; c < ATT_CHANNELS; c++) a[c] += factor * b[c];
-}
-// This thread's 32 channels of one row; zeros past the head's size and for a row that is not there.
-__device__ inline void att_load_row(float* out, const floatX* row, int share, int HS, bool there) {
-#pragma unroll
-    for (int c = 0; c < ATT_CHANNELS; c += VEC) {
-        Floats f = {};
-        if (there && share * ATT_CHANNELS + c < HS) f = load(row + share * ATT_CHANNELS + c);
-#pragma unroll
-        for (int i = 0; i < VEC; i++) out[c + i] = f[i];
-    }
-}
-__device__ inline void att_store_row(floatX* row, const float* x, int share, int HS, float factor) {
-#pragma unroll
-    for (int c = 0; c < ATT_CHANNELS; c += VEC) {
-        if (share * ATT_CHANNELS + c >= HS) continue;
-        Floats f;
-#pragma unroll
-        for (int i = 0; i < VEC; i++) f[i] = x[c + i] * factor;
-        store(row + share * ATT_CHANNELS + c, f);
-    }
-}
-// Rows [t0, t0 + ATT_TILE) of one head into shared memory, zeros where there is nothing. The whole block takes part.
-template <int G>
-__device__ inline void att_load_tile(AttTile<G>& tile, const floatX* head, size_t stride, int t0, int T, int HS) {
-    for (int i = threadIdx.x * VEC; i < ATT_TILE * G * ATT_CHANNELS; i += blockDim.x * VEC) {
-        int r = i / (G * ATT_CHANNELS), c = i % (G * ATT_CHANNELS);
-        Floats f = {};
-        if (t0 + r < T && c < HS) f = load(head + (size_t)(t0 + r) * stride + c);
-#pragma unroll
-        for (int k = 0; k < VEC; k++) tile[r][c / ATT_CHANNELS][c % ATT_CHANNELS + k] = f[k];
-    }
-}
-// Where a thread of the three kernels below stands: its block, its row, its share of the row.
-template <int G>
-struct AttThread : AttBlock {
-    int row, share, warp_first, warp_last;
-    __device__ AttThread(const AttShape& shape, int heads, bool last_first)
-        : AttBlock(att_block(shape, heads, ATT_ROWS, last_first)) {
-        row = first + threadIdx.x / G;
-        share = threadIdx.x % G;
-        // A tile that is masked for every row of interest is skipped. With G > 1 the warp must decide as one, for its shuffles.
-        warp_first = G == 1 ? row : first + (int)(threadIdx.x & ~31u) / G;
-        warp_last = G == 1 ? row : first + (int)(threadIdx.x | 31u) / G;
-    }
-};
-
-template <int G>
-__global__ void __launch_bounds__(ATT_ROWS * G, 1)
-attention_forward_kernel(floatX* out, float* lse, const floatX* qkv, AttShape shape) {
-    __shared__ AttTile<G> k_tile, v_tile;
-    const int T = shape.T, NH = shape.NH, HS = shape.HS;
-    const AttThread<G> at(shape, NH, true);
-    size_t stride = shape.stride();
-    const floatX* row0 = qkv + at.b * T * stride;
-    float q[ATT_CHANNELS], o[ATT_CHANNELS] = {};
-    att_load_row(q, row0 + at.row * stride + at.h * HS, at.share, HS, at.row < T);
-    float max = -INFINITY, sum = 0;
-    int end = min(at.first + ATT_ROWS, T);
-    for (int t0 = 0; t0 < end; t0 += ATT_TILE) {
-        __syncthreads();   // the tile before has been used
-        att_load_tile<G>(k_tile, row0 + shape.k_head(at.h) * HS, stride, t0, T, HS);
-        att_load_tile<G>(v_tile, row0 + shape.v_head(at.h) * HS, stride, t0, T, HS);
-        __syncthreads();
-        if (t0 > at.warp_last) continue;
-        float s[ATT_TILE], tile_max = max;
-#pragma unroll
-        for (int j = 0; j < ATT_TILE; j++) {
-            s[j] = att_row_sum<G>(att_dot(q, k_tile[j][at.share])) * shape.scale;
-            if (t0 + j > at.row) s[j] = -INFINITY;
-            tile_max = fmaxf(tile_max, s[j]);
-        }
-        float shrink = expf(max - tile_max);   // what was summed so far was relative to the old maximum
-        max = tile_max;
-        sum *= shrink;
-#pragma unroll
-        for (int c = 0; c < ATT_CHANNELS; c++) o[c] *= shrink;
-#pragma unroll
-        for (int j = 0; j < ATT_TILE; j++) {
-            float p = expf(s[j] - max);
-            sum += p;
-            att_add(o, p, v_tile[j][at.share]);
-        }
-    }
-    if (at.row >= T) return;
-    att_store_row(out + (((size_t)at.b * T + at.row) * NH + at.h) * HS, o, at.share, HS, 1.0f / sum);
-    if (at.share == 0) lse[((size_t)at.b * NH + at.h) * T + at.row] = max + logf(sum);
-}
-
-// Backward by rows of queries, by the same formulas as on tensor cores.
-template <int G>
-__global__ void __launch_bounds__(ATT_ROWS * G, 1)
-attention_backward_dq_kernel(floatX* dqkv, float* delta, const floatX* dout, const floatX* qkv, const floatX* out,
-                             const float* lse, AttShape shape) {
-    __shared__ AttTile<G> k_tile, v_tile;
-    const int T = shape.T, NH = shape.NH, HS = shape.HS;
-    const AttThread<G> at(shape, NH, true);
-    size_t stride = shape.stride();
-    const floatX* row0 = qkv + at.b * T * stride;
-    bool there = at.row < T;
-    size_t out_row = (((size_t)at.b * T + at.row) * NH + at.h) * HS;
-    size_t stat = ((size_t)at.b * NH + at.h) * T + at.row;
-    float q[ATT_CHANNELS], dout_row[ATT_CHANNELS], dq[ATT_CHANNELS];
-    att_load_row(q, out + out_row, at.share, HS, there);   // q's registers hold out for a moment
-    att_load_row(dout_row, dout + out_row, at.share, HS, there);
-    float row_delta = att_row_sum<G>(att_dot(q, dout_row));
-    if (there && at.share == 0) delta[stat] = row_delta;
-    att_load_row(q, row0 + at.row * stride + at.h * HS, at.share, HS, there);
-    float row_lse = there ? lse[stat] : 0;
-#pragma unroll
-    for (int c = 0; c < ATT_CHANNELS; c++) dq[c] = 0;
-    int end = min(at.first + ATT_ROWS, T);
-    for (int t0 = 0; t0 < end; t0 += ATT_TILE) {
-        __syncthreads();
-        att_load_tile<G>(k_tile, row0 + shape.k_head(at.h) * HS, stride, t0, T, HS);
-        att_load_tile<G>(v_tile, row0 + shape.v_head(at.h) * HS, stride, t0, T, HS);
-        __syncthreads();
-        if (t0 > at.warp_last) continue;
-#pragma unroll 2
-        for (int j = 0; j < ATT_TILE; j++) {
-            float s = att_row_sum<G>(att_dot(q, k_tile[j][at.share])) * shape.scale;
-            float dp = att_row_sum<G>(att_dot(dout_row, v_tile[j][at.share]));
-            float p = t0 + j > at.row ? 0.0f : expf(s - row_lse);
-            att_add(dq, p * (dp - row_delta), k_tile[j][at.share]);
-        }
-    }
-    if (there) att_store_row(dqkv + ((size_t)at.b * T + at.row) * stride + at.h * HS, dq, at.share, HS, shape.scale);
-}
-
-// Backward by rows of keys: the tiles are the queries that see them.
-template <int G>
-__global__ void __launch_bounds__(ATT_ROWS * G, 1)
-attention_backward_dkv_kernel(floatX* dqkv, const floatX* dout, const floatX* qkv, const float* lse, const float* delta,
-                              AttShape shape) {
-    __shared__ AttTile<G> q_tile, dout_tile;
-    __shared__ float lse_tile[ATT_TILE], delta_tile[ATT_TILE];
-    const int T = shape.T, NH = shape.NH, HS = shape.HS;
-    const AttThread<G> at(shape, shape.NKV, false);   // h is a key-value head
-    size_t stride = shape.stride();
-    const floatX* row0 = qkv + at.b * T * stride;
-    size_t k_offset = (size_t)(NH + at.h) * HS, v_offset = k_offset + (size_t)shape.NKV * HS;
-    bool there = at.row < T;
-    float k[ATT_CHANNELS], v[ATT_CHANNELS], dk[ATT_CHANNELS] = {}, dv[ATT_CHANNELS] = {};
-    att_load_row(k, row0 + at.row * stride + k_offset, at.share, HS, there);
-    att_load_row(v, row0 + at.row * stride + v_offset, at.share, HS, there);
-    for (int h = at.h * shape.group(); h < (at.h + 1) * shape.group(); h++) {   // the query heads that share it, in order
-        const floatX* dout_head = dout + ((size_t)at.b * T * NH + h) * HS;
-        size_t stat = ((size_t)at.b * NH + h) * T;
-        for (int t0 = at.first; t0 < T; t0 += ATT_TILE) {   // queries before the block's first key see none of its keys
-            __syncthreads();
-            att_load_tile<G>(q_tile, row0 + (size_t)h * HS, stride, t0, T, HS);
-            att_load_tile<G>(dout_tile, dout_head, (size_t)NH * HS, t0, T, HS);
-            if (threadIdx.x < ATT_TILE) {
-                bool query = t0 + (int)threadIdx.x < T;
-                lse_tile[threadIdx.x] = query ? lse[stat + t0 + threadIdx.x] : 0;
-                delta_tile[threadIdx.x] = query ? delta[stat + t0 + threadIdx.x] : 0;
-            }
-            __syncthreads();
-            if (t0 + ATT_TILE <= at.warp_first) continue;
-#pragma unroll 2
-            for (int i = 0; i < ATT_TILE; i++) {
-                float s = att_row_sum<G>(att_dot(q_tile[i][at.share], k)) * shape.scale;
-                float dp = att_row_sum<G>(att_dot(dout_tile[i][at.share], v));
-                bool sees = t0 + i >= at.row && t0 + i < T;
-                float p = sees ? expf(s - lse_tile[i]) : 0.0f;
-                att_add(dv, p, dout_tile[i][at.share]);
-                att_add(dk, p * (dp - delta_tile[i]), q_tile[i][at.share]);
-            }
-        }
-    }
-    if (!there) return;
-    floatX* row = dqkv + ((size_t)at.b * T + at.row) * stride;
-    att_store_row(row + k_offset, dk, at.share, HS, shape.scale);
-    att_store_row(row + v_offset, dv, at.share, HS, 1.0f);
-}
-
-template <int G>
-void attention_forward_launch(floatX* out, float* lse, const floatX* qkv, int B, AttShape shape, cudaStream_t stream) {
-    int heads = B * shape.NH, blocks = heads * ceil_div(shape.T, ATT_ROWS);
-    attention_forward_kernel<G><<<blocks, ATT_ROWS * G, 0, stream>>>(out, lse, qkv, att_in_groups(shape, heads));
-    cudaCheck(cudaGetLastError());
-}
-template <int G>
-void attention_backward_launch(floatX* dqkv, Grad dbias, float* delta, float* scratch, const floatX* dout, const floatX* qkv,
-                               const floatX* out, const float* lse, bool accumulate, int B, AttShape shape, cudaStream_t stream) {
-    int row_blocks = ceil_div(shape.T, ATT_ROWS), heads = B * shape.NH, kv_heads = B * shape.NKV;
-    attention_backward_dq_kernel<G>
-        <<<heads * row_blocks, ATT_ROWS * G, 0, stream>>>(dqkv, delta, dout, qkv, out, lse, att_in_groups(shape, heads));
-    cudaCheck(cudaGetLastError());
-    attention_backward_dkv_kernel<G>
-        <<<kv_heads * row_blocks, ATT_ROWS * G, 0, stream>>>(dqkv, dout, qkv, lse, delta, att_in_groups(shape, kv_heads));
-    cudaCheck(cudaGetLastError());
-    bias_backward(dbias, scratch, dqkv, accumulate, B * shape.T, (shape.NH + 2 * shape.NKV) * shape.HS, stream);
-}
-
 AttShape att_shape(int T, int NH, int NKV, int HS) {
     if (NKV < 1 || NH % NKV != 0) fail("attention: %d query heads, %d key-value heads: expected a multiple", NH, NKV);
     if (HS < VEC || HS > 4 * ATT_CHANNELS || HS % VEC != 0)
@@ -1864,207 +2072,9 @@ void attention_backward(floatX* dqkv,        // (B, T, (NH + 2 NKV)*HS)
 }
 // ==== end twin
 
-// ---- activation
-
-template <int BITS>
-__global__ void act_forward_kernel(floatX* out, ActKept<BITS>* kept, const floatX* inp, const floatX* bias, size_t n, int OC) {
-    size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC;
-    if (i >= n) return;
-    Floats x = load(inp + i);
-    if (bias != nullptr) {
-        Floats b = load(bias + i % OC);
-#pragma unroll
-        for (int k = 0; k < VEC; k++) x[k] += b[k];
-    }
-    if (kept != nullptr) save_act<BITS>(kept, i, x);
-#pragma unroll
-    for (int k = 0; k < VEC; k++) x[k] = gelu(x[k]);
-    store(out + i, x);
-}
-
-// out = GELU(inp + bias), in one pass; out may be inp.
-template <int BITS>
-void act_forward(floatX* out,          // (rows, OC)
-                 ActKept<BITS>* kept,  // (rows, OC) in BITS bits, or null: nothing is kept
-                 const floatX* inp,    // (rows, OC)
-                 const floatX* bias,   // (OC) or null
-                 size_t rows, int OC, cudaStream_t stream) {
-    check_vec("act_forward: OC", OC);
-    size_t n = rows * OC;
-    act_forward_kernel<BITS><<<ceil_div(n, 256 * VEC), 256, 0, stream>>>(out, kept, inp, bias, n, OC);
-    cudaCheck(cudaGetLastError());
-}
-
-// d *= h'(x), and the sums over rows of what comes out: the gradient of the bias before the activation
-template <int BITS>
-__global__ void act_backward_kernel(floatX* d, float* partial, const ActKept<BITS>* kept, int rows, int columns) {
-    __shared__ float shared[8][32 * VEC];
-    ColsumPlace at(rows);
-    Floats sum = {};
-    for (int r = at.first + at.warp; at.c < columns && r < at.end; r += 8) {
-        size_t i = (size_t)r * columns + at.c;
-        Floats dx = load(d + i), slope = load_act<BITS>(kept, i);
-#pragma unroll
-        for (int k = 0; k < VEC; k++) {
-            dx[k] *= slope[k];
-            sum[k] += dx[k];
-        }
-        store(d + i, dx);
-    }
-    colsum_store(partial, sum, shared, at, columns);
-}
-
-template <int BITS>
-void act_backward(floatX* d,                  // (rows, OC) in: gradient of the output, out: of the input
-                  Grad dbias,                 // (OC)
-                  float* scratch,             // COLSUM_SLICES * OC floats
-                  const ActKept<BITS>* kept,  // (rows, OC) what forward kept
-                  bool accumulate, int rows, int OC, cudaStream_t stream) {
-    check_vec("act_backward: OC", OC);
-    int slices = colsum_slices(rows);
-    act_backward_kernel<BITS><<<dim3(ceil_div(OC, 32 * VEC), slices), 256, 0, stream>>>(d, scratch, kept, rows, OC);
-    cudaCheck(cudaGetLastError());
-    colsum_finish({dbias}, 1, scratch, slices, OC, accumulate, stream);
-}
-
-// The activation once more, where forward kept its input and not its output.
-template <int BITS>
-void act_recompute(floatX* out, const ActKept<BITS>* kept, int rows, int OC, cudaStream_t stream) {   // (rows, OC) both
-    if constexpr (BITS == 0) act_forward<0>(out, nullptr, kept, nullptr, rows, OC, stream);
-    else fail("codes of %d bits do not give an activation back", BITS);
-}
-
-// out = GELU(inp W^T + bias), keeping for backward what section 2 says.
-template <int BITS>
-void matmul_act_forward(floatX* out,           // (rows, OC)
-                        ActKept<BITS>* kept,   // (rows, OC)
-                        const floatX* inp,     // (rows, C)
-                        const floatX* weight,  // (OC, C)
-                        const floatX* bias,    // (OC)
-                        int rows, int C, int OC, cudaStream_t stream) {
-    if constexpr (BITS > 0) {   // the codes are made where bias and GELU are, over the matmul's output and in its place
-        matmul_forward(out, inp, weight, nullptr, rows, C, OC, stream);
-        act_forward<BITS>(out, kept, out, bias, rows, OC, stream);
-    } else if (matmul_state.gelu_fusion >= 1) {   // cuBLASLt's epilogue saves a pass over (rows, OC)
-        matmul(out, FLOATX, weight, inp, OC, rows, C, true, false, false, stream, CUBLASLT_EPILOGUE_GELU_AUX_BIAS, bias, kept);
-    } else {
-        matmul_forward(kept, inp, weight, bias, rows, C, OC, stream);
-        act_forward<BITS>(out, nullptr, kept, nullptr, rows, OC, stream);
-    }
-}
-
-// The gradient of the matmul behind a GELU, taken back through it: dbefore = (dout W) * GELU'(before), dbias (+)= colsum(dbefore)
-template <int BITS>
-void matmul_act_backward(floatX* dbefore,            // (rows, C)
-                         Grad dbias,                 // (C), of the bias before the GELU
-                         float* scratch,             // COLSUM_SLICES * C floats
-                         const floatX* dout,         // (rows, OC)
-                         const floatX* weight,       // (OC, C)
-                         const ActKept<BITS>* kept,  // (rows, C)
-                         bool accumulate, int rows, int C, int OC, cudaStream_t stream) {
-    if (BITS == 0 && matmul_state.gelu_fusion >= 2) {
-        matmul(dbefore, FLOATX, weight, dout, C, rows, OC, false, false, false, stream, CUBLASLT_EPILOGUE_DGELU, nullptr, kept);
-        bias_backward(dbias, scratch, dbefore, accumulate, rows, C, stream);
-    } else {
-        matmul_backward_input(dbefore, dout, weight, rows, C, OC, stream);
-        act_backward<BITS>(dbefore, dbias, scratch, kept, accumulate, rows, C, stream);
-    }
-}
-
-// ==== twin: loss
-// ---- loss
-//
-// Softmax and cross-entropy of a row of logits, and their gradient in place: dlogits = (softmax - onehot(target)) * dloss.
-// A block owns a row, so that few rows are under way at a time: what the first pass, for the maximum and the sum together, has
-// read is still in the L2 cache when the second pass reads it again and writes. Padded columns [V, Vp) take no part, and their
-// gradient is 0.
-__global__ void __launch_bounds__(1024)
-classifier_kernel(floatX* logits, float* losses, const int* targets, float dloss, bool train, int V, int Vp) {
-    __shared__ float shared_max[32], shared_sum[32];
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-    size_t row = blockIdx.x;
-    floatX* x = logits + row * Vp;
-    int target = targets[row];
-    float target_logit = (float)x[target];   // before it is overwritten
-    float max = -INFINITY, sum = 0;
-    for (int c = threadIdx.x * VEC; c < V; c += blockDim.x * VEC) {
-        Floats f = load(x + c);
-        if (c + VEC > V) {
-#pragma unroll
-            for (int k = 0; k < VEC; k++)
-                if (c + k >= V) f[k] = -INFINITY;
-        }
-        float vec_max = max;
-#pragma unroll
-        for (int k = 0; k < VEC; k++) vec_max = fmaxf(vec_max, f[k]);
-        if (vec_max > max) {
-            sum *= exp_e(max - vec_max);
-            max = vec_max;
-        }
-        float base = max == -INFINITY ? 0.0f : max;   // of -inf alone: exp(-inf - 0) = 0, where -inf - -inf is no number
-#pragma unroll
-        for (int k = 0; k < VEC; k++) sum += exp_e(f[k] - base);
-    }
-    float row_max = warp_max(max);
-    if (lane == 0) shared_max[warp] = row_max;
-    __syncthreads();
-    row_max = warp_max(lane < warps ? shared_max[lane] : -INFINITY);
-    // A thread without columns, or with -inf alone, has max = -inf and sum = 0. Where all have, the loss is NaN, rightly.
-    sum = warp_sum(max == row_max ? sum : sum * exp_e(max - row_max));
-    if (lane == 0) shared_sum[warp] = sum;
-    __syncthreads();
-    sum = warp_sum(lane < warps ? shared_sum[lane] : 0.0f);
-    if (threadIdx.x == 0) losses[row] = logf(sum) + (row_max - target_logit);
-    if (!train) return;
-    float scale = 1.0f / sum;
-    for (int c = threadIdx.x * VEC; c < Vp; c += blockDim.x * VEC) {
-        Floats f = load(x + c);
-#pragma unroll
-        for (int k = 0; k < VEC; k++) f[k] = exp_e(f[k] - row_max) * scale;
-        if ((unsigned)(target - c) < VEC) {   // one vector of the row holds the target: a branch costs less than 8 selects
-#pragma unroll
-            for (int k = 0; k < VEC; k++) f[k] -= c + k == target ? 1.0f : 0.0f;
-        }
-#pragma unroll
-        for (int k = 0; k < VEC; k++) f[k] *= dloss;
-        if (c + VEC > V) {
-#pragma unroll
-            for (int k = 0; k < VEC; k++)
-                if (c + k >= V) f[k] = 0;
-        }
-        store(x + c, f);
-    }
-}
-
-void classifier(floatX* logits,      // (rows, Vp); out, if train: their gradient
-                float* losses,       // (rows), nats
-                const int* targets,  // (rows)
-                float dloss, bool train, int rows, int V, int Vp, cudaStream_t stream) {
-    check_vec("classifier: Vp", Vp);
-    int threads = std::clamp(ceil_div(Vp, 32 * VEC), 1, 32) * 32;
-    classifier_kernel<<<rows, threads, 0, stream>>>(logits, losses, targets, dloss, train, V, Vp);
-    cudaCheck(cudaGetLastError());
-}
-
-__global__ void loss_sum_kernel(float* sum, const float* losses, bool accumulate, int n) {
-    __shared__ float shared[8];
-    float x = 0;
-    for (int i = threadIdx.x; i < n; i += 256) x += losses[i];
-    x = block_sum_256(x, shared);
-    if (threadIdx.x == 0) *sum = accumulate ? *sum + x : x;
-}
-
-void loss_sum(float* sum,           // (1)
-              const float* losses,  // (n)
-              bool accumulate, int n, cudaStream_t stream) {
-    loss_sum_kernel<<<1, 256, 0, stream>>>(sum, losses, accumulate, n);
-    cudaCheck(cudaGetLastError());
-}
-// ==== end twin
-
 // ==== twin: optimizer
 // ---------------------------------------------------------------------------------------------------------------------
-// 4. optimizer
+// 5. optimizer
 //
 // Three kernels a step, each over all tensors at once: squares of the gradients, the verdict, AdamW. Nothing in between goes
 // to the host: the verdict (by what factor to clip, whether to skip the step) stays on the device, and AdamW reads it there.
@@ -2232,7 +2242,7 @@ __global__ void init_constant_kernel(floatX* param, size_t n, float value) {
 
 // ==== twin: many GPUs
 // ---------------------------------------------------------------------------------------------------------------------
-// 5. many GPUs
+// 6. many GPUs
 //
 // One process a GPU, launched by mpirun; every rank holds the whole model and its own part of the batch. After backward the
 // gradients are summed over the ranks. With --zero 1 (Rajbhandari et al., arXiv 1910.02054, stage 1) a rank receives only
@@ -2398,7 +2408,7 @@ void world_group(bool begin) {   // NCCL runs what stands between as one launch
 
 // ==== twin: tensor table
 // ---------------------------------------------------------------------------------------------------------------------
-// 6. the model
+// 7. the model
 // ---- the tensor table
 //
 // Every tensor on the device is a row of one table. The ledger prints the table, --estimate adds it up, and allocation walks
@@ -2542,7 +2552,7 @@ void table_print_json(const Table& table) {
 
 // ---- configuration and parameters
 
-struct GPT2Config {
+struct Config {
     int maxT;   // longest sequence: rows of wpe
     int V;      // vocabulary
     int Vp;     // padded to a multiple of 128, so that every matmul on it is aligned
@@ -2560,7 +2570,7 @@ struct ParamShape {
     size_t per_layer() const { return rows * (cols ? cols : 1); }
     size_t elements() const { return layers * per_layer(); }
 };
-ParamShape param_shape(const GPT2Config& c, int p) {
+ParamShape param_shape(const Config& c, int p) {
     size_t L = c.L, C = c.C;
     const ParamShape shapes[NUM_PARAMS] = {
         {"wte", 1, (size_t)c.Vp, C}, {"wpe", 1, (size_t)c.maxT, C},
@@ -2574,7 +2584,7 @@ ParamShape param_shape(const GPT2Config& c, int p) {
     };
     return shapes[p];
 }
-size_t param_count(const GPT2Config& c) {
+size_t param_count(const Config& c) {
     size_t n = 0;
     for (int p = 0; p < NUM_PARAMS; p++) n += param_shape(c, p).elements();
     return n;
@@ -2592,7 +2602,7 @@ struct Plan {
 };
 // What -r finds left to do: codes leave no GELU to compute again, and a shared norm no norm.
 inline bool recomputes_act(const Plan& p) { return p.recompute >= 1 && kActBits == 0; }
-inline bool recomputes_norm(const Plan& p) { return p.recompute >= 2 && !kSharedNorm; }
+inline bool recomputes_norm(const Plan& p) { return p.recompute >= 2 && !kMsNorm; }
 
 // Rows of a chunk of logits, so that there are `chunks` of them: a multiple of 256 (whole tiles of a matmul) where that makes as
 // many, so that only the last chunk is smaller.
@@ -2612,8 +2622,8 @@ inline size_t plan_chunk_rows(const Plan& p) {
     return p.chunk_rows ? std::min<size_t>(rows, p.chunk_rows) : rows;
 }
 
-struct GPT2 {
-    GPT2Config config;
+struct Model {
+    Config config;
     Plan plan;
     Table table;
     // parameters and what training keeps for each (gradients and the rest are null where a run does not need them)
@@ -2623,7 +2633,7 @@ struct GPT2 {
     float* v[NUM_PARAMS];
     float* master[NUM_PARAMS];
     // what forward keeps for backward, per layer
-    floatX* ln1;        // (L, B, T, C)   the norm's output; MS_NORM: z; -r 2: null, one buffer work_ln for all
+    floatX* ln1;        // (L, B, T, C)   the norm's output; MS_NORM: z; -r 2: null, one buffer scratch_ln for all
     float* ln1_mean;    // (L, B, T)      MS_NORM: null
     float* ln1_rstd;    // (L, B, T)
     floatX* qkv;        // (L, B, T, 3C)
@@ -2634,17 +2644,17 @@ struct GPT2 {
     float* ln2_mean;    // (L, B, T)
     float* ln2_rstd;    // (L, B, T)
     ActKept<kActBits>* fch;   // (L, B, T, 4C)  before GELU; APPROX_ACT: its codes
-    floatX* fch_gelu;   // (L, B, T, 4C)  after; -r 1, 2: null, work_4c
+    floatX* fch_gelu;   // (L, B, T, 4C)  after; -r 1, 2: null, scratch_4c
     floatX* resid_out;  // (L, B, T, C)   the stream after the block; MS_NORM: null
     // and once
-    floatX* stream0;    // (B, T, C)      the residual stream before the first block; MS_NORM: running, through all of them
+    floatX* resid_in;    // (B, T, C)      the residual stream before the first block; MS_NORM: running, through all of them
     float* lnf_mean;    // (B, T)
     float* lnf_rstd;    // (B, T)
     // buffers that come and go
-    floatX* work_c;     // (B, T, C)      a matmul's output on its way into the stream; gradients of that shape
-    floatX* lnf;        // (B, T, C)      in work_c: the final norm's output, then, chunk by chunk, its gradient
-    floatX* work_4c;    // (B, T, 4C)     GELU's output where it is not kept; gradients of fch and qkv
-    floatX* work_ln;    // (B, T, C)      -r 2: a norm's output
+    floatX* scratch_c;     // (B, T, C)      a matmul's output on its way into the stream; gradients of that shape
+    floatX* lnf;        // (B, T, C)      in scratch_c: the final norm's output, then, chunk by chunk, its gradient
+    floatX* scratch_4c;    // (B, T, 4C)     GELU's output where it is not kept; gradients of fch and qkv
+    floatX* scratch_ln;    // (B, T, C)      -r 2: a norm's output
     floatX* fold_w;     // (4C, C)        MS_NORM: a weight with its norm's gamma, and a bias with its beta
     floatX* fold_b;     // (4C)
     floatX* dresid;     // (B, T, C)      gradient of the residual stream
@@ -2666,20 +2676,20 @@ inline size_t token_cap(size_t BT, int V) { return std::min(BT, (size_t)V); }
 inline size_t token_ints(size_t BT, int V) { return 3 * BT + 2 * token_cap(BT, V) + 1; }
 
 inline size_t opt_blocks(size_t n) { return n / world_share(n) * ceil_div(world_share(n), OPT_BLOCK); }   // of all ranks
-size_t gpt2_opt_blocks(const GPT2Config& c) {
+size_t model_opt_blocks(const Config& c) {
     size_t blocks = 0;
     for (int p = 0; p < NUM_PARAMS; p++) blocks += opt_blocks(param_shape(c, p).elements());
     return blocks;
 }
-OptTable gpt2_opt_table(const GPT2& g, float weight_decay) {
+OptTable model_opt_table(const Model& model, float weight_decay) {
     OptTable table = {};
     size_t all = 0;   // blocks of the tensors before, of all ranks
     for (int p = 0; p < NUM_PARAMS; p++) {
-        ParamShape s = param_shape(g.config, p);
+        ParamShape s = param_shape(model.config, p);
         size_t n = s.elements(), offset = shard_offset(n), share = world_share(n), blocks = opt_blocks(n) / (n / shard_size(n));
         bool counts = !world.sharded || world_shards(n) || world.rank == 0;
         size_t first = all + offset / share * blocks;
-        table.t[p] = {g.param[p] + offset, g.grad[p] + offset, g.m[p], g.v[p], g.master[p], share, offset,
+        table.t[p] = {model.param[p] + offset, model.grad[p] + offset, model.m[p], model.v[p], model.master[p], share, offset,
                       s.cols ? weight_decay : 0.0f, counts ? 1.0f : 0.0f, table.blocks, (unsigned)first - table.blocks};
         table.blocks += (unsigned)blocks;
         all += opt_blocks(n);
@@ -2689,9 +2699,9 @@ OptTable gpt2_opt_table(const GPT2& g, float weight_decay) {
 }
 
 // The table of a run. Nothing is allocated here, and a tensor that the run does not need keeps the null pointer it has.
-Table gpt2_table(GPT2& g) {
-    const GPT2Config& c = g.config;
-    const Plan& plan = g.plan;
+Table model_table(Model& model) {
+    const Config& c = model.config;
+    const Plan& plan = model.plan;
     size_t B = plan.B, T = plan.T, C = c.C, NH = c.NH, BT = B * T;
     size_t L = plan.training ? c.L : 1;   // without a backward one layer's tensors serve them all
     Table table;
@@ -2716,67 +2726,67 @@ Table gpt2_table(GPT2& g) {
         }
         row(std::string(prefix) + s.name, where, dtype, shape, kind, scope, shrink);
     };
-    for (int p = 0; p < NUM_PARAMS; p++) param_row("", p, &g.param[p], FLOATX, false, PARAM, smaller);
+    for (int p = 0; p < NUM_PARAMS; p++) param_row("", p, &model.param[p], FLOATX, false, PARAM, smaller);
     for (int p = 0; p < NUM_PARAMS; p++) {
         // wte's gradient is a sum over chunks of the loss in any case
-        g.grad[p].type = plan.micro_batches > 1 || p == WTE ? F32 : FLOATX;
+        model.grad[p].type = plan.micro_batches > 1 || p == WTE ? F32 : FLOATX;
         if (!plan.training) continue;
-        param_row("d_", p, &g.grad[p].p, g.grad[p].type, false, GRAD,
+        param_row("d_", p, &model.grad[p].p, model.grad[p].type, false, GRAD,
                   plan.micro_batches > 1 ? "one micro-batch a step (--total-batch)" : smaller);
-        param_row("m_", p, &g.m[p], F32, true, OPTIMIZER, "--zero 1 on several GPUs");
-        param_row("v_", p, &g.v[p], F32, true, OPTIMIZER, "--zero 1 on several GPUs");
-        if (plan.master && !kFP32) param_row("master_", p, &g.master[p], F32, true, OPTIMIZER, "--master-weights 0");
+        param_row("m_", p, &model.m[p], F32, true, OPTIMIZER, "--zero 1 on several GPUs");
+        param_row("v_", p, &model.v[p], F32, true, OPTIMIZER, "--zero 1 on several GPUs");
+        if (plan.master && !kFP32) param_row("master_", p, &model.master[p], F32, true, OPTIMIZER, "--master-weights 0");
     }
 
     Kind kept = plan.training ? SAVED : SCRATCH;
-    const char* norm_hint = kSharedNorm || plan.recompute == 2 ? batch : "--recompute 2, or a build with MS_NORM=1";
+    const char* norm_hint = kMsNorm || plan.recompute == 2 ? batch : "--recompute 2, or a build with MS_NORM=1";
     const char* act_hint = kActBits ? batch : "a build with APPROX_ACT=2";
     auto norm_rows = [&](const std::string& name, floatX** out, float** mean, float** rstd) {
         if (!recomputes_norm(plan)) row(name, out, FLOATX, {L, B, T, C}, kept, LAYER, norm_hint);
-        if (!kSharedNorm) row(name + "_mean", mean, F32, {L, B, T}, kept, LAYER, batch);
+        if (!kMsNorm) row(name + "_mean", mean, F32, {L, B, T}, kept, LAYER, batch);
         row(name + "_rstd", rstd, F32, {L, B, T}, kept, LAYER, batch);
     };
-    norm_rows("ln1", &g.ln1, &g.ln1_mean, &g.ln1_rstd);
-    row("qkv", &g.qkv, FLOATX, {L, B, T, 3 * C}, kept, LAYER, batch);
-    row("atty", &g.atty, FLOATX, {L, B, T, C}, kept, LAYER, batch);
-    row("lse", &g.lse, F32, {L, B, NH, T}, kept, LAYER, batch);
-    if (!kSharedNorm) row("resid_mid", &g.resid_mid, FLOATX, {L, B, T, C}, kept, LAYER, norm_hint);
-    norm_rows("ln2", &g.ln2, &g.ln2_mean, &g.ln2_rstd);
-    row(kActBits ? "fch_codes" : "fch", &g.fch, kActBits ? BYTE : FLOATX, {L, B, T, act_kept(4 * C)}, kept, LAYER, act_hint);
+    norm_rows("ln1", &model.ln1, &model.ln1_mean, &model.ln1_rstd);
+    row("qkv", &model.qkv, FLOATX, {L, B, T, 3 * C}, kept, LAYER, batch);
+    row("atty", &model.atty, FLOATX, {L, B, T, C}, kept, LAYER, batch);
+    row("lse", &model.lse, F32, {L, B, NH, T}, kept, LAYER, batch);
+    if (!kMsNorm) row("resid_mid", &model.resid_mid, FLOATX, {L, B, T, C}, kept, LAYER, norm_hint);
+    norm_rows("ln2", &model.ln2, &model.ln2_mean, &model.ln2_rstd);
+    row(kActBits ? "fch_codes" : "fch", &model.fch, kActBits ? BYTE : FLOATX, {L, B, T, act_kept(4 * C)}, kept, LAYER, act_hint);
     if (!recomputes_act(plan))
-        row("fch_gelu", &g.fch_gelu, FLOATX, {L, B, T, 4 * C}, kept, LAYER, kActBits ? batch : "--recompute 1");
-    if (!kSharedNorm) row("resid_out", &g.resid_out, FLOATX, {L, B, T, C}, kept, LAYER, norm_hint);
-    row("stream0", &g.stream0, FLOATX, {B, T, C}, kept, MODEL, batch);
-    row("lnf_mean", &g.lnf_mean, F32, {B, T}, kept, MODEL, batch);
-    row("lnf_rstd", &g.lnf_rstd, F32, {B, T}, kept, MODEL, batch);
+        row("fch_gelu", &model.fch_gelu, FLOATX, {L, B, T, 4 * C}, kept, LAYER, kActBits ? batch : "--recompute 1");
+    if (!kMsNorm) row("resid_out", &model.resid_out, FLOATX, {L, B, T, C}, kept, LAYER, norm_hint);
+    row("resid_in", &model.resid_in, FLOATX, {B, T, C}, kept, MODEL, batch);
+    row("lnf_mean", &model.lnf_mean, F32, {B, T}, kept, MODEL, batch);
+    row("lnf_rstd", &model.lnf_rstd, F32, {B, T}, kept, MODEL, batch);
 
-    row("work_c", &g.work_c, FLOATX, {B, T, C}, SCRATCH, MODEL, batch);
-    row("lnf", &g.lnf, FLOATX, {B, T, C}, SCRATCH, MODEL, batch, "work_c");
-    if (recomputes_act(plan) || plan.training) row("work_4c", &g.work_4c, FLOATX, {B, T, 4 * C}, SCRATCH, MODEL, batch);
-    if (recomputes_norm(plan)) row("work_ln", &g.work_ln, FLOATX, {B, T, C}, SCRATCH, MODEL, batch);
-    if (kSharedNorm) {
-        row("fold_w", &g.fold_w, FLOATX, {4 * C, C}, SCRATCH, MODEL, smaller);
-        row("fold_b", &g.fold_b, FLOATX, {4 * C}, SCRATCH, MODEL, smaller);
+    row("scratch_c", &model.scratch_c, FLOATX, {B, T, C}, SCRATCH, MODEL, batch);
+    row("lnf", &model.lnf, FLOATX, {B, T, C}, SCRATCH, MODEL, batch, "scratch_c");
+    if (recomputes_act(plan) || plan.training) row("scratch_4c", &model.scratch_4c, FLOATX, {B, T, 4 * C}, SCRATCH, MODEL, batch);
+    if (recomputes_norm(plan)) row("scratch_ln", &model.scratch_ln, FLOATX, {B, T, C}, SCRATCH, MODEL, batch);
+    if (kMsNorm) {
+        row("fold_w", &model.fold_w, FLOATX, {4 * C, C}, SCRATCH, MODEL, smaller);
+        row("fold_b", &model.fold_b, FLOATX, {4 * C}, SCRATCH, MODEL, smaller);
     }
-    row("logits", &g.logits, FLOATX, {plan_chunk_rows(plan), (size_t)c.Vp}, SCRATCH, MODEL, chunks);
-    row("losses", &g.losses, F32, {B, T}, SCRATCH, MODEL, batch);
+    row("logits", &model.logits, FLOATX, {plan_chunk_rows(plan), (size_t)c.Vp}, SCRATCH, MODEL, chunks);
+    row("losses", &model.losses, F32, {B, T}, SCRATCH, MODEL, batch);
     if (plan.training) {
-        row("dresid", &g.dresid, FLOATX, {B, T, C}, SCRATCH, MODEL, batch);
-        row("delta", &g.delta, F32, {B, NH, T}, SCRATCH, MODEL, batch);
-        row("colsum", &g.colsum, F32, {std::max(colsum_scratch(C), attention_scratch(B, T, NH, NH, C / NH))}, SCRATCH, MODEL, batch);
-        row("squares", &g.squares, F32, {gpt2_opt_blocks(c)}, SCRATCH, MODEL, smaller);
+        row("dresid", &model.dresid, FLOATX, {B, T, C}, SCRATCH, MODEL, batch);
+        row("delta", &model.delta, F32, {B, NH, T}, SCRATCH, MODEL, batch);
+        row("colsum", &model.colsum, F32, {std::max(colsum_scratch(C), attention_scratch(B, T, NH, NH, C / NH))}, SCRATCH, MODEL, batch);
+        row("squares", &model.squares, F32, {model_opt_blocks(c)}, SCRATCH, MODEL, smaller);
     }
-    row("tokens", &g.tokens, I32, {token_ints(BT, c.V)}, SCRATCH, MODEL, batch);
-    row("step_state", &g.state, BYTE, {sizeof(StepState)}, OPTIMIZER, MODEL, smaller);
+    row("tokens", &model.tokens, I32, {token_ints(BT, c.V)}, SCRATCH, MODEL, batch);
+    row("step_state", &model.state, BYTE, {sizeof(StepState)}, OPTIMIZER, MODEL, smaller);
     size_t workspace = plan.workspace ? plan.workspace : matmul_workspace(C * std::max<size_t>(4 * C, c.Vp));
-    row("workspace", &g.workspace, BYTE, {workspace}, WORKSPACE, MODEL, "--workspace");
+    row("workspace", &model.workspace, BYTE, {workspace}, WORKSPACE, MODEL, "--workspace");
     return table;
 }
 
 // The mode as the ledger names it.
-std::string gpt2_mode(const Plan& plan) {
+std::string model_mode(const Plan& plan) {
     std::string s = kActBits ? "GELU in " + std::to_string(kActBits) + (kActBits == 1 ? " bit" : " bits") : "exact GELU";
-    s += kSharedNorm ? ", one tensor for a norm and its matmul" : ", separate norms";
+    s += kMsNorm ? ", one tensor for a norm and its matmul" : ", separate norms";
     s += ", --recompute " + std::to_string(plan.recompute);
     if (plan.recompute >= 1 && !recomputes_act(plan) && !recomputes_norm(plan)) s += " (nothing is left to compute again)";
     else if (plan.recompute == 2 && !recomputes_act(plan)) s += " (only norms are left to compute again)";
@@ -2785,24 +2795,24 @@ std::string gpt2_mode(const Plan& plan) {
     return s;
 }
 
-// Allocates what the plan needs. Weights are garbage afterwards: gpt2_init or a checkpoint fills them.
-void gpt2_allocate(GPT2& g) {
-    g.table = gpt2_table(g);
-    table_allocate(g.table);
-    matmul_state.workspace = g.workspace;
-    matmul_state.workspace_bytes = g.table.back().bytes();
+// Allocates what the plan needs. Weights are garbage afterwards: model_init or a checkpoint fills them.
+void model_allocate(Model& model) {
+    model.table = model_table(model);
+    table_allocate(model.table);
+    matmul_state.workspace = model.workspace;
+    matmul_state.workspace_bytes = model.table.back().bytes();
     if (matmul_state.handle == nullptr) cublasCheck(cublasLtCreate(&matmul_state.handle));
-    cudaCheck(cudaMemsetAsync(g.state, 0, sizeof(StepState), g.stream));
+    cudaCheck(cudaMemsetAsync(model.state, 0, sizeof(StepState), model.stream));
     for (int p = 0; p < NUM_PARAMS; p++) {
-        size_t n = param_shape(g.config, p).elements();
-        if (g.m[p]) cudaCheck(cudaMemsetAsync(g.m[p], 0, shard_size(n) * sizeof(float), g.stream));
-        if (g.v[p]) cudaCheck(cudaMemsetAsync(g.v[p], 0, shard_size(n) * sizeof(float), g.stream));
+        size_t n = param_shape(model.config, p).elements();
+        if (model.m[p]) cudaCheck(cudaMemsetAsync(model.m[p], 0, shard_size(n) * sizeof(float), model.stream));
+        if (model.v[p]) cudaCheck(cudaMemsetAsync(model.v[p], 0, shard_size(n) * sizeof(float), model.stream));
     }
     // positions from T on have no gradient, ever; all other gradients are written before they are read
-    if (g.grad[WPE].p)
+    if (model.grad[WPE].p)
         cudaCheck(
-            cudaMemsetAsync(g.grad[WPE].p, 0, param_shape(g.config, WPE).elements() * dtype_size(g.grad[WPE].type), g.stream));
-    g.updates = 0;
+            cudaMemsetAsync(model.grad[WPE].p, 0, param_shape(model.config, WPE).elements() * dtype_size(model.grad[WPE].type), model.stream));
+    model.updates = 0;
 }
 
 __global__ void widen_kernel(float* out, const floatX* inp, size_t n) {
@@ -2810,30 +2820,30 @@ __global__ void widen_kernel(float* out, const floatX* inp, size_t n) {
     if (i < n) out[i] = (float)inp[i];
 }
 // Master weights as their bf16 weights are: for a model whose file had no more than that.
-void gpt2_master_from_params(GPT2& g) {
+void model_master_from_params(Model& model) {
     for (int p = 0; p < NUM_PARAMS; p++) {
-        size_t n = param_shape(g.config, p).elements();
-        if (g.master[p] == nullptr) continue;
-        widen_kernel<<<ceil_div(shard_size(n), 256), 256, 0, g.stream>>>(g.master[p], g.param[p] + shard_offset(n), shard_size(n));
+        size_t n = param_shape(model.config, p).elements();
+        if (model.master[p] == nullptr) continue;
+        widen_kernel<<<ceil_div(shard_size(n), 256), 256, 0, model.stream>>>(model.master[p], model.param[p] + shard_offset(n), shard_size(n));
         cudaCheck(cudaGetLastError());
     }
 }
 
 // GPT-2's initialisation: weights from N(0, 0.02), the projections that add to the residual stream smaller by sqrt(2L),
 // because 2L of them add up; biases 0, gammas 1, padding rows of wte 0.
-void gpt2_init(GPT2& g) {
+void model_init(Model& model) {
     for (int p = 0; p < NUM_PARAMS; p++) {
-        ParamShape s = param_shape(g.config, p);
-        size_t n = s.elements(), drawn = s.cols == 0 ? 0 : p == WTE ? (size_t)g.config.V * g.config.C : n;
-        float std = p == ATTPROJW || p == FCPROJW ? 0.02f / sqrtf(2.0f * g.config.L) : 0.02f;
-        if (drawn) init_normal_kernel<<<ceil_div(drawn, 256), 256, 0, g.stream>>>(g.param[p], drawn, std, g.seed, p);
+        ParamShape s = param_shape(model.config, p);
+        size_t n = s.elements(), drawn = s.cols == 0 ? 0 : p == WTE ? (size_t)model.config.V * model.config.C : n;
+        float std = p == ATTPROJW || p == FCPROJW ? 0.02f / sqrtf(2.0f * model.config.L) : 0.02f;
+        if (drawn) init_normal_kernel<<<ceil_div(drawn, 256), 256, 0, model.stream>>>(model.param[p], drawn, std, model.seed, p);
         cudaCheck(cudaGetLastError());
         float constant = p == LN1W || p == LN2W || p == LNFW ? 1.0f : 0.0f;
         if (n > drawn)
-            init_constant_kernel<<<ceil_div(n - drawn, 256), 256, 0, g.stream>>>(g.param[p] + drawn, n - drawn, constant);
+            init_constant_kernel<<<ceil_div(n - drawn, 256), 256, 0, model.stream>>>(model.param[p] + drawn, n - drawn, constant);
         cudaCheck(cudaGetLastError());
     }
-    gpt2_master_from_params(g);
+    model_master_from_params(model);
 }
 
 // ---- forward: the paper's figure, left to right
@@ -2849,25 +2859,25 @@ struct LayerTensors {
     ActKept<kActBits>* fch;
     floatX *fch_gelu, *resid_out;
 };
-LayerTensors gpt2_layer(const GPT2& g, int l, int BT) {
-    const size_t s = g.plan.training ? l : 0, before = g.plan.training ? l - 1 : 0, BTC = (size_t)BT * g.config.C;
+LayerTensors model_layer(const Model& model, int l, int BT) {
+    const size_t s = model.plan.training ? l : 0, before = model.plan.training ? l - 1 : 0, BTC = (size_t)BT * model.config.C;
     auto at = [&](floatX* base, size_t slot, size_t size, floatX* otherwise) { return base ? base + slot * size : otherwise; };
     auto stat = [&](float* base, size_t size) { return base ? base + s * size : nullptr; };
     LayerTensors t;
-    t.residual = l == 0 ? g.stream0 : at(g.resid_out, before, BTC, g.stream0);
-    t.ln1 = at(g.ln1, s, BTC, g.work_ln);
-    t.ln1_mean = stat(g.ln1_mean, BT);
-    t.ln1_rstd = stat(g.ln1_rstd, BT);
-    t.qkv = g.qkv + s * 3 * BTC;
-    t.atty = g.atty + s * BTC;
-    t.lse = stat(g.lse, (size_t)BT * g.config.NH);
-    t.resid_mid = at(g.resid_mid, s, BTC, g.stream0);
-    t.ln2 = at(g.ln2, s, BTC, g.work_ln);
-    t.ln2_mean = stat(g.ln2_mean, BT);
-    t.ln2_rstd = stat(g.ln2_rstd, BT);
-    t.fch = g.fch + s * act_kept(4 * BTC);
-    t.fch_gelu = at(g.fch_gelu, s, 4 * BTC, g.work_4c);
-    t.resid_out = at(g.resid_out, s, BTC, g.stream0);
+    t.residual = l == 0 ? model.resid_in : at(model.resid_out, before, BTC, model.resid_in);
+    t.ln1 = at(model.ln1, s, BTC, model.scratch_ln);
+    t.ln1_mean = stat(model.ln1_mean, BT);
+    t.ln1_rstd = stat(model.ln1_rstd, BT);
+    t.qkv = model.qkv + s * 3 * BTC;
+    t.atty = model.atty + s * BTC;
+    t.lse = stat(model.lse, (size_t)BT * model.config.NH);
+    t.resid_mid = at(model.resid_mid, s, BTC, model.resid_in);
+    t.ln2 = at(model.ln2, s, BTC, model.scratch_ln);
+    t.ln2_mean = stat(model.ln2_mean, BT);
+    t.ln2_rstd = stat(model.ln2_rstd, BT);
+    t.fch = model.fch + s * act_kept(4 * BTC);
+    t.fch_gelu = at(model.fch_gelu, s, 4 * BTC, model.scratch_4c);
+    t.resid_out = at(model.resid_out, s, BTC, model.resid_in);
     return t;
 }
 
@@ -2875,46 +2885,46 @@ LayerTensors gpt2_layer(const GPT2& g, int l, int BT) {
 struct Folded {
     const floatX *weight, *bias;
 };
-Folded gpt2_fold(const GPT2& g, const floatX* weight, const floatX* bias, const floatX* gamma, const floatX* beta, int OC) {
-    if constexpr (!kSharedNorm) return {weight, bias};
-    norm_fold(g.fold_w, g.fold_b, weight, bias, gamma, beta, OC, g.config.C, g.stream);
-    return {g.fold_w, g.fold_b};
+Folded model_fold(const Model& model, const floatX* weight, const floatX* bias, const floatX* gamma, const floatX* beta, int OC) {
+    if constexpr (!kMsNorm) return {weight, bias};
+    norm_fold(model.fold_w, model.fold_b, weight, bias, gamma, beta, OC, model.config.C, model.stream);
+    return {model.fold_w, model.fold_b};
 }
 
-// From g.tokens' inputs to the final norm's output, g.lnf. B and T may be smaller than the plan's.
-void gpt2_forward(GPT2& g, int B, int T) {
+// From model.tokens' inputs to the final norm's output, model.lnf. B and T may be smaller than the plan's.
+void model_forward(Model& model, int B, int T) {
     NvtxRange range("forward");
-    const int C = g.config.C, NH = g.config.NH, L = g.config.L, BT = B * T;
-    cudaStream_t stream = g.stream;
+    const int C = model.config.C, NH = model.config.NH, L = model.config.L, BT = B * T;
+    cudaStream_t stream = model.stream;
 
-    embedding_forward(g.stream0, g.tokens, g.param[WTE], g.param[WPE], B, T, C, stream);
-    LayerTensors t = gpt2_layer(g, 0, BT);
-    layernorm_forward<kSharedNorm>(nullptr, t.ln1, t.ln1_mean, t.ln1_rstd, t.residual, nullptr, g.param[LN1W], g.param[LN1B], BT,
+    embedding_forward(model.resid_in, model.tokens, model.param[WTE], model.param[WPE], B, T, C, stream);
+    LayerTensors t = model_layer(model, 0, BT);
+    layernorm_forward<kMsNorm>(nullptr, t.ln1, t.ln1_mean, t.ln1_rstd, t.residual, nullptr, model.param[LN1W], model.param[LN1B], BT,
                                    C, stream);
 
     for (int l = 0; l < L; l++) {
         NvtxRange layer_range("forward layer", l);
-        auto W = [&](int p) { return (const floatX*)g.param[p] + l * param_shape(g.config, p).per_layer(); };
+        auto W = [&](int p) { return (const floatX*)model.param[p] + l * param_shape(model.config, p).per_layer(); };
 
-        Folded qkv = gpt2_fold(g, W(QKVW), W(QKVB), W(LN1W), W(LN1B), 3 * C);
+        Folded qkv = model_fold(model, W(QKVW), W(QKVB), W(LN1W), W(LN1B), 3 * C);
         matmul_forward(t.qkv, t.ln1, qkv.weight, qkv.bias, BT, C, 3 * C, stream);
         attention_forward(t.atty, t.lse, t.qkv, B, T, NH, NH, C / NH, stream);
-        matmul_forward(g.work_c, t.atty, W(ATTPROJW), W(ATTPROJB), BT, C, C, stream);
-        layernorm_forward<kSharedNorm>(t.resid_mid, t.ln2, t.ln2_mean, t.ln2_rstd, t.residual, g.work_c, W(LN2W), W(LN2B), BT, C,
+        matmul_forward(model.scratch_c, t.atty, W(ATTPROJW), W(ATTPROJB), BT, C, C, stream);
+        layernorm_forward<kMsNorm>(t.resid_mid, t.ln2, t.ln2_mean, t.ln2_rstd, t.residual, model.scratch_c, W(LN2W), W(LN2B), BT, C,
                                        stream);
-        Folded fc = gpt2_fold(g, W(FCW), W(FCB), W(LN2W), W(LN2B), 4 * C);
+        Folded fc = model_fold(model, W(FCW), W(FCB), W(LN2W), W(LN2B), 4 * C);
         matmul_act_forward<kActBits>(t.fch_gelu, t.fch, t.ln2, fc.weight, fc.bias, BT, C, 4 * C, stream);
-        matmul_forward(g.work_c, t.fch_gelu, W(FCPROJW), W(FCPROJB), BT, 4 * C, C, stream);
+        matmul_forward(model.scratch_c, t.fch_gelu, W(FCPROJW), W(FCPROJB), BT, 4 * C, C, stream);
 
         // the second residual addition, fused with the norm that comes next: the following layer's first, or the last of all
         if (l + 1 < L) {
-            LayerTensors next = gpt2_layer(g, l + 1, BT);
-            layernorm_forward<kSharedNorm>(t.resid_out, next.ln1, next.ln1_mean, next.ln1_rstd, t.resid_mid, g.work_c,
+            LayerTensors next = model_layer(model, l + 1, BT);
+            layernorm_forward<kMsNorm>(t.resid_out, next.ln1, next.ln1_mean, next.ln1_rstd, t.resid_mid, model.scratch_c,
                                            W(LN1W) + C, W(LN1B) + C, BT, C, stream);
             t = next;
         } else {   // it keeps its affine in every mode: the weight behind it is the embedding, too
-            layernorm_forward<false>(t.resid_out, g.lnf, g.lnf_mean, g.lnf_rstd, t.resid_mid, g.work_c, g.param[LNFW],
-                                     g.param[LNFB], BT, C, stream);
+            layernorm_forward<false>(t.resid_out, model.lnf, model.lnf_mean, model.lnf_rstd, t.resid_mid, model.scratch_c, model.param[LNFW],
+                                     model.param[LNFB], BT, C, stream);
         }
     }
 }
@@ -2924,22 +2934,22 @@ void gpt2_forward(GPT2& g, int B, int T) {
 // Logits are (B*T, Vp), the largest tensor of a small model. A row's loss needs no other row, so a chunk of rows goes all
 // the way (logits, loss, their gradient, and from it the gradients of wte and lnf) before the next one reuses its storage.
 // Nothing is computed twice. The gradient of a chunk of lnf overwrites the chunk itself, which nobody needs any more.
-void gpt2_loss(GPT2& g, int B, int T, bool train, bool first_micro_batch) {
+void model_loss(Model& model, int B, int T, bool train, bool first_micro_batch) {
     NvtxRange range("loss");
-    const int C = g.config.C, V = g.config.V, Vp = g.config.Vp, BT = B * T;
-    const int* targets = g.tokens + BT;
-    const int chunk = std::min((int)plan_chunk_rows(g.plan), BT);
-    const float dloss = 1.0f / ((float)BT * g.plan.micro_batches * world.size);
+    const int C = model.config.C, V = model.config.V, Vp = model.config.Vp, BT = B * T;
+    const int* targets = model.tokens + BT;
+    const int chunk = std::min((int)plan_chunk_rows(model.plan), BT);
+    const float dloss = 1.0f / ((float)BT * model.plan.micro_batches * world.size);
     for (int r = 0; r < BT; r += chunk) {
         int rows = std::min(chunk, BT - r);
-        floatX* lnf = g.lnf + (size_t)r * C;
-        matmul_forward(g.logits, lnf, g.param[WTE], nullptr, rows, C, Vp, g.stream);
-        classifier(g.logits, g.losses + r, targets + r, dloss, train, rows, V, Vp, g.stream);
+        floatX* lnf = model.lnf + (size_t)r * C;
+        matmul_forward(model.logits, lnf, model.param[WTE], nullptr, rows, C, Vp, model.stream);
+        classifier(model.logits, model.losses + r, targets + r, dloss, train, rows, V, Vp, model.stream);
         if (!train) continue;
-        matmul_backward_weight(g.grad[WTE], g.logits, lnf, !(first_micro_batch && r == 0), rows, C, Vp, g.stream);
-        matmul_backward_input(lnf, g.logits, g.param[WTE], rows, C, Vp, g.stream);
+        matmul_backward_weight(model.grad[WTE], model.logits, lnf, !(first_micro_batch && r == 0), rows, C, Vp, model.stream);
+        matmul_backward_input(lnf, model.logits, model.param[WTE], rows, C, Vp, model.stream);
     }
-    loss_sum(&g.state->loss_sum, g.losses, train && !first_micro_batch, BT, g.stream);
+    loss_sum(&model.state->loss_sum, model.losses, train && !first_micro_batch, BT, model.stream);
 }
 
 // ---- backward: the figure, right to left
@@ -2949,59 +2959,59 @@ void gpt2_loss(GPT2& g, int B, int T, bool train, bool first_micro_batch) {
 struct NormMatmul {
     int weight, bias, gamma, beta;   // of enum Param
 };
-void gpt2_norm_matmul_backward(GPT2& g, NormMatmul p, int l, Grad dbias_before, floatX* dout, floatX* ln, float* mean,
+void model_norm_matmul_backward(Model& model, NormMatmul p, int l, Grad dbias_before, floatX* dout, floatX* ln, float* mean,
                                float* rstd, const floatX* residual, int OC, bool add, bool last, int BT) {
-    const int C = g.config.C;
-    auto W = [&](int p) { return (const floatX*)g.param[p] + l * param_shape(g.config, p).per_layer(); };
-    auto G = [&](int p) { return g.grad[p] + l * param_shape(g.config, p).per_layer(); };
-    if (recomputes_norm(g.plan))
-        layernorm_forward<false>(nullptr, ln, mean, rstd, residual, nullptr, W(p.gamma), W(p.beta), BT, C, g.stream);
-    matmul_backward_weight(G(p.weight), dout, ln, add, BT, C, OC, g.stream);
-    matmul_backward_input(g.work_c, dout, W(p.weight), BT, C, OC, g.stream);
-    layernorm_backward<kSharedNorm>(g.dresid, dbias_before, G(p.gamma), G(p.beta), g.colsum, g.work_c, kSharedNorm ? ln : residual,
-                                    mean, rstd, W(p.gamma), true, add, BT, C, g.stream);
-    if (kSharedNorm && last)
-        norm_unfold(G(p.weight), G(p.gamma), G(p.beta), g.colsum, G(p.bias), W(p.weight), W(p.gamma), W(p.beta), OC, C, g.stream);
+    const int C = model.config.C;
+    auto W = [&](int p) { return (const floatX*)model.param[p] + l * param_shape(model.config, p).per_layer(); };
+    auto G = [&](int p) { return model.grad[p] + l * param_shape(model.config, p).per_layer(); };
+    if (recomputes_norm(model.plan))
+        layernorm_forward<false>(nullptr, ln, mean, rstd, residual, nullptr, W(p.gamma), W(p.beta), BT, C, model.stream);
+    matmul_backward_weight(G(p.weight), dout, ln, add, BT, C, OC, model.stream);
+    matmul_backward_input(model.scratch_c, dout, W(p.weight), BT, C, OC, model.stream);
+    layernorm_backward<kMsNorm>(model.dresid, dbias_before, G(p.gamma), G(p.beta), model.colsum, model.scratch_c, kMsNorm ? ln : residual,
+                                    mean, rstd, W(p.gamma), true, add, BT, C, model.stream);
+    if (kMsNorm && last)
+        norm_unfold(G(p.weight), G(p.gamma), G(p.beta), model.colsum, G(p.bias), W(p.weight), W(p.gamma), W(p.beta), OC, C, model.stream);
 }
 
 // Micro-batch 0 writes the gradients, the others add to them.
-void gpt2_backward(GPT2& g, int B, int T, int buckets, int micro_batch) {
+void model_backward(Model& model, int B, int T, int buckets, int micro_batch) {
     NvtxRange range("backward");
-    const int C = g.config.C, NH = g.config.NH, L = g.config.L, BT = B * T;
-    const bool add = micro_batch > 0, last = micro_batch == g.plan.micro_batches - 1;
-    cudaStream_t stream = g.stream;
+    const int C = model.config.C, NH = model.config.NH, L = model.config.L, BT = B * T;
+    const bool add = micro_batch > 0, last = micro_batch == model.plan.micro_batches - 1;
+    cudaStream_t stream = model.stream;
 
-    // g.lnf holds the gradient of the final norm's output since gpt2_loss
-    layernorm_backward<false>(g.dresid, g.grad[FCPROJB] + (size_t)(L - 1) * C, g.grad[LNFW], g.grad[LNFB], g.colsum, g.lnf,
-                              gpt2_layer(g, L - 1, BT).resid_out, g.lnf_mean, g.lnf_rstd, g.param[LNFW], false, add, BT, C, stream);
+    // model.lnf holds the gradient of the final norm's output since model_loss
+    layernorm_backward<false>(model.dresid, model.grad[FCPROJB] + (size_t)(L - 1) * C, model.grad[LNFW], model.grad[LNFB], model.colsum, model.lnf,
+                              model_layer(model, L - 1, BT).resid_out, model.lnf_mean, model.lnf_rstd, model.param[LNFW], false, add, BT, C, stream);
     for (int l = L - 1; l >= 0; l--) {
         NvtxRange layer_range("backward layer", l);
-        const LayerTensors t = gpt2_layer(g, l, BT);
-        auto W = [&](int p) { return (const floatX*)g.param[p] + l * param_shape(g.config, p).per_layer(); };
-        auto G = [&](int p) { return g.grad[p] + l * param_shape(g.config, p).per_layer(); };
+        const LayerTensors t = model_layer(model, l, BT);
+        auto W = [&](int p) { return (const floatX*)model.param[p] + l * param_shape(model.config, p).per_layer(); };
+        auto G = [&](int p) { return model.grad[p] + l * param_shape(model.config, p).per_layer(); };
 
         // What forward did not keep is computed again from the same bits, and by the same kernels, except that --gelu-fusion had
-        // cuBLASLt compute GELU. work_4c holds GELU's output until the weight gradient has used it; then the gradient of the
+        // cuBLASLt compute GELU. scratch_4c holds GELU's output until the weight gradient has used it; then the gradient of the
         // matmul's input takes its place.
-        if (recomputes_act(g.plan)) act_recompute<kActBits>(t.fch_gelu, t.fch, BT, 4 * C, stream);
-        matmul_backward_weight(G(FCPROJW), g.dresid, t.fch_gelu, add, BT, 4 * C, C, stream);
-        floatX* dfch = g.work_4c;
-        matmul_act_backward<kActBits>(dfch, G(FCB), g.colsum, g.dresid, W(FCPROJW), t.fch, add, BT, 4 * C, C, stream);
-        gpt2_norm_matmul_backward(g, {FCW, FCB, LN2W, LN2B}, l, G(ATTPROJB), dfch, t.ln2, t.ln2_mean, t.ln2_rstd, t.resid_mid, 4 * C, add,
+        if (recomputes_act(model.plan)) act_recompute<kActBits>(t.fch_gelu, t.fch, BT, 4 * C, stream);
+        matmul_backward_weight(G(FCPROJW), model.dresid, t.fch_gelu, add, BT, 4 * C, C, stream);
+        floatX* dfch = model.scratch_4c;
+        matmul_act_backward<kActBits>(dfch, G(FCB), model.colsum, model.dresid, W(FCPROJW), t.fch, add, BT, 4 * C, C, stream);
+        model_norm_matmul_backward(model, {FCW, FCB, LN2W, LN2B}, l, G(ATTPROJB), dfch, t.ln2, t.ln2_mean, t.ln2_rstd, t.resid_mid, 4 * C, add,
                                   last, BT);
 
-        matmul_backward_weight(G(ATTPROJW), g.dresid, t.atty, add, BT, C, C, stream);
-        matmul_backward_input(g.work_c, g.dresid, W(ATTPROJW), BT, C, C, stream);
-        floatX* dqkv = g.work_4c;
-        attention_backward(dqkv, G(QKVB), g.delta, g.colsum, g.work_c, t.qkv, t.atty, t.lse, add, B, T, NH, NH, C / NH, stream);
-        Grad below = l > 0 ? g.grad[FCPROJB] + (size_t)(l - 1) * C : Grad{};   // what was added to the stream before this block
-        gpt2_norm_matmul_backward(g, {QKVW, QKVB, LN1W, LN1B}, l, below, dqkv, t.ln1, t.ln1_mean, t.ln1_rstd, t.residual, 3 * C, add,
+        matmul_backward_weight(G(ATTPROJW), model.dresid, t.atty, add, BT, C, C, stream);
+        matmul_backward_input(model.scratch_c, model.dresid, W(ATTPROJW), BT, C, C, stream);
+        floatX* dqkv = model.scratch_4c;
+        attention_backward(dqkv, G(QKVB), model.delta, model.colsum, model.scratch_c, t.qkv, t.atty, t.lse, add, B, T, NH, NH, C / NH, stream);
+        Grad below = l > 0 ? model.grad[FCPROJB] + (size_t)(l - 1) * C : Grad{};   // what was added to the stream before this block
+        model_norm_matmul_backward(model, {QKVW, QKVB, LN1W, LN1B}, l, below, dqkv, t.ln1, t.ln1_mean, t.ln1_rstd, t.residual, 3 * C, add,
                                   last, BT);
     }
-    const int* positions = g.tokens + 2 * (size_t)BT;
+    const int* positions = model.tokens + 2 * (size_t)BT;
     const int* bucket_token = positions + BT;
-    const int* bucket_start = bucket_token + token_cap(BT, g.config.V);
-    embedding_backward(g.grad[WTE], g.grad[WPE], g.dresid, positions, bucket_token, bucket_start, buckets, add, B, T, C, stream);
+    const int* bucket_start = bucket_token + token_cap(BT, model.config.V);
+    embedding_backward(model.grad[WTE], model.grad[WPE], model.dresid, positions, bucket_token, bucket_start, buckets, add, B, T, C, stream);
 }
 
 // ---- update
@@ -3012,45 +3022,45 @@ struct Hyper {
 
 // One optimizer step from the gradients that a step's micro-batches have left. Returns the verdict: the only moment of a step at
 // which the host waits for the device. `meanwhile` is what the host can do before that, while the device works.
-Verdict gpt2_update(GPT2& g, const Hyper& h, uint64_t step, const std::function<void()>& meanwhile = nullptr) {
+Verdict model_update(Model& model, const Hyper& h, uint64_t step, const std::function<void()>& meanwhile = nullptr) {
     NvtxRange range("update");
     world_group(true);
-    for (int p = 0; p < NUM_PARAMS; p++) world_reduce_gradient(g.grad[p], param_shape(g.config, p).elements(), g.stream);
+    for (int p = 0; p < NUM_PARAMS; p++) world_reduce_gradient(model.grad[p], param_shape(model.config, p).elements(), model.stream);
     world_group(false);
 
-    OptTable table = gpt2_opt_table(g, h.weight_decay);
-    const size_t squares = gpt2_opt_blocks(g.config);
-    if (world.sharded) cudaCheck(cudaMemsetAsync(g.squares, 0, squares * sizeof(float), g.stream));
-    square_sum_kernel<<<table.blocks, 256, 0, g.stream>>>(g.squares, table);
+    OptTable table = model_opt_table(model, h.weight_decay);
+    const size_t squares = model_opt_blocks(model.config);
+    if (world.sharded) cudaCheck(cudaMemsetAsync(model.squares, 0, squares * sizeof(float), model.stream));
+    square_sum_kernel<<<table.blocks, 256, 0, model.stream>>>(model.squares, table);
     cudaCheck(cudaGetLastError());
-    if (world.sharded) world_sum_floats(g.squares, squares, g.stream);   // x + 0 is x: exact in whatever order
-    partial_sum_kernel<<<1, 256, 0, g.stream>>>(&g.state->square_sum, g.squares, (unsigned)squares);
+    if (world.sharded) world_sum_floats(model.squares, squares, model.stream);   // x + 0 is x: exact in whatever order
+    partial_sum_kernel<<<1, 256, 0, model.stream>>>(&model.state->square_sum, model.squares, (unsigned)squares);
     cudaCheck(cudaGetLastError());
-    world_sum_floats(&g.state->loss_sum, 1, g.stream);
-    float loss_scale = 1.0f / ((float)g.plan.B * g.plan.T * g.plan.micro_batches * world.size);
-    verdict_kernel<<<1, 1, 0, g.stream>>>(g.state, loss_scale, h.grad_clip, h.skip_loss_z, h.skip_grad_z);
+    world_sum_floats(&model.state->loss_sum, 1, model.stream);
+    float loss_scale = 1.0f / ((float)model.plan.B * model.plan.T * model.plan.micro_batches * world.size);
+    verdict_kernel<<<1, 1, 0, model.stream>>>(model.state, loss_scale, h.grad_clip, h.skip_loss_z, h.skip_grad_z);
     cudaCheck(cudaGetLastError());
 
-    const int updates = g.updates + 1;   // with this one
+    const int updates = model.updates + 1;   // with this one
     AdamW a = {h.lr,   h.beta1, h.beta2, h.eps, (float)(1 - pow(h.beta1, updates)), (float)(1 - pow(h.beta2, updates)),
-               g.seed, step};
-    adamw_kernel<<<table.blocks, 256, 0, g.stream>>>(table, &g.state->verdict, a);
+               model.seed, step};
+    adamw_kernel<<<table.blocks, 256, 0, model.stream>>>(table, &model.state->verdict, a);
     cudaCheck(cudaGetLastError());
     world_group(true);
-    for (int p = 0; p < NUM_PARAMS; p++) world_gather_param(g.param[p], param_shape(g.config, p).elements(), g.stream);
+    for (int p = 0; p < NUM_PARAMS; p++) world_gather_param(model.param[p], param_shape(model.config, p).elements(), model.stream);
     world_group(false);
 
     if (meanwhile) meanwhile();
     Verdict verdict;
-    cudaCheck(cudaMemcpyAsync(&verdict, &g.state->verdict, sizeof verdict, cudaMemcpyDeviceToHost, g.stream));
-    cudaCheck(cudaStreamSynchronize(g.stream));
-    if (!verdict.skip) g.updates++;
+    cudaCheck(cudaMemcpyAsync(&verdict, &model.state->verdict, sizeof verdict, cudaMemcpyDeviceToHost, model.stream));
+    cudaCheck(cudaStreamSynchronize(model.stream));
+    if (!verdict.skip) model.updates++;
     return verdict;
 }
 
 // Matmul operations of one token, forward and backward: 6 per weight that multiplies, and attention's two products over T/2
 // keys on average, three times.
-double gpt2_flops_per_token(const GPT2Config& c, int T) {
+double model_flops_per_token(const Config& c, int T) {
     double weights = (double)c.V * c.C;
     for (int p = 0; p < NUM_PARAMS; p++)
         if (p != WTE && p != WPE && param_shape(c, p).cols) weights += (double)param_shape(c, p).elements();
@@ -3059,7 +3069,7 @@ double gpt2_flops_per_token(const GPT2Config& c, int T) {
 
 // ==== twin: files
 // ---------------------------------------------------------------------------------------------------------------------
-// 7. files
+// 8. files
 //
 // Formats are llm.c's, little-endian, with a header of 256 int32. A reader believes nothing: it compares magic, version and
 // every size with the file's real size before it allocates. A writer writes to a temporary name and renames when all is on
@@ -3603,11 +3613,11 @@ bool log_close(Log& log) {   // false: lines are missing
 const char* MODEL_REMEDY = "give -e a checkpoint written by train_gpt2 or prepro, or a size such as gpt2:d12";
 
 // The size of the model in a file, after checking the file against it.
-GPT2Config gpt2_read_config(const char* path) {
+Config model_read_config(const char* path) {
     int32_t h[HEADER_INTS];
     FILE* f = open_with_header(path, h, 20240326, "a GPT-2 model", MODEL_REMEDY);
     if (h[1] != 3 && h[1] != 5) fail("%s: expected version 3 (fp32) or 5 (bf16), found version %d; %s", path, h[1], MODEL_REMEDY);
-    GPT2Config c = {h[2], h[3], h[7], h[4], h[5], h[6]};
+    Config c = {h[2], h[3], h[7], h[4], h[5], h[6]};
     // The limits keep every product below 2^63, so that the size below is the true one.
     bool sane = c.maxT > 0 && c.V > 0 && c.V <= 1 << 30 && c.L > 0 && c.L <= 1 << 12 && c.NH > 0 && c.C > 0 && c.C <= 1 << 16 &&
                 c.C % c.NH == 0;
@@ -3625,7 +3635,7 @@ GPT2Config gpt2_read_config(const char* path) {
 }
 
 // Weights from a file into an allocated model, in whichever of the two types the file has. Master weights get all its bits.
-void gpt2_load(GPT2& g, const char* path) {
+void model_load(Model& model, const char* path) {
     int32_t h[HEADER_INTS];
     FILE* f = open_with_header(path, h, 20240326, "a GPT-2 model", MODEL_REMEDY);
     bool file_fp32 = h[1] == 3;
@@ -3634,7 +3644,7 @@ void gpt2_load(GPT2& g, const char* path) {
     std::vector<floatX> narrow_(CHUNK);
     std::vector<__nv_bfloat16> half(CHUNK);
     for (int p = 0; p < NUM_PARAMS; p++) {
-        size_t n = param_shape(g.config, p).elements(), begin = shard_offset(n), end = begin + shard_size(n);
+        size_t n = param_shape(model.config, p).elements(), begin = shard_offset(n), end = begin + shard_size(n);
         for (size_t i = 0; i < n; i += CHUNK) {
             size_t k = std::min(CHUNK, n - i);
             size_t got = file_fp32 ? fread(wide.data(), sizeof(float), k, f) : fread(half.data(), sizeof(__nv_bfloat16), k, f);
@@ -3643,23 +3653,23 @@ void gpt2_load(GPT2& g, const char* path) {
                 if (!file_fp32) wide[j] = (float)half[j];
                 narrow_[j] = (floatX)wide[j];
             }
-            cudaCheck(cudaMemcpy(g.param[p] + i, narrow_.data(), k * sizeof(floatX), cudaMemcpyHostToDevice));
+            cudaCheck(cudaMemcpy(model.param[p] + i, narrow_.data(), k * sizeof(floatX), cudaMemcpyHostToDevice));
             size_t from = std::max(i, begin), to = std::min(i + k, end);
-            if (g.master[p] != nullptr && from < to)
-                cudaCheck(cudaMemcpy(g.master[p] + (from - begin), wide.data() + (from - i), (to - from) * sizeof(float),
+            if (model.master[p] != nullptr && from < to)
+                cudaCheck(cudaMemcpy(model.master[p] + (from - begin), wide.data() + (from - i), (to - from) * sizeof(float),
                                      cudaMemcpyHostToDevice));
         }
     }
     fclose(f);
 }
 
-std::string gpt2_save(GPT2& g, const std::string& path) {   // returns what went wrong, if anything did
-    const GPT2Config& c = g.config;
+std::string model_save(Model& model, const std::string& path) {   // returns what went wrong, if anything did
+    const Config& c = model.config;
     int32_t h[HEADER_INTS] = {20240326, kFP32 ? 3 : 5, c.maxT, c.V, c.L, c.NH, c.C, c.Vp};
     std::vector<char> staging;
     AtomicFile f(path);
     f.write(h, sizeof h);
-    for (int p = 0; p < NUM_PARAMS; p++) write_device(f, g.param[p], param_shape(c, p).elements() * sizeof(floatX), staging);
+    for (int p = 0; p < NUM_PARAMS; p++) write_device(f, model.param[p], param_shape(c, p).elements() * sizeof(floatX), staging);
     f.commit();
     return f.error;
 }
@@ -3681,24 +3691,24 @@ std::string checkpoint_path(const std::string& folder, const char* kind, int ste
     else snprintf(name, sizeof name, strcmp(kind, "model") == 0 ? "/model_%08d.bin" : "/DONE_%08d", step);
     return folder + name;
 }
-size_t state_bytes(const GPT2& g) {
+size_t state_bytes(const Model& model) {
     size_t n = 0;
     for (int p = 0; p < NUM_PARAMS; p++)
-        n += shard_size(param_shape(g.config, p).elements()) * sizeof(float) * (g.master[p] != nullptr ? 3 : 2);
+        n += shard_size(param_shape(model.config, p).elements()) * sizeof(float) * (model.master[p] != nullptr ? 3 : 2);
     return HEADER_BYTES + n + sizeof(History);
 }
-std::string state_save(GPT2& g, const RunState& r, const Loader& train, const std::string& path) {
+std::string state_save(Model& model, const RunState& r, const Loader& train, const std::string& path) {
     const size_t tokens = loader_tokens(train);
-    int32_t h[HEADER_INTS] = {20240527, 1, world.size, world.rank, g.master[0] != nullptr, 1};
+    int32_t h[HEADER_INTS] = {20240527, 1, world.size, world.rank, model.master[0] != nullptr, 1};
     h[6] = world.sharded;
     h[10] = r.step;
     h[11] = train.T;   // a position in the data means something in the same data alone
     h[12] = (int)train.shards.size();
-    h[13] = g.plan.chunk_rows;
+    h[13] = model.plan.chunk_rows;
     memcpy(&h[14], &tokens, 8);
-    h[16] = g.plan.B;
-    memcpy(&h[20], &g.seed, 8);
-    h[22] = g.updates;
+    h[16] = model.plan.B;
+    memcpy(&h[20], &model.seed, 8);
+    h[22] = model.updates;
     memcpy(&h[30], &r.shard, 8);
     memcpy(&h[32], &r.window, 8);
     memcpy(&h[34], &r.epoch, 8);
@@ -3708,11 +3718,11 @@ std::string state_save(GPT2& g, const RunState& r, const Loader& train, const st
     std::vector<char> staging;
     AtomicFile f(path);
     f.write(h, sizeof h);
-    for (float** tensors : {g.m, g.v, g.master})
+    for (float** tensors : {model.m, model.v, model.master})
         for (int p = 0; p < NUM_PARAMS; p++)
             if (tensors[p] != nullptr)
-                write_device(f, tensors[p], shard_size(param_shape(g.config, p).elements()) * sizeof(float), staging);
-    write_device(f, &g.state->history, sizeof(History), staging);
+                write_device(f, tensors[p], shard_size(param_shape(model.config, p).elements()) * sizeof(float), staging);
+    write_device(f, &model.state->history, sizeof(History), staging);
     f.commit();
     return f.error;
 }
@@ -3729,8 +3739,8 @@ Plan state_plan(const std::string& folder, int step) {
     return was;
 }
 // Puts model and loader where the run stood after `step` steps. A run that only evaluates needs no more than to know the step.
-RunState state_load(GPT2& g, Loader& train, const std::string& folder, int step) {
-    const std::string path_text = checkpoint_path(folder, "state", step, g.plan.training ? world.rank : 0);
+RunState state_load(Model& model, Loader& train, const std::string& folder, int step) {
+    const std::string path_text = checkpoint_path(folder, "state", step, model.plan.training ? world.rank : 0);
     const char* path = path_text.c_str();
     const char* remedy = STATE_REMEDY;
     int32_t h[HEADER_INTS];
@@ -3739,12 +3749,12 @@ RunState state_load(GPT2& g, Loader& train, const std::string& folder, int step)
     if (h[10] != step) fail("%s: expected the state after step %d, found that after step %d; %s", path, step, h[10], remedy);
     RunState r;
     r.step = step;
-    memcpy(&g.seed, &h[20], 8);
-    if (!g.plan.training) {
+    memcpy(&model.seed, &h[20], 8);
+    if (!model.plan.training) {
         fclose(f);
         return r;
     }
-    bool master = g.master[0] != nullptr;
+    bool master = model.master[0] != nullptr;
     if (h[2] != world.size || h[3] != world.rank || h[6] != (int)world.sharded)
         fail(
             "%s: was written by rank %d of %d with --zero %d, this is rank %d of %d with --zero %d; resume with as many GPUs and "
@@ -3753,8 +3763,8 @@ RunState state_load(GPT2& g, Loader& train, const std::string& folder, int step)
     if (h[4] != (int)master)
         fail("%s: its run %s fp32 master weights, this one %s them; resume with the same --master-weights and PRECISION", path,
              h[4] ? "kept" : "did without", master ? "keeps" : "does without");
-    if (file_size(f) != state_bytes(g))
-        fail("%s: expected %zu bytes for this model, found %zu; it is damaged or was cut off; %s", path, state_bytes(g),
+    if (file_size(f) != state_bytes(model))
+        fail("%s: expected %zu bytes for this model, found %zu; it is damaged or was cut off; %s", path, state_bytes(model),
              file_size(f), remedy);
     size_t tokens;
     uint64_t checksum;   // 0: an old file has none
@@ -3767,25 +3777,25 @@ RunState state_load(GPT2& g, Loader& train, const std::string& folder, int step)
             "%d (checksum %llx); resume with the same -i and -t, or take the weights to other data: -e %s and another --out",
             path, tokens, h[12], h[11], (unsigned long long)checksum, loader_tokens(train), train.shards.size(), train.T,
             (unsigned long long)train.checksum, checkpoint_path(folder, "model", step).c_str());
-    g.updates = h[22];
+    model.updates = h[22];
     memcpy(&r.shard, &h[30], 8);
     memcpy(&r.window, &h[32], 8);
     memcpy(&r.epoch, &h[34], 8);
-    if (g.updates < 0 || r.shard >= train.shards.size() || r.window > loader_tokens(train))
+    if (model.updates < 0 || r.shard >= train.shards.size() || r.window > loader_tokens(train))
         fail("%s: step %d, shard %zu, sequence %zu is no place in these data; it is damaged; %s", path, r.step, r.shard, r.window,
              remedy);
     if (h[STATE_SETTINGS] < 0 || h[STATE_SETTINGS] > (HEADER_INTS - STATE_SETTINGS - 2) / 2)
         fail("%s: its header counts %d settings; it is damaged; %s", path, h[STATE_SETTINGS], remedy);
     r.settings.resize(h[STATE_SETTINGS]);
     if (!r.settings.empty()) memcpy(r.settings.data(), &h[STATE_SETTINGS + 2], r.settings.size() * 8);
-    train.seed = g.seed;
+    train.seed = model.seed;
     loader_seek(train, r.epoch, r.shard, r.window);
     std::vector<char> staging;
-    for (float** tensors : {g.m, g.v, g.master})
+    for (float** tensors : {model.m, model.v, model.master})
         for (int p = 0; p < NUM_PARAMS; p++)
             if (tensors[p] != nullptr)
-                read_device(f, path, tensors[p], shard_size(param_shape(g.config, p).elements()) * sizeof(float), staging);
-    read_device(f, path, &g.state->history, sizeof(History), staging);
+                read_device(f, path, tensors[p], shard_size(param_shape(model.config, p).elements()) * sizeof(float), staging);
+    read_device(f, path, &model.state->history, sizeof(History), staging);
     fclose(f);
     return r;
 }
@@ -3810,17 +3820,17 @@ std::vector<int> checkpoints_in(const std::string& folder) {
 
 // model, then every rank's state, then DONE: a run that is killed in between leaves no DONE, and resumes from the one before.
 // False: it could not be written, which is said, and nothing is left of it; those before it stay.
-bool checkpoint_save(GPT2& g, const RunState& r, const Loader& train, const std::string& folder, int keep) {
+bool checkpoint_save(Model& model, const RunState& r, const Loader& train, const std::string& folder, int keep) {
     NvtxRange range("checkpoint");
-    const std::string done = checkpoint_path(folder, "DONE", r.step), model = checkpoint_path(folder, "model", r.step),
+    const std::string done = checkpoint_path(folder, "DONE", r.step), weights = checkpoint_path(folder, "model", r.step),
                       state = checkpoint_path(folder, "state", r.step);
     std::string error;
     if (world.rank == 0) {
         unlink(done.c_str());   // a run started over may write this step again
-        error = gpt2_save(g, model);
+        error = model_save(model, weights);
     }
-    const bool model_written = world.rank == 0 && error.empty();
-    if (error.empty()) error = state_save(g, r, train, state);
+    const bool weights_written = world.rank == 0 && error.empty();
+    if (error.empty()) error = state_save(model, r, train, state);
     const bool state_written = error.empty();
     if (!world_any(!error.empty()) && world.rank == 0) {
         AtomicFile f(done);
@@ -3829,7 +3839,7 @@ bool checkpoint_save(GPT2& g, const RunState& r, const Loader& train, const std:
         error = f.error;
     }
     if (world_any(!error.empty())) {
-        if (model_written) unlink(model.c_str());
+        if (weights_written) unlink(weights.c_str());
         if (state_written) unlink(state.c_str());
         if (!error.empty())
             fprintf(stderr, "%s: %s. There is no checkpoint of step %d; those before it stay\n", program_name, error.c_str(), r.step);
@@ -3850,7 +3860,7 @@ bool checkpoint_save(GPT2& g, const RunState& r, const Loader& train, const std:
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 8. main
+// 9. main
 
 // ==== twin: device and schedule
 // bf16 tensor-core peaks without sparsity, TFLOP/s, from NVIDIA's data sheets: what the MFU is a share of. 0: no meaning.
@@ -4019,7 +4029,7 @@ void options_parse(Options& options, int argc, char** argv) {
 
 // "d12", "gpt2:d12" or "gpt2:L4,H4,C128,T64,V257". False if the text is none of these, and so names a file. `option` is -e or
 // --model, for messages.
-bool gpt2_parse_size(const char* option, const std::string& text, GPT2Config& c) {
+bool model_parse_size(const char* option, const std::string& text, Config& c) {
     std::string size = text.compare(0, 5, "gpt2:") == 0 ? text.substr(5) : text;
     bool prefixed = size.size() != text.size();
     const int depths[][3] = {{6, 384, 6},    {12, 768, 12},  {24, 1024, 16}, {36, 1280, 20},
@@ -4061,7 +4071,7 @@ bool gpt2_parse_size(const char* option, const std::string& text, GPT2Config& c)
 }
 // What the kernels can do: whole vectors in a head, heads whose row fits the registers of 4 threads, and a norm's row that fits
 // the shared memory which every GPU gives.
-void gpt2_check_config(const GPT2Config& c, const char* option, const char* from) {
+void model_check_config(const Config& c, const char* option, const char* from) {
     const int most = (int)(48 * 1024 / sizeof(floatX)) / 2;
     if (c.C % c.NH != 0 || c.C / c.NH % 8 != 0 || c.C / c.NH > 128)
         fail_usage("%s %s: C %d in H %d heads makes heads of %g channels; expected a multiple of 8 up to 128", option, from, c.C,
@@ -4071,28 +4081,28 @@ void gpt2_check_config(const GPT2Config& c, const char* option, const char* from
 }
 
 // Mean loss of the batch in `host`.
-float gpt2_batch_loss(GPT2& g, int* host) {
-    const int BT = g.plan.B * g.plan.T;
-    tokens_upload(g.tokens, host, BT, g.config.V, g.stream);
-    gpt2_forward(g, g.plan.B, g.plan.T);
-    gpt2_loss(g, g.plan.B, g.plan.T, false, true);
+float model_batch_loss(Model& model, int* host) {
+    const int BT = model.plan.B * model.plan.T;
+    tokens_upload(model.tokens, host, BT, model.config.V, model.stream);
+    model_forward(model, model.plan.B, model.plan.T);
+    model_loss(model, model.plan.B, model.plan.T, false, true);
     float loss;
-    cudaCheck(cudaMemcpyAsync(&loss, &g.state->loss_sum, sizeof loss, cudaMemcpyDeviceToHost, g.stream));
-    cudaCheck(cudaStreamSynchronize(g.stream));
+    cudaCheck(cudaMemcpyAsync(&loss, &model.state->loss_sum, sizeof loss, cudaMemcpyDeviceToHost, model.stream));
+    cudaCheck(cudaStreamSynchronize(model.stream));
     return loss / BT;
 }
 
 // Mean loss over up to `batches` batches from the start of the validation data. Ctrl-C ends it early, and so do
 // lost data: then it means nothing.
-float gpt2_validate(GPT2& g, Loader& val, int batches, int* host) {
-    const int BT = g.plan.B * g.plan.T;
+float model_validate(Model& model, Loader& val, int batches, int* host) {
+    const int BT = model.plan.B * model.plan.T;
     batches = (int)std::min<size_t>(batches, val.batches_per_epoch());
     loader_seek(val, 0, 0, 0);
     double sum = 0, begin = now_seconds();
     for (int i = 0; i < batches && !interrupted; i++) {
         progress("validating", i, batches, begin);
         if (!loader_next(val, host, host + BT)) break;
-        sum += gpt2_batch_loss(g, host);
+        sum += model_batch_loss(model, host);
     }
     progress("", batches, batches, begin);
     return (float)(world_sum(sum / batches) / world.size);
@@ -4100,22 +4110,22 @@ float gpt2_validate(GPT2& g, Loader& val, int batches, int* host) {
 
 // Prints `count` tokens after an end-of-text token. Plain: every token is a forward of all that stands before it. False: there is no
 // likeliest token among NaNs.
-bool gpt2_sample(GPT2& g, Tokenizer& tokenizer, int count, int top_k, float temperature, uint64_t stream_id, int* host) {
-    const int V = g.config.V, Vp = g.config.Vp, C = g.config.C;
+bool model_sample(Model& model, Tokenizer& tokenizer, int count, int top_k, float temperature, uint64_t stream_id, int* host) {
+    const int V = model.config.V, Vp = model.config.Vp, C = model.config.C;
     std::vector<int> text = {tokenizer.tokens.empty() ? V - 1 : std::min(tokenizer.end_of_text, V - 1)};
     std::vector<floatX> row(Vp);
     std::vector<std::pair<float, int>> best(V);
     for (int i = 0; i < count && !interrupted; i++) {
-        int T = std::min((int)text.size(), g.plan.T);   // a longer text is seen through its end
-        int padded = std::min(ceil_div(T, 16) * 16, g.plan.T);   // matmul shapes are prepared once each: not one for every length
+        int T = std::min((int)text.size(), model.plan.T);   // a longer text is seen through its end
+        int padded = std::min(ceil_div(T, 16) * 16, model.plan.T);   // matmul shapes are prepared once each: not one for every length
         std::copy(text.end() - T, text.end(), host);
         std::fill(host + T, host + padded, text[0]);   // behind the last token, where causal attention does not look
         std::copy(host, host + padded, host + padded);
-        tokens_upload(g.tokens, host, padded, V, g.stream);
-        gpt2_forward(g, 1, padded);
-        matmul_forward(g.logits, g.lnf + (size_t)(T - 1) * C, g.param[WTE], nullptr, 1, C, Vp, g.stream);
-        cudaCheck(cudaMemcpyAsync(row.data(), g.logits, Vp * sizeof(floatX), cudaMemcpyDeviceToHost, g.stream));
-        cudaCheck(cudaStreamSynchronize(g.stream));
+        tokens_upload(model.tokens, host, padded, V, model.stream);
+        model_forward(model, 1, padded);
+        matmul_forward(model.logits, model.lnf + (size_t)(T - 1) * C, model.param[WTE], nullptr, 1, C, Vp, model.stream);
+        cudaCheck(cudaMemcpyAsync(row.data(), model.logits, Vp * sizeof(floatX), cudaMemcpyDeviceToHost, model.stream));
+        cudaCheck(cudaStreamSynchronize(model.stream));
 
         for (int v = 0; v < V; v++) best[v] = {(float)row[v], v};
         if (std::any_of(best.begin(), best.end(), [](auto& a) { return std::isnan(a.first); })) {
@@ -4130,7 +4140,7 @@ bool gpt2_sample(GPT2& g, Tokenizer& tokenizer, int count, int top_k, float temp
             double sum = 0;
             std::vector<double> p(k);
             for (int j = 0; j < k; j++) sum += p[j] = exp((best[j].first - best[0].first) / temperature);
-            double coin = hash_uniform(hash64(g.seed, stream_id + (1ull << 42), i)) * sum;
+            double coin = hash_uniform(hash64(model.seed, stream_id + (1ull << 42), i)) * sum;
             for (int j = 0; j < k; j++) {
                 next = best[j].second;
                 if ((coin -= p[j]) <= 0) break;
@@ -4228,21 +4238,21 @@ int64_t micro_batches(const Settings& s, int64_t B) {
 // B as given; for auto that of the run which is resumed (`was`, or zeros), or the largest power of two, up to `data_batch`, whose
 // tensors fit into `free_bytes`. Chunks of the loss as given; for auto those of the run, or large ones if they fit. With
 // `free_bytes` 0 no device is visible, and everything fits.
-void choose_plan(GPT2& g, const Settings& s, const Options& o, size_t free_bytes, size_t data_batch, const Plan& was) {
+void choose_plan(Model& model, const Settings& s, const Options& o, size_t free_bytes, size_t data_batch, const Plan& was) {
     const std::string batch = typed(o, "batch");
-    g.plan = {(int)s.B, (int)s.T, 1, s.steps != 0, (int)s.recompute, s.master != 0, 0, (size_t)s.workspace << 20};
+    model.plan = {(int)s.B, (int)s.T, 1, s.steps != 0, (int)s.recompute, s.master != 0, 0, (size_t)s.workspace << 20};
     auto set = [&](int64_t B, size_t chunk_bytes) {
         const size_t rows = (size_t)B * s.T;
-        g.plan.B = (int)B;
-        g.plan.micro_batches = (int)micro_batches(s, B);
-        if (s.loss_chunks) g.plan.chunk_rows = loss_chunk_rows(rows, std::min<size_t>(rows, s.loss_chunks));
-        else if (B == was.B && was.chunk_rows > 0) g.plan.chunk_rows = was.chunk_rows;
-        else g.plan.chunk_rows = loss_auto_rows(rows, g.config.Vp, chunk_bytes);
+        model.plan.B = (int)B;
+        model.plan.micro_batches = (int)micro_batches(s, B);
+        if (s.loss_chunks) model.plan.chunk_rows = loss_chunk_rows(rows, std::min<size_t>(rows, s.loss_chunks));
+        else if (B == was.B && was.chunk_rows > 0) model.plan.chunk_rows = was.chunk_rows;
+        else model.plan.chunk_rows = loss_auto_rows(rows, model.config.Vp, chunk_bytes);
     };
     auto fits = [&] {
         const size_t page = 2 << 20;   // cudaMalloc's, for tensors that have it
         size_t need = 0;
-        for (const Row& r : gpt2_table(g)) need += r.bytes() < page / 2 ? r.bytes() : (r.bytes() + page - 1) / page * page;
+        for (const Row& r : model_table(model)) need += r.bytes() < page / 2 ? r.bytes() : (r.bytes() + page - 1) / page * page;
         return free_bytes == 0 || need <= free_bytes - free_bytes / 32;   // the libraries load their kernels when they are first called
     };
     if (s.B == 0) {
@@ -4254,19 +4264,19 @@ void choose_plan(GPT2& g, const Settings& s, const Options& o, size_t free_bytes
             if (!takes(B)) break;
             most = B;
         }
-        g.plan.B = (int)most;
-        if (g.plan.B == 0)
+        model.plan.B = (int)most;
+        if (model.plan.B == 0)
             fail(
                 "%s auto: not even one sequence of %lld tokens fits into the %.1f MiB that are free%s; --estimate -b 1 shows "
                 "what takes the room",
                 batch.c_str(), (long long)s.T, free_bytes / 1048576.0, s.total_batch ? " and divides --total-batch" : "");
     }
-    const int64_t B = g.plan.B, BT = B * s.T;
+    const int64_t B = model.plan.B, BT = B * s.T;
     if (BT >= 1 << 30)
         fail_usage("%s %lld: %lld tokens in one micro-batch; expected fewer than 2^30", batch.c_str(), (long long)B,
                    (long long)BT);
     set(B, CHUNK_BYTES);
-    if (g.plan.micro_batches == 0)
+    if (model.plan.micro_batches == 0)
         fail_usage("%s %lld: expected a multiple of batch * seq-len * GPUs = %lld * %lld * %d = %lld",
                    typed(o, "total-batch").c_str(), (long long)s.total_batch, (long long)B, (long long)s.T, world.size,
                    (long long)BT * world.size);
@@ -4320,15 +4330,15 @@ void prepare_out(const Settings& s, const Options& o, int resume_step) {
 }
 
 // A disk that is too small for what this run will write is said now, and not after its last step.
-void check_room(const Settings& s, const Options& o, const GPT2& g, int steps) {
-    const double model = HEADER_BYTES + (double)param_count(g.config) * sizeof(floatX), state = (double)state_bytes(g);
-    const double need = model + world_sum(state), MiB = 1 << 20;
+void check_room(const Settings& s, const Options& o, const Model& model, int steps) {
+    const double weights = HEADER_BYTES + (double)param_count(model.config) * sizeof(floatX), state = (double)state_bytes(model);
+    const double need = weights + world_sum(state), MiB = 1 << 20;
     if (world.rank != 0 || steps <= 0) return;
     const std::string option = typed(o, "out") + " " + s.out;
     struct rlimit limit;
-    if (getrlimit(RLIMIT_FSIZE, &limit) == 0 && limit.rlim_cur != RLIM_INFINITY && std::max(model, state) > (double)limit.rlim_cur)
+    if (getrlimit(RLIMIT_FSIZE, &limit) == 0 && limit.rlim_cur != RLIM_INFINITY && std::max(weights, state) > (double)limit.rlim_cur)
         fail("%s: the largest file of a checkpoint has %.3f MiB, but this process may write %.3f MiB (ulimit -f)", option.c_str(),
-             std::max(model, state) / MiB, limit.rlim_cur / MiB);
+             std::max(weights, state) / MiB, limit.rlim_cur / MiB);
     struct statvfs disk;
     if (statvfs(s.out.c_str(), &disk) != 0 || disk.f_blocks == 0) return;   // it does not say
     const double room = (double)(geteuid() == 0 ? disk.f_bfree : disk.f_bavail) * disk.f_frsize;
@@ -4385,7 +4395,7 @@ void log_open(Log& log, const Settings& s, const Options& o, int resume_step) {
 struct Run {
     Settings s;
     Options options;
-    GPT2 g = {};
+    Model model = {};
     Loader train, val;
     Tokenizer tokenizer;
     Log log;
@@ -4405,9 +4415,9 @@ struct Run {
     std::vector<int> buckets;   // (micro_batches)
 
     int* host_half(int which) const {
-        return host_tokens + (size_t)which * g.plan.micro_batches * token_ints((size_t)g.plan.B * g.plan.T, g.config.V);
+        return host_tokens + (size_t)which * model.plan.micro_batches * token_ints((size_t)model.plan.B * model.plan.T, model.config.V);
     }
-    int* host_region(int micro) const { return host_half(half) + micro * token_ints((size_t)g.plan.B * g.plan.T, g.config.V); }
+    int* host_region(int micro) const { return host_half(half) + micro * token_ints((size_t)model.plan.B * model.plan.T, model.config.V); }
     int* host_free() const { return host_half(!half); }
     const char* model_name() const { return model_file.empty() ? s.model.c_str() : model_file.c_str(); }
 };
@@ -4427,7 +4437,7 @@ struct Setting {
 };
 std::vector<Setting> settings_kept(const Run& run) {
     const Settings& s = run.s;
-    const Plan& p = run.g.plan;
+    const Plan& p = run.model.plan;
     const size_t BT = (size_t)p.B * p.T;
     const std::vector<const char*> schedules(std::begin(SCHEDULES), std::end(SCHEDULES));
     const size_t schedule = std::find(schedules.begin(), schedules.end(), s.schedule) - schedules.begin();
@@ -4438,16 +4448,16 @@ std::vector<Setting> settings_kept(const Run& run) {
         {"--total-batch", (double)(BT * p.micro_batches * world.size), {}},
         {"--loss-chunks", (double)ceil_div(BT, plan_chunk_rows(p)), {}}, {"--overfit", (double)s.overfit, {}},
         {"--gelu-fusion", (double)s.gelu_fusion, {}}, {"--tf32", (double)(kFP32 && s.tf32), {}}, {"APPROX_ACT", kActBits, {}},
-        {"MS_NORM", kSharedNorm, {}}, {"PRECISION", kFP32, {"BF16", "FP32"}},
+        {"MS_NORM", kMsNorm, {}}, {"PRECISION", kFP32, {"BF16", "FP32"}},
     };
 }
 
 // The tokens of a step, into `half`.
 void load_tokens(Run& run) {
-    const int BT = run.g.plan.B * run.g.plan.T, V = run.g.config.V;
-    run.buckets.resize(run.g.plan.micro_batches);
+    const int BT = run.model.plan.B * run.model.plan.T, V = run.model.config.V;
+    run.buckets.resize(run.model.plan.micro_batches);
     run.ready = true;
-    for (int micro = 0; run.ready && micro < run.g.plan.micro_batches; micro++) {
+    for (int micro = 0; run.ready && micro < run.model.plan.micro_batches; micro++) {
         int* host = run.host_region(micro);
         if (run.s.overfit && micro == 0) loader_seek(run.train, 0, 0, 0);
         run.ready = loader_next(run.train, host, host + BT);
@@ -4456,16 +4466,16 @@ void load_tokens(Run& run) {
 }
 
 Verdict run_step(Run& run, const Hyper& h) {
-    GPT2& g = run.g;
-    const int B = g.plan.B, T = g.plan.T, micro_batches = g.plan.micro_batches;
+    Model& model = run.model;
+    const int B = model.plan.B, T = model.plan.T, micro_batches = model.plan.micro_batches;
     for (int micro = 0; micro < micro_batches; micro++) {
         if (run.first_tokens.empty()) run.first_tokens.assign(run.host_region(0), run.host_region(0) + 2 * (size_t)B * T);
-        tokens_copy(g.tokens, run.host_region(micro), B * T, g.config.V, run.buckets[micro], g.stream);
-        gpt2_forward(g, B, T);
-        gpt2_loss(g, B, T, true, micro == 0);
-        gpt2_backward(g, B, T, run.buckets[micro], micro);
+        tokens_copy(model.tokens, run.host_region(micro), B * T, model.config.V, run.buckets[micro], model.stream);
+        model_forward(model, B, T);
+        model_loss(model, B, T, true, micro == 0);
+        model_backward(model, B, T, run.buckets[micro], micro);
     }
-    return gpt2_update(g, h, run.state.step, [&] {
+    return model_update(model, h, run.state.step, [&] {
         run.state.set_position(run.train);
         const bool another = run.state.step + 1 < run.steps && run.train.batches_left_in_shard() >= (size_t)micro_batches;
         run.ready = another || run.s.overfit;
@@ -4483,10 +4493,10 @@ void save(Run& run) {
     bool good = at.not_finite_in_row == 0 && std::isfinite(run.val_loss);
     if (good) {
         std::copy(run.first_tokens.begin(), run.first_tokens.end(), run.host_free());
-        const float limit = 2 * std::max(logf((float)run.g.config.V), run.first_loss);
-        good = !world_any(!(gpt2_batch_loss(run.g, run.host_free()) <= limit));   // so written, NaN is not good
+        const float limit = 2 * std::max(logf((float)run.model.config.V), run.first_loss);
+        good = !world_any(!(model_batch_loss(run.model, run.host_free()) <= limit));   // so written, NaN is not good
     }
-    run.status = !good ? 3 : checkpoint_save(run.g, at, run.train, run.s.out, (int)run.s.keep) ? 0 : 1;
+    run.status = !good ? 3 : checkpoint_save(run.model, at, run.train, run.s.out, (int)run.s.keep) ? 0 : 1;
     if (run.status == 0) run.saved = at.step;
     if (!good && world.rank == 0)
         fprintf(stderr, "%s: no checkpoint of step %d: the loss is not finite, or has exploded; those before it stay\n", program_name,
@@ -4501,23 +4511,23 @@ bool stop_wanted(const Run& run) {   // by a signal to any of the ranks, or beca
 // Returns the exit status.
 int run_loop(Run& run) {
     const Settings& s = run.s;
-    GPT2& g = run.g;
+    Model& model = run.model;
     RunState& at = run.state;
     const bool speaks = world.rank == 0, terminal = isatty(STDOUT_FILENO);
-    const double tokens = (double)g.plan.B * g.plan.T * g.plan.micro_batches * world.size;   // a step
+    const double tokens = (double)model.plan.B * model.plan.T * model.plan.micro_batches * world.size;   // a step
     double seconds = 0;   // of the steps but the first, which prepares the matmuls
     int timed = -1;
     bool told = false, stopped = false;   // how long it will take; by Ctrl-C
     run.saved = run.resume_step;
     while (true) {
         if (speaks && fflush(stdout) != 0 && errno == EPIPE) on_interrupt(SIGPIPE);   // nobody reads us any more
-        const bool saves = !s.out.empty() && g.plan.training, fresh = saves && at.step > 0 && at.step != run.saved;
+        const bool saves = !s.out.empty() && model.plan.training, fresh = saves && at.step > 0 && at.step != run.saved;
         set_stop_answer(at.step, fresh);
         const bool finished = at.step >= run.steps;
         if (!finished && !run.ready && run.train.error.empty()) load_tokens(run);
         bool stop = stop_wanted(run);
         if (s.val_every > 0 && !stop && (finished || at.step % s.val_every == 0)) {
-            float loss = gpt2_validate(g, run.val, (int)s.val_batches, run.host_free());
+            float loss = model_validate(model, run.val, (int)s.val_batches, run.host_free());
             stop = stop_wanted(run);
             if (!stop) run.val_loss = loss;
             if (speaks && !stop) printf("val loss %.4f at step %d\n", std::isnan(loss) ? NAN : loss, at.step);   // a NaN may be negative
@@ -4530,8 +4540,8 @@ int run_loop(Run& run) {
         if (s.sample_every > 0 && !stop && (finished || (at.step > 0 && at.step % s.sample_every == 0))) {
             if (speaks) {
                 printf("---- sample\n");
-                bool fine = gpt2_sample(g, run.tokenizer, (int)s.sample_tokens, (int)s.top_k, (float)s.temperature, at.step, run.host_free());
-                if (!fine && !g.plan.training) run.status = 3;
+                bool fine = model_sample(model, run.tokenizer, (int)s.sample_tokens, (int)s.top_k, (float)s.temperature, at.step, run.host_free());
+                if (!fine && !model.plan.training) run.status = 3;
                 printf("----\n");
             }
             stop = stop_wanted(run);
@@ -4582,7 +4592,7 @@ int run_loop(Run& run) {
         if (finite && run.first_loss == 0) run.first_loss = v.loss;
         if (speaks) {
             double mfu = run.peak_flops > 0
-                             ? gpt2_flops_per_token(g.config, g.plan.T) * tokens / took / (run.peak_flops * world.size)
+                             ? model_flops_per_token(model.config, model.plan.T) * tokens / took / (run.peak_flops * world.size)
                              : NAN;
             char mfu_text[32] = "MFU n/a", left[64] = "";
             if (run.peak_flops > 0) snprintf(mfu_text, sizeof mfu_text, "MFU %.1f%%", 100 * mfu);
@@ -4623,8 +4633,8 @@ int run_loop(Run& run) {
 void pick_model(Run& run) {
     Settings& s = run.s;
     const Options& o = run.options;
-    GPT2Config& c = run.g.config;
-    run.g.seed = s.seed;
+    Config& c = run.model.config;
+    run.model.seed = s.seed;
     const std::string option = typed(o, "model");
     std::vector<int> checkpoints;
     if (s.resume && file_exists(s.out) && !is_folder(s.out.c_str()))
@@ -4634,7 +4644,7 @@ void pick_model(Run& run) {
     if (s.resume) checkpoints = checkpoints_in(s.out);
     if (s.resume && s.steps == 0 && checkpoints.empty())
         fail("%s 1: %s holds no whole checkpoint, so there is nothing to evaluate; expected DONE_* in it", typed(o, "resume").c_str(), s.out.c_str());
-    const bool size = gpt2_parse_size(option.c_str(), s.model, c);
+    const bool size = model_parse_size(option.c_str(), s.model, c);
     if (!checkpoints.empty()) {
         run.resume_step = checkpoints.back();
         run.model_file = checkpoint_path(s.out, "model", run.resume_step);
@@ -4642,10 +4652,10 @@ void pick_model(Run& run) {
         run.model_file = s.model;
     }
     if (!run.model_file.empty()) {
-        GPT2Config asked = c;
-        c = gpt2_read_config(run.model_file.c_str());
+        Config asked = c;
+        c = model_read_config(run.model_file.c_str());
         if (run.resume_step >= 0 && given(o, "model") && s.model != run.model_file) {   // the checkpoint's model it is; said, where another was asked for
-            if (!size) asked = file_exists(s.model) ? gpt2_read_config(s.model.c_str()) : c;
+            if (!size) asked = file_exists(s.model) ? model_read_config(s.model.c_str()) : c;
             if (memcmp(&asked, &c, sizeof c) != 0)
                 fail_usage(
                     "%s %s: is another model (L %d, NH %d, C %d, T %d, V %d) than that of the checkpoint to resume, %s (L %d, NH %d, C %d, T "
@@ -4655,7 +4665,7 @@ void pick_model(Run& run) {
             if (!size && world.rank == 0) printf("note: %s is not read: the run goes on from %s\n", s.model.c_str(), run.model_file.c_str());
         }
     }
-    gpt2_check_config(c, option.c_str(), run.model_name());
+    model_check_config(c, option.c_str(), run.model_name());
     if (!given(o, "seq-len")) s.T = std::min<int64_t>(s.T, c.maxT);
     if (s.T > c.maxT)
         fail_usage("%s %lld: the model's longest sequence is %d", typed(o, "seq-len").c_str(), (long long)s.T, c.maxT);
@@ -4665,7 +4675,7 @@ void pick_model(Run& run) {
 size_t open_data(Run& run) {
     const Settings& s = run.s;
     const Options& o = run.options;
-    const GPT2& g = run.g;
+    const Model& model = run.model;
     size_t batch = 1 << 16;
     const struct { bool wanted; Loader& d; const char* option; const std::string& name; bool shuffle; } sets[] = {
         {s.steps != 0, run.train, "train-data", s.train_data, true}, {s.val_every > 0, run.val, "val-data", s.val_data, false}};
@@ -4673,7 +4683,7 @@ size_t open_data(Run& run) {
         if (!set.wanted) continue;
         if (world.rank == 0) printf("data       %s\n", set.name.c_str());
         fflush(stdout);   // reading them all may take long
-        loader_open(set.d, typed(o, set.option).c_str(), set.name.c_str(), (int)s.T, g.config.V, set.shuffle, g.seed);
+        loader_open(set.d, typed(o, set.option).c_str(), set.name.c_str(), (int)s.T, model.config.V, set.shuffle, model.seed);
         batch = std::min(batch, loader_largest_batch(set.d));
     }
     // samples are written in the tokens of the data
@@ -4695,11 +4705,11 @@ size_t open_data(Run& run) {
         fail_usage(
             "%s has a vocabulary of %d tokens, and %s, the model without -e, one of %d (and %.0fM parameters); expected a model for these "
             "data, such as -e gpt2:L4,H4,C128,T64,V%d, or -e d12 if that one is meant",
-            beside.c_str(), V, s.model.c_str(), g.config.V, param_count(g.config) / 1e6, V);
+            beside.c_str(), V, s.model.c_str(), model.config.V, param_count(model.config) / 1e6, V);
     }
     if (!chosen && run.on_cpu && world.rank == 0)
         printf("note: this build runs on the CPU, where a step of %s takes about a minute; -e gpt2:L4,H4,C128,T64,V%d is a smaller model\n",
-               s.model.c_str(), g.config.V);
+               s.model.c_str(), model.config.V);
     return batch;
 }
 
@@ -4707,7 +4717,7 @@ size_t open_data(Run& run) {
 bool count_steps(Run& run) {
     const Settings& s = run.s;
     const Options& o = run.options;
-    const Plan& plan = run.g.plan;
+    const Plan& plan = run.model.plan;
     if (s.val_every > 0) loader_set_batch(run.val, plan.B);
     if (!plan.training) return true;
     loader_set_batch(run.train, plan.B);
@@ -4734,15 +4744,15 @@ void begin_or_go_on(Run& run) {
     const std::vector<Setting> settings = settings_kept(run);
     const bool speaks = world.rank == 0, resumes = run.resume_step >= 0;
     if (speaks && run.s.resume && !resumes) printf("no checkpoint in %s yet: starting at step 0\n", run.s.out.c_str());
-    if (resumes) run.state = state_load(run.g, run.train, run.s.out, run.resume_step);
+    if (resumes) run.state = state_load(run.model, run.train, run.s.out, run.resume_step);
     if (speaks && resumes) {
         printf("resumed at step %d from %s\n", run.state.step, run.model_file.c_str());
         const std::vector<double>& was = run.state.settings;   // of an older file there may be fewer, or none
         for (size_t i = 0; i < std::min(settings.size(), was.size()); i++)
             if (was[i] != settings[i].value)
                 printf("note: %s was %s, is %s\n", settings[i].name, settings[i].text(was[i]).c_str(), settings[i].text(settings[i].value).c_str());
-        if (given(run.options, "seed") && (uint64_t)run.s.seed != run.g.seed)
-            printf("note: the run goes on with its own --seed, %llu\n", (unsigned long long)run.g.seed);
+        if (given(run.options, "seed") && (uint64_t)run.s.seed != run.model.seed)
+            printf("note: the run goes on with its own --seed, %llu\n", (unsigned long long)run.model.seed);
     }
     run.state.settings.clear();
     for (const Setting& setting : settings) run.state.settings.push_back(setting.value);
@@ -4757,7 +4767,7 @@ int main(int argc, char** argv) {
     Run run;
     Settings& s = run.s;
     Options& o = run.options = settings_options(s);
-    GPT2& g = run.g;
+    Model& model = run.model;
     options_parse(o, argc, argv);
     settings_check(s, o);
     pick_model(run);
@@ -4798,14 +4808,14 @@ int main(int argc, char** argv) {
     // ---- data and plan
     const size_t data_batch = estimating ? 1 << 16 : open_data(run);
     const Plan was = run.resume_step >= 0 && s.steps != 0 ? state_plan(s.out, run.resume_step) : Plan{};
-    choose_plan(g, s, o, free_bytes, data_batch, was);
-    const size_t BT = (size_t)g.plan.B * g.plan.T, kept_layers = g.plan.training ? g.config.L : 1;
-    const std::string mode = gpt2_mode(g.plan);
+    choose_plan(model, s, o, free_bytes, data_batch, was);
+    const size_t BT = (size_t)model.plan.B * model.plan.T, kept_layers = model.plan.training ? model.config.L : 1;
+    const std::string mode = model_mode(model.plan);
     if (estimating) {
-        Table table = gpt2_table(g);
+        Table table = model_table(model);
         if (speaks && s.estimate == "json") table_print_json(table);
         if (!speaks || s.estimate == "json") leave(0);
-        table_print(table, kept_layers, BT * g.config.C, mode.c_str(), true);
+        table_print(table, kept_layers, BT * model.config.C, mode.c_str(), true);
         if (!have_device) printf("no GPU is visible here, so whether this fits is for you to say; chunks of logits are as if it did\n");
         else printf("%s has %.1f MiB, %.1f MiB of them free: this %s\n", prop.name, total_bytes / 1048576.0, free_bytes / 1048576.0,
                     table_bytes(table) < free_bytes ? "fits" : "does not fit");
@@ -4817,33 +4827,33 @@ int main(int argc, char** argv) {
     }
 
     // ---- what is written and printed
-    if (!s.out.empty() && g.plan.training) prepare_out(s, o, run.resume_step);
+    if (!s.out.empty() && model.plan.training) prepare_out(s, o, run.resume_step);
     if (speaks) {
         printf("device     %s x %d, %.1f MiB free of %.1f (driver, libraries and others hold %.1f)\n", prop.name, world.size,
                free_bytes / 1048576.0, total_bytes / 1048576.0, (total_bytes - free_bytes) / 1048576.0);
-        printf("model      %s: L %d, NH %d, C %d, T %d, V %d, %.2fM parameters, %s\n", run.model_name(), g.config.L, g.config.NH,
-               g.config.C, g.config.maxT, g.config.V, param_count(g.config) / 1e6, dtype_name(FLOATX));
-        if (g.plan.training)
+        printf("model      %s: L %d, NH %d, C %d, T %d, V %d, %.2fM parameters, %s\n", run.model_name(), model.config.L, model.config.NH,
+               model.config.C, model.config.maxT, model.config.V, param_count(model.config) / 1e6, dtype_name(FLOATX));
+        if (model.plan.training)
             printf("step       %d sequences x %d tokens x %d micro-batches x %d GPUs = %zu tokens; %d steps, an epoch has %zu\n",
-                   g.plan.B, g.plan.T, g.plan.micro_batches, world.size, BT * g.plan.micro_batches * world.size, run.steps,
-                   run.train.batches_per_epoch() / g.plan.micro_batches);
+                   model.plan.B, model.plan.T, model.plan.micro_batches, world.size, BT * model.plan.micro_batches * world.size, run.steps,
+                   run.train.batches_per_epoch() / model.plan.micro_batches);
         printf("memory     (--estimate lists parameters, gradients and optimizer state row by row)\n");
-        table_print(gpt2_table(g), kept_layers, BT * g.config.C, mode.c_str(), false);
+        table_print(model_table(model), kept_layers, BT * model.config.C, mode.c_str(), false);
         fflush(stdout);
     }
 
     // ---- take the memory, and begin or go on
-    cudaCheck(cudaStreamCreate(&g.stream));
-    gpt2_allocate(g);
-    const size_t estimate_bytes = table_bytes(g.table);
-    cudaCheck(cudaMallocHost((void**)&run.host_tokens, 2 * token_ints(BT, g.config.V) * g.plan.micro_batches * sizeof(int)));
+    cudaCheck(cudaStreamCreate(&model.stream));
+    model_allocate(model);
+    const size_t estimate_bytes = table_bytes(model.table);
+    cudaCheck(cudaMallocHost((void**)&run.host_tokens, 2 * token_ints(BT, model.config.V) * model.plan.micro_batches * sizeof(int)));
     if (speaks) printf("weights    %s%s\n", run.model_file.empty() ? "drawn from --seed" : "from ", run.model_file.c_str());
     fflush(stdout);
-    if (run.model_file.empty()) gpt2_init(g);
-    else gpt2_load(g, run.model_file.c_str());
-    cudaCheck(cudaStreamSynchronize(g.stream));
+    if (run.model_file.empty()) model_init(model);
+    else model_load(model, run.model_file.c_str());
+    cudaCheck(cudaStreamSynchronize(model.stream));
     begin_or_go_on(run);
-    if (!s.out.empty() && g.plan.training) check_room(s, o, g, run.steps - run.state.step);
+    if (!s.out.empty() && model.plan.training) check_room(s, o, model, run.steps - run.state.step);
     if (!s.log.empty() && speaks) log_open(run.log, s, o, run.resume_step);   // after all that could still refuse to run
     catch_signals();
     if (speaks) printf("start      at step %d; the first step also prepares the matmuls\n", run.state.step);
@@ -4857,10 +4867,10 @@ int main(int argc, char** argv) {
     if (!log_close(run.log) && status == 0) status = 1;
     loader_close(run.train);
     loader_close(run.val);
-    table_free(g.table);
+    table_free(model.table);
     cudaCheck(cudaFreeHost(run.host_tokens));
     cublasCheck(cublasLtDestroy(matmul_state.handle));
-    cudaCheck(cudaStreamDestroy(g.stream));
+    cudaCheck(cudaStreamDestroy(model.stream));
     world_end();
     leave(status);
 }
