@@ -7,22 +7,57 @@ GPT-2 in one file: training and fine-tuning in CUDA C, with every layer's forwar
     ./train_gpt2 --estimate -e d12 -b 64 -t 1024                 # what it would take, before anything is allocated
     ./train_gpt2 --help
 
-The sections stand in the order in which one would teach them; start at section 6's model_forward if you know the parts.
+CONTENTS, in the order in which one would teach them. Who knows the parts starts at model_forward in section 7.
 
-    1. numbers and errors        floatX, 16-byte accesses, warp sums, cudaCheck
-    2. what backward keeps       GELU, the Approx-BP codes, and the functions through which backward sees what forward kept
-    3. layers                    embedding, norm, matmul, attention, activation, loss: each forward, then backward
-    4. optimizer                 gradient norm, the verdict on a step, AdamW
-    5. many GPUs                 NCCL, optimizer sharding
-    6. the model                 configuration, the tensor table (the ledger), forward, loss, backward, update
-    7. files                     tokens, checkpoints, logs, text
-    8. main                      the command line and the loop
+    1. numbers and errors            floatX, 16-byte accesses, warp sums, cudaCheck
+    2. layers                        embedding, column sums, norm, matmul, attention, GELU, loss: each forward, then backward
+    3. what backward keeps           Approx-BP: 2 bits of GELU's input; MS-LN: one tensor for a norm and its matmul
+    4. attention on tensor cores     the version that most models use
+    5. optimizer                     gradient norm, the verdict on a step, AdamW
+    6. many GPUs                     NCCL, optimizer sharding
+    7. the model                     configuration, the tensor table (the ledger), forward, loss, backward, update
+    8. files                         tokens, checkpoints, logs, text
+    9. main                          the command line and the loop
 
-Shapes in comments: B batch, T time, C channels, NH heads, HS = C / NH head size, V vocabulary, Vp the vocabulary padded to a
-multiple of 128, L layers. All matrices are row-major; a weight is (out, in) as in PyTorch. Nothing here uses a float atomic
-and every sum has one fixed order, so two runs with one seed, batch and number of loss chunks are equal to the bit.
+Every kernel has a file in dev/cuda with simpler versions, from the loop of a textbook to the one that stands here, and its tests.
 
-Sections between "==== twin" marks stand in train_llama.cu too, byte for byte (make twins).
+A PRIMER OF THE GPU. kernel<<<grid, block, shared_bytes, stream>>>(...) launches a __global__ function: the GPU runs it once per
+thread, and the call returns at once. Threads come in blocks, mostly of 256 here, and blocks in a grid; a thread finds its part of
+the work from threadIdx, blockIdx, blockDim and gridDim. Kernels given to one stream run one after the other.
+  - A block runs on one of the GPU's multiprocessors (an H100 has 132). Its threads share __shared__ memory, which is small (48 KB
+    without asking for more) and nearly as fast as registers, and can wait for each other: __syncthreads() is that barrier. Blocks
+    run in any order and cannot wait for each other.
+  - 32 neighbouring threads are a warp, and each of them is one of its lanes. A warp executes one instruction for all its lanes, so
+    where an `if` divides them both sides take time. Lanes can read each other's registers: __shfl_xor_sync(ALL_LANES, x, 16) gives
+    lane i the x of lane i XOR 16, and five such steps (16, 8, 4, 2, 1) sum a value over the warp without shared memory.
+  - Global memory is large and slow: a load takes about 500 cycles. A multiprocessor holds up to 64 warps and turns to another one
+    while one waits. How many it can hold depends on their registers (65,536 in all, at most 255 per thread).
+  - Loads are fastest when the lanes of a warp read neighbouring addresses (coalesced): then 32 lanes times 16 bytes are four lines
+    of 128 bytes. Shared memory is divided into 32 banks, each 4 bytes wide: lanes that want different words of one bank take turns.
+  - Most kernels here do little arithmetic for each byte, so the time they take is the bytes they move. Matmuls and attention do
+    much, and run on the tensor cores, which multiply small matrices.
+
+SHAPES. B batch, T time, C channels, NH heads, HS = C / NH head size, V vocabulary, Vp the vocabulary padded to a multiple of 128,
+L layers, rows = B*T. All matrices are row-major; a weight is (out, in) as in PyTorch.
+
+ONE BLOCK, from top to bottom; backward goes up. "Kept" is what forward leaves for backward, in units of B*T*C elements.
+
+                                                                           exact                APPROX_   MS_     both, that is
+    tensor            shape      is                                        -r 0   -r 1   -r 2   ACT=2     NORM=1  USE_APPROXBP=1
+    resid ----.       B,T,C      what comes in: resid_out of the block before
+    ln1       |       B,T,C      norm(resid), gamma ln1w, beta ln1b          1      1      .      1        1 (z)    1 (z)
+    qkv       |       B,T,3C     ln1 qkvw^T + qkvb                           3      3      3      3        3        3
+    atty      |       B,T,C      attention(qkv)                              1      1      1      1        1        1
+    resid_mid +       B,T,C      resid + atty attprojw^T + attprojb          1      1      1      1        .        .
+    ln2       |       B,T,C      norm(resid_mid), gamma ln2w, beta ln2b      1      1      .      1        1 (z)    1 (z)
+    fch       |       B,T,4C     ln2 fcw^T + fcb                             4      4      4      0.5      4        0.5
+    fch_gelu  |       B,T,4C     GELU(fch)                                   4      .      .      4        4        4
+    resid_out +       B,T,C      resid_mid + fch_gelu fcprojw^T + fcprojb    1      1      1      1        .        .
+                                                                            16     12     10     12.5     14       10.5
+
+A tensor marked . is not kept: backward computes it again (-r), or does not need it. MS_NORM=1 with -r 1 keeps 10.
+Nothing here uses a float atomic and every sum has one fixed order, so two runs with one seed, batch and number of loss chunks are
+equal to the bit. Sections between "==== twin" marks stand in train_llama.cu too, byte for byte (make twins).
 */
 // ==== twin: numbers and errors
 // ---------------------------------------------------------------------------------------------------------------------
@@ -71,7 +106,7 @@ Sections between "==== twin" marks stand in train_llama.cu too, byte for byte (m
 #endif
 constexpr bool kFP32 = FP32;
 
-// The memory modes of the backward pass (section 2). USE_APPROXBP=1 is both; each can be had alone.
+// The memory modes of the backward pass (section 3). USE_APPROXBP=1 is both; each can be had alone.
 #ifndef USE_APPROXBP
 #define USE_APPROXBP 0
 #endif
@@ -81,11 +116,11 @@ constexpr bool kFP32 = FP32;
 #ifndef MS_NORM
 #define MS_NORM USE_APPROXBP
 #endif
-constexpr int kActBits = APPROX_ACT;    // bits that the activation keeps of an element for backward; 0: the element itself
-constexpr bool kMsNorm = MS_NORM;   // a norm and the matmul behind it keep one tensor between them
+constexpr int kActBits = APPROX_ACT;   // bits per element that backward gets of the activation's input; 0: the element itself
+constexpr bool kMsNorm = MS_NORM;      // a norm and the matmul after it keep one tensor between them
 static_assert(kActBits >= 0 && kActBits <= 4, "APPROX_ACT is 0 (exact) or 1 to 4 bits");
 
-// The type of weights, activations and (with one micro-batch a step) gradients. Arithmetic is always fp32.
+// The type of weights, activations and (with one micro-batch per step) gradients. Arithmetic is always fp32.
 using floatX = std::conditional_t<kFP32, float, __nv_bfloat16>;
 enum DType { F32, BF16, I32, BYTE };
 constexpr DType FLOATX = kFP32 ? F32 : BF16;
@@ -108,7 +143,7 @@ const char* program_name = "train_gpt2";
 #ifdef MULTI_GPU
     int started = 0;
     MPI_Initialized(&started);
-    if (started) MPI_Abort(MPI_COMM_WORLD, status);   // or the other ranks would wait for us for ever
+    if (started) MPI_Abort(MPI_COMM_WORLD, status);   // or the other ranks would wait for this one for ever
 #endif
     exit(status);
 }
@@ -142,8 +177,8 @@ void cuda_check(cudaError_t error, const char* file, int line) {
 
 inline int ceil_div(size_t a, size_t b) { return (int)((a + b - 1) / b); }
 
-// A GPU reaches its memory bandwidth with 16 bytes a thread and access. A thread takes 8 elements: one such access in bf16, two
-// in fp32. Kernels read them, widen them to fp32, compute, and round once when they store.
+// Full memory bandwidth needs 16-byte accesses by each thread. A thread takes 8 neighbouring elements: one such access in bf16,
+// two in fp32. Kernels read them, widen them to fp32, compute, and round once when they store.
 constexpr int VEC = 8;
 template <class X>
 struct alignas(16) VecOf { X x[VEC]; };
@@ -152,6 +187,10 @@ struct Floats {
     float x[VEC];
     __device__ float& operator[](int i) { return x[i]; }
     __device__ float operator[](int i) const { return x[i]; }
+    __device__ void operator+=(const Floats& other) {
+#pragma unroll
+        for (int i = 0; i < VEC; i++) x[i] += other.x[i];
+    }
 };
 template <class X>
 __device__ inline Floats widen(VecOf<X> v) {   // by value: through a reference nvcc reads memory element by element
@@ -177,12 +216,13 @@ __device__ inline Floats load(const X* p) { return widen(*reinterpret_cast<const
 template <class X>
 __device__ inline void store(X* p, const Floats& f) { *reinterpret_cast<VecOf<X>*>(p) = narrow<X>(f); }
 
-inline void check_vec(const char* what, int n) {   // of the launchers whose kernels know no other case
+inline void check_vec(const char* what, int n) {   // for launchers: their kernels know no other case
     if (n % VEC != 0) fail("%s is %d: expected a multiple of %d, because a thread takes %d neighbouring elements", what, n, VEC, VEC);
 }
 
-// exp(x) and 1/x. The hardware has an exponential of 2 and a reciprocal that are right to 22 bits and take an instruction each,
-// where exact ones take ten; a pass that is to run at the speed of memory has time for about 30 an element. bf16 builds use them.
+// exp(x) and 1/x. The hardware has instructions for 2^x and for 1/x that are right to 22 bits; exact ones take about ten
+// instructions. A kernel that runs at the speed of memory has time for about 30 instructions per element, so bf16 builds use the
+// fast ones.
 constexpr float LOG2E = 1.4426950408889634f;
 __device__ inline float exp_2(float x) {
 #ifdef __CUDACC__
@@ -209,7 +249,7 @@ __device__ inline float reciprocal(float x) {
 }
 
 constexpr unsigned ALL_LANES = 0xffffffffu;
-__device__ inline float warp_sum(float x) {   // every lane gets the same bits: the butterfly adds in one order for all
+__device__ inline float warp_sum(float x) {   // every lane gets the same bits: all of them add in the same order
 #pragma unroll
     for (int o = 16; o > 0; o >>= 1) x += __shfl_xor_sync(ALL_LANES, x, o);
     return x;
@@ -219,7 +259,7 @@ __device__ inline float warp_max(float x) {
     for (int o = 16; o > 0; o >>= 1) x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, o));
     return x;
 }
-// The sum over a block of 256 threads, valid in thread 0. `shared` has a slot for each of the 8 warps.
+// The sum over a block of 256 threads, valid in thread 0. `shared` has one slot per warp.
 __device__ inline float block_sum_256(float x, float* shared) {
     x = warp_sum(x);
     if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
@@ -231,11 +271,12 @@ __device__ inline float block_sum_256(float x, float* shared) {
 }
 
 // A gradient is floatX when a step is one micro-batch and fp32 when it is a sum of several: bf16 sums lose up to a third of
-// their value at a thousand terms. So its type is known only at run time, and travels with the pointer.
+// their value at a thousand terms. So its type is known only at run time, and travels with the pointer. A null pointer means that
+// nobody wants this gradient.
 struct Grad {
     void* p;
     DType type;
-    Grad operator+(size_t elements) const { return {(char*)p + elements * dtype_size(type), type}; }
+    Grad operator+(size_t elements) const { return {p ? (char*)p + elements * dtype_size(type) : nullptr, type}; }
 };
 __device__ inline float grad_load(Grad grad, size_t i) {
     return grad.type == F32 ? ((const float*)grad.p)[i] : (float)((const __nv_bfloat16*)grad.p)[i];
@@ -253,8 +294,8 @@ __device__ inline void grad_store_vec(Grad grad, size_t i, const Floats& value) 
     else store((__nv_bfloat16*)grad.p + i, value);
 }
 
-// Random numbers without a state: a hash of (seed, stream, index) gives the same bits in whatever order threads run, and
-// after a resume. The mixing steps are splitmix64's (Steele et al., OOPSLA 2014).
+// Random numbers without a state: a hash of (seed, stream, index) gives the same bits in whatever order the threads run, and
+// after a resume. The mixing steps are those of splitmix64 (Steele et al., OOPSLA 2014).
 __host__ __device__ inline uint64_t hash64(uint64_t seed, uint64_t stream, uint64_t index) {
     uint64_t z =
         seed * 0x9e3779b97f4a7c15ull + stream * 0xbf58476d1ce4e5b9ull + index * 0xd1342543de82ef95ull + 0x632be59bd9b4e019ull;
@@ -267,8 +308,8 @@ __host__ __device__ inline uint64_t hash64(uint64_t seed, uint64_t stream, uint6
 }
 __host__ __device__ inline float hash_uniform(uint64_t h) { return ((uint32_t)(h >> 41) + 0.5f) * (1.0f / 8388608.0f); }   // in (0, 1), exactly
 
-// Stochastic rounding: add random bits below the ones bf16 keeps, then cut. The expectation is the value itself, so that
-// updates far below one bf16 step still move a weight, on average. NaN and infinities pass unharmed.
+// Stochastic rounding: add random bits below those that bf16 keeps, then cut them off. The expected result is x itself, so an
+// update far smaller than one bf16 step still moves a weight, on average. NaN and infinities stay as they are.
 __device__ inline floatX round_stochastic(float x, uint32_t random) {
     if constexpr (kFP32) {
         return x;
@@ -279,7 +320,7 @@ __device__ inline floatX round_stochastic(float x, uint32_t random) {
     }
 }
 
-struct NvtxRange {   // names a stretch of the timeline in Nsight Systems
+struct NvtxRange {   // names a part of the timeline in Nsight Systems
     explicit NvtxRange(const char* name) { nvtxRangePushA(name); }
     NvtxRange(const char* name, int layer) { nvtxRangePushA((name + std::string(" ") + std::to_string(layer)).c_str()); }
     ~NvtxRange() { nvtxRangePop(); }
@@ -289,9 +330,11 @@ struct NvtxRange {   // names a stretch of the timeline in Nsight Systems
 // ---------------------------------------------------------------------------------------------------------------------
 // 2. layers
 
+constexpr bool kRMSNorm = false;   // GPT-2 has LayerNorm
+
 // ---- embedding
 
-// out[b,t,:] = wte[token[b,t],:] + wpe[t,:], one vector a thread
+// out[b,t,:] = wte[token[b,t],:] + wpe[t,:]. A thread makes 8 neighbouring channels. (dev/cuda/embedding.cu)
 __global__ void embedding_forward_kernel(floatX* out, const int* tokens, const floatX* wte, const floatX* wpe, size_t n, int T,
                                          int C) {
     size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC;
@@ -299,9 +342,7 @@ __global__ void embedding_forward_kernel(floatX* out, const int* tokens, const f
     size_t bt = i / C;
     int c = (int)(i % C);
     Floats e = load(wte + (size_t)tokens[bt] * C + c);
-    Floats p = load(wpe + (bt % T) * C + c);
-#pragma unroll
-    for (int k = 0; k < VEC; k++) e[k] += p[k];
+    e += load(wpe + (bt % T) * C + c);
     store(out + i, e);
 }
 
@@ -316,22 +357,18 @@ void embedding_forward(floatX* out,         // (B, T, C)
     cudaCheck(cudaGetLastError());
 }
 
-// Many positions add to one row of dwte. Atomics would add them in the order of arrival, which differs from run to run. So
-// the host sorts the positions by token (tokens_upload, section 7) and a block owns one token: its 8 warps take every eighth
-// position, and their sums are added in warp order.
+// Many positions add to one row of dwte. Atomics would add them in the order in which they arrive, which differs from run to run.
+// So the host sorts the positions by token (tokens_sort, section 8), and a block owns one token: each of its 8 warps takes every
+// eighth position, and their sums are added in the order of the warps.
 __global__ void embedding_backward_wte_kernel(Grad dwte, const floatX* dout, const int* positions, const int* bucket_token,
-                                              const int* bucket_start, int C) {
+                                              const int* bucket_start, bool accumulate, int C) {
     __shared__ float partial[8][32 * VEC];
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     int c = (blockIdx.y * 32 + lane) * VEC;
     int first = bucket_start[blockIdx.x], end = bucket_start[blockIdx.x + 1];
     Floats sum = {};
     if (c < C) {
-        for (int i = first + warp; i < end; i += 8) {
-            Floats d = load(dout + (size_t)positions[i] * C + c);
-#pragma unroll
-            for (int k = 0; k < VEC; k++) sum[k] += d[k];
-        }
+        for (int i = first + warp; i < end; i += 8) sum += load(dout + (size_t)positions[i] * C + c);
     }
 #pragma unroll
     for (int k = 0; k < VEC; k++) partial[warp][lane * VEC + k] = sum[k];
@@ -342,7 +379,7 @@ __global__ void embedding_backward_wte_kernel(Grad dwte, const floatX* dout, con
         if (channel >= C) continue;
         float total = 0;
         for (int w = 0; w < 8; w++) total += partial[w][j];
-        grad_store(dwte, row + channel, total, true);   // the lm-head has written dwte before
+        grad_store(dwte, row + channel, total, accumulate);
     }
 }
 
@@ -352,45 +389,46 @@ __global__ void embedding_backward_wpe_kernel(Grad dwpe, const floatX* dout, int
     if (i >= (size_t)T * C) return;
     Floats sum = {};
     if (accumulate) sum = grad_load_vec(dwpe, i);
-    for (int b = 0; b < B; b++) {
-        Floats d = load(dout + (size_t)b * T * C + i);
-#pragma unroll
-        for (int k = 0; k < VEC; k++) sum[k] += d[k];
-    }
+    for (int b = 0; b < B; b++) sum += load(dout + (size_t)b * T * C + i);
     grad_store_vec(dwpe, i, sum);
 }
 
-void embedding_backward(Grad dwte,                // (Vp, C), added to: tied to the lm-head, whose gradient is there already
-                        Grad dwpe,                // (maxT, C); rows from T on are never touched
+void embedding_backward(Grad dwte,                // (Vp, C) or null; rows of tokens that do not occur are not written
+                        Grad dwpe,                // (maxT, C) or null; rows from T on are not written
                         const floatX* dout,       // (B, T, C)
                         const int* positions,     // (B*T) indices into (B,T), sorted by token, ascending within one
                         const int* bucket_token,  // (buckets) the tokens that occur
                         const int* bucket_start,  // (buckets + 1) where each one's positions begin
-                        int buckets, bool accumulate, int B, int T, int C, cudaStream_t stream) {
+                        int buckets, bool accumulate_wte, bool accumulate_wpe, int B, int T, int C, cudaStream_t stream) {
     check_vec("embedding_backward: C", C);
     dim3 grid(buckets, ceil_div(C, 32 * VEC));
-    embedding_backward_wte_kernel<<<grid, 256, 0, stream>>>(dwte, dout, positions, bucket_token, bucket_start, C);
+    if (dwte.p != nullptr) embedding_backward_wte_kernel<<<grid, 256, 0, stream>>>(dwte, dout, positions, bucket_token, bucket_start, accumulate_wte, C);
     cudaCheck(cudaGetLastError());
-    embedding_backward_wpe_kernel<<<ceil_div((size_t)T * C, 256 * VEC), 256, 0, stream>>>(dwpe, dout, B, T, C, accumulate);
+    if (dwpe.p != nullptr) embedding_backward_wpe_kernel<<<ceil_div((size_t)T * C, 256 * VEC), 256, 0, stream>>>(dwpe, dout, B, T, C, accumulate_wpe);
     cudaCheck(cudaGetLastError());
 }
 
 // ==== twin: column sums
 // ---- column sums: the gradients of biases, gamma and beta
 //
-// Each is a sum over the B*T rows of a tensor. Columns go to lanes and rows to warps, so reads are whole lines; a block sums
-// a slice of the rows, and a second kernel adds the slices in order. How many slices there are depends on the shape alone,
-// never on the GPU, and so do the bits of the result.
+// The gradient of a bias, and of a norm's gamma and beta, is a sum over the rows of a tensor. For a 2 x 8 tensor d:
+//
+//     d[0] =  1  2  3  4  5  6  7  8      lane 0 of a warp reads the 8 columns of a row by one access, lane 1 the next 8 ...
+//     d[1] = 10 20 30 40 50 60 70 80      warp 0 takes rows 0, 8, 16 ..., warp 1 rows 1, 9, 17 ..., so each read is contiguous
+//     sum  = 11 22 33 44 55 66 77 88      the block then adds its 8 warps' sums, in their order
+//
+// Rows are cut into slices, one per block, so that there are enough blocks; a second kernel adds the slices' sums in their order.
+// The number of slices depends on the shape alone, never on the GPU, so the result has the same bits everywhere.
+// (dev/cuda/matmul.cu)
 constexpr int COLSUM_SLICES = 64;
 inline int colsum_slices(int rows) { return std::clamp(rows / 64, 1, COLSUM_SLICES); }
-// The norm's backward cuts its rows finer: its blocks are small.
+// The norm's backward has small blocks, so it cuts the rows into more slices.
 constexpr int NORM_SLICES = 512;
 inline int norm_slices(int rows) { return std::clamp(rows / 16, 1, NORM_SLICES); }
-// floats of scratch: for sums over a tensor of 4C columns, for two (gamma and beta, when they are unfolded) of C, and for the
-// norm's three of C
+// floats of scratch: the norm's three sums of C columns take most; sums over a tensor of 4C columns, or two of C, take less
 inline size_t colsum_scratch(size_t C) { return 3 * C * NORM_SLICES; }
 
-// Where a block of 256 threads stands in a column sum: its lanes' columns, its warps' rows.
+// What a thread of a block of 256 sums: its columns c to c + 7, and every eighth row of its block's slice [first, end).
 struct ColsumPlace {
     int lane, warp, c, first, end;
     __device__ ColsumPlace(int rows) {
@@ -401,10 +439,10 @@ struct ColsumPlace {
         end = (int)((size_t)rows * (blockIdx.y + 1) / gridDim.y);
     }
 };
-// partial[slice, columns of the block] = the 8 warps' sums, added in their order
+// partial[slice, columns of the block] = the sum over the block's 8 warps, in their order
 __device__ inline void colsum_store(float* partial, const Floats& sum, float (&shared)[8][32 * VEC], const ColsumPlace& at,
                                     int columns) {
-    __syncthreads();   // a sum stored before has been read
+    __syncthreads();   // an earlier call may still be reading `shared`
 #pragma unroll
     for (int k = 0; k < VEC; k++) shared[at.warp][at.lane * VEC + k] = sum[k];
     __syncthreads();
@@ -422,15 +460,11 @@ __global__ void colsum_kernel(float* partial, const floatX* dout, int rows, int 
     __shared__ float shared[8][32 * VEC];
     ColsumPlace at(rows);
     Floats sum = {};
-    for (int r = at.first + at.warp; at.c < columns && r < at.end; r += 8) {
-        Floats d = load(dout + (size_t)r * columns + at.c);
-#pragma unroll
-        for (int k = 0; k < VEC; k++) sum[k] += d[k];
-    }
+    for (int r = at.first + at.warp; at.c < columns && r < at.end; r += 8) sum += load(dout + (size_t)r * columns + at.c);
     colsum_store(partial, sum, shared, at, columns);
 }
 
-// Up to three results whose partial sums stand one behind the other; one with a null pointer is not wanted.
+// Up to three results; their partial sums follow one another in memory.
 struct ColsumOut { Grad sum[3]; };
 __global__ void colsum_finish_kernel(ColsumOut out, const float* partial, int slices, int columns, bool accumulate) {
     __shared__ float shared[32][32];
@@ -448,8 +482,9 @@ __global__ void colsum_finish_kernel(ColsumOut out, const float* partial, int sl
     grad_store(result, c, total, accumulate);
 }
 
-// out (+)= the slices' partial sums
+// out (+)= the sum of the slices
 void colsum_finish(ColsumOut out, int sums, const float* partial, int slices, int columns, bool accumulate, cudaStream_t stream) {
+    if (out.sum[0].p == nullptr && out.sum[1].p == nullptr && out.sum[2].p == nullptr) return;
     int warps = std::clamp(slices / 8, 1, 32);
     colsum_finish_kernel<<<dim3(ceil_div(columns, 32), sums), warps * 32, 0, stream>>>(out, partial, slices, columns, accumulate);
     cudaCheck(cudaGetLastError());
@@ -460,6 +495,7 @@ void bias_backward(Grad dbias,           // (OC)
                    const floatX* dout,   // (rows, OC)
                    bool accumulate, int rows, int OC, cudaStream_t stream) {
     check_vec("bias_backward: OC", OC);
+    if (dbias.p == nullptr) return;
     int slices = colsum_slices(rows);
     dim3 grid(ceil_div(OC, 32 * VEC), slices);
     colsum_kernel<<<grid, 256, 0, stream>>>(scratch, dout, rows, OC);
@@ -468,20 +504,24 @@ void bias_backward(Grad dbias,           // (OC)
 }
 // ==== end twin
 
-// ---- norm
+// ==== twin: norm
+// ---- norm, together with the residual addition before it
 //
-// y = gamma * z + beta with z = (x - mean) * rstd over the C channels of a row (Ba et al., arXiv 1607.06450), fused with the
-// residual addition before it: x = inp + add. A warp owns a row, so the sums need no barrier. A lane comes back twice to the
-// elements that it read; they wait in shared memory, each written and read by one lane alone.
-// MS_LN: the output is z itself, for a matmul that has gamma and beta folded in, and the mean is not kept.
+//     x = inp + add,   z = (x - mean) * rstd,   out = gamma * z + beta           over the C channels of a row
+//
+// This is LayerNorm (Ba et al., arXiv 1607.06450). RMSNorm (Zhang and Sennrich, arXiv 1910.07467) is the same without mean and
+// beta. A warp owns a row, so its sums need no barrier. Each lane needs its elements three times, so it parks them in shared
+// memory; no other lane reads them, hence no barrier. (dev/cuda/layernorm.cu)
+//
+// MS_LN (section 3): out is z itself, for a matmul whose weight has gamma and beta folded in, and the mean is not kept.
 
 constexpr float NORM_EPS = 1e-5f;
-// warps (rows) a block, so that the rows fit the 48 KB of shared memory that every GPU gives without asking
+// warps (that is, rows) per block: their rows must fit 48 KB of shared memory
 inline int norm_warps(int C) { return (int)std::clamp(48 * 1024 / ((size_t)C * sizeof(floatX)), (size_t)1, (size_t)4); }
 
-template <bool MS_LN>
-__global__ void layernorm_forward_kernel(floatX* residual, floatX* out, float* mean, float* rstd, const floatX* inp,
-                                         const floatX* add, const floatX* gamma, const floatX* beta, int rows, int C) {
+template <bool MS_LN, bool RMS>
+__global__ void add_norm_forward_kernel(floatX* residual, floatX* out, float* mean, float* rstd, const floatX* inp,
+                                        const floatX* add, const floatX* gamma, const floatX* beta, int rows, int C) {
     extern __shared__ Vec norm_rows[];
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     int row = blockIdx.x * (blockDim.x / 32) + warp;
@@ -491,20 +531,16 @@ __global__ void layernorm_forward_kernel(floatX* residual, floatX* out, float* m
     float sum = 0;
     for (int c = lane * VEC; c < C; c += 32 * VEC) {
         Floats f = load(inp + base + c);
-        if (add != nullptr) {
-            Floats a = load(add + base + c);
-#pragma unroll
-            for (int k = 0; k < VEC; k++) f[k] += a[k];
-        }
-        Vec rounded = narrow(f);   // what is stored is what is normalised: a recompute from the stored x gives equal bits
+        if (add != nullptr) f += load(add + base + c);
+        Vec rounded = narrow(f);   // what is stored is what is normalised, so computing it again from the stored x gives the same bits
         if (residual != nullptr) *reinterpret_cast<Vec*>(residual + base + c) = rounded;
         x[c / VEC] = rounded;
         f = widen(rounded);
 #pragma unroll
         for (int k = 0; k < VEC; k++) sum += f[k];
     }
-    float mu = warp_sum(sum) / C;
-    float square = 0;   // of the deviations: E[x^2] - E[x]^2 would cancel
+    float mu = RMS ? 0.0f : warp_sum(sum) / C;
+    float square = 0;   // of the deviations: E[x^2] - E[x]^2 would be a small difference of large numbers
     for (int c = lane * VEC; c < C; c += 32 * VEC) {
         Floats f = widen(x[c / VEC]);
 #pragma unroll
@@ -516,139 +552,151 @@ __global__ void layernorm_forward_kernel(floatX* residual, floatX* out, float* m
 #pragma unroll
         for (int k = 0; k < VEC; k++) f[k] = (f[k] - mu) * rs;
         if constexpr (!MS_LN) {
-            Floats gamma_c = load(gamma + c), beta_c = load(beta + c);
+            Floats gamma_c = load(gamma + c), beta_c = {};
+            if constexpr (!RMS) beta_c = load(beta + c);
 #pragma unroll
             for (int k = 0; k < VEC; k++) f[k] = gamma_c[k] * f[k] + beta_c[k];
         }
         store(out + base + c, f);
     }
     if (lane == 0) {
-        if constexpr (!MS_LN) mean[row] = mu;
+        if constexpr (!MS_LN && !RMS) mean[row] = mu;
         rstd[row] = rs;
     }
 }
 
-// residual may be inp or add, and out may be add: a lane has read an element before it writes it.
-template <bool MS_LN>
-void layernorm_forward(floatX* residual,     // (rows, C) out: inp + add; null to drop it
-                       floatX* out,          // (rows, C)
-                       float* mean,          // (rows); MS_LN: not written
-                       float* rstd,          // (rows)
-                       const floatX* inp,    // (rows, C)
-                       const floatX* add,    // (rows, C) or null
-                       const floatX* gamma,  // (C); MS_LN: not read
-                       const floatX* beta,   // (C); MS_LN: not read
-                       int rows, int C, cudaStream_t stream) {
-    check_vec("layernorm_forward: C", C);
+// residual may be inp or add, and out may be add: a lane reads an element before it writes it.
+template <bool MS_LN, bool RMS = kRMSNorm>
+void add_norm_forward(floatX* residual,     // (rows, C) out: inp + add; null: not wanted
+                      floatX* out,          // (rows, C)
+                      float* mean,          // (rows); MS_LN, RMS: not written
+                      float* rstd,          // (rows)
+                      const floatX* inp,    // (rows, C)
+                      const floatX* add,    // (rows, C) or null
+                      const floatX* gamma,  // (C); MS_LN: not read
+                      const floatX* beta,   // (C); MS_LN, RMS: not read
+                      int rows, int C, cudaStream_t stream) {
+    check_vec("add_norm_forward: C", C);
     const int most = 48 * 1024 / sizeof(floatX);
-    if (C > most) fail("layernorm_forward: C is %d: expected at most %d, because a row must fit 48 KB of shared memory", C, most);
+    if (C > most) fail("add_norm_forward: C is %d: expected at most %d, because a row must fit 48 KB of shared memory", C, most);
     int warps = norm_warps(C);
-    layernorm_forward_kernel<MS_LN><<<ceil_div(rows, warps), warps * 32, warps * C * sizeof(floatX), stream>>>(
+    add_norm_forward_kernel<MS_LN, RMS><<<ceil_div(rows, warps), warps * 32, warps * C * sizeof(floatX), stream>>>(
         residual, out, mean, rstd, inp, add, gamma, beta, rows, C);
     cudaCheck(cudaGetLastError());
 }
 
-// z = (x - mean) * rstd for elements [i, i + VEC) of a row, from what the norm kept: x, or z itself.
-template <bool MS_LN>
+// Backward. With dz = dout * gamma,
+//     dx = rstd * (dz - mean(dz) - z * mean(dz * z))      the means over the row's C channels; RMSNorm has no mean(dz)
+// is added to the gradient of the stream that goes around the norm. The other results are sums over columns: dbeta = colsum(dout),
+// dgamma = colsum(dout * z), and the gradient of one more bias: that of the matmul whose output forward added to the stream here,
+// which is the column sum of the updated dresidual.
+//
+// So a block takes 8 rows at a time. First each warp takes a row, for the two means; then each thread takes 8 columns, down the
+// same 8 rows, which the cache still holds.
+
+// z for elements [i, i + VEC) of a row, from what forward kept: x, or with MS_LN z itself.
+template <bool MS_LN, bool RMS>
 __device__ inline Floats norm_z(const floatX* kept, size_t i, float mean, float rstd) {
     Floats x = load(kept + i);
     if constexpr (!MS_LN) {
 #pragma unroll
-        for (int k = 0; k < VEC; k++) x[k] = (x[k] - mean) * rstd;
+        for (int k = 0; k < VEC; k++) x[k] = (RMS ? x[k] : x[k] - mean) * rstd;
     }
     return x;
 }
-
-// dx = rstd * (dz - mean(dz) - z * mean(dz * z)). Added to the gradient of the residual stream that goes around the norm, in
-// place. dz = dout * gamma; MS_LN: z is what was kept.
-//
-// Two kinds of sums are wanted: along each row, for dx; and along columns, for dbeta and dgamma (MS_LN: the matmul has made
-// those), and for the bias of the matmul whose output was added to the stream here: its gradient is the sum of what this kernel
-// writes. So a block takes 8 rows at a time: first a warp a row for the sums along it, then a thread a vector of columns, down
-// the same 8 rows, which lie in the cache by now.
 constexpr int NORM_ROWS = 8;
-constexpr int NORM_THREADS = 512;   // at most: 4096 columns; where there are more, further blocks do the rows' sums once more
-template <bool MS_LN>
+constexpr int NORM_THREADS = 512;   // at most: 4096 columns; where there are more, further blocks compute the means once more
+template <bool MS_LN, bool RMS>
 __global__ void __launch_bounds__(NORM_THREADS, 1)   // the 1: it needs up to 99 registers, and room for two such blocks leaves 64
-layernorm_backward_kernel(floatX* dresidual, float* partial, const floatX* dout, const floatX* kept, const float* mean,
-                          const float* rstd, const floatX* gamma, bool accumulate, int rows, int C) {
-    __shared__ float mean_dz[2][NORM_ROWS], mean_dz_z[2][NORM_ROWS];   // twice: the rows before may still be in use
+add_norm_backward_kernel(floatX* dresidual, float* partial, const floatX* dout, const floatX* kept, const float* mean,
+                         const float* rstd, const floatX* gamma, bool accumulate, int rows, int C) {
+    __shared__ float mean_dz[2][NORM_ROWS], mean_dz_z[2][NORM_ROWS];   // two of each: slow warps may still read the one before
+    constexpr bool CENTRED = !MS_LN && !RMS;   // mean is needed to get z from x
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
     int column = (blockIdx.y * blockDim.x + threadIdx.x) * VEC;
     int first = (int)((size_t)rows * blockIdx.x / gridDim.x), end = (int)((size_t)rows * (blockIdx.x + 1) / gridDim.x);
-    Floats sum_dx = {}, sum_d = {}, sum_d_z = {};
-    for (int r0 = first, turn = 0; r0 < end; r0 += NORM_ROWS, turn ^= 1) {
+    Floats sum_dresidual = {}, sum_dout = {}, sum_dout_z = {};
+    for (int r0 = first, buffer = 0; r0 < end; r0 += NORM_ROWS, buffer ^= 1) {
         int count = min(NORM_ROWS, end - r0);
         for (int i = warp; i < count; i += warps) {
             size_t base = (size_t)(r0 + i) * C;
-            float mu = MS_LN ? 0 : mean[r0 + i], rs = rstd[r0 + i], sum = 0, sum_z = 0;
+            float mu = CENTRED ? mean[r0 + i] : 0, rs = rstd[r0 + i], sum_dz = 0, sum_dz_z = 0;
             for (int c = lane * VEC; c < C; c += 32 * VEC) {
-                Floats d = load(dout + base + c), z = norm_z<MS_LN>(kept, base + c, mu, rs), gamma_c = load(gamma + c);
+                Floats d = load(dout + base + c), z = norm_z<MS_LN, RMS>(kept, base + c, mu, rs), gamma_c = load(gamma + c);
 #pragma unroll
                 for (int k = 0; k < VEC; k++) {
-                    sum += d[k] * gamma_c[k];
-                    sum_z += d[k] * gamma_c[k] * z[k];
+                    sum_dz += d[k] * gamma_c[k];
+                    sum_dz_z += d[k] * gamma_c[k] * z[k];
                 }
             }
-            sum = warp_sum(sum) / C;
-            sum_z = warp_sum(sum_z) / C;
-            if (lane == 0) mean_dz[turn][i] = sum, mean_dz_z[turn][i] = sum_z;
+            sum_dz = RMS ? 0.0f : warp_sum(sum_dz) / C;
+            sum_dz_z = warp_sum(sum_dz_z) / C;
+            if (lane == 0) mean_dz[buffer][i] = sum_dz, mean_dz_z[buffer][i] = sum_dz_z;
         }
-        Floats next = {};   // dresidual of a row is read before the row before is stored: a load would wait for that
+        Floats next = {};   // a row of dresidual is loaded before the row above it is stored: it would have to wait for that
         if (accumulate && column < C) next = load(dresidual + (size_t)r0 * C + column);
         __syncthreads();
         for (int i = 0; column < C && i < count; i++) {
             size_t at = (size_t)(r0 + i) * C + column;
-            float mu = MS_LN ? 0 : mean[r0 + i], rs = rstd[r0 + i];
-            Floats d = load(dout + at), z = norm_z<MS_LN>(kept, at, mu, rs), gamma_c = load(gamma + column), dx = next;
+            float mu = CENTRED ? mean[r0 + i] : 0, rs = rstd[r0 + i];
+            Floats d = load(dout + at), z = norm_z<MS_LN, RMS>(kept, at, mu, rs), gamma_c = load(gamma + column), dx = next;
             if (accumulate && i + 1 < count) next = load(dresidual + at + C);
 #pragma unroll
             for (int k = 0; k < VEC; k++) {
-                dx[k] += rs * (d[k] * gamma_c[k] - mean_dz[turn][i] - z[k] * mean_dz_z[turn][i]);
-                sum_dx[k] += dx[k];
-                sum_d[k] += d[k];
-                sum_d_z[k] += d[k] * z[k];
+                dx[k] += rs * (d[k] * gamma_c[k] - mean_dz[buffer][i] - z[k] * mean_dz_z[buffer][i]);
+                sum_dresidual[k] += dx[k];
+                sum_dout[k] += d[k];
+                sum_dout_z[k] += d[k] * z[k];
             }
             store(dresidual + at, dx);
         }
     }
     if (column >= C) return;
     size_t sums = (size_t)gridDim.x * C, at = (size_t)blockIdx.x * C + column;
-    store(partial + at, sum_dx);
+    store(partial + at, sum_dresidual);
     if constexpr (!MS_LN) {
-        store(partial + sums + at, sum_d);
-        store(partial + 2 * sums + at, sum_d_z);
+        store(partial + sums + at, sum_dout_z);
+        if constexpr (!RMS) store(partial + 2 * sums + at, sum_dout);
     }
 }
 
-template <bool MS_LN>
-void layernorm_backward(floatX* dresidual,    // (rows, C), added to if accumulate_residual
-                        Grad dbias,           // (C) column sums of dresidual as it comes out; null: not wanted
-                        Grad dgamma,          // (C); MS_LN: not written, nor is dbeta
-                        Grad dbeta,           // (C)
-                        float* scratch,       // colsum_scratch(C) floats
-                        const floatX* dout,   // (rows, C)
-                        const floatX* kept,   // (rows, C): x; MS_LN: z
-                        const float* mean,    // (rows); MS_LN: not read
-                        const float* rstd,    // (rows)
-                        const floatX* gamma,  // (C)
-                        bool accumulate_residual, bool accumulate, int rows, int C, cudaStream_t stream) {
-    check_vec("layernorm_backward: C", C);
+template <bool MS_LN, bool RMS = kRMSNorm>
+void add_norm_backward(floatX* dresidual,    // (rows, C), added to if accumulate_residual
+                       Grad dbias,           // (C) column sums of dresidual as it comes out, or null
+                       Grad dgamma,          // (C) or null; MS_LN: not written, nor is dbeta
+                       Grad dbeta,           // (C) or null; RMS: not written
+                       float* scratch,       // colsum_scratch(C) floats
+                       const floatX* dout,   // (rows, C)
+                       const floatX* kept,   // (rows, C): x; MS_LN: z
+                       const float* mean,    // (rows); MS_LN, RMS: not read
+                       const float* rstd,    // (rows)
+                       const floatX* gamma,  // (C)
+                       bool accumulate_residual, bool accumulate, int rows, int C, cudaStream_t stream) {
+    check_vec("add_norm_backward: C", C);
     int slices = norm_slices(rows), threads = std::min(ceil_div(C, 32 * VEC) * 32, NORM_THREADS);
-    layernorm_backward_kernel<MS_LN><<<dim3(slices, ceil_div(C, threads * VEC)), threads, 0, stream>>>(
+    add_norm_backward_kernel<MS_LN, RMS><<<dim3(slices, ceil_div(C, threads * VEC)), threads, 0, stream>>>(
         dresidual, scratch, dout, kept, mean, rstd, gamma, accumulate_residual, rows, C);
     cudaCheck(cudaGetLastError());
-    if (!MS_LN || dbias.p != nullptr)
-        colsum_finish({dbias, dbeta, dgamma}, MS_LN ? 1 : 3, scratch, slices, C, accumulate, stream);
+    colsum_finish({dbias, dgamma, dbeta}, MS_LN ? 1 : RMS ? 2 : 3, scratch, slices, C, accumulate, stream);
 }
+// ==== end twin
 
 // ==== twin: matmul
 // ---- matmul, by cuBLASLt
 //
-// cuBLASLt thinks in columns. A row-major (R, K) matrix is its column-major (K, R) one, so we ask it for the transpose of
-// what we want: D^T = op(A) op(B). Finding the algorithm for a shape takes tens of microseconds, so it is asked once a shape.
+// cuBLASLt stores a matrix by columns (column-major), we by rows (row-major). The same memory, read the other way, is the transpose:
+//
+//     memory 1 2 3 4 5 6     row-major 2 x 3:  1 2 3     column-major 3 x 2:  1 4
+//                                              4 5 6                          2 5
+//                                                                             3 6
+//
+// So a row-major D = A B is asked for as D^T = B^T A^T, without moving a byte: cuBLASLt gets B first, then A, both as they lie in
+// memory. For out = inp W^T (rows x OC) it computes out^T = W inp^T, of m = OC rows and n = rows columns, each a sum of k = C terms.
+// It finds W^T in W's memory, so it is told to transpose that (true), and inp^T in inp's (false): the matmul(...) of matmul_forward.
+//
+// To find the algorithm for a shape takes tens of microseconds, so it is looked for once per shape. (dev/cuda/matmul.cu)
 
-// A weight's gradient has few tiles and a long sum, so cuBLASLt splits the sum: each part takes an fp32 (OC, C) of workspace.
+// A weight's gradient has few tiles and a long sum, so cuBLASLt splits the sum; each part takes an fp32 (OC, C) of workspace.
 // 64 MiB hold 7 parts of GPT-2 124M's fc, 4 of 350M's and 2 of 774M's: 400 tiles of 128 x 256 or more, three for each
 // multiprocessor of an H100. Larger weights have as many without a split.
 constexpr size_t MATMUL_WORKSPACE = (size_t)64 << 20;   // bytes, at most, unless --workspace says otherwise
@@ -663,7 +711,7 @@ struct Matmul {
     size_t workspace_bytes = 0;
     bool tf32 = false;            // fp32 builds: let the tensor cores round inputs to 10 bits of mantissa
     int gelu_fusion = 0;          // 0: kernels of our own; 1: GELU in the forward's epilogue; 2: and in the backward's
-    int* missing = nullptr;       // tests count there the products with a GELU that cuBLASLt cannot fuse; null: one ends the run
+    int* missing = nullptr;       // for tests: where to count the fused GELUs that cuBLASLt does not have; null: the first ends the run
 } matmul_state;
 
 struct MatmulPlan {
@@ -692,7 +740,7 @@ void matmul_set_pointers(MatmulPlan& p, const void* bias, const void* aux) {
 MatmulPlan* matmul_plan(int m, int n, int k, int align, int bias_align, bool trans_a, bool trans_b, DType out,
                         cublasLtEpilogue_t epilogue, const void* bias, const void* aux) {
     const size_t workspace = matmul_state.workspace_bytes;
-    static std::vector<MatmulPlan> plans;   // a dozen or two: a linear search is free beside a launch
+    static std::vector<MatmulPlan> plans;   // about twenty: searching them costs nothing beside a launch
     for (MatmulPlan& p : plans) {
         if (p.m != m || p.n != n || p.k != k || p.align != align || p.bias_align != bias_align || p.trans_a != trans_a ||
             p.trans_b != trans_b || p.out != out || p.epilogue != epilogue || p.workspace != workspace)
@@ -712,7 +760,7 @@ MatmulPlan* matmul_plan(int m, int n, int k, int align, int bias_align, bool tra
         cublasCheck(cublasLtMatmulDescSetAttribute(p.desc, CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, &bias_type, sizeof bias_type));
     int64_t aux_ld = m;
     if (aux) cublasCheck(cublasLtMatmulDescSetAttribute(p.desc, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, &aux_ld, sizeof aux_ld));
-    matmul_set_pointers(p, bias, aux);   // before the heuristic is asked: it looks at what an epilogue has been given
+    matmul_set_pointers(p, bias, aux);   // before the heuristic is asked: it looks at the epilogue's pointers
     cublasCheck(cublasLtMatrixLayoutCreate(&p.A, cuda_dtype(FLOATX), trans_a ? k : m, trans_a ? m : k, trans_a ? k : m));
     cublasCheck(cublasLtMatrixLayoutCreate(&p.B, cuda_dtype(FLOATX), trans_b ? n : k, trans_b ? k : n, trans_b ? n : k));
     cublasCheck(cublasLtMatrixLayoutCreate(&p.D, cuda_dtype(out), m, n, m));
@@ -721,11 +769,11 @@ MatmulPlan* matmul_plan(int m, int n, int k, int align, int bias_align, bool tra
     cublasCheck(cublasLtMatmulPreferenceCreate(&preference));
     cublasCheck(
         cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace, sizeof workspace));
-    // the parts of a split sum stay fp32: by default cuBLASLt may also add them up in the output's type, rounding each to bf16
+    // The parts of a split sum stay fp32. By default cuBLASLt may also add them in the output's type, and so round each to bf16.
     uint32_t reduction = CUBLASLT_REDUCTION_SCHEME_NONE | CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
     cublasCheck(
         cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &reduction, sizeof reduction));
-    uint32_t bytes = align;   // cuBLASLt would assume 256: a pointer into the middle of a tensor may have less
+    uint32_t bytes = align;   // cuBLASLt would assume 256, but a pointer into the middle of a tensor may have less
     for (auto which : {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
                        CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES})
         cublasCheck(cublasLtMatmulPreferenceSetAttribute(preference, which, &bytes, sizeof bytes));
@@ -747,11 +795,13 @@ MatmulPlan* matmul_plan(int m, int n, int k, int align, int bias_align, bool tra
     return &plans.back();
 }
 
-// D (n, m) = op(A) op(B), row-major as we see D; A and B as cuBLASLt sees them. beta 1 adds to D.
+// D (n, m) row-major, that is D^T = op(A) op(B) for cuBLASLt, where op transposes or not; accumulate adds to D.
 void matmul(void* D, DType out, const floatX* A, const floatX* B, int m, int n, int k, bool trans_a, bool trans_b,
             bool accumulate, cudaStream_t stream, cublasLtEpilogue_t epilogue = CUBLASLT_EPILOGUE_DEFAULT,
             const void* bias = nullptr, const void* aux = nullptr) {
-    auto align = [](uintptr_t bits) { return (int)((bits | 256) & -(bits | 256)); };   // the lowest bit set in any pointer, up to 256
+    // The largest power of two, up to 256, that divides all the addresses: the lowest bit set in any of them. x & -x is the lowest
+    // bit of x alone: 0b101000 & 0b011000 = 0b001000.
+    auto align = [](uintptr_t bits) { return (int)((bits | 256) & -(bits | 256)); };
     MatmulPlan* p = matmul_plan(m, n, k, align((uintptr_t)D | (uintptr_t)A | (uintptr_t)B | (uintptr_t)aux),
                                 align((uintptr_t)bias), trans_a, trans_b, out, epilogue, bias, aux);
     if (p == nullptr) return;   // counted in matmul_state.missing
@@ -770,12 +820,14 @@ void matmul_forward(floatX* out,           // (rows, OC)
            bias ? CUBLASLT_EPILOGUE_BIAS : CUBLASLT_EPILOGUE_DEFAULT, bias);
 }
 
-// dinp = dout W
+// dinp = dout W, or with gelu_inp, where forward computed inp = GELU(gelu_inp), dinp = (dout W) * GELU'(gelu_inp)
 void matmul_backward_input(floatX* dinp,          // (rows, C)
                            const floatX* dout,    // (rows, OC)
                            const floatX* weight,  // (OC, C)
-                           int rows, int C, int OC, cudaStream_t stream) {
-    matmul(dinp, FLOATX, weight, dout, C, rows, OC, false, false, false, stream);
+                           int rows, int C, int OC, cudaStream_t stream,
+                           const void* gelu_inp = nullptr) {   // (rows, C) floatX or null
+    matmul(dinp, FLOATX, weight, dout, C, rows, OC, false, false, false, stream,
+           gelu_inp ? CUBLASLT_EPILOGUE_DGELU : CUBLASLT_EPILOGUE_DEFAULT, nullptr, gelu_inp);
 }
 
 // dW (+)= dout^T inp
@@ -1072,10 +1124,10 @@ void attention_backward_launch(floatX* dqkv, Grad dbias, float* delta, float* sc
 
 // ==== end twin
 
-// ---- activation
-
-// GPT-2's GELU is the tanh form 0.5 x (1 + tanh(u)), u = sqrt(2/pi) (x + 0.044715 x^3). Since 0.5 (1 + tanh(u)) is the
-// sigmoid of 2u, it is x * sigmoid(2u): one exponential, and no cancellation where tanh is near -1.
+// ---- activation: GELU
+//
+// GPT-2's GELU is the tanh form 0.5 x (1 + tanh(u)), u = sqrt(2/pi) (x + 0.044715 x^3). Since 0.5 (1 + tanh(u)) is the sigmoid of
+// 2u, it is x * sigmoid(2u): one exponential, and no cancellation where tanh is near -1. (dev/cuda/gelu.cu)
 constexpr float GELU_SCALE = 0.79788456080286536f;   // sqrt(2/pi)
 constexpr float GELU_CUBIC = 0.044715f;
 __device__ inline float gelu_gate(float x) {
@@ -1089,12 +1141,11 @@ __device__ inline float gelu_derivative(float x) {
     return s + x * s * (1.0f - s) * 2.0f * du;
 }
 
-// What is kept of an activation's input: the elements, or BITS for each. Element i has bits [k * (i % 8), k * (i % 8) + k) of the
-// k bytes that its group of 8 shares, the lowest first. A thread owns whole groups, so it writes whole bytes.
+// What forward keeps of the activation's input for backward: the input itself (BITS 0), or a code of BITS bits per element.
 template <int BITS>
 using ActKept = std::conditional_t<BITS == 0, floatX, uint8_t>;
 inline size_t act_kept(size_t n) { return kActBits == 0 ? n : n / 8 * kActBits; }   // ActKepts for n elements, n a multiple of 8
-
+// Section 3 has these two: codes of the inputs x of elements [i, i + VEC), and their slopes h'(x), or an approximation of them.
 template <int BITS>
 __device__ void act_keep(ActKept<BITS>* kept, size_t i, const Floats& x);
 template <int BITS>
@@ -1105,12 +1156,9 @@ __global__ void act_forward_kernel(floatX* out, ActKept<BITS>* kept, const float
     size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC;
     if (i >= n) return;
     Floats x = load(inp + i);
-    if (bias != nullptr) {
-        Floats b = load(bias + i % OC);
-#pragma unroll
-        for (int k = 0; k < VEC; k++) x[k] += b[k];
-    }
-    if (kept != nullptr) act_keep<BITS>(kept, i, x);
+    if (bias != nullptr) x += load(bias + i % OC);
+    if constexpr (BITS > 0)
+        if (kept != nullptr) act_keep<BITS>(kept, i, x);
 #pragma unroll
     for (int k = 0; k < VEC; k++) x[k] = gelu(x[k]);
     store(out + i, x);
@@ -1119,7 +1167,7 @@ __global__ void act_forward_kernel(floatX* out, ActKept<BITS>* kept, const float
 // out = GELU(inp + bias), in one pass; out may be inp.
 template <int BITS>
 void act_forward(floatX* out,          // (rows, OC)
-                 ActKept<BITS>* kept,  // (rows, OC) in BITS bits, or null: nothing is kept
+                 ActKept<BITS>* kept,  // (rows, OC) in codes of BITS bits, or null; BITS 0: not written, inp is what is kept
                  const floatX* inp,    // (rows, OC)
                  const floatX* bias,   // (OC) or null
                  size_t rows, int OC, cudaStream_t stream) {
@@ -1129,7 +1177,11 @@ void act_forward(floatX* out,          // (rows, OC)
     cudaCheck(cudaGetLastError());
 }
 
-// d *= h'(x), and the sums over rows of what comes out: the gradient of the bias before the activation
+// With --gelu-fusion 2 the matmul that computes the gradient of the activation's output also multiplies by GELU'(x).
+template <int BITS>
+inline bool act_backward_is_fused() { return BITS == 0 && matmul_state.gelu_fusion >= 2; }
+
+// d *= h'(x), and the column sums of what comes out: the gradient of the bias before the activation
 template <int BITS>
 __global__ void act_backward_kernel(floatX* d, float* partial, const ActKept<BITS>* kept, int rows, int columns) {
     __shared__ float shared[8][32 * VEC];
@@ -1149,12 +1201,13 @@ __global__ void act_backward_kernel(floatX* d, float* partial, const ActKept<BIT
 }
 
 template <int BITS>
-void act_backward(floatX* d,                  // (rows, OC) in: gradient of the output, out: of the input
-                  Grad dbias,                 // (OC)
+void act_backward(floatX* d,                  // (rows, OC) in: gradient of the output (if fused: of the input), out: of the input
+                  Grad dbias,                 // (OC) or null
                   float* scratch,             // COLSUM_SLICES * OC floats
                   const ActKept<BITS>* kept,  // (rows, OC) what forward kept
                   bool accumulate, int rows, int OC, cudaStream_t stream) {
     check_vec("act_backward: OC", OC);
+    if (act_backward_is_fused<BITS>()) return bias_backward(dbias, scratch, d, accumulate, rows, OC, stream);
     int slices = colsum_slices(rows);
     act_backward_kernel<BITS><<<dim3(ceil_div(OC, 32 * VEC), slices), 256, 0, stream>>>(d, scratch, kept, rows, OC);
     cudaCheck(cudaGetLastError());
@@ -1168,15 +1221,15 @@ void act_recompute(floatX* out, const ActKept<BITS>* kept, int rows, int OC, cud
     else fail("codes of %d bits do not give an activation back", BITS);
 }
 
-// out = GELU(inp W^T + bias), keeping for backward what section 2 says.
+// out = GELU(inp W^T + bias)
 template <int BITS>
 void matmul_act_forward(floatX* out,           // (rows, OC)
-                        ActKept<BITS>* kept,   // (rows, OC)
+                        ActKept<BITS>* kept,   // (rows, OC) for backward
                         const floatX* inp,     // (rows, C)
                         const floatX* weight,  // (OC, C)
                         const floatX* bias,    // (OC)
                         int rows, int C, int OC, cudaStream_t stream) {
-    if constexpr (BITS > 0) {   // the codes are made where bias and GELU are, over the matmul's output and in its place
+    if constexpr (BITS > 0) {   // the codes are made in the pass that adds the bias and takes GELU, in place of the matmul's output
         matmul_forward(out, inp, weight, nullptr, rows, C, OC, stream);
         act_forward<BITS>(out, kept, out, bias, rows, OC, stream);
     } else if (matmul_state.gelu_fusion >= 1) {   // cuBLASLt's epilogue saves a pass over (rows, OC)
@@ -1187,31 +1240,13 @@ void matmul_act_forward(floatX* out,           // (rows, OC)
     }
 }
 
-// The gradient of the matmul behind a GELU, taken back through it: dbefore = (dout W) * GELU'(before), dbias (+)= colsum(dbefore)
-template <int BITS>
-void matmul_act_backward(floatX* dbefore,            // (rows, C)
-                         Grad dbias,                 // (C), of the bias before the GELU
-                         float* scratch,             // COLSUM_SLICES * C floats
-                         const floatX* dout,         // (rows, OC)
-                         const floatX* weight,       // (OC, C)
-                         const ActKept<BITS>* kept,  // (rows, C)
-                         bool accumulate, int rows, int C, int OC, cudaStream_t stream) {
-    if (BITS == 0 && matmul_state.gelu_fusion >= 2) {
-        matmul(dbefore, FLOATX, weight, dout, C, rows, OC, false, false, false, stream, CUBLASLT_EPILOGUE_DGELU, nullptr, kept);
-        bias_backward(dbias, scratch, dbefore, accumulate, rows, C, stream);
-    } else {
-        matmul_backward_input(dbefore, dout, weight, rows, C, OC, stream);
-        act_backward<BITS>(dbefore, dbias, scratch, kept, accumulate, rows, C, stream);
-    }
-}
-
 // ==== twin: loss
 // ---- loss
 //
 // Softmax and cross-entropy of a row of logits, and their gradient in place: dlogits = (softmax - onehot(target)) * dloss.
-// A block owns a row, so that few rows are under way at a time: what the first pass, for the maximum and the sum together, has
-// read is still in the L2 cache when the second pass reads it again and writes. Padded columns [V, Vp) take no part, and their
-// gradient is 0.
+// One block per row keeps few rows in flight, so the second pass, which reads the row again and writes its gradient, still finds
+// it in the L2 cache. The first pass finds maximum and sum together. Padded columns [V, Vp) take no part; their gradient is 0.
+// (dev/cuda/classifier.cu)
 __global__ void __launch_bounds__(1024)
 classifier_kernel(floatX* logits, float* losses, const int* targets, float dloss, bool train, int V, int Vp) {
     __shared__ float shared_max[32], shared_sum[32];
@@ -1235,7 +1270,7 @@ classifier_kernel(floatX* logits, float* losses, const int* targets, float dloss
             sum *= exp_e(max - vec_max);
             max = vec_max;
         }
-        float base = max == -INFINITY ? 0.0f : max;   // of -inf alone: exp(-inf - 0) = 0, where -inf - -inf is no number
+        float base = max == -INFINITY ? 0.0f : max;   // if all are -inf: exp(-inf - 0) is 0, and -inf - -inf would be NaN
 #pragma unroll
         for (int k = 0; k < VEC; k++) sum += exp_e(f[k] - base);
     }
@@ -1243,7 +1278,7 @@ classifier_kernel(floatX* logits, float* losses, const int* targets, float dloss
     if (lane == 0) shared_max[warp] = row_max;
     __syncthreads();
     row_max = warp_max(lane < warps ? shared_max[lane] : -INFINITY);
-    // A thread without columns, or with -inf alone, has max = -inf and sum = 0. Where all have, the loss is NaN, rightly.
+    // A thread without columns, or with nothing but -inf, has max = -inf and sum = 0. If all threads have, the loss is NaN, rightly.
     sum = warp_sum(max == row_max ? sum : sum * exp_e(max - row_max));
     if (lane == 0) shared_sum[warp] = sum;
     __syncthreads();
@@ -1255,7 +1290,7 @@ classifier_kernel(floatX* logits, float* losses, const int* targets, float dloss
         Floats f = load(x + c);
 #pragma unroll
         for (int k = 0; k < VEC; k++) f[k] = exp_e(f[k] - row_max) * scale;
-        if ((unsigned)(target - c) < VEC) {   // one vector of the row holds the target: a branch costs less than 8 selects
+        if ((unsigned)(target - c) < VEC) {   // true for one vector of the row: a branch costs less than 8 selects
 #pragma unroll
             for (int k = 0; k < VEC; k++) f[k] -= c + k == target ? 1.0f : 0.0f;
         }
@@ -1297,31 +1332,73 @@ void loss_sum(float* sum,           // (1)
 // ==== end twin
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 3. what backward keeps
+// 3. what backward keeps: Approx-BP and MS-LN
 //
-// Two tensors of a block are there for backward alone, and this section is about keeping less than them.
-//
-// (a) GELU. Its backward needs h'(x) of every element. The exact trainer keeps x, 16 bits. Approx-BP (Yang et al., ICML 2024,
-// arXiv 2406.16282) replaces h, in backward only, by a sum of ramps that is close to it,
-//     h~(x) = sum_i a_i max(x - c_i, 0),   sum a_i = 1,   sum a_i c_i = 0   (so that h~ tends to 0 and to x, as h does),
-// with a and c minimising the integral of (h - h~)^2. Its derivative is a step function: with 3 ramps it has 4 values, and an
-// element keeps 2 bits, the number of thresholds c_i below x. Forward stays exact. h~' is not close to h' point by point (relative
-// squared error 0.127 under N(0,1), where ReLU's mask has 0.102); it is h~ that is close to h, and training does not seem to
-// mind: see the README's table of losses.
-//
-// (b) the norm. With z = (x - mean) * rstd, backward needs z and rstd. The matmul behind the norm needs its own input, gamma * z
-// + beta. Multiply gamma and beta into the matmul's weight and bias while they are used, and its input is z itself: one tensor
-// serves both, and x, the residual stream, need not be kept (section 3, "norm, shared with its matmul").
-//
-// Forward saves through act_keep and backward reads through act_slope and norm_z: a mode that keeps something else changes
-// these.
+// Two tensors of a block are kept for backward alone. This section is about keeping less: it is all that USE_APPROXBP=1 changes,
+// together with the constants kActBits and kMsNorm by which the rest of the file asks for it.
 
-// h~' for k bits: its 2^k - 1 thresholds and 2^k slopes.
+// ---- Approx-BP: GELU's input in 2 bits
+//
+// GELU's backward needs h'(x) of every element. The exact trainer keeps x, 16 bits. Approx-BP (Yang et al., ICML 2024, arXiv
+// 2406.16282) replaces h, in backward only, by a sum of ramps close to it,
+//     h~(x) = sum_i a_i max(x - c_i, 0),   sum a_i = 1,   sum a_i c_i = 0   (so that h~ tends to 0 and to x, as h does),
+// with a and c minimising the integral of (h - h~)^2. Its derivative is a step function: with 3 ramps it has 4 values, so an
+// element keeps 2 bits: its code is the number of thresholds c_i below x. Forward stays exact. h~' is not close to h' point by
+// point (relative squared error 0.127 under N(0,1), where the derivative of ReLU has 0.102); it is h~ that is close to h, and
+// training does not seem to mind: see the table of losses in the README. (dev/cuda/gelu.cu)
+//
+// The thresholds are about -3.19, 0 and 3.19. Eight neighbours share two bytes, the first one in the lowest bits:
+//
+//     x         -4.1   0.3   1.2  -0.5   5.0  -1.7   0.1   2.2
+//     code         0     2     2     1     3     1     2     2      bits, from the last to the first: 10100111 01101000
+//     slope        0  1.05  1.05 -0.05     1 -0.05  1.05  1.05
+
+// ==== twin: codes
+// h~' for codes of BITS bits: 2^BITS - 1 thresholds and 2^BITS slopes.
 template <int BITS>
 struct StepFunction {
     float threshold[(1 << BITS) - 1], slope[1 << BITS];
 };
-// 2 bits: the published constants. The others: dev/bench/fit_codes.py --function gelu-tanh --bits 1 3 4
+// Element i has bits [BITS * (i % 8), BITS * (i % 8) + BITS) of the BITS bytes that its group of 8 shares. A thread owns whole
+// groups, so it writes whole bytes.
+template <int BITS>
+__device__ inline void codes_store(uint8_t* codes, size_t i, const Floats& x, const StepFunction<BITS>& h) {
+    uint32_t bits = 0;
+#pragma unroll
+    for (int e = 0; e < VEC; e++) {
+        uint32_t code = 0;
+#pragma unroll
+        for (int j = 0; j < (1 << BITS) - 1; j++) code += !(x[e] <= h.threshold[j]);   // NaN is above them all: its slope is 1
+        bits |= code << (BITS * e);
+    }
+    uint8_t* p = codes + i / 8 * BITS;
+    if constexpr (BITS == 1) *p = (uint8_t)bits;
+    if constexpr (BITS == 2) *(uint16_t*)p = (uint16_t)bits;
+    if constexpr (BITS == 3) p[0] = (uint8_t)bits, p[1] = (uint8_t)(bits >> 8), p[2] = (uint8_t)(bits >> 16);
+    if constexpr (BITS == 4) *(uint32_t*)p = bits;
+}
+template <int BITS>
+__device__ inline Floats codes_slope(const uint8_t* codes, size_t i, const StepFunction<BITS>& h) {
+    const uint8_t* p = codes + i / 8 * BITS;
+    uint32_t bits;
+    if constexpr (BITS == 1) bits = *p;
+    if constexpr (BITS == 2) bits = *(const uint16_t*)p;
+    if constexpr (BITS == 3) bits = p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16;
+    if constexpr (BITS == 4) bits = *(const uint32_t*)p;
+    Floats slope;
+#pragma unroll
+    for (int e = 0; e < VEC; e++) {
+        uint32_t code = bits >> (BITS * e) & ((1u << BITS) - 1);
+        slope[e] = h.slope[0];
+#pragma unroll
+        for (uint32_t j = 1; j < 1u << BITS; j++)   // selects: an array indexed by a variable would not lie in registers
+            if (code >= j) slope[e] = h.slope[j];
+    }
+    return slope;
+}
+// ==== end twin
+
+// GELU's step functions. 2 bits: the published constants. The others: dev/bench/fit_codes.py --function gelu-tanh --bits 1 3 4
 template <int BITS>
 __host__ __device__ constexpr StepFunction<BITS> gelu_steps();
 template <>
@@ -1351,62 +1428,35 @@ __host__ __device__ constexpr StepFunction<4> gelu_steps<4>() {
 
 template <int BITS>
 __device__ inline void act_keep(ActKept<BITS>* kept, size_t i, const Floats& x) {
-    if constexpr (BITS > 0) {   // exact: the matmul has put x there
-        constexpr StepFunction<BITS> h = gelu_steps<BITS>();
-        uint32_t codes = 0;
-#pragma unroll
-        for (int e = 0; e < VEC; e++) {
-            uint32_t code = 0;
-#pragma unroll
-            for (int j = 0; j < (1 << BITS) - 1; j++) code += !(x[e] <= h.threshold[j]);   // a NaN is above them all: its slope is 1
-            codes |= code << (BITS * e);
-        }
-        uint8_t* p = kept + i / 8 * BITS;
-        if constexpr (BITS == 1) *p = (uint8_t)codes;
-        if constexpr (BITS == 2) *(uint16_t*)p = (uint16_t)codes;
-        if constexpr (BITS == 3) p[0] = (uint8_t)codes, p[1] = (uint8_t)(codes >> 8), p[2] = (uint8_t)(codes >> 16);
-        if constexpr (BITS == 4) *(uint32_t*)p = codes;
-    }
+    static_assert(BITS > 0, "the exact input is what the matmul wrote: there is nothing to do");
+    constexpr StepFunction<BITS> h = gelu_steps<BITS>();
+    codes_store<BITS>(kept, i, x, h);
 }
-// h'(x), or h~'(x), for elements [i, i + 8) of the activation's input, from what forward kept of them.
 template <int BITS>
 __device__ inline Floats act_slope(const ActKept<BITS>* kept, size_t i) {
-    Floats slope;
-    if constexpr (BITS == 0) {
-        slope = load(kept + i);
+    if constexpr (BITS > 0) {
+        constexpr StepFunction<BITS> h = gelu_steps<BITS>();
+        return codes_slope<BITS>(kept, i, h);
+    } else {
+        Floats slope = load(kept + i);
 #pragma unroll
         for (int e = 0; e < VEC; e++) slope[e] = gelu_derivative(slope[e]);
-    } else {
-        constexpr StepFunction<BITS> h = gelu_steps<BITS>();
-        const uint8_t* p = kept + i / 8 * BITS;
-        uint32_t codes;
-        if constexpr (BITS == 1) codes = *p;
-        if constexpr (BITS == 2) codes = *(const uint16_t*)p;
-        if constexpr (BITS == 3) codes = p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16;
-        if constexpr (BITS == 4) codes = *(const uint32_t*)p;
-#pragma unroll
-        for (int e = 0; e < VEC; e++) {
-            uint32_t code = codes >> (BITS * e) & ((1u << BITS) - 1);
-            slope[e] = h.slope[0];
-#pragma unroll
-            for (uint32_t j = 1; j < 1u << BITS; j++)   // selects: an array indexed by a variable would lie in local memory
-                if (code >= j) slope[e] = h.slope[j];
-        }
+        return slope;
     }
-    return slope;
 }
 
-// ==== twin: norm shared with its matmul
-// ---- norm, shared with its matmul
+// ==== twin: MS-LN
+// ---- MS-LN: one tensor for a norm and its matmul
 //
-// The matmul behind a norm computes y = (gamma * z + beta) W^T + b. With W' = W * gamma (by columns) and b' = b + W beta that is
-// y = z W'^T + b', and z is all that norm and matmul keep. gamma and beta stay parameters:
+// The norm's backward needs z = (x - mean) * rstd, and the matmul after the norm needs its own input, gamma * z + beta. The matmul
+// computes y = (gamma * z + beta) W^T + b. With W' = W * gamma (by columns) and b' = b + W beta that is y = z W'^T + b': now z is
+// the input of the matmul too, and one tensor serves both. x, the residual stream, need not be kept. gamma and beta stay parameters:
 //     forward            W', b' into scratch (fold), then the matmul
-//     backward           dz = (dy W) * gamma; the usual weight gradient, of z instead of the norm's output, gathers G = dy^T z in dW
-//     once a step        dgamma = colsum(G * W), dbeta = W^T db, dW = G * gamma + db beta^T   (unfold)
-// This is the exact gradient. W, gamma and beta do not change within a step, so unfolding the sum over micro-batches is right,
-// and unfolding each would count db beta^T more than once. The published method (arXiv 2406.16282) merges gamma and beta into
-// the weights for good; prepro/merge_norm.py does that to a checkpoint.
+//     backward           dz = (dy W) * gamma; the usual weight gradient, of z and not of the norm's output, gathers G = dy^T z in dW
+//     once per step      dgamma = colsum(G * W), dbeta = W^T db, dW = G * gamma + db beta^T   (unfold)
+// This is the exact gradient. W, gamma and beta do not change within a step, so unfolding the sum over micro-batches is right, and
+// unfolding each one would count db beta^T more than once. The published method merges gamma and beta into the weights for good;
+// prepro/merge_norm.py does that to a checkpoint. RMSNorm has no beta, and its matmul may have no bias. (dev/cuda/layernorm.cu)
 
 __global__ void norm_fold_kernel(floatX* folded, floatX* folded_bias, const floatX* weight, const floatX* bias, const floatX* gamma,
                                  const floatX* beta, int OC, int C) {
@@ -1416,7 +1466,8 @@ __global__ void norm_fold_kernel(floatX* folded, floatX* folded_bias, const floa
     size_t base = (size_t)row * C;
     float sum = 0;
     for (int c = lane * VEC; c < C; c += 32 * VEC) {
-        Floats w = load(weight + base + c), gamma_c = load(gamma + c), beta_c = load(beta + c);
+        Floats w = load(weight + base + c), gamma_c = load(gamma + c), beta_c = {};
+        if (beta != nullptr) beta_c = load(beta + c);
 #pragma unroll
         for (int k = 0; k < VEC; k++) {
             sum += w[k] * beta_c[k];
@@ -1425,15 +1476,15 @@ __global__ void norm_fold_kernel(floatX* folded, floatX* folded_bias, const floa
         store(folded + base + c, w);
     }
     sum = warp_sum(sum);
-    if (lane == 0) folded_bias[row] = (floatX)((float)bias[row] + sum);
+    if (bias != nullptr && lane == 0) folded_bias[row] = (floatX)((float)bias[row] + sum);
 }
 
 void norm_fold(floatX* folded,       // (OC, C) W'
                floatX* folded_bias,  // (OC) b'
                const floatX* weight, // (OC, C)
-               const floatX* bias,   // (OC)
+               const floatX* bias,   // (OC), or null: then there is no b', and no beta
                const floatX* gamma,  // (C)
-               const floatX* beta,   // (C)
+               const floatX* beta,   // (C) or null
                int OC, int C, cudaStream_t stream) {
     check_vec("norm_fold: C", C);
     norm_fold_kernel<<<ceil_div(OC, 8), 256, 0, stream>>>(folded, folded_bias, weight, bias, gamma, beta, OC, C);
@@ -1446,11 +1497,12 @@ __global__ void norm_unfold_kernel(Grad dweight, float* partial_gamma, float* pa
     ColsumPlace at(OC);
     Floats sum_gamma = {}, sum_beta = {};
     if (at.c < C) {
-        Floats gamma_c = load(gamma + at.c), beta_c = load(beta + at.c);
+        Floats gamma_c = load(gamma + at.c), beta_c = {};
+        if (beta != nullptr) beta_c = load(beta + at.c);
         for (int o = at.first + at.warp; o < at.end; o += 8) {
             size_t i = (size_t)o * C + at.c;
             Floats w = load(weight + i), G = grad_load_vec(dweight, i);
-            float db = grad_load(dbias, o);
+            float db = beta != nullptr ? grad_load(dbias, o) : 0;
 #pragma unroll
             for (int k = 0; k < VEC; k++) {
                 sum_gamma[k] += G[k] * w[k];
@@ -1461,17 +1513,17 @@ __global__ void norm_unfold_kernel(Grad dweight, float* partial_gamma, float* pa
         }
     }
     colsum_store(partial_gamma, sum_gamma, shared, at, C);
-    colsum_store(partial_beta, sum_beta, shared, at, C);
+    if (beta != nullptr) colsum_store(partial_beta, sum_beta, shared, at, C);
 }
 
 void norm_unfold(Grad dweight,         // (OC, C) in: G, out: dW
                  Grad dgamma,          // (C)
-                 Grad dbeta,           // (C)
+                 Grad dbeta,           // (C) or null
                  float* scratch,       // 2 * COLSUM_SLICES * C floats
-                 Grad dbias,           // (OC)
+                 Grad dbias,           // (OC); not read without beta
                  const floatX* weight, // (OC, C)
                  const floatX* gamma,  // (C)
-                 const floatX* beta,   // (C)
+                 const floatX* beta,   // (C) or null
                  int OC, int C, cudaStream_t stream) {
     check_vec("norm_unfold: C", C);
     int slices = colsum_slices(OC);
@@ -2076,24 +2128,27 @@ void attention_backward(floatX* dqkv,        // (B, T, (NH + 2 NKV)*HS)
 // ---------------------------------------------------------------------------------------------------------------------
 // 5. optimizer
 //
-// Three kernels a step, each over all tensors at once: squares of the gradients, the verdict, AdamW. Nothing in between goes
-// to the host: the verdict (by what factor to clip, whether to skip the step) stays on the device, and AdamW reads it there.
+// A step's update is a few kernels, each over all tensors at once: the squares of the gradients and their sum, the verdict on the
+// step (by what factor to clip, whether to skip it), AdamW. The verdict stays on the device, where AdamW reads it, so that the host
+// need not wait for it. (dev/cuda/global_norm.cu, dev/cuda/adamw.cu)
 
 constexpr int MAX_PARAMS = 16;
-constexpr int OPT_BLOCK = 256 * VEC;   // elements a block takes
+constexpr int ROUNDING_STREAMS = 64;   // streams of random numbers per step: one per tensor, with room for more tensors
+constexpr int OPT_BLOCK = 256 * VEC;   // elements per block
 
-// What the optimizer sees of one parameter tensor: all of its shares (n elements each, one share per rank), or with --zero 1 this
-// rank's. Fits in a kernel's arguments.
+// What the optimizer needs of one parameter tensor: all of its shares (n elements each, one share per rank), or with --zero 1 this
+// rank's. The table of them fits in a kernel's arguments.
 struct OptTensor {
     floatX* param;        // (shares, n)
     Grad grad;            // (shares, n)
     float *m, *v;         // (shares, n)
     float* master;        // (shares, n) or null
     size_t n, offset;     // multiples of VEC; offset: where this rank's share begins in the whole tensor
-    float decay;          // weight decay: 2-D tensors alone
-    float norm_weight;    // 1, or 0 where another rank counts this tensor into the norm
+    float decay;          // weight decay
+    float norm_weight;    // 1, or 0 if another rank adds this tensor to the norm
+    unsigned stream;      // of random numbers
     unsigned first_block; // of this tensor in the launch
-    unsigned elsewhere;   // blocks before it that other ranks have
+    unsigned elsewhere;   // blocks before it that other ranks launch
 };
 struct OptTable {
     OptTensor t[MAX_PARAMS];
@@ -2102,29 +2157,29 @@ struct OptTable {
 };
 // What this thread works on. Blocks begin anew at each share, so that with and without --zero 1 they have the same elements.
 struct OptPlace {
-    int which = 0;   // of the table's tensors
-    size_t i;     // the first of VEC elements
-    bool there;   // false after the end of the share
+    int which = 0;    // of the table's tensors
+    size_t i;         // the first of VEC elements
+    bool in_share;    // false after the end of the share
     __device__ explicit OptPlace(const OptTable& table) {
         while (which + 1 < table.count && table.t[which + 1].first_block <= blockIdx.x) which++;
         const OptTensor& tensor = table.t[which];
         unsigned block = blockIdx.x - tensor.first_block;                        // of the tensor
         unsigned blocks = (unsigned)((tensor.n + OPT_BLOCK - 1) / OPT_BLOCK);   // of a share
-        size_t in_share = (size_t)(block % blocks) * OPT_BLOCK + threadIdx.x * VEC;
-        i = block / blocks * tensor.n + in_share;
-        there = in_share < tensor.n;
+        size_t offset = (size_t)(block % blocks) * OPT_BLOCK + threadIdx.x * VEC;
+        i = block / blocks * tensor.n + offset;
+        in_share = offset < tensor.n;
     }
 };
 
-// partial has a place for each block of all ranks. They add up their partial sums (those of others are 0), and then the norm's
-// sum has one order, with and without --zero 1.
+// partial has one slot per block of any rank. The ranks add up their arrays, in which the slots of others are 0, so that then the
+// norm is one sum in one order, with and without --zero 1.
 __global__ void square_sum_kernel(float* partial, OptTable table) {
     __shared__ float shared[8];
     const OptPlace at(table);
     const OptTensor& tensor = table.t[at.which];
     const size_t i = at.i;
     float sum = 0;
-    if (at.there) {
+    if (at.in_share) {
         Floats grad = grad_load_vec(tensor.grad, i);
 #pragma unroll
         for (int k = 0; k < VEC; k++) sum += grad[k] * grad[k];
@@ -2141,14 +2196,13 @@ __global__ void partial_sum_kernel(float* sum, const float* partial, unsigned n)
     if (threadIdx.x == 0) *sum = x;
 }
 
-// The last values of the loss and of the gradient norm, to tell an outlier by its distance from their mean in standard
-// deviations. Kept on the device, where the decision falls, and in checkpoints.
+// The last values of the loss and of the gradient norm. An outlier is many standard deviations above their mean. They are kept on
+// the device, where the verdict is made, and in checkpoints.
 constexpr int HISTORY = 128;
 struct History {
     float value[2][HISTORY];   // [0] loss, [1] gradient norm
     int count;                 // values ever pushed
 };
-// The verdict on a step, made on the device.
 struct Verdict {
     float loss, grad_norm;     // mean over the step's tokens; before clipping
     float loss_z, grad_z;      // NaN until HISTORY steps have been seen
@@ -2178,9 +2232,9 @@ __global__ void verdict_kernel(StepState* s, float loss_scale, float grad_clip, 
             z[w] = var > 0 ? (now[w] - mean) / sqrtf(var / HISTORY) : 0.0f;
         }
     }
-    if (finite) {   // one NaN would poison every mean to come
+    if (finite) {   // one NaN would make every later mean NaN
         for (int w = 0; w < 2; w++) h.value[w][h.count % HISTORY] = now[w];
-        h.count = h.count + 1 == 2 * HISTORY ? HISTORY : h.count + 1;   // only its remainder and "full" matter
+        h.count = h.count + 1 == 2 * HISTORY ? HISTORY : h.count + 1;   // no overflow: only its remainder, and whether it is full, matter
     }
     v.loss_z = z[0];
     v.grad_z = z[1];
@@ -2190,8 +2244,8 @@ __global__ void verdict_kernel(StepState* s, float loss_scale, float grad_clip, 
     s->verdict = v;
 }
 
-// AdamW (Loshchilov and Hutter, arXiv 1711.05101). With a master copy the fp32 value is what is trained and the weight its
-// nearest bf16; without one the weight itself is rounded stochastically.
+// AdamW (Loshchilov and Hutter, arXiv 1711.05101). With a master copy the fp32 value is trained and the weight is the bf16 nearest
+// to it; without one the weight itself is trained, and rounded stochastically.
 struct AdamW {
     float lr, beta1, beta2, eps;
     float correction1, correction2;   // 1 - beta^t, t counting the updates that were made
@@ -2201,7 +2255,7 @@ __global__ void adamw_kernel(OptTable table, const Verdict* verdict, AdamW a) {
     if (verdict->skip) return;
     float clip = verdict->clip;
     const OptPlace at(table);
-    if (!at.there) return;
+    if (!at.in_share) return;
     const OptTensor& tensor = table.t[at.which];
     const size_t i = at.i;
     Floats grad = grad_load_vec(tensor.grad, i), m = load(tensor.m + i), v = load(tensor.v + i);
@@ -2222,12 +2276,12 @@ __global__ void adamw_kernel(OptTable table, const Verdict* verdict, AdamW a) {
         Vec rounded;
 #pragma unroll
         for (int k = 0; k < VEC; k++)
-            rounded.x[k] = round_stochastic(x[k], (uint32_t)hash64(a.seed, a.step * MAX_PARAMS + at.which, tensor.offset + i + k));
+            rounded.x[k] = round_stochastic(x[k], (uint32_t)hash64(a.seed, a.step * ROUNDING_STREAMS + tensor.stream, tensor.offset + i + k));
         *reinterpret_cast<Vec*>(tensor.param + i) = rounded;
     }
 }
 
-// Normal random values (Box and Muller's) for a tensor that training starts from.
+// Normal random values (Box and Muller) for a tensor that training starts from.
 __global__ void init_normal_kernel(floatX* param, size_t n, float std, uint64_t seed, int which) {
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= n) return;
@@ -2244,10 +2298,10 @@ __global__ void init_constant_kernel(floatX* param, size_t n, float value) {
 // ---------------------------------------------------------------------------------------------------------------------
 // 6. many GPUs
 //
-// One process a GPU, launched by mpirun; every rank holds the whole model and its own part of the batch. After backward the
-// gradients are summed over the ranks. With --zero 1 (Rajbhandari et al., arXiv 1910.02054, stage 1) a rank receives only
-// the sum of its share, keeps AdamW's state for that share alone, and the updated shares are gathered into everybody's
-// weights. A program built without MULTI_GPU=1 is a world of one rank, and the functions below do nothing.
+// One process per GPU, launched by mpirun; a process is a rank. Every rank holds the whole model and its own part of the batch.
+// After backward the gradients are summed over the ranks. With --zero 1 (Rajbhandari et al., arXiv 1910.02054, stage 1) a rank
+// receives the sum of its share alone, keeps AdamW's state for that share, and the updated shares are gathered into the weights of
+// all. A program built without MULTI_GPU=1 is a world of one rank, and the functions below do nothing.
 
 struct World {
     int rank = 0, size = 1, local_rank = 0;
@@ -2258,7 +2312,7 @@ struct World {
 #endif
 } world;
 
-// A tensor of n elements is shared out if that works evenly, in whole vectors; else every rank updates all of it.
+// A tensor of n elements is divided among the ranks if that gives equal shares of whole vectors; else every rank updates all of it.
 inline size_t world_share(size_t n) { return n % ((size_t)world.size * VEC) == 0 ? n / world.size : n; }
 inline bool world_shards(size_t n) { return world.sharded && world_share(n) < n; }
 inline size_t shard_size(size_t n) { return world_shards(n) ? world_share(n) : n; }
@@ -2274,7 +2328,7 @@ void nccl_check(ncclResult_t result, const char* file, int line) {
 void world_init(int* argc, char*** argv) {
 #ifdef MULTI_GPU
     MPI_Init(argc, argv);
-    atexit([] {   // --help and the like leave through exit(), and mpirun expects a farewell
+    atexit([] {   // --help and the like leave through exit(), but mpirun expects MPI_Finalize
         int done = 0;
         MPI_Finalized(&done);
         if (!done) MPI_Finalize();
@@ -2331,79 +2385,44 @@ void world_end() {
     if (world.nccl != nullptr) ncclCheck(ncclCommDestroy(world.nccl));
 #endif
 }
-void world_barrier() {
 #ifdef MULTI_GPU
-    MPI_Barrier(MPI_COMM_WORLD);
-#endif
-}
-bool world_any(bool mine) {   // did it happen on any rank? (Ctrl-C, an error)
-#ifdef MULTI_GPU
-    int in = mine, out = 0;
-    MPI_Allreduce(&in, &out, 1, MPI_INT, MPI_MAX, MPI_COMM_WORLD);
-    return out != 0;
-#else
-    return mine;
-#endif
-}
-double world_sum(double mine) {   // of a number on the host
-#ifdef MULTI_GPU
+void world_barrier() { MPI_Barrier(MPI_COMM_WORLD); }
+double world_reduce(double mine, MPI_Op op) {   // of a number on the host
     double out = 0;
-    MPI_Allreduce(&mine, &out, 1, MPI_DOUBLE, MPI_SUM, MPI_COMM_WORLD);
+    MPI_Allreduce(&mine, &out, 1, MPI_DOUBLE, op, MPI_COMM_WORLD);
     return out;
-#else
-    return mine;
-#endif
 }
-double world_min(double mine) {
-#ifdef MULTI_GPU
-    double out = 0;
-    MPI_Allreduce(&mine, &out, 1, MPI_DOUBLE, MPI_MIN, MPI_COMM_WORLD);
-    return out;
-#else
-    return mine;
-#endif
-}
+double world_sum(double mine) { return world_reduce(mine, MPI_SUM); }
+double world_min(double mine) { return world_reduce(mine, MPI_MIN); }
 void world_sum_floats(float* x, size_t n, cudaStream_t stream) {   // on the device, in place
-#ifdef MULTI_GPU
     if (world.size > 1) ncclCheck(ncclAllReduce(x, x, n, ncclFloat, ncclSum, world.nccl, stream));
-#else
-    (void)x;
-    (void)n;
-    (void)stream;
-#endif
 }
-// Sums a gradient over the ranks, in place: of all of it, or of this rank's share only.
+// Sums a gradient over the ranks, in place: all of it, or this rank's share alone.
 void world_reduce_gradient(Grad grad, size_t n, cudaStream_t stream) {
-#ifdef MULTI_GPU
     if (world.size == 1) return;
     ncclDataType_t type = grad.type == F32 ? ncclFloat : ncclBfloat16;
     if (world_shards(n))
         ncclCheck(ncclReduceScatter(grad.p, (grad + shard_offset(n)).p, shard_size(n), type, ncclSum, world.nccl, stream));
     else ncclCheck(ncclAllReduce(grad.p, grad.p, n, type, ncclSum, world.nccl, stream));
-#else
-    (void)grad;
-    (void)n;
-    (void)stream;
-#endif
 }
 void world_gather_param(floatX* param, size_t n, cudaStream_t stream) {
-#ifdef MULTI_GPU
-    if (world_shards(n))
-        ncclCheck(
-            ncclAllGather(param + shard_offset(n), param, shard_size(n), kFP32 ? ncclFloat : ncclBfloat16, world.nccl, stream));
-#else
-    (void)param;
-    (void)n;
-    (void)stream;
-#endif
+    if (!world_shards(n)) return;
+    ncclDataType_t type = kFP32 ? ncclFloat : ncclBfloat16;
+    ncclCheck(ncclAllGather(param + shard_offset(n), param, shard_size(n), type, world.nccl, stream));
 }
-void world_group(bool begin) {   // NCCL runs what stands between as one launch
-#ifdef MULTI_GPU
+void world_group(bool begin) {   // NCCL runs what is asked for in between as one launch
     if (world.size > 1) ncclCheck(begin ? ncclGroupStart() : ncclGroupEnd());
-#else
-    (void)begin;
-#endif
 }
+#else
+void world_barrier() {}
+double world_sum(double mine) { return mine; }
+double world_min(double mine) { return mine; }
+void world_sum_floats(float*, size_t, cudaStream_t) {}
+void world_reduce_gradient(Grad, size_t, cudaStream_t) {}
+void world_gather_param(floatX*, size_t, cudaStream_t) {}
+void world_group(bool) {}
+#endif
+bool world_any(bool mine) { return world_min(mine ? -1 : 0) < 0; }   // did it happen on any rank? (Ctrl-C, an error)
 // ==== end twin
 
 // ==== twin: tensor table
@@ -2412,7 +2431,7 @@ void world_group(bool begin) {   // NCCL runs what stands between as one launch
 // ---- the tensor table
 //
 // Every tensor on the device is a row of one table. The ledger prints the table, --estimate adds it up, and allocation walks
-// it: so what is announced and what is taken cannot differ.
+// through it, so what is announced and what is taken cannot differ.
 
 enum Kind { PARAM, GRAD, OPTIMIZER, SAVED, SCRATCH, WORKSPACE };
 enum Scope { LAYER, MODEL };
@@ -2426,7 +2445,7 @@ struct Row {
     Kind kind;
     Scope scope;
     void* where;                 // the address of the pointer to set
-    const char* shrink;          // what a person short of memory can do about it
+    const char* shrink;          // the option that makes it smaller
     std::string alias_of;        // the row whose storage this one reuses at another time; it then costs nothing
 
     size_t elements() const { return std::accumulate(shape.begin(), shape.end(), (size_t)1, std::multiplies<size_t>()); }
@@ -2559,29 +2578,49 @@ struct Config {
     int L;      // layers
     int NH;     // heads
     int C;      // channels
+    int HS() const { return C / NH; }
+    int QKV() const { return 3 * C; }   // channels of q, k and v together
+    int FF() const { return 4 * C; }    // channels between the two matmuls of the MLP
 };
 
-// The 16 parameter tensors, in the order of the checkpoint file.
+// The 16 parameter tensors, in the order of the checkpoint file. A weight's bias, and a norm's beta, comes right after it.
 enum Param { WTE, WPE, LN1W, LN1B, QKVW, QKVB, ATTPROJW, ATTPROJB, LN2W, LN2B, FCW, FCB, FCPROJW, FCPROJB, LNFW, LNFB, NUM_PARAMS };
+constexpr int HEAD = WTE;   // the weight of the lm-head is the embedding ("tied"): its gradient comes from both
+
+// The initial values of a tensor. The projections that add to the residual stream start smaller by sqrt(2L), because 2L of them
+// add up.
+enum Init { ZEROS, ONES, NORMAL, NORMAL_RESIDUAL };
 struct ParamShape {
     const char* name;
-    size_t layers;       // L, or 1 for the tensors outside the blocks
+    bool in_layer;       // each layer has one
     size_t rows, cols;   // (out, in) of a weight; cols 0: a vector
+    Init init;
+    bool decay;          // weight decay pulls at it
+    size_t layers;       // L, or 1 for the tensors outside the blocks
     size_t per_layer() const { return rows * (cols ? cols : 1); }
     size_t elements() const { return layers * per_layer(); }
 };
 ParamShape param_shape(const Config& c, int p) {
-    size_t L = c.L, C = c.C;
-    const ParamShape shapes[NUM_PARAMS] = {
-        {"wte", 1, (size_t)c.Vp, C}, {"wpe", 1, (size_t)c.maxT, C},
-        {"ln1w", L, C, 0}, {"ln1b", L, C, 0},
-        {"qkvw", L, 3 * C, C}, {"qkvb", L, 3 * C, 0},
-        {"attprojw", L, C, C}, {"attprojb", L, C, 0},
-        {"ln2w", L, C, 0}, {"ln2b", L, C, 0},
-        {"fcw", L, 4 * C, C}, {"fcb", L, 4 * C, 0},
-        {"fcprojw", L, C, 4 * C}, {"fcprojb", L, C, 0},
-        {"lnfw", 1, C, 0}, {"lnfb", 1, C, 0},
+    const size_t C = c.C, QKV = c.QKV(), FF = c.FF();
+    ParamShape shapes[NUM_PARAMS] = {
+        {"wte",      false, (size_t)c.Vp,   C,  NORMAL,          true},
+        {"wpe",      false, (size_t)c.maxT, C,  NORMAL,          true},
+        {"ln1w",     true,  C,              0,  ONES,            false},
+        {"ln1b",     true,  C,              0,  ZEROS,           false},
+        {"qkvw",     true,  QKV,            C,  NORMAL,          true},
+        {"qkvb",     true,  QKV,            0,  ZEROS,           false},
+        {"attprojw", true,  C,              C,  NORMAL_RESIDUAL, true},
+        {"attprojb", true,  C,              0,  ZEROS,           false},
+        {"ln2w",     true,  C,              0,  ONES,            false},
+        {"ln2b",     true,  C,              0,  ZEROS,           false},
+        {"fcw",      true,  FF,             C,  NORMAL,          true},
+        {"fcb",      true,  FF,             0,  ZEROS,           false},
+        {"fcprojw",  true,  C,              FF, NORMAL_RESIDUAL, true},
+        {"fcprojb",  true,  C,              0,  ZEROS,           false},
+        {"lnfw",     false, C,              0,  ONES,            false},
+        {"lnfb",     false, C,              0,  ZEROS,           false},
     };
+    shapes[p].layers = shapes[p].in_layer ? c.L : 1;
     return shapes[p];
 }
 size_t param_count(const Config& c) {
@@ -2599,19 +2638,21 @@ struct Plan {
     bool master;          // fp32 copies of bf16 weights
     int chunk_rows;       // rows of logits that exist at a time; 0: all
     size_t workspace;     // bytes for cuBLASLt; 0: what this model can use
+    unsigned frozen;      // bit p: parameter p is not trained, and has neither gradient nor optimizer state
+    bool trains(int p) const { return training && !(frozen >> p & 1); }
 };
-// What -r finds left to do: codes leave no GELU to compute again, and a shared norm no norm.
+// What --recompute still recomputes: with codes GELU's output is kept, and with MS-LN z is.
 inline bool recomputes_act(const Plan& p) { return p.recompute >= 1 && kActBits == 0; }
 inline bool recomputes_norm(const Plan& p) { return p.recompute >= 2 && !kMsNorm; }
 
-// Rows of a chunk of logits, so that there are `chunks` of them: a multiple of 256 (whole tiles of a matmul) where that makes as
-// many, so that only the last chunk is smaller.
+// Rows of a chunk of logits, if there are to be `chunks` of them: a multiple of 256 (whole tiles of a matmul) where that gives the
+// same number of chunks.
 inline int loss_chunk_rows(size_t rows, size_t chunks) {
     size_t each = ceil_div(rows, chunks), whole = (each + 255) / 256 * 256;
     return (int)std::min(rows, ceil_div(rows, whole) == ceil_div(rows, each) ? whole : each);
 }
-// --loss-chunks auto: as few chunks as keep each below so many bytes, or at 256 rows. 1 GiB keeps every multiprocessor of a large
-// GPU busy with one chunk (9472 rows at V 50257 in bf16); 256 MiB is for devices on which that does not fit.
+// --loss-chunks auto: the fewest chunks of at most so many bytes (but 256 rows at least). 1 GiB keeps every multiprocessor of a
+// large GPU busy with one chunk (9472 rows at V 50257 in bf16); 256 MiB is for devices on which that does not fit.
 constexpr size_t CHUNK_BYTES = (size_t)1 << 30, SMALL_CHUNK_BYTES = (size_t)256 << 20;
 inline int loss_auto_rows(size_t rows, int Vp, size_t bytes) {
     size_t most = std::max<size_t>(256, bytes / (Vp * sizeof(floatX)) / 256 * 256);
@@ -2622,56 +2663,59 @@ inline size_t plan_chunk_rows(const Plan& p) {
     return p.chunk_rows ? std::min<size_t>(rows, p.chunk_rows) : rows;
 }
 
+// Null pointers: what the run does not need.
 struct Model {
     Config config;
     Plan plan;
     Table table;
-    // parameters and what training keeps for each (gradients and the rest are null where a run does not need them)
+    // parameters, and what training keeps for each
     floatX* param[NUM_PARAMS];
     Grad grad[NUM_PARAMS];
     float* m[NUM_PARAMS];        // (shard_size), as are the next two
     float* v[NUM_PARAMS];
     float* master[NUM_PARAMS];
-    // what forward keeps for backward, per layer
-    floatX* ln1;        // (L, B, T, C)   the norm's output; MS_NORM: z; -r 2: null, one buffer scratch_ln for all
+    // what forward keeps for backward, per layer: see the figure at the top of this file
+    floatX* ln1;        // (L, B, T, C)   MS_NORM: z; -r 2: null, scratch_ln serves all layers
     float* ln1_mean;    // (L, B, T)      MS_NORM: null
     float* ln1_rstd;    // (L, B, T)
     floatX* qkv;        // (L, B, T, 3C)
     floatX* atty;       // (L, B, T, C)
-    float* lse;         // (L, B, NH, T)
-    floatX* resid_mid;  // (L, B, T, C)   the stream after attention; MS_NORM: null
+    float* lse;         // (L, B, NH, T)  log of the sum of exp(scores), of a row of attention
+    floatX* resid_mid;  // (L, B, T, C)   MS_NORM: null
     floatX* ln2;        // (L, B, T, C)   as ln1
     float* ln2_mean;    // (L, B, T)
     float* ln2_rstd;    // (L, B, T)
-    ActKept<kActBits>* fch;   // (L, B, T, 4C)  before GELU; APPROX_ACT: its codes
-    floatX* fch_gelu;   // (L, B, T, 4C)  after; -r 1, 2: null, scratch_4c
-    floatX* resid_out;  // (L, B, T, C)   the stream after the block; MS_NORM: null
+    ActKept<kActBits>* fch;   // (L, B, T, 4C)  APPROX_ACT: its codes
+    floatX* fch_gelu;   // (L, B, T, 4C)  -r 1, 2: null, scratch_4c serves all layers
+    floatX* resid_out;  // (L, B, T, C)   MS_NORM: null
     // and once
-    floatX* resid_in;    // (B, T, C)      the residual stream before the first block; MS_NORM: running, through all of them
+    floatX* resid_in;   // (B, T, C)      the residual stream before the first block; MS_NORM: one running stream, for all blocks
     float* lnf_mean;    // (B, T)
     float* lnf_rstd;    // (B, T)
-    // buffers that come and go
-    floatX* scratch_c;     // (B, T, C)      a matmul's output on its way into the stream; gradients of that shape
+    // buffers
+    floatX* scratch_c;  // (B, T, C)      a matmul's output before it is added to the stream; gradients of that shape
     floatX* lnf;        // (B, T, C)      in scratch_c: the final norm's output, then, chunk by chunk, its gradient
-    floatX* scratch_4c;    // (B, T, 4C)     GELU's output where it is not kept; gradients of fch and qkv
-    floatX* scratch_ln;    // (B, T, C)      -r 2: a norm's output
-    floatX* fold_w;     // (4C, C)        MS_NORM: a weight with its norm's gamma, and a bias with its beta
-    floatX* fold_b;     // (4C)
+    floatX* scratch_4c; // (B, T, 4C)     GELU's output where it is not kept; gradients of fch and qkv
+    floatX* scratch_ln; // (B, T, C)      -r 2: a norm's output
+    floatX* fold_w;     // (4C, C)        MS_NORM: a weight with its norm's gamma folded in
+    floatX* fold_b;     // (4C)           and a bias with its norm's beta
     floatX* dresid;     // (B, T, C)      gradient of the residual stream
     float* delta;       // (B, NH, T)     attention's backward
-    floatX* logits;     // (chunk, Vp)    never more than a chunk; then their gradient
+    floatX* logits;     // (chunk, Vp)    of one chunk of rows; then their gradient
     float* losses;      // (B, T)
     float* colsum;      // partial sums of bias and norm gradients
     float* squares;     // partial sums of squared gradients
-    int* tokens;        // inputs, targets, and the inputs sorted: see tokens_upload
+    int* tokens;        // inputs, targets, and the inputs sorted: see tokens_sort
     StepState* state;   // loss, norm, verdict
     void* workspace;    // cuBLASLt's
     cudaStream_t stream;
     uint64_t seed;
     int updates;        // AdamW steps taken; skipped ones do not count
 };
+const floatX* model_param(const Model& model, int p, int l) { return model.param[p] + l * param_shape(model.config, p).per_layer(); }
+Grad model_grad(const Model& model, int p, int l) { return model.grad[p] + l * param_shape(model.config, p).per_layer(); }
 
-// inputs (BT), targets (BT), positions (BT), bucket_token (cap), bucket_start (cap + 1); see tokens_upload
+// inputs (BT), targets (BT), positions (BT), bucket_token (cap), bucket_start (cap + 1); see tokens_sort
 inline size_t token_cap(size_t BT, int V) { return std::min(BT, (size_t)V); }
 inline size_t token_ints(size_t BT, int V) { return 3 * BT + 2 * token_cap(BT, V) + 1; }
 
@@ -2689,21 +2733,22 @@ OptTable model_opt_table(const Model& model, float weight_decay) {
         size_t n = s.elements(), offset = shard_offset(n), share = world_share(n), blocks = opt_blocks(n) / (n / shard_size(n));
         bool counts = !world.sharded || world_shards(n) || world.rank == 0;
         size_t first = all + offset / share * blocks;
-        table.t[p] = {model.param[p] + offset, model.grad[p] + offset, model.m[p], model.v[p], model.master[p], share, offset,
-                      s.cols ? weight_decay : 0.0f, counts ? 1.0f : 0.0f, table.blocks, (unsigned)first - table.blocks};
-        table.blocks += (unsigned)blocks;
         all += opt_blocks(n);
+        if (!model.plan.trains(p)) continue;
+        table.t[table.count++] = {model.param[p] + offset, model.grad[p] + offset, model.m[p], model.v[p], model.master[p], share, offset,
+                                  s.decay ? weight_decay : 0.0f, counts ? 1.0f : 0.0f, (unsigned)p, table.blocks,
+                                  (unsigned)first - table.blocks};
+        table.blocks += (unsigned)blocks;
     }
-    table.count = NUM_PARAMS;
     return table;
 }
 
-// The table of a run. Nothing is allocated here, and a tensor that the run does not need keeps the null pointer it has.
+// The table of a run. Nothing is allocated here, and the pointer of a tensor that the run does not need stays null.
 Table model_table(Model& model) {
     const Config& c = model.config;
     const Plan& plan = model.plan;
-    size_t B = plan.B, T = plan.T, C = c.C, NH = c.NH, BT = B * T;
-    size_t L = plan.training ? c.L : 1;   // without a backward one layer's tensors serve them all
+    size_t B = plan.B, T = plan.T, C = c.C, QKV = c.QKV(), FF = c.FF(), NH = c.NH, BT = B * T;
+    size_t L = plan.training ? c.L : 1;   // without a backward, one layer's tensors serve them all
     Table table;
     auto row = [&](const std::string& name, auto** where, DType dtype, std::vector<size_t> shape, Kind kind, Scope scope,
                    const char* shrink, const char* alias_of = "") {
@@ -2715,7 +2760,7 @@ Table model_table(Model& model) {
 
     auto param_row = [&](const char* prefix, int p, auto** where, DType dtype, bool sharded, Kind kind, const char* shrink) {
         ParamShape s = param_shape(c, p);
-        Scope scope = p == WTE || p == WPE || p == LNFW || p == LNFB ? MODEL : LAYER;
+        Scope scope = s.in_layer ? LAYER : MODEL;
         std::vector<size_t> shape;
         if (sharded && world_shards(s.elements())) {
             shape = {shard_size(s.elements())};
@@ -2728,15 +2773,18 @@ Table model_table(Model& model) {
     };
     for (int p = 0; p < NUM_PARAMS; p++) param_row("", p, &model.param[p], FLOATX, false, PARAM, smaller);
     for (int p = 0; p < NUM_PARAMS; p++) {
-        // wte's gradient is a sum over chunks of the loss in any case
-        model.grad[p].type = plan.micro_batches > 1 || p == WTE ? F32 : FLOATX;
-        if (!plan.training) continue;
+        // the head's gradient is a sum over chunks of the loss in any case
+        model.grad[p].type = plan.micro_batches > 1 || p == HEAD ? F32 : FLOATX;
+        if (!plan.trains(p)) continue;
         param_row("d_", p, &model.grad[p].p, model.grad[p].type, false, GRAD,
                   plan.micro_batches > 1 ? "one micro-batch a step (--total-batch)" : smaller);
         param_row("m_", p, &model.m[p], F32, true, OPTIMIZER, "--zero 1 on several GPUs");
         param_row("v_", p, &model.v[p], F32, true, OPTIMIZER, "--zero 1 on several GPUs");
         if (plan.master && !kFP32) param_row("master_", p, &model.master[p], F32, true, OPTIMIZER, "--master-weights 0");
     }
+
+    if (kMsNorm && plan.training && ((!plan.trains(QKVW) && plan.trains(LN1W)) || (!plan.trains(FCW) && plan.trains(LN2W))))
+        fail("MS_NORM=1 trains a norm only together with the weight after it, whose gradient gives gamma's and beta's");
 
     Kind kept = plan.training ? SAVED : SCRATCH;
     const char* norm_hint = kMsNorm || plan.recompute == 2 ? batch : "--recompute 2, or a build with MS_NORM=1";
@@ -2747,14 +2795,14 @@ Table model_table(Model& model) {
         row(name + "_rstd", rstd, F32, {L, B, T}, kept, LAYER, batch);
     };
     norm_rows("ln1", &model.ln1, &model.ln1_mean, &model.ln1_rstd);
-    row("qkv", &model.qkv, FLOATX, {L, B, T, 3 * C}, kept, LAYER, batch);
+    row("qkv", &model.qkv, FLOATX, {L, B, T, QKV}, kept, LAYER, batch);
     row("atty", &model.atty, FLOATX, {L, B, T, C}, kept, LAYER, batch);
     row("lse", &model.lse, F32, {L, B, NH, T}, kept, LAYER, batch);
     if (!kMsNorm) row("resid_mid", &model.resid_mid, FLOATX, {L, B, T, C}, kept, LAYER, norm_hint);
     norm_rows("ln2", &model.ln2, &model.ln2_mean, &model.ln2_rstd);
-    row(kActBits ? "fch_codes" : "fch", &model.fch, kActBits ? BYTE : FLOATX, {L, B, T, act_kept(4 * C)}, kept, LAYER, act_hint);
+    row(kActBits ? "fch_codes" : "fch", &model.fch, kActBits ? BYTE : FLOATX, {L, B, T, act_kept(FF)}, kept, LAYER, act_hint);
     if (!recomputes_act(plan))
-        row("fch_gelu", &model.fch_gelu, FLOATX, {L, B, T, 4 * C}, kept, LAYER, kActBits ? batch : "--recompute 1");
+        row("fch_gelu", &model.fch_gelu, FLOATX, {L, B, T, FF}, kept, LAYER, kActBits ? batch : "--recompute 1");
     if (!kMsNorm) row("resid_out", &model.resid_out, FLOATX, {L, B, T, C}, kept, LAYER, norm_hint);
     row("resid_in", &model.resid_in, FLOATX, {B, T, C}, kept, MODEL, batch);
     row("lnf_mean", &model.lnf_mean, F32, {B, T}, kept, MODEL, batch);
@@ -2762,23 +2810,23 @@ Table model_table(Model& model) {
 
     row("scratch_c", &model.scratch_c, FLOATX, {B, T, C}, SCRATCH, MODEL, batch);
     row("lnf", &model.lnf, FLOATX, {B, T, C}, SCRATCH, MODEL, batch, "scratch_c");
-    if (recomputes_act(plan) || plan.training) row("scratch_4c", &model.scratch_4c, FLOATX, {B, T, 4 * C}, SCRATCH, MODEL, batch);
+    if (recomputes_act(plan) || plan.training) row("scratch_4c", &model.scratch_4c, FLOATX, {B, T, FF}, SCRATCH, MODEL, batch);
     if (recomputes_norm(plan)) row("scratch_ln", &model.scratch_ln, FLOATX, {B, T, C}, SCRATCH, MODEL, batch);
     if (kMsNorm) {
-        row("fold_w", &model.fold_w, FLOATX, {4 * C, C}, SCRATCH, MODEL, smaller);
-        row("fold_b", &model.fold_b, FLOATX, {4 * C}, SCRATCH, MODEL, smaller);
+        row("fold_w", &model.fold_w, FLOATX, {FF, C}, SCRATCH, MODEL, smaller);
+        row("fold_b", &model.fold_b, FLOATX, {FF}, SCRATCH, MODEL, smaller);
     }
     row("logits", &model.logits, FLOATX, {plan_chunk_rows(plan), (size_t)c.Vp}, SCRATCH, MODEL, chunks);
     row("losses", &model.losses, F32, {B, T}, SCRATCH, MODEL, batch);
     if (plan.training) {
         row("dresid", &model.dresid, FLOATX, {B, T, C}, SCRATCH, MODEL, batch);
         row("delta", &model.delta, F32, {B, NH, T}, SCRATCH, MODEL, batch);
-        row("colsum", &model.colsum, F32, {std::max(colsum_scratch(C), attention_scratch(B, T, NH, NH, C / NH))}, SCRATCH, MODEL, batch);
+        row("colsum", &model.colsum, F32, {std::max(colsum_scratch(C), attention_scratch(B, T, NH, NH, c.HS()))}, SCRATCH, MODEL, batch);
         row("squares", &model.squares, F32, {model_opt_blocks(c)}, SCRATCH, MODEL, smaller);
     }
     row("tokens", &model.tokens, I32, {token_ints(BT, c.V)}, SCRATCH, MODEL, batch);
     row("step_state", &model.state, BYTE, {sizeof(StepState)}, OPTIMIZER, MODEL, smaller);
-    size_t workspace = plan.workspace ? plan.workspace : matmul_workspace(C * std::max<size_t>(4 * C, c.Vp));
+    size_t workspace = plan.workspace ? plan.workspace : matmul_workspace(C * std::max<size_t>(FF, c.Vp));
     row("workspace", &model.workspace, BYTE, {workspace}, WORKSPACE, MODEL, "--workspace");
     return table;
 }
@@ -2829,28 +2877,27 @@ void model_master_from_params(Model& model) {
     }
 }
 
-// GPT-2's initialisation: weights from N(0, 0.02), the projections that add to the residual stream smaller by sqrt(2L),
-// because 2L of them add up; biases 0, gammas 1, padding rows of wte 0.
+// GPT-2's initialisation: weights from N(0, 0.02), or less (enum Init); padding rows of wte 0.
 void model_init(Model& model) {
     for (int p = 0; p < NUM_PARAMS; p++) {
-        ParamShape s = param_shape(model.config, p);
-        size_t n = s.elements(), drawn = s.cols == 0 ? 0 : p == WTE ? (size_t)model.config.V * model.config.C : n;
-        float std = p == ATTPROJW || p == FCPROJW ? 0.02f / sqrtf(2.0f * model.config.L) : 0.02f;
+        const ParamShape s = param_shape(model.config, p);
+        const size_t n = s.elements(), drawn = s.init < NORMAL ? 0 : p == WTE ? (size_t)model.config.V * model.config.C : n;
+        const float std = s.init == NORMAL_RESIDUAL ? 0.02f / sqrtf(2.0f * model.config.L) : 0.02f;
         if (drawn) init_normal_kernel<<<ceil_div(drawn, 256), 256, 0, model.stream>>>(model.param[p], drawn, std, model.seed, p);
         cudaCheck(cudaGetLastError());
-        float constant = p == LN1W || p == LN2W || p == LNFW ? 1.0f : 0.0f;
         if (n > drawn)
-            init_constant_kernel<<<ceil_div(n - drawn, 256), 256, 0, model.stream>>>(model.param[p] + drawn, n - drawn, constant);
+            init_constant_kernel<<<ceil_div(n - drawn, 256), 256, 0, model.stream>>>(model.param[p] + drawn, n - drawn,
+                                                                                   s.init == ONES ? 1.0f : 0.0f);
         cudaCheck(cudaGetLastError());
     }
     model_master_from_params(model);
 }
 
-// ---- forward: the paper's figure, left to right
+// ---- forward: the figure at the top of this file, from top to bottom
 
-// Where the tensors of a layer lie. Without training all layers share one slot. What is not kept is a buffer for all.
+// Where the tensors of a layer are. Without training, all layers share one slot; a tensor that is not kept is a buffer for all.
 struct LayerTensors {
-    floatX *residual, *ln1;   // the stream before the block
+    floatX *resid, *ln1;   // resid: the stream before the block
     float *ln1_mean, *ln1_rstd;
     floatX *qkv, *atty;
     float* lse;
@@ -2861,79 +2908,100 @@ struct LayerTensors {
 };
 LayerTensors model_layer(const Model& model, int l, int BT) {
     const size_t s = model.plan.training ? l : 0, before = model.plan.training ? l - 1 : 0, BTC = (size_t)BT * model.config.C;
-    auto at = [&](floatX* base, size_t slot, size_t size, floatX* otherwise) { return base ? base + slot * size : otherwise; };
-    auto stat = [&](float* base, size_t size) { return base ? base + s * size : nullptr; };
+    auto at = [&](floatX* base, size_t slot, size_t size, floatX* buffer) { return base ? base + slot * size : buffer; };
+    auto statistic = [&](float* base, size_t size) { return base ? base + s * size : nullptr; };
     LayerTensors t;
-    t.residual = l == 0 ? model.resid_in : at(model.resid_out, before, BTC, model.resid_in);
+    t.resid = l == 0 ? model.resid_in : at(model.resid_out, before, BTC, model.resid_in);
     t.ln1 = at(model.ln1, s, BTC, model.scratch_ln);
-    t.ln1_mean = stat(model.ln1_mean, BT);
-    t.ln1_rstd = stat(model.ln1_rstd, BT);
-    t.qkv = model.qkv + s * 3 * BTC;
+    t.ln1_mean = statistic(model.ln1_mean, BT);
+    t.ln1_rstd = statistic(model.ln1_rstd, BT);
+    t.qkv = model.qkv + s * BT * model.config.QKV();
     t.atty = model.atty + s * BTC;
-    t.lse = stat(model.lse, (size_t)BT * model.config.NH);
+    t.lse = statistic(model.lse, (size_t)BT * model.config.NH);
     t.resid_mid = at(model.resid_mid, s, BTC, model.resid_in);
     t.ln2 = at(model.ln2, s, BTC, model.scratch_ln);
-    t.ln2_mean = stat(model.ln2_mean, BT);
-    t.ln2_rstd = stat(model.ln2_rstd, BT);
-    t.fch = model.fch + s * act_kept(4 * BTC);
-    t.fch_gelu = at(model.fch_gelu, s, 4 * BTC, model.scratch_4c);
+    t.ln2_mean = statistic(model.ln2_mean, BT);
+    t.ln2_rstd = statistic(model.ln2_rstd, BT);
+    t.fch = model.fch + s * act_kept((size_t)BT * model.config.FF());
+    t.fch_gelu = at(model.fch_gelu, s, (size_t)BT * model.config.FF(), model.scratch_4c);
     t.resid_out = at(model.resid_out, s, BTC, model.resid_in);
     return t;
 }
 
-// A weight and bias as the matmul behind a norm uses them: as they are, or with gamma and beta folded in.
-struct Folded {
-    const floatX *weight, *bias;
+// A linear layer: out = inp W^T + b. If a norm comes before it and MS_NORM is set, inp is the norm's z, and gamma and beta are
+// folded into W and b.
+struct Linear {
+    const floatX *weight, *bias;   // (OC, C), (OC)
+    Grad dweight, dbias;           // of the same shapes; null: not wanted
+    const floatX *gamma, *beta;    // (C) of the norm to fold in; null: none
+    Grad dgamma, dbeta;            // (C)
+    int C, OC;
 };
-Folded model_fold(const Model& model, const floatX* weight, const floatX* bias, const floatX* gamma, const floatX* beta, int OC) {
-    if constexpr (!kMsNorm) return {weight, bias};
-    norm_fold(model.fold_w, model.fold_b, weight, bias, gamma, beta, OC, model.config.C, model.stream);
-    return {model.fold_w, model.fold_b};
+Linear model_linear(const Model& model, int weight, int l, int norm = -1) {   // parameters; norm: the gamma of the norm before it
+    const ParamShape s = param_shape(model.config, weight);
+    Linear linear = {model_param(model, weight, l), model_param(model, weight + 1, l), model_grad(model, weight, l),
+                     model_grad(model, weight + 1, l), nullptr, nullptr, {}, {}, (int)s.cols, (int)s.rows};
+    if (kMsNorm && norm >= 0) {
+        linear.gamma = model_param(model, norm, l), linear.dgamma = model_grad(model, norm, l);
+        linear.beta = model_param(model, norm + 1, l), linear.dbeta = model_grad(model, norm + 1, l);
+    }
+    return linear;
 }
 
-// From model.tokens' inputs to the final norm's output, model.lnf. B and T may be smaller than the plan's.
+// out = inp W^T + b, or with `kept` GELU of that, keeping for backward what section 3 says
+void linear_forward(const Model& model, floatX* out,   // (rows, OC)
+                    const floatX* inp,                 // (rows, C)
+                    const Linear& linear, int rows,
+                    ActKept<kActBits>* kept = nullptr) {   // (rows, OC)
+    const floatX *weight = linear.weight, *bias = linear.bias;
+    if (linear.gamma != nullptr) {
+        norm_fold(model.fold_w, model.fold_b, weight, bias, linear.gamma, linear.beta, linear.OC, linear.C, model.stream);
+        weight = model.fold_w, bias = model.fold_b;
+    }
+    if (kept == nullptr) matmul_forward(out, inp, weight, bias, rows, linear.C, linear.OC, model.stream);
+    else matmul_act_forward<kActBits>(out, kept, inp, weight, bias, rows, linear.C, linear.OC, model.stream);
+}
+
+// From the inputs in model.tokens to the final norm's output, model.lnf. B and T may be smaller than the plan's.
 void model_forward(Model& model, int B, int T) {
     NvtxRange range("forward");
-    const int C = model.config.C, NH = model.config.NH, L = model.config.L, BT = B * T;
+    const Config& c = model.config;
+    const int C = c.C, NH = c.NH, L = c.L, BT = B * T;
     cudaStream_t stream = model.stream;
 
     embedding_forward(model.resid_in, model.tokens, model.param[WTE], model.param[WPE], B, T, C, stream);
     LayerTensors t = model_layer(model, 0, BT);
-    layernorm_forward<kMsNorm>(nullptr, t.ln1, t.ln1_mean, t.ln1_rstd, t.residual, nullptr, model.param[LN1W], model.param[LN1B], BT,
-                                   C, stream);
+    add_norm_forward<kMsNorm>(nullptr, t.ln1, t.ln1_mean, t.ln1_rstd, t.resid, nullptr, model.param[LN1W], model.param[LN1B], BT, C, stream);
 
     for (int l = 0; l < L; l++) {
         NvtxRange layer_range("forward layer", l);
-        auto W = [&](int p) { return (const floatX*)model.param[p] + l * param_shape(model.config, p).per_layer(); };
+        auto W = [&](int p, int layer) { return model_param(model, p, layer); };
 
-        Folded qkv = model_fold(model, W(QKVW), W(QKVB), W(LN1W), W(LN1B), 3 * C);
-        matmul_forward(t.qkv, t.ln1, qkv.weight, qkv.bias, BT, C, 3 * C, stream);
-        attention_forward(t.atty, t.lse, t.qkv, B, T, NH, NH, C / NH, stream);
-        matmul_forward(model.scratch_c, t.atty, W(ATTPROJW), W(ATTPROJB), BT, C, C, stream);
-        layernorm_forward<kMsNorm>(t.resid_mid, t.ln2, t.ln2_mean, t.ln2_rstd, t.residual, model.scratch_c, W(LN2W), W(LN2B), BT, C,
-                                       stream);
-        Folded fc = model_fold(model, W(FCW), W(FCB), W(LN2W), W(LN2B), 4 * C);
-        matmul_act_forward<kActBits>(t.fch_gelu, t.fch, t.ln2, fc.weight, fc.bias, BT, C, 4 * C, stream);
-        matmul_forward(model.scratch_c, t.fch_gelu, W(FCPROJW), W(FCPROJB), BT, 4 * C, C, stream);
+        linear_forward(model, t.qkv, t.ln1, model_linear(model, QKVW, l, LN1W), BT);
+        attention_forward(t.atty, t.lse, t.qkv, B, T, NH, NH, c.HS(), stream);
+        linear_forward(model, model.scratch_c, t.atty, model_linear(model, ATTPROJW, l), BT);
+        add_norm_forward<kMsNorm>(t.resid_mid, t.ln2, t.ln2_mean, t.ln2_rstd, t.resid, model.scratch_c, W(LN2W, l), W(LN2B, l), BT, C, stream);
+        linear_forward(model, t.fch_gelu, t.ln2, model_linear(model, FCW, l, LN2W), BT, t.fch);
+        linear_forward(model, model.scratch_c, t.fch_gelu, model_linear(model, FCPROJW, l), BT);
 
-        // the second residual addition, fused with the norm that comes next: the following layer's first, or the last of all
+        // The second residual addition is part of the norm that comes next: ln1 of the next layer, or the final norm.
         if (l + 1 < L) {
             LayerTensors next = model_layer(model, l + 1, BT);
-            layernorm_forward<kMsNorm>(t.resid_out, next.ln1, next.ln1_mean, next.ln1_rstd, t.resid_mid, model.scratch_c,
-                                           W(LN1W) + C, W(LN1B) + C, BT, C, stream);
+            add_norm_forward<kMsNorm>(t.resid_out, next.ln1, next.ln1_mean, next.ln1_rstd, t.resid_mid, model.scratch_c, W(LN1W, l + 1),
+                                      W(LN1B, l + 1), BT, C, stream);
             t = next;
-        } else {   // it keeps its affine in every mode: the weight behind it is the embedding, too
-            layernorm_forward<false>(t.resid_out, model.lnf, model.lnf_mean, model.lnf_rstd, t.resid_mid, model.scratch_c, model.param[LNFW],
-                                     model.param[LNFB], BT, C, stream);
+        } else {   // It always applies gamma and beta: its matmul uses wte, which the embedding shares, so nothing can be folded in.
+            add_norm_forward<false>(t.resid_out, model.lnf, model.lnf_mean, model.lnf_rstd, t.resid_mid, model.scratch_c,
+                                    model.param[LNFW], model.param[LNFB], BT, C, stream);
         }
     }
 }
 
 // ---- loss: the lm-head, softmax and cross-entropy over chunks of rows
 //
-// Logits are (B*T, Vp), the largest tensor of a small model. A row's loss needs no other row, so a chunk of rows goes all
-// the way (logits, loss, their gradient, and from it the gradients of wte and lnf) before the next one reuses its storage.
-// Nothing is computed twice. The gradient of a chunk of lnf overwrites the chunk itself, which nobody needs any more.
+// Logits are (B*T, Vp), the largest tensor of a small model. A row's loss needs no other row, so a chunk of rows goes all the way
+// (logits, loss, their gradient, and from it the gradients of the head's weight and of lnf) before the next chunk reuses the
+// memory. Nothing is computed twice. The gradient of a chunk of lnf overwrites the chunk itself, which is not needed any more.
 void model_loss(Model& model, int B, int T, bool train, bool first_micro_batch) {
     NvtxRange range("loss");
     const int C = model.config.C, V = model.config.V, Vp = model.config.Vp, BT = B * T;
@@ -2943,75 +3011,85 @@ void model_loss(Model& model, int B, int T, bool train, bool first_micro_batch) 
     for (int r = 0; r < BT; r += chunk) {
         int rows = std::min(chunk, BT - r);
         floatX* lnf = model.lnf + (size_t)r * C;
-        matmul_forward(model.logits, lnf, model.param[WTE], nullptr, rows, C, Vp, model.stream);
+        matmul_forward(model.logits, lnf, model.param[HEAD], nullptr, rows, C, Vp, model.stream);
         classifier(model.logits, model.losses + r, targets + r, dloss, train, rows, V, Vp, model.stream);
         if (!train) continue;
-        matmul_backward_weight(model.grad[WTE], model.logits, lnf, !(first_micro_batch && r == 0), rows, C, Vp, model.stream);
-        matmul_backward_input(lnf, model.logits, model.param[WTE], rows, C, Vp, model.stream);
+        if (model.plan.trains(HEAD))
+            matmul_backward_weight(model.grad[HEAD], model.logits, lnf, !(first_micro_batch && r == 0), rows, C, Vp, model.stream);
+        matmul_backward_input(lnf, model.logits, model.param[HEAD], rows, C, Vp, model.stream);
     }
     loss_sum(&model.state->loss_sum, model.losses, train && !first_micro_batch, BT, model.stream);
 }
 
-// ---- backward: the figure, right to left
+// ---- backward: the figure, from bottom to top
+//
+// Where each of the 16 gradients is written. A bias's gradient is the column sum of the gradient of its layer's output. It costs
+// nothing extra in the kernel that computes that gradient, so it is made there:
+//     wte                linear: model_loss, then the embedding adds     wpe                  embedding
+//     qkvw, attprojw,    linear_backward of that layer                   qkvb                 attention
+//     fcw, fcprojw                                                       attprojb             ln2, where the sum resid_mid is made
+//     ln1w/b, ln2w/b     that norm, or with MS_NORM linear_backward      fcb                  GELU
+//     lnfw/b             the final norm                                  fcprojb              ln1 of the next layer, or the final norm
 
-// One matmul with the norm before it: from the gradient of the matmul's output (whose bias gradient is done) to that of the
-// residual stream, and of the bias that was added to the stream before this norm. `last` is the step's last micro-batch.
-struct NormMatmul {
-    int weight, bias, gamma, beta;   // of enum Param
-};
-void model_norm_matmul_backward(Model& model, NormMatmul p, int l, Grad dbias_before, floatX* dout, floatX* ln, float* mean,
-                               float* rstd, const floatX* residual, int OC, bool add, bool last, int BT) {
-    const int C = model.config.C;
-    auto W = [&](int p) { return (const floatX*)model.param[p] + l * param_shape(model.config, p).per_layer(); };
-    auto G = [&](int p) { return model.grad[p] + l * param_shape(model.config, p).per_layer(); };
-    if (recomputes_norm(model.plan))
-        layernorm_forward<false>(nullptr, ln, mean, rstd, residual, nullptr, W(p.gamma), W(p.beta), BT, C, model.stream);
-    matmul_backward_weight(G(p.weight), dout, ln, add, BT, C, OC, model.stream);
-    matmul_backward_input(model.scratch_c, dout, W(p.weight), BT, C, OC, model.stream);
-    layernorm_backward<kMsNorm>(model.dresid, dbias_before, G(p.gamma), G(p.beta), model.colsum, model.scratch_c, kMsNorm ? ln : residual,
-                                    mean, rstd, W(p.gamma), true, add, BT, C, model.stream);
-    if (kMsNorm && last)
-        norm_unfold(G(p.weight), G(p.gamma), G(p.beta), model.colsum, G(p.bias), W(p.weight), W(p.gamma), W(p.beta), OC, C, model.stream);
+struct Pass { bool add, last; };   // a micro-batch of a step: its gradients are added to those before; no further one comes
+
+// Gradients of a linear layer, but its bias.
+void linear_backward(const Model& model, floatX* dinp,   // (rows, C) or null: not wanted
+                     const floatX* dout,                 // (rows, OC); what the layer adds to dbias from it is done
+                     const floatX* inp,                  // (rows, C); may be dinp
+                     const Linear& linear, int rows, Pass pass,
+                     const ActKept<kActBits>* act = nullptr) {   // if inp is GELU of something: what forward kept of that
+    const int C = linear.C, OC = linear.OC;
+    const bool wanted = linear.dweight.p != nullptr;
+    if (wanted) matmul_backward_weight(linear.dweight, dout, inp, pass.add, rows, C, OC, model.stream);
+    if (dinp != nullptr)
+        matmul_backward_input(dinp, dout, linear.weight, rows, C, OC, model.stream, act_backward_is_fused<kActBits>() ? act : nullptr);
+    if (wanted && linear.gamma != nullptr && pass.last)
+        norm_unfold(linear.dweight, linear.dgamma, linear.dbeta, model.colsum, linear.dbias, linear.weight, linear.gamma, linear.beta, OC, C,
+                    model.stream);
 }
 
-// Micro-batch 0 writes the gradients, the others add to them.
+// From the gradient of the final norm's output, which model_loss has left in model.lnf, to all gradients.
 void model_backward(Model& model, int B, int T, int buckets, int micro_batch) {
     NvtxRange range("backward");
-    const int C = model.config.C, NH = model.config.NH, L = model.config.L, BT = B * T;
-    const bool add = micro_batch > 0, last = micro_batch == model.plan.micro_batches - 1;
+    const Config& c = model.config;
+    const int C = c.C, NH = c.NH, L = c.L, BT = B * T;
+    const Pass pass = {micro_batch > 0, micro_batch == model.plan.micro_batches - 1};
     cudaStream_t stream = model.stream;
+    floatX *dresid = model.dresid, *d = model.scratch_c, *d_wide = model.scratch_4c;
+    auto W = [&](int p, int l) { return model_param(model, p, l); };
+    auto G = [&](int p, int l) { return l >= 0 ? model_grad(model, p, l) : Grad{}; };
 
-    // model.lnf holds the gradient of the final norm's output since model_loss
-    layernorm_backward<false>(model.dresid, model.grad[FCPROJB] + (size_t)(L - 1) * C, model.grad[LNFW], model.grad[LNFB], model.colsum, model.lnf,
-                              model_layer(model, L - 1, BT).resid_out, model.lnf_mean, model.lnf_rstd, model.param[LNFW], false, add, BT, C, stream);
+    add_norm_backward<false>(dresid, G(FCPROJB, L - 1), G(LNFW, 0), G(LNFB, 0), model.colsum, model.lnf, model_layer(model, L - 1, BT).resid_out,
+                             model.lnf_mean, model.lnf_rstd, W(LNFW, 0), false, pass.add, BT, C, stream);
     for (int l = L - 1; l >= 0; l--) {
         NvtxRange layer_range("backward layer", l);
         const LayerTensors t = model_layer(model, l, BT);
-        auto W = [&](int p) { return (const floatX*)model.param[p] + l * param_shape(model.config, p).per_layer(); };
-        auto G = [&](int p) { return model.grad[p] + l * param_shape(model.config, p).per_layer(); };
 
-        // What forward did not keep is computed again from the same bits, and by the same kernels, except that --gelu-fusion had
-        // cuBLASLt compute GELU. scratch_4c holds GELU's output until the weight gradient has used it; then the gradient of the
-        // matmul's input takes its place.
-        if (recomputes_act(model.plan)) act_recompute<kActBits>(t.fch_gelu, t.fch, BT, 4 * C, stream);
-        matmul_backward_weight(G(FCPROJW), model.dresid, t.fch_gelu, add, BT, 4 * C, C, stream);
-        floatX* dfch = model.scratch_4c;
-        matmul_act_backward<kActBits>(dfch, G(FCB), model.colsum, model.dresid, W(FCPROJW), t.fch, add, BT, 4 * C, C, stream);
-        model_norm_matmul_backward(model, {FCW, FCB, LN2W, LN2B}, l, G(ATTPROJB), dfch, t.ln2, t.ln2_mean, t.ln2_rstd, t.resid_mid, 4 * C, add,
-                                  last, BT);
+        // What forward did not keep is computed again, to the same bits. (Unless --gelu-fusion had cuBLASLt compute GELU: it rounds
+        // in its own way.) fch_gelu may be in scratch_4c: the weight's gradient has read it before the input's gradient takes its place.
+        if (recomputes_act(model.plan)) act_recompute<kActBits>(t.fch_gelu, t.fch, BT, c.FF(), stream);
+        linear_backward(model, d_wide, dresid, t.fch_gelu, model_linear(model, FCPROJW, l), BT, pass, t.fch);
+        act_backward<kActBits>(d_wide, G(FCB, l), model.colsum, t.fch, pass.add, BT, c.FF(), stream);
+        if (recomputes_norm(model.plan))
+            add_norm_forward<false>(nullptr, t.ln2, t.ln2_mean, t.ln2_rstd, t.resid_mid, nullptr, W(LN2W, l), W(LN2B, l), BT, C, stream);
+        linear_backward(model, d, d_wide, t.ln2, model_linear(model, FCW, l, LN2W), BT, pass);
+        add_norm_backward<kMsNorm>(dresid, G(ATTPROJB, l), G(LN2W, l), G(LN2B, l), model.colsum, d, kMsNorm ? t.ln2 : t.resid_mid,
+                                   t.ln2_mean, t.ln2_rstd, W(LN2W, l), true, pass.add, BT, C, stream);
 
-        matmul_backward_weight(G(ATTPROJW), model.dresid, t.atty, add, BT, C, C, stream);
-        matmul_backward_input(model.scratch_c, model.dresid, W(ATTPROJW), BT, C, C, stream);
-        floatX* dqkv = model.scratch_4c;
-        attention_backward(dqkv, G(QKVB), model.delta, model.colsum, model.scratch_c, t.qkv, t.atty, t.lse, add, B, T, NH, NH, C / NH, stream);
-        Grad below = l > 0 ? model.grad[FCPROJB] + (size_t)(l - 1) * C : Grad{};   // what was added to the stream before this block
-        model_norm_matmul_backward(model, {QKVW, QKVB, LN1W, LN1B}, l, below, dqkv, t.ln1, t.ln1_mean, t.ln1_rstd, t.residual, 3 * C, add,
-                                  last, BT);
+        linear_backward(model, d, dresid, t.atty, model_linear(model, ATTPROJW, l), BT, pass);
+        attention_backward(d_wide, G(QKVB, l), model.delta, model.colsum, d, t.qkv, t.atty, t.lse, pass.add, B, T, NH, NH, c.HS(), stream);
+        if (recomputes_norm(model.plan))
+            add_norm_forward<false>(nullptr, t.ln1, t.ln1_mean, t.ln1_rstd, t.resid, nullptr, W(LN1W, l), W(LN1B, l), BT, C, stream);
+        linear_backward(model, d, d_wide, t.ln1, model_linear(model, QKVW, l, LN1W), BT, pass);
+        add_norm_backward<kMsNorm>(dresid, G(FCPROJB, l - 1), G(LN1W, l), G(LN1B, l), model.colsum, d, kMsNorm ? t.ln1 : t.resid,
+                                   t.ln1_mean, t.ln1_rstd, W(LN1W, l), true, pass.add, BT, C, stream);
     }
     const int* positions = model.tokens + 2 * (size_t)BT;
     const int* bucket_token = positions + BT;
-    const int* bucket_start = bucket_token + token_cap(BT, model.config.V);
-    embedding_backward(model.grad[WTE], model.grad[WPE], model.dresid, positions, bucket_token, bucket_start, buckets, add, B, T, C, stream);
+    const int* bucket_start = bucket_token + token_cap(BT, c.V);
+    static_assert(HEAD == WTE, "a head of its own leaves rows of wte's gradient unwritten: zero them");
+    embedding_backward(model.grad[WTE], model.grad[WPE], dresid, positions, bucket_token, bucket_start, buckets, true, pass.add, B, T, C, stream);
 }
 
 // ---- update
@@ -3020,12 +3098,13 @@ struct Hyper {
     float lr, beta1 = 0.9f, beta2 = 0.95f, eps = 1e-8f, weight_decay = 0, grad_clip = 0, skip_loss_z = 0, skip_grad_z = 0;
 };
 
-// One optimizer step from the gradients that a step's micro-batches have left. Returns the verdict: the only moment of a step at
-// which the host waits for the device. `meanwhile` is what the host can do before that, while the device works.
+// One optimizer step, from the gradients of the step's micro-batches. Returns the verdict: this is the only moment of a step at
+// which the host waits for the device. `meanwhile` is called before that: the host can work while the device does.
 Verdict model_update(Model& model, const Hyper& h, uint64_t step, const std::function<void()>& meanwhile = nullptr) {
     NvtxRange range("update");
     world_group(true);
-    for (int p = 0; p < NUM_PARAMS; p++) world_reduce_gradient(model.grad[p], param_shape(model.config, p).elements(), model.stream);
+    for (int p = 0; p < NUM_PARAMS; p++)
+        if (model.plan.trains(p)) world_reduce_gradient(model.grad[p], param_shape(model.config, p).elements(), model.stream);
     world_group(false);
 
     OptTable table = model_opt_table(model, h.weight_decay);
@@ -3047,7 +3126,8 @@ Verdict model_update(Model& model, const Hyper& h, uint64_t step, const std::fun
     adamw_kernel<<<table.blocks, 256, 0, model.stream>>>(table, &model.state->verdict, a);
     cudaCheck(cudaGetLastError());
     world_group(true);
-    for (int p = 0; p < NUM_PARAMS; p++) world_gather_param(model.param[p], param_shape(model.config, p).elements(), model.stream);
+    for (int p = 0; p < NUM_PARAMS; p++)
+        if (model.plan.trains(p)) world_gather_param(model.param[p], param_shape(model.config, p).elements(), model.stream);
     world_group(false);
 
     if (meanwhile) meanwhile();
