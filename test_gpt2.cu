@@ -153,7 +153,7 @@ struct Bench {
         for (int p = 0; p < NUM_PARAMS; p++) {
             size_t n = param_shape(model.config, p).elements();
             std::vector<char> raw(n * dtype_size(model.grad[p].type));
-            cudaCheck(cudaMemcpy(raw.data(), model.grad[p].p, raw.size(), cudaMemcpyDeviceToHost));
+            if (model.grad[p].p) cudaCheck(cudaMemcpy(raw.data(), model.grad[p].p, raw.size(), cudaMemcpyDeviceToHost));
             for (size_t i = 0; i < n; i++)
                 all.push_back(model.grad[p].type == F32 ? ((float*)raw.data())[i] : (float)((__nv_bfloat16*)raw.data())[i]);
         }
@@ -198,13 +198,13 @@ void check_against_reference(const char* file, const Reference& r) {
     std::vector<float> base;
     {
         Bench t(file, plain);
-        const Config& c = t.g.config;
+        const Config& c = t.model.config;
         t.upload(r, 0);
-        model_forward(t.g, r.B, r.T);
-        model_loss(t.g, r.B, r.T, false, true);
+        model_forward(t.model, r.B, r.T);
+        model_loss(t.model, r.B, r.T, false, true);
         std::vector<floatX> raw((size_t)r.B * r.T * c.Vp);
-        cudaCheck(cudaStreamSynchronize(t.g.stream));
-        cudaCheck(cudaMemcpy(raw.data(), t.g.logits, raw.size() * sizeof(floatX), cudaMemcpyDeviceToHost));
+        cudaCheck(cudaStreamSynchronize(t.model.stream));
+        cudaCheck(cudaMemcpy(raw.data(), t.model.logits, raw.size() * sizeof(floatX), cudaMemcpyDeviceToHost));
         std::vector<float> logits;
         for (size_t row = 0; row < (size_t)r.B * r.T; row++)
             for (int v = 0; v < c.V; v++) logits.push_back((float)raw[row * c.Vp + v]);
@@ -247,19 +247,42 @@ void check_against_reference(const char* file, const Reference& r) {
             printf("  skip %s: cuBLASLt has no algorithm for it here\n", way.name);
             continue;
         }
-        const int L = t.g.config.L;
+        const int L = t.model.config.L;
         const float room = way.gelu_fusion ? fused_room(L) : 0.0f, same = same_bar(L) + room;
         const float cosine = std::min(COSINE_BAR, 1 - same * same);
         report(fabsf(loss - r.loss) <= (LOSS_BAR + room) * fabsf(r.loss), "%s: loss %.6f", way.name, loss);
-        check_gradients((std::string(way.name) + " against the plain way").c_str(), t.g.config, grads, base, same, cosine, false,
+        check_gradients((std::string(way.name) + " against the plain way").c_str(), t.model.config, grads, base, same, cosine, false,
                         kFP32 ? INFINITY : same / 6);
-        check_gradients((std::string(way.name) + " against the reference").c_str(), t.g.config, grads, r.grads, GRAD_BAR + room,
+        check_gradients((std::string(way.name) + " against the reference").c_str(), t.model.config, grads, r.grads, GRAD_BAR + room,
                         std::min(cosine, COSINE_BAR), false);
         // a second time into the same gradients: what is left from a step before must not show
         t.gradients(r);
         report(t.read_gradients() == grads, "%s: again, bit-equal", way.name);
     }
     matmul_state.gelu_fusion = 0;
+
+    {   // what is not trained has no tensors of training and stays as it is, and the other gradients are what they were
+        Plan plan = plain;
+        for (int p : {WPE, QKVB, FCW, LN2W, LN2B, FCPROJB}) plan.frozen |= 1u << p;
+        Bench t(file, plan);
+        t.gradients(r);
+        const std::vector<float> grads = t.read_gradients();
+        const std::vector<char> before = t.read_params();
+        model_update(t.model, Hyper{1e-2f}, 0);
+        const std::vector<char> after = t.read_params();
+        size_t at = 0;
+        int wrong = 0, tensors = 0;
+        for (int p = 0; p < NUM_PARAMS; p++) {
+            const size_t n = param_shape(t.model.config, p).elements(), bytes = n * sizeof(floatX);
+            const bool kept = memcmp(&before[at * sizeof(floatX)], &after[at * sizeof(floatX)], bytes) == 0;
+            const bool same = !plan.trains(p) || std::equal(&base[at], &base[at] + n, &grads[at]);
+            wrong += kept == plan.trains(p) || !same;
+            at += n;
+        }
+        for (const Row& row : t.model.table) tensors += row.kind == GRAD || row.name.compare(0, 2, "v_") == 0;
+        report(wrong == 0 && tensors == 2 * (NUM_PARAMS - 6), "6 frozen parameters: %d of %d wrong, %d tensors of training", wrong,
+               (int)NUM_PARAMS, tensors);
+    }
 
     Bench t(file, plain);
     Hyper h;
@@ -269,7 +292,7 @@ void check_against_reference(const char* file, const Reference& r) {
     std::vector<float> losses;
     for (size_t step = 0; step < r.losses.size(); step++) {
         losses.push_back(t.gradients(r));
-        model_update(t.g, h, step);
+        model_update(t.model, h, step);
     }
     for (size_t step = 0; step < losses.size(); step++)
         report(fabsf(losses[step] - r.losses[step]) <= LOSS_BAR * r.losses[step], "AdamW step %2zu: loss %.6f, reference %.6f",
@@ -307,16 +330,16 @@ void check_resume(const char* file, const Reference& r) {
     for (bool master : {true, false}) {
         auto steps = [&](Bench& t, Loader& data, RunState& run, int n) {
             for (int i = 0; i < n; i++) {
-                for (int micro = 0; micro < t.g.plan.micro_batches; micro++) {
-                    int BT = t.g.plan.B * t.g.plan.T;
-                    cudaCheck(cudaStreamSynchronize(t.g.stream));
+                for (int micro = 0; micro < t.model.plan.micro_batches; micro++) {
+                    int BT = t.model.plan.B * t.model.plan.T;
+                    cudaCheck(cudaStreamSynchronize(t.model.stream));
                     loader_next(data, t.host, t.host + BT);
-                    int buckets = tokens_upload(t.g.tokens, t.host, BT, c.V, t.g.stream);
-                    model_forward(t.g, t.g.plan.B, t.g.plan.T);
-                    model_loss(t.g, t.g.plan.B, t.g.plan.T, true, micro == 0);
-                    model_backward(t.g, t.g.plan.B, t.g.plan.T, buckets, micro);
+                    int buckets = tokens_upload(t.model.tokens, t.host, BT, c.V, t.model.stream);
+                    model_forward(t.model, t.model.plan.B, t.model.plan.T);
+                    model_loss(t.model, t.model.plan.B, t.model.plan.T, true, micro == 0);
+                    model_backward(t.model, t.model.plan.B, t.model.plan.T, buckets, micro);
                 }
-                model_update(t.g, h, run.step++);
+                model_update(t.model, h, run.step++);
             }
         };
         const Plan plan = {2, T, 2, true, 1, master};
@@ -325,7 +348,7 @@ void check_resume(const char* file, const Reference& r) {
             Bench t(file, plan);
             Loader data;
             RunState run;
-            loader_open(data, "-i", tokens.c_str(), T, c.V, true, t.g.seed);
+            loader_open(data, "-i", tokens.c_str(), T, c.V, true, t.model.seed);
             loader_set_batch(data, 2);
             steps(t, data, run, 10);
             straight = t.read_params();
@@ -335,21 +358,21 @@ void check_resume(const char* file, const Reference& r) {
             Bench t(file, plan);
             Loader data;
             RunState run;
-            loader_open(data, "-i", tokens.c_str(), T, c.V, true, t.g.seed);
+            loader_open(data, "-i", tokens.c_str(), T, c.V, true, t.model.seed);
             loader_set_batch(data, 2);
             steps(t, data, run, 5);
-            cudaCheck(cudaStreamSynchronize(t.g.stream));
+            cudaCheck(cudaStreamSynchronize(t.model.stream));
             run.set_position(data);
-            checkpoint_save(t.g, run, data, folder, 0);
+            checkpoint_save(t.model, run, data, folder, 0);
             loader_close(data);
         }
         {
             Bench t(checkpoint_path(folder, "model", 5).c_str(), plan);
-            t.g.seed = 0;   // the state file must bring it
+            t.model.seed = 0;   // the state file must bring it
             Loader data;
-            loader_open(data, "-i", tokens.c_str(), T, c.V, true, t.g.seed);
+            loader_open(data, "-i", tokens.c_str(), T, c.V, true, t.model.seed);
             loader_set_batch(data, 2);
-            RunState run = state_load(t.g, data, folder, 5);
+            RunState run = state_load(t.model, data, folder, 5);
             steps(t, data, run, 5);
             resumed = t.read_params();
             loader_close(data);

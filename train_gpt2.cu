@@ -306,7 +306,7 @@ __host__ __device__ inline uint64_t hash64(uint64_t seed, uint64_t stream, uint6
     }
     return z;
 }
-__host__ __device__ inline float hash_uniform(uint64_t h) { return ((uint32_t)(h >> 41) + 0.5f) * (1.0f / 8388608.0f); }   // in (0, 1), exactly
+__host__ __device__ inline float hash_uniform(uint64_t h) { return ((uint32_t)(h >> 41) + 0.5f) / 8388608.0f; }   // in (0, 1)
 
 // Stochastic rounding: add random bits below those that bf16 keeps, then cut them off. The expected result is x itself, so an
 // update far smaller than one bf16 step still moves a weight, on average. NaN and infinities stay as they are.
@@ -402,9 +402,11 @@ void embedding_backward(Grad dwte,                // (Vp, C) or null; rows of to
                         int buckets, bool accumulate_wte, bool accumulate_wpe, int B, int T, int C, cudaStream_t stream) {
     check_vec("embedding_backward: C", C);
     dim3 grid(buckets, ceil_div(C, 32 * VEC));
-    if (dwte.p != nullptr) embedding_backward_wte_kernel<<<grid, 256, 0, stream>>>(dwte, dout, positions, bucket_token, bucket_start, accumulate_wte, C);
+    if (dwte.p != nullptr)
+        embedding_backward_wte_kernel<<<grid, 256, 0, stream>>>(dwte, dout, positions, bucket_token, bucket_start, accumulate_wte, C);
     cudaCheck(cudaGetLastError());
-    if (dwpe.p != nullptr) embedding_backward_wpe_kernel<<<ceil_div((size_t)T * C, 256 * VEC), 256, 0, stream>>>(dwpe, dout, B, T, C, accumulate_wpe);
+    if (dwpe.p != nullptr)
+        embedding_backward_wpe_kernel<<<ceil_div((size_t)T * C, 256 * VEC), 256, 0, stream>>>(dwpe, dout, B, T, C, accumulate_wpe);
     cudaCheck(cudaGetLastError());
 }
 
@@ -532,7 +534,7 @@ __global__ void add_norm_forward_kernel(floatX* residual, floatX* out, float* me
     for (int c = lane * VEC; c < C; c += 32 * VEC) {
         Floats f = load(inp + base + c);
         if (add != nullptr) f += load(add + base + c);
-        Vec rounded = narrow(f);   // what is stored is what is normalised, so computing it again from the stored x gives the same bits
+        Vec rounded = narrow(f);   // the stored x is what is normalised, so that z can be computed again from it to the same bits
         if (residual != nullptr) *reinterpret_cast<Vec*>(residual + base + c) = rounded;
         x[c / VEC] = rounded;
         f = widen(rounded);
@@ -684,15 +686,16 @@ void add_norm_backward(floatX* dresidual,    // (rows, C), added to if accumulat
 // ==== twin: matmul
 // ---- matmul, by cuBLASLt
 //
-// cuBLASLt stores a matrix by columns (column-major), we by rows (row-major). The same memory, read the other way, is the transpose:
+// cuBLASLt stores a matrix by columns (column-major), we by rows (row-major). The same memory, read the other way, is the
+// transpose:
 //
 //     memory 1 2 3 4 5 6     row-major 2 x 3:  1 2 3     column-major 3 x 2:  1 4
 //                                              4 5 6                          2 5
 //                                                                             3 6
 //
-// So a row-major D = A B is asked for as D^T = B^T A^T, without moving a byte: cuBLASLt gets B first, then A, both as they lie in
-// memory. For out = inp W^T (rows x OC) it computes out^T = W inp^T, of m = OC rows and n = rows columns, each a sum of k = C terms.
-// It finds W^T in W's memory, so it is told to transpose that (true), and inp^T in inp's (false): the matmul(...) of matmul_forward.
+// So a row-major D = A B is asked for as D^T = B^T A^T, without moving a byte: cuBLASLt gets B first, then A, both as they are in
+// memory. For out = inp W^T (rows x OC) it computes out^T = W inp^T, of m = OC rows and n = rows columns, each a sum of k = C
+// terms. It finds W^T in W's memory, so it must transpose that (true), and inp^T in inp's (false): see matmul_forward.
 //
 // To find the algorithm for a shape takes tens of microseconds, so it is looked for once per shape. (dev/cuda/matmul.cu)
 
@@ -711,7 +714,7 @@ struct Matmul {
     size_t workspace_bytes = 0;
     bool tf32 = false;            // fp32 builds: let the tensor cores round inputs to 10 bits of mantissa
     int gelu_fusion = 0;          // 0: kernels of our own; 1: GELU in the forward's epilogue; 2: and in the backward's
-    int* missing = nullptr;       // for tests: where to count the fused GELUs that cuBLASLt does not have; null: the first ends the run
+    int* missing = nullptr;       // for tests: counts the fused GELUs that cuBLASLt does not have; null: the first one ends the run
 } matmul_state;
 
 struct MatmulPlan {
@@ -1278,7 +1281,7 @@ classifier_kernel(floatX* logits, float* losses, const int* targets, float dloss
     if (lane == 0) shared_max[warp] = row_max;
     __syncthreads();
     row_max = warp_max(lane < warps ? shared_max[lane] : -INFINITY);
-    // A thread without columns, or with nothing but -inf, has max = -inf and sum = 0. If all threads have, the loss is NaN, rightly.
+    // A thread without columns, or with nothing but -inf, has max = -inf and sum = 0. If all threads have, the loss is NaN.
     sum = warp_sum(max == row_max ? sum : sum * exp_e(max - row_max));
     if (lane == 0) shared_sum[warp] = sum;
     __syncthreads();
@@ -1450,9 +1453,10 @@ __device__ inline Floats act_slope(const ActKept<BITS>* kept, size_t i) {
 //
 // The norm's backward needs z = (x - mean) * rstd, and the matmul after the norm needs its own input, gamma * z + beta. The matmul
 // computes y = (gamma * z + beta) W^T + b. With W' = W * gamma (by columns) and b' = b + W beta that is y = z W'^T + b': now z is
-// the input of the matmul too, and one tensor serves both. x, the residual stream, need not be kept. gamma and beta stay parameters:
+// the input of the matmul too, and one tensor serves both. x, the residual stream, need not be kept. gamma and beta stay
+// parameters:
 //     forward            W', b' into scratch (fold), then the matmul
-//     backward           dz = (dy W) * gamma; the usual weight gradient, of z and not of the norm's output, gathers G = dy^T z in dW
+//     backward           dz = (dy W) * gamma; the usual weight gradient, of z instead of the norm's output, sums G = dy^T z in dW
 //     once per step      dgamma = colsum(G * W), dbeta = W^T db, dW = G * gamma + db beta^T   (unfold)
 // This is the exact gradient. W, gamma and beta do not change within a step, so unfolding the sum over micro-batches is right, and
 // unfolding each one would count db beta^T more than once. The published method merges gamma and beta into the weights for good;
@@ -2234,7 +2238,7 @@ __global__ void verdict_kernel(StepState* s, float loss_scale, float grad_clip, 
     }
     if (finite) {   // one NaN would make every later mean NaN
         for (int w = 0; w < 2; w++) h.value[w][h.count % HISTORY] = now[w];
-        h.count = h.count + 1 == 2 * HISTORY ? HISTORY : h.count + 1;   // no overflow: only its remainder, and whether it is full, matter
+        h.count = h.count + 1 == 2 * HISTORY ? HISTORY : h.count + 1;   // only the remainder, and "full", matter
     }
     v.loss_z = z[0];
     v.grad_z = z[1];
@@ -2273,10 +2277,11 @@ __global__ void adamw_kernel(OptTable table, const Verdict* verdict, AdamW a) {
         store(tensor.master + i, x);
         store(tensor.param + i, x);
     } else {
+        const uint64_t stream = a.step * ROUNDING_STREAMS + tensor.stream;
         Vec rounded;
 #pragma unroll
         for (int k = 0; k < VEC; k++)
-            rounded.x[k] = round_stochastic(x[k], (uint32_t)hash64(a.seed, a.step * ROUNDING_STREAMS + tensor.stream, tensor.offset + i + k));
+            rounded.x[k] = round_stochastic(x[k], (uint32_t)hash64(a.seed, stream, tensor.offset + i + k));
         *reinterpret_cast<Vec*>(tensor.param + i) = rounded;
     }
 }
@@ -2525,7 +2530,7 @@ void table_free(Table& table) {
 // are what a norm or attention keeps of a row: a few floats.
 double table_units(const Table& table, size_t layers, size_t BTC, bool statistics) {
     auto is_statistic = [](const std::string& name) {
-        return name == "lse" || (name.size() > 5 && (name.substr(name.size() - 5) == "_mean" || name.substr(name.size() - 5) == "_rstd"));
+        return name == "lse" || name.find("_mean") != std::string::npos || name.find("_rstd") != std::string::npos;
     };
     size_t bytes = 0;
     for (const Row& r : table)
@@ -2663,6 +2668,25 @@ inline size_t plan_chunk_rows(const Plan& p) {
     return p.chunk_rows ? std::min<size_t>(rows, p.chunk_rows) : rows;
 }
 
+// What forward keeps for backward, as in the figure at the top of this file: in Model the tensors of all layers, and from
+// model_layer those of one.
+struct LayerTensors {
+    floatX* resid;      // (B, T, C)      the stream before the block: not a tensor of its own
+    floatX* ln1;        // (B, T, C)      MS_NORM: z; -r 2: scratch_ln, for all layers
+    float* ln1_mean;    // (B, T)         MS_NORM: null
+    float* ln1_rstd;    // (B, T)
+    floatX* qkv;        // (B, T, 3C)
+    floatX* atty;       // (B, T, C)
+    float* lse;         // (B, NH, T)     attention's log of the sum of exp(score), of each query
+    floatX* resid_mid;  // (B, T, C)      MS_NORM: resid_in, for all layers
+    floatX* ln2;        // (B, T, C)      as ln1
+    float* ln2_mean;    // (B, T)
+    float* ln2_rstd;    // (B, T)
+    ActKept<kActBits>* fch;   // (B, T, 4C)  APPROX_ACT: its codes
+    floatX* fch_gelu;   // (B, T, 4C)     -r 1, 2: scratch_4c, for all layers
+    floatX* resid_out;  // (B, T, C)      MS_NORM: resid_in, for all layers
+};
+
 // Null pointers: what the run does not need.
 struct Model {
     Config config;
@@ -2674,21 +2698,7 @@ struct Model {
     float* m[NUM_PARAMS];        // (shard_size), as are the next two
     float* v[NUM_PARAMS];
     float* master[NUM_PARAMS];
-    // what forward keeps for backward, per layer: see the figure at the top of this file
-    floatX* ln1;        // (L, B, T, C)   MS_NORM: z; -r 2: null, scratch_ln serves all layers
-    float* ln1_mean;    // (L, B, T)      MS_NORM: null
-    float* ln1_rstd;    // (L, B, T)
-    floatX* qkv;        // (L, B, T, 3C)
-    floatX* atty;       // (L, B, T, C)
-    float* lse;         // (L, B, NH, T)  log of the sum of exp(scores), of a row of attention
-    floatX* resid_mid;  // (L, B, T, C)   MS_NORM: null
-    floatX* ln2;        // (L, B, T, C)   as ln1
-    float* ln2_mean;    // (L, B, T)
-    float* ln2_rstd;    // (L, B, T)
-    ActKept<kActBits>* fch;   // (L, B, T, 4C)  APPROX_ACT: its codes
-    floatX* fch_gelu;   // (L, B, T, 4C)  -r 1, 2: null, scratch_4c serves all layers
-    floatX* resid_out;  // (L, B, T, C)   MS_NORM: null
-    // and once
+    LayerTensors kept;           // with L in front of the shapes
     floatX* resid_in;   // (B, T, C)      the residual stream before the first block; MS_NORM: one running stream, for all blocks
     float* lnf_mean;    // (B, T)
     float* lnf_rstd;    // (B, T)
@@ -2712,7 +2722,10 @@ struct Model {
     uint64_t seed;
     int updates;        // AdamW steps taken; skipped ones do not count
 };
-const floatX* model_param(const Model& model, int p, int l) { return model.param[p] + l * param_shape(model.config, p).per_layer(); }
+// Of layer l.
+const floatX* model_param(const Model& model, int p, int l) {
+    return model.param[p] + l * param_shape(model.config, p).per_layer();
+}
 Grad model_grad(const Model& model, int p, int l) { return model.grad[p] + l * param_shape(model.config, p).per_layer(); }
 
 // inputs (BT), targets (BT), positions (BT), bucket_token (cap), bucket_start (cap + 1); see tokens_sort
@@ -2720,23 +2733,24 @@ inline size_t token_cap(size_t BT, int V) { return std::min(BT, (size_t)V); }
 inline size_t token_ints(size_t BT, int V) { return 3 * BT + 2 * token_cap(BT, V) + 1; }
 
 inline size_t opt_blocks(size_t n) { return n / world_share(n) * ceil_div(world_share(n), OPT_BLOCK); }   // of all ranks
-size_t model_opt_blocks(const Config& c) {
+size_t model_opt_blocks(const Model& model) {
     size_t blocks = 0;
-    for (int p = 0; p < NUM_PARAMS; p++) blocks += opt_blocks(param_shape(c, p).elements());
+    for (int p = 0; p < NUM_PARAMS; p++)
+        if (model.plan.trains(p)) blocks += opt_blocks(param_shape(model.config, p).elements());
     return blocks;
 }
 OptTable model_opt_table(const Model& model, float weight_decay) {
     OptTable table = {};
     size_t all = 0;   // blocks of the tensors before, of all ranks
     for (int p = 0; p < NUM_PARAMS; p++) {
+        if (!model.plan.trains(p)) continue;
         ParamShape s = param_shape(model.config, p);
         size_t n = s.elements(), offset = shard_offset(n), share = world_share(n), blocks = opt_blocks(n) / (n / shard_size(n));
         bool counts = !world.sharded || world_shards(n) || world.rank == 0;
         size_t first = all + offset / share * blocks;
         all += opt_blocks(n);
-        if (!model.plan.trains(p)) continue;
-        table.t[table.count++] = {model.param[p] + offset, model.grad[p] + offset, model.m[p], model.v[p], model.master[p], share, offset,
-                                  s.decay ? weight_decay : 0.0f, counts ? 1.0f : 0.0f, (unsigned)p, table.blocks,
+        table.t[table.count++] = {model.param[p] + offset, model.grad[p] + offset, model.m[p], model.v[p], model.master[p], share,
+                                  offset, s.decay ? weight_decay : 0.0f, counts ? 1.0f : 0.0f, (unsigned)p, table.blocks,
                                   (unsigned)first - table.blocks};
         table.blocks += (unsigned)blocks;
     }
@@ -2786,27 +2800,28 @@ Table model_table(Model& model) {
     if (kMsNorm && plan.training && ((!plan.trains(QKVW) && plan.trains(LN1W)) || (!plan.trains(FCW) && plan.trains(LN2W))))
         fail("MS_NORM=1 trains a norm only together with the weight after it, whose gradient gives gamma's and beta's");
 
-    Kind kept = plan.training ? SAVED : SCRATCH;
+    LayerTensors& kept = model.kept;
+    Kind kind = plan.training ? SAVED : SCRATCH;
     const char* norm_hint = kMsNorm || plan.recompute == 2 ? batch : "--recompute 2, or a build with MS_NORM=1";
     const char* act_hint = kActBits ? batch : "a build with APPROX_ACT=2";
     auto norm_rows = [&](const std::string& name, floatX** out, float** mean, float** rstd) {
-        if (!recomputes_norm(plan)) row(name, out, FLOATX, {L, B, T, C}, kept, LAYER, norm_hint);
-        if (!kMsNorm) row(name + "_mean", mean, F32, {L, B, T}, kept, LAYER, batch);
-        row(name + "_rstd", rstd, F32, {L, B, T}, kept, LAYER, batch);
+        if (!recomputes_norm(plan)) row(name, out, FLOATX, {L, B, T, C}, kind, LAYER, norm_hint);
+        if (!kMsNorm) row(name + "_mean", mean, F32, {L, B, T}, kind, LAYER, batch);
+        row(name + "_rstd", rstd, F32, {L, B, T}, kind, LAYER, batch);
     };
-    norm_rows("ln1", &model.ln1, &model.ln1_mean, &model.ln1_rstd);
-    row("qkv", &model.qkv, FLOATX, {L, B, T, QKV}, kept, LAYER, batch);
-    row("atty", &model.atty, FLOATX, {L, B, T, C}, kept, LAYER, batch);
-    row("lse", &model.lse, F32, {L, B, NH, T}, kept, LAYER, batch);
-    if (!kMsNorm) row("resid_mid", &model.resid_mid, FLOATX, {L, B, T, C}, kept, LAYER, norm_hint);
-    norm_rows("ln2", &model.ln2, &model.ln2_mean, &model.ln2_rstd);
-    row(kActBits ? "fch_codes" : "fch", &model.fch, kActBits ? BYTE : FLOATX, {L, B, T, act_kept(FF)}, kept, LAYER, act_hint);
+    norm_rows("ln1", &kept.ln1, &kept.ln1_mean, &kept.ln1_rstd);
+    row("qkv", &kept.qkv, FLOATX, {L, B, T, QKV}, kind, LAYER, batch);
+    row("atty", &kept.atty, FLOATX, {L, B, T, C}, kind, LAYER, batch);
+    row("lse", &kept.lse, F32, {L, B, NH, T}, kind, LAYER, batch);
+    if (!kMsNorm) row("resid_mid", &kept.resid_mid, FLOATX, {L, B, T, C}, kind, LAYER, norm_hint);
+    norm_rows("ln2", &kept.ln2, &kept.ln2_mean, &kept.ln2_rstd);
+    row(kActBits ? "fch_codes" : "fch", &kept.fch, kActBits ? BYTE : FLOATX, {L, B, T, act_kept(FF)}, kind, LAYER, act_hint);
     if (!recomputes_act(plan))
-        row("fch_gelu", &model.fch_gelu, FLOATX, {L, B, T, FF}, kept, LAYER, kActBits ? batch : "--recompute 1");
-    if (!kMsNorm) row("resid_out", &model.resid_out, FLOATX, {L, B, T, C}, kept, LAYER, norm_hint);
-    row("resid_in", &model.resid_in, FLOATX, {B, T, C}, kept, MODEL, batch);
-    row("lnf_mean", &model.lnf_mean, F32, {B, T}, kept, MODEL, batch);
-    row("lnf_rstd", &model.lnf_rstd, F32, {B, T}, kept, MODEL, batch);
+        row("fch_gelu", &kept.fch_gelu, FLOATX, {L, B, T, FF}, kind, LAYER, kActBits ? batch : "--recompute 1");
+    if (!kMsNorm) row("resid_out", &kept.resid_out, FLOATX, {L, B, T, C}, kind, LAYER, norm_hint);
+    row("resid_in", &model.resid_in, FLOATX, {B, T, C}, kind, MODEL, batch);
+    row("lnf_mean", &model.lnf_mean, F32, {B, T}, kind, MODEL, batch);
+    row("lnf_rstd", &model.lnf_rstd, F32, {B, T}, kind, MODEL, batch);
 
     row("scratch_c", &model.scratch_c, FLOATX, {B, T, C}, SCRATCH, MODEL, batch);
     row("lnf", &model.lnf, FLOATX, {B, T, C}, SCRATCH, MODEL, batch, "scratch_c");
@@ -2821,8 +2836,9 @@ Table model_table(Model& model) {
     if (plan.training) {
         row("dresid", &model.dresid, FLOATX, {B, T, C}, SCRATCH, MODEL, batch);
         row("delta", &model.delta, F32, {B, NH, T}, SCRATCH, MODEL, batch);
-        row("colsum", &model.colsum, F32, {std::max(colsum_scratch(C), attention_scratch(B, T, NH, NH, c.HS()))}, SCRATCH, MODEL, batch);
-        row("squares", &model.squares, F32, {model_opt_blocks(c)}, SCRATCH, MODEL, smaller);
+        const size_t colsum = std::max(colsum_scratch(C), attention_scratch(B, T, NH, NH, c.HS()));
+        row("colsum", &model.colsum, F32, {colsum}, SCRATCH, MODEL, batch);
+        row("squares", &model.squares, F32, {model_opt_blocks(model)}, SCRATCH, MODEL, smaller);
     }
     row("tokens", &model.tokens, I32, {token_ints(BT, c.V)}, SCRATCH, MODEL, batch);
     row("step_state", &model.state, BYTE, {sizeof(StepState)}, OPTIMIZER, MODEL, smaller);
@@ -2856,10 +2872,10 @@ void model_allocate(Model& model) {
         if (model.m[p]) cudaCheck(cudaMemsetAsync(model.m[p], 0, shard_size(n) * sizeof(float), model.stream));
         if (model.v[p]) cudaCheck(cudaMemsetAsync(model.v[p], 0, shard_size(n) * sizeof(float), model.stream));
     }
-    // positions from T on have no gradient, ever; all other gradients are written before they are read
-    if (model.grad[WPE].p)
-        cudaCheck(
-            cudaMemsetAsync(model.grad[WPE].p, 0, param_shape(model.config, WPE).elements() * dtype_size(model.grad[WPE].type), model.stream));
+    // positions from T on never get a gradient; all other gradients are written before they are read
+    const Grad dwpe = model.grad[WPE];
+    const size_t dwpe_bytes = param_shape(model.config, WPE).elements() * dtype_size(dwpe.type);
+    if (dwpe.p) cudaCheck(cudaMemsetAsync(dwpe.p, 0, dwpe_bytes, model.stream));
     model.updates = 0;
 }
 
@@ -2872,7 +2888,8 @@ void model_master_from_params(Model& model) {
     for (int p = 0; p < NUM_PARAMS; p++) {
         size_t n = param_shape(model.config, p).elements();
         if (model.master[p] == nullptr) continue;
-        widen_kernel<<<ceil_div(shard_size(n), 256), 256, 0, model.stream>>>(model.master[p], model.param[p] + shard_offset(n), shard_size(n));
+        const size_t share = shard_size(n);
+        widen_kernel<<<ceil_div(share, 256), 256, 0, model.stream>>>(model.master[p], model.param[p] + shard_offset(n), share);
         cudaCheck(cudaGetLastError());
     }
 }
@@ -2895,37 +2912,20 @@ void model_init(Model& model) {
 
 // ---- forward: the figure at the top of this file, from top to bottom
 
-// Where the tensors of a layer are. Without training, all layers share one slot; a tensor that is not kept is a buffer for all.
-struct LayerTensors {
-    floatX *resid, *ln1;   // resid: the stream before the block
-    float *ln1_mean, *ln1_rstd;
-    floatX *qkv, *atty;
-    float* lse;
-    floatX *resid_mid, *ln2;
-    float *ln2_mean, *ln2_rstd;
-    ActKept<kActBits>* fch;
-    floatX *fch_gelu, *resid_out;
-};
+// Without training, all layers share one slot; a tensor that is not kept is a buffer for all.
 LayerTensors model_layer(const Model& model, int l, int BT) {
-    const size_t s = model.plan.training ? l : 0, before = model.plan.training ? l - 1 : 0, BTC = (size_t)BT * model.config.C;
-    auto at = [&](floatX* base, size_t slot, size_t size, floatX* buffer) { return base ? base + slot * size : buffer; };
-    auto statistic = [&](float* base, size_t size) { return base ? base + s * size : nullptr; };
-    LayerTensors t;
-    t.resid = l == 0 ? model.resid_in : at(model.resid_out, before, BTC, model.resid_in);
-    t.ln1 = at(model.ln1, s, BTC, model.scratch_ln);
-    t.ln1_mean = statistic(model.ln1_mean, BT);
-    t.ln1_rstd = statistic(model.ln1_rstd, BT);
-    t.qkv = model.qkv + s * BT * model.config.QKV();
-    t.atty = model.atty + s * BTC;
-    t.lse = statistic(model.lse, (size_t)BT * model.config.NH);
-    t.resid_mid = at(model.resid_mid, s, BTC, model.resid_in);
-    t.ln2 = at(model.ln2, s, BTC, model.scratch_ln);
-    t.ln2_mean = statistic(model.ln2_mean, BT);
-    t.ln2_rstd = statistic(model.ln2_rstd, BT);
-    t.fch = model.fch + s * act_kept((size_t)BT * model.config.FF());
-    t.fch_gelu = at(model.fch_gelu, s, (size_t)BT * model.config.FF(), model.scratch_4c);
-    t.resid_out = at(model.resid_out, s, BTC, model.resid_in);
-    return t;
+    const Config& c = model.config;
+    const LayerTensors& kept = model.kept;
+    const size_t slot = model.plan.training ? l : 0, C = c.C;
+    auto at = [&](auto* base, size_t per_row, decltype(base) buffer) { return base ? base + slot * BT * per_row : buffer; };
+    floatX* resid = l == 0 || !kept.resid_out ? model.resid_in : kept.resid_out + (model.plan.training ? l - 1 : 0) * BT * C;
+    return {resid,
+            at(kept.ln1, C, model.scratch_ln), at(kept.ln1_mean, 1, nullptr), at(kept.ln1_rstd, 1, nullptr),
+            at(kept.qkv, c.QKV(), nullptr), at(kept.atty, C, nullptr), at(kept.lse, c.NH, nullptr),
+            at(kept.resid_mid, C, model.resid_in),
+            at(kept.ln2, C, model.scratch_ln), at(kept.ln2_mean, 1, nullptr), at(kept.ln2_rstd, 1, nullptr),
+            at(kept.fch, act_kept(c.FF()), nullptr), at(kept.fch_gelu, c.FF(), model.scratch_4c),
+            at(kept.resid_out, C, model.resid_in)};
 }
 
 // A linear layer: out = inp W^T + b. If a norm comes before it and MS_NORM is set, inp is the norm's z, and gamma and beta are
@@ -2971,7 +2971,8 @@ void model_forward(Model& model, int B, int T) {
 
     embedding_forward(model.resid_in, model.tokens, model.param[WTE], model.param[WPE], B, T, C, stream);
     LayerTensors t = model_layer(model, 0, BT);
-    add_norm_forward<kMsNorm>(nullptr, t.ln1, t.ln1_mean, t.ln1_rstd, t.resid, nullptr, model.param[LN1W], model.param[LN1B], BT, C, stream);
+    add_norm_forward<kMsNorm>(nullptr, t.ln1, t.ln1_mean, t.ln1_rstd, t.resid, nullptr, model.param[LN1W], model.param[LN1B], BT, C,
+                              stream);
 
     for (int l = 0; l < L; l++) {
         NvtxRange layer_range("forward layer", l);
@@ -2980,17 +2981,18 @@ void model_forward(Model& model, int B, int T) {
         linear_forward(model, t.qkv, t.ln1, model_linear(model, QKVW, l, LN1W), BT);
         attention_forward(t.atty, t.lse, t.qkv, B, T, NH, NH, c.HS(), stream);
         linear_forward(model, model.scratch_c, t.atty, model_linear(model, ATTPROJW, l), BT);
-        add_norm_forward<kMsNorm>(t.resid_mid, t.ln2, t.ln2_mean, t.ln2_rstd, t.resid, model.scratch_c, W(LN2W, l), W(LN2B, l), BT, C, stream);
+        add_norm_forward<kMsNorm>(t.resid_mid, t.ln2, t.ln2_mean, t.ln2_rstd, t.resid, model.scratch_c, W(LN2W, l), W(LN2B, l), BT,
+                                  C, stream);
         linear_forward(model, t.fch_gelu, t.ln2, model_linear(model, FCW, l, LN2W), BT, t.fch);
         linear_forward(model, model.scratch_c, t.fch_gelu, model_linear(model, FCPROJW, l), BT);
 
         // The second residual addition is part of the norm that comes next: ln1 of the next layer, or the final norm.
         if (l + 1 < L) {
             LayerTensors next = model_layer(model, l + 1, BT);
-            add_norm_forward<kMsNorm>(t.resid_out, next.ln1, next.ln1_mean, next.ln1_rstd, t.resid_mid, model.scratch_c, W(LN1W, l + 1),
-                                      W(LN1B, l + 1), BT, C, stream);
+            add_norm_forward<kMsNorm>(t.resid_out, next.ln1, next.ln1_mean, next.ln1_rstd, t.resid_mid, model.scratch_c,
+                                      W(LN1W, l + 1), W(LN1B, l + 1), BT, C, stream);
             t = next;
-        } else {   // It always applies gamma and beta: its matmul uses wte, which the embedding shares, so nothing can be folded in.
+        } else {   // it always applies gamma and beta: its matmul uses wte, as the embedding does, so nothing can be folded in
             add_norm_forward<false>(t.resid_out, model.lnf, model.lnf_mean, model.lnf_rstd, t.resid_mid, model.scratch_c,
                                     model.param[LNFW], model.param[LNFB], BT, C, stream);
         }
@@ -3025,11 +3027,15 @@ void model_loss(Model& model, int B, int T, bool train, bool first_micro_batch) 
 //
 // Where each of the 16 gradients is written. A bias's gradient is the column sum of the gradient of its layer's output. It costs
 // nothing extra in the kernel that computes that gradient, so it is made there:
-//     wte                linear: model_loss, then the embedding adds     wpe                  embedding
-//     qkvw, attprojw,    linear_backward of that layer                   qkvb                 attention
-//     fcw, fcprojw                                                       attprojb             ln2, where the sum resid_mid is made
-//     ln1w/b, ln2w/b     that norm, or with MS_NORM linear_backward      fcb                  GELU
-//     lnfw/b             the final norm                                  fcprojb              ln1 of the next layer, or the final norm
+//     wte                           model_loss writes it, the embedding adds to it
+//     wpe                           the embedding
+//     qkvw attprojw fcw fcprojw     linear_backward of that layer
+//     qkvb                          attention
+//     fcb                           GELU
+//     attprojb                      ln2, before which forward added this layer's output to the stream
+//     fcprojb                       for the same reason ln1 of the next layer, or the final norm
+//     ln1w ln1b ln2w ln2b           that norm, or with MS_NORM=1 linear_backward of the layer after it
+//     lnfw lnfb                     the final norm
 
 struct Pass { bool add, last; };   // a micro-batch of a step: its gradients are added to those before; no further one comes
 
@@ -3043,10 +3049,11 @@ void linear_backward(const Model& model, floatX* dinp,   // (rows, C) or null: n
     const bool wanted = linear.dweight.p != nullptr;
     if (wanted) matmul_backward_weight(linear.dweight, dout, inp, pass.add, rows, C, OC, model.stream);
     if (dinp != nullptr)
-        matmul_backward_input(dinp, dout, linear.weight, rows, C, OC, model.stream, act_backward_is_fused<kActBits>() ? act : nullptr);
+        matmul_backward_input(dinp, dout, linear.weight, rows, C, OC, model.stream,
+                              act_backward_is_fused<kActBits>() ? act : nullptr);
     if (wanted && linear.gamma != nullptr && pass.last)
-        norm_unfold(linear.dweight, linear.dgamma, linear.dbeta, model.colsum, linear.dbias, linear.weight, linear.gamma, linear.beta, OC, C,
-                    model.stream);
+        norm_unfold(linear.dweight, linear.dgamma, linear.dbeta, model.colsum, linear.dbias, linear.weight, linear.gamma,
+                    linear.beta, OC, C, model.stream);
 }
 
 // From the gradient of the final norm's output, which model_loss has left in model.lnf, to all gradients.
@@ -3059,28 +3066,31 @@ void model_backward(Model& model, int B, int T, int buckets, int micro_batch) {
     floatX *dresid = model.dresid, *d = model.scratch_c, *d_wide = model.scratch_4c;
     auto W = [&](int p, int l) { return model_param(model, p, l); };
     auto G = [&](int p, int l) { return l >= 0 ? model_grad(model, p, l) : Grad{}; };
+    auto norm_again = [&](int gamma, floatX* out, float* mean, float* rstd, const floatX* inp, int l) {
+        add_norm_forward<false>(nullptr, out, mean, rstd, inp, nullptr, W(gamma, l), W(gamma + 1, l), BT, C, stream);
+    };
 
-    add_norm_backward<false>(dresid, G(FCPROJB, L - 1), G(LNFW, 0), G(LNFB, 0), model.colsum, model.lnf, model_layer(model, L - 1, BT).resid_out,
-                             model.lnf_mean, model.lnf_rstd, W(LNFW, 0), false, pass.add, BT, C, stream);
+    add_norm_backward<false>(dresid, G(FCPROJB, L - 1), G(LNFW, 0), G(LNFB, 0), model.colsum, model.lnf,
+                             model_layer(model, L - 1, BT).resid_out, model.lnf_mean, model.lnf_rstd, W(LNFW, 0), false, pass.add,
+                             BT, C, stream);
     for (int l = L - 1; l >= 0; l--) {
         NvtxRange layer_range("backward layer", l);
         const LayerTensors t = model_layer(model, l, BT);
 
-        // What forward did not keep is computed again, to the same bits. (Unless --gelu-fusion had cuBLASLt compute GELU: it rounds
-        // in its own way.) fch_gelu may be in scratch_4c: the weight's gradient has read it before the input's gradient takes its place.
+        // What forward did not keep is computed again, to the same bits (unless --gelu-fusion had cuBLASLt compute GELU, which rounds
+        // in its own way). fch_gelu may be in scratch_4c: the weight's gradient reads it before the input's gradient takes its place.
         if (recomputes_act(model.plan)) act_recompute<kActBits>(t.fch_gelu, t.fch, BT, c.FF(), stream);
         linear_backward(model, d_wide, dresid, t.fch_gelu, model_linear(model, FCPROJW, l), BT, pass, t.fch);
         act_backward<kActBits>(d_wide, G(FCB, l), model.colsum, t.fch, pass.add, BT, c.FF(), stream);
-        if (recomputes_norm(model.plan))
-            add_norm_forward<false>(nullptr, t.ln2, t.ln2_mean, t.ln2_rstd, t.resid_mid, nullptr, W(LN2W, l), W(LN2B, l), BT, C, stream);
+        if (recomputes_norm(model.plan)) norm_again(LN2W, t.ln2, t.ln2_mean, t.ln2_rstd, t.resid_mid, l);
         linear_backward(model, d, d_wide, t.ln2, model_linear(model, FCW, l, LN2W), BT, pass);
         add_norm_backward<kMsNorm>(dresid, G(ATTPROJB, l), G(LN2W, l), G(LN2B, l), model.colsum, d, kMsNorm ? t.ln2 : t.resid_mid,
                                    t.ln2_mean, t.ln2_rstd, W(LN2W, l), true, pass.add, BT, C, stream);
 
         linear_backward(model, d, dresid, t.atty, model_linear(model, ATTPROJW, l), BT, pass);
-        attention_backward(d_wide, G(QKVB, l), model.delta, model.colsum, d, t.qkv, t.atty, t.lse, pass.add, B, T, NH, NH, c.HS(), stream);
-        if (recomputes_norm(model.plan))
-            add_norm_forward<false>(nullptr, t.ln1, t.ln1_mean, t.ln1_rstd, t.resid, nullptr, W(LN1W, l), W(LN1B, l), BT, C, stream);
+        attention_backward(d_wide, G(QKVB, l), model.delta, model.colsum, d, t.qkv, t.atty, t.lse, pass.add, B, T, NH, NH, c.HS(),
+                           stream);
+        if (recomputes_norm(model.plan)) norm_again(LN1W, t.ln1, t.ln1_mean, t.ln1_rstd, t.resid, l);
         linear_backward(model, d, d_wide, t.ln1, model_linear(model, QKVW, l, LN1W), BT, pass);
         add_norm_backward<kMsNorm>(dresid, G(FCPROJB, l - 1), G(LN1W, l), G(LN1B, l), model.colsum, d, kMsNorm ? t.ln1 : t.resid,
                                    t.ln1_mean, t.ln1_rstd, W(LN1W, l), true, pass.add, BT, C, stream);
@@ -3088,8 +3098,9 @@ void model_backward(Model& model, int B, int T, int buckets, int micro_batch) {
     const int* positions = model.tokens + 2 * (size_t)BT;
     const int* bucket_token = positions + BT;
     const int* bucket_start = bucket_token + token_cap(BT, c.V);
-    static_assert(HEAD == WTE, "a head of its own leaves rows of wte's gradient unwritten: zero them");
-    embedding_backward(model.grad[WTE], model.grad[WPE], dresid, positions, bucket_token, bucket_start, buckets, true, pass.add, B, T, C, stream);
+    static_assert(HEAD == WTE, "with a head of its own nobody writes the rows of wte's gradient whose tokens do not occur");
+    embedding_backward(model.grad[WTE], model.grad[WPE], dresid, positions, bucket_token, bucket_start, buckets,
+                       true, pass.add, B, T, C, stream);
 }
 
 // ---- update
@@ -3108,7 +3119,7 @@ Verdict model_update(Model& model, const Hyper& h, uint64_t step, const std::fun
     world_group(false);
 
     OptTable table = model_opt_table(model, h.weight_decay);
-    const size_t squares = model_opt_blocks(model.config);
+    const size_t squares = model_opt_blocks(model);
     if (world.sharded) cudaCheck(cudaMemsetAsync(model.squares, 0, squares * sizeof(float), model.stream));
     square_sum_kernel<<<table.blocks, 256, 0, model.stream>>>(model.squares, table);
     cudaCheck(cudaGetLastError());
