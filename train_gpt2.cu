@@ -2797,8 +2797,9 @@ Table model_table(Model& model) {
         if (plan.master && !kFP32) param_row("master_", p, &model.master[p], F32, true, OPTIMIZER, "--master-weights 0");
     }
 
-    if (kMsNorm && plan.training && ((!plan.trains(QKVW) && plan.trains(LN1W)) || (!plan.trains(FCW) && plan.trains(LN2W))))
-        fail("MS_NORM=1 trains a norm only together with the weight after it, whose gradient gives gamma's and beta's");
+    for (int norm : {LN1W, LN2W})   // gamma, beta, weight, bias: unfolding makes all four gradients from those of weight and bias
+        if (const unsigned frozen = plan.frozen >> norm & 15; kMsNorm && frozen != 0 && frozen != 15)
+            fail("MS_NORM=1 trains all of a norm and the linear layer after it, or nothing of them");
 
     LayerTensors& kept = model.kept;
     Kind kind = plan.training ? SAVED : SCRATCH;
