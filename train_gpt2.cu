@@ -845,52 +845,59 @@ void matmul_backward_weight(Grad dweight,        // (OC, C)
 // ==== twin: attention
 // ---- attention
 //
-// Causal attention that stores no T x T tensor (flash attention: Dao et al., arXiv 2205.14135): the softmax over keys is
-// built up tile by tile with a running maximum and sum (Milakov and Gimelshein, arXiv 1805.02867), and backward recomputes
-// the scores from q, k and one number per row, lse = log(sum_j exp(s_j)). Nothing is permuted: q, k and v are read where the
-// matmul left them, in rows of NH + 2 NKV heads, and the gradients are written to rows of the same form.
+// Each head has queries q, keys k and values v of HS channels. A query sees the keys up to its own position (causal attention):
+//     s_j = q k_j / sqrt(HS)      p = softmax(s)      out = sum_j p_j v_j      lse = log(sum_j exp(s_j))
+// Backward, from dout:
+//     p_j = exp(s_j - lse)      dp_j = dout v_j      delta = sum_j p_j dp_j = dout out      ds_j = p_j (dp_j - delta)
+//     dq = sum_j ds_j k_j / sqrt(HS)    and over the queries that see key j:  dk_j = sum ds_j q / sqrt(HS)    dv_j = sum p_j dout
 //
-// NH query heads share NKV key-value heads, NH / NKV neighbours each (grouped queries: Ainslie et al., arXiv 2305.13245). In
-// GPT-2 every query head has its own: NKV = NH.
+// The T x T scores are never stored (flash attention: Dao et al., arXiv 2205.14135). Forward walks over the keys tile by tile and
+// keeps a running maximum, sum and output (Milakov and Gimelshein, arXiv 1805.02867). When a tile has a larger score, what was
+// summed before shrinks by exp(old maximum - new maximum). Four keys with values of one channel, in tiles of two:
+//     scores  values    max   shrink          sum                                      o
+//     1, 3    10, 20     3                    e^-2 + e^0 = 1.135                       e^-2 * 10 + e^0 * 20 = 21.35
+//     2, 4    30, 40     4    e^(3-4) = 0.37  0.37 * 1.135 + e^-2 + e^0 = 1.553        0.37 * 21.35 + e^-2 * 30 + e^0 * 40 = 51.9
+// out = o / sum = 33.4 and lse = 4 + log(1.553) = 4.44, as with all four at once. Backward computes p again, from q, k and lse, and
+// that twice: by rows of queries for dq and by rows of keys for dk and dv. So every sum belongs to one thread (no atomics).
 //
-// There are two versions: on tensor cores, for bf16 heads of 64 and 128 channels, which nearly all models have; and in plain
-// arithmetic, for all others and for fp32. dev/cuda/attention.cu has two simpler ones, from which to begin.
+// NH / NKV neighbouring query heads share a head of keys and values (grouped queries: Ainslie et al., arXiv 2305.13245). In GPT-2
+// each has its own: NKV = NH. A row of qkv, and of its gradient, has NH + 2 NKV heads: queries, keys, values.
+//
+// This version is plain arithmetic, for fp32 and unusual heads. Section 4 has the one on tensor cores, for bf16 heads of 64 and 128
+// channels, which nearly all models have. dev/cuda/attention.cu begins with two simpler ones, and tells what each of them wastes:
+// it is the best introduction.
 
-// What the kernels know of the heads, and where in a row of qkv (or of its gradient) a head's q, k and v stand.
 struct AttShape {
     int T, NH, NKV, HS;
     float scale;    // 1 / sqrt(HS)
     int together;   // heads whose blocks run at about the same time, see att_place
     __device__ size_t stride() const { return (size_t)(NH + 2 * NKV) * HS; }   // of a row of qkv
-    __device__ int group() const { return NH / NKV; }                          // query heads that share a key-value head
+    __device__ int group() const { return NH / NKV; }                          // query heads per key-value head
+    // Which of a row's heads are the keys and values of query head h
     __device__ int k_head(int h) const { return NH + h / group(); }
     __device__ int v_head(int h) const { return NH + NKV + h / group(); }
+    // Where in qkv a row's head begins, where it does in out, and where its lse and delta are
+    __device__ size_t qkv_at(int b, int t, int head) const { return ((size_t)b * T + t) * stride() + (size_t)head * HS; }
+    __device__ size_t out_at(int b, int t, int h) const { return (((size_t)b * T + t) * NH + h) * HS; }
+    __device__ size_t lse_at(int b, int h, int t) const { return ((size_t)b * NH + h) * T + t; }
 };
-// The same number, but the compiler does not know: what is computed from it is computed again and not kept in registers.
-__device__ inline uint32_t again(uint32_t x) {
-#ifdef __CUDACC__
-    asm volatile("" : "+r"(x));
-#endif
-    return x;
-}
-// The head and the rows of a block. Two things matter, since blocks begin in the order of their numbers. A block reads all keys
-// that its queries see (or all queries that see its keys), so blocks of one head should run while the L2 cache holds them: the
-// heads go by in groups that fit. And the blocks with most to do should begin first, or the last of them runs alone: within a
-// group those of the last queries, since a query sees all keys before it, or of the first keys. dev/bench/l2.py simulates this.
-struct AttPlace { int head, row_block; };   // among those of all sequences; among the head's
+// The head and the rows of a block. Blocks start in the order of their numbers. All blocks of a head read its keys (or queries), so
+// they should run while the L2 cache holds these: heads are taken in groups that fit. And the longest blocks should start first, or
+// the last of them runs alone: those of the last queries, which see all keys, or of the first keys. dev/bench/l2.py simulates this.
+struct AttPlace { int head, row_block; };   // of all sequences' heads; of the head's blocks
 __host__ __device__ inline AttPlace att_place(int block, int heads, int row_blocks, int together, bool last_first) {
     int first = block / (together * row_blocks) * together, i = block % (together * row_blocks);
     int size = heads - first < together ? heads - first : together;   // of this group
     return {first + i % size, last_first ? row_blocks - 1 - i / size : i / size};
 }
-inline int att_heads_together(int T, int HS, size_t l2_bytes) {   // a third of the cache, for their keys and values
+inline int att_heads_together(int T, int HS, size_t l2_bytes) {   // their keys and values take a third of the cache
     return (int)std::clamp(l2_bytes / 3 / (2 * sizeof(floatX) * T * HS), (size_t)1, (size_t)1 << 10);
 }
-inline AttShape att_in_groups(AttShape shape, int heads) {   // of about one size, or a small last one would not fill the GPU
+inline AttShape att_in_groups(AttShape shape, int heads) {   // of about one size: a small last group would not fill the GPU
     shape.together = ceil_div(heads, ceil_div(heads, shape.together));
     return shape;
 }
-struct AttBlock { int b, h, first, row_blocks; };   // sequence, its head, the first row; blocks a head
+struct AttBlock { int b, h, first, row_blocks; };   // sequence, its head, the block's first row; blocks per head
 __device__ inline AttBlock att_block(const AttShape& shape, int heads, int rows, bool last_first) {
     int row_blocks = (shape.T + rows - 1) / rows;
     AttPlace place = att_place(blockIdx.x, gridDim.x / row_blocks, row_blocks, shape.together, last_first);
@@ -899,232 +906,164 @@ __device__ inline AttBlock att_block(const AttShape& shape, int heads, int rows,
 
 // ---- attention, in plain arithmetic
 //
-// A thread keeps 32 channels of its row in registers, so G = 1, 2 or 4 neighbouring threads share a row of a head of up to 32, 64
-// or 128 channels; a tile of the other side lies in shared memory, from where all rows of the block read the same line at once
-// (a broadcast).
+// A block takes 64 rows, and tiles of the other side through shared memory. A thread keeps 32 channels of its row in registers, as
+// 4 vectors. So SHARES = 1, 2 or 4 neighbouring threads share a row of a head of up to 32, 64 or 128 channels. All rows of the
+// block read the same row of a tile at once, which shared memory delivers to all of them in one go (a broadcast). A row's state
+// takes up to 255 registers: the 1 in the launch bounds says that one block per multiprocessor is enough, or the compiler would
+// spill some of them to memory.
+constexpr int ATT_ROWS = 64;   // rows per block
+constexpr int ATT_TILE = 16;   // rows of the other side in shared memory at a time
+constexpr int ATT_VECS = 4;    // vectors per thread
+constexpr int ATT_CHANNELS = ATT_VECS * VEC;
+template <int SHARES>
+using AttTile = Floats[ATT_TILE][SHARES][ATT_VECS + 1];   // the 1: else the 4 shares of a row would begin in the same bank
 
-// At most 256 threads a block, and one block is enough for us (the 1 of the launch bounds): a row's state takes up to 240
-// registers, and a compiler that aims at more blocks spills some of them.
-constexpr int ATT_ROWS = 64;       // rows a block
-constexpr int ATT_TILE = 16;       // rows of the other side in shared memory at a time
-constexpr int ATT_CHANNELS = 32;   // channels a thread
-constexpr int ATT_PITCH = ATT_CHANNELS + 4;   // floats between the shares of two threads: 32 would be the same bank
-
-template <int G>
-using AttTile = float[ATT_TILE][G][ATT_PITCH];
-
-// Sum over the G threads of a row. Every lane of the warp takes part.
-template <int G>
-__device__ inline float att_row_sum(float x) {
+template <int N>
+__device__ inline float neighbours_sum(float x) {   // over N neighbouring lanes
 #pragma unroll
-    for (int o = 1; o < G; o <<= 1) x += __shfl_xor_sync(ALL_LANES, x, o);
+    for (int o = 1; o < N; o <<= 1) x += __shfl_xor_sync(ALL_LANES, x, o);
     return x;
 }
-__device__ inline float att_dot(const float* a, const float* b) {   // over ATT_CHANNELS, in 8 sums that do not wait for each other
-    float sum[8] = {};
+template <int SHARES>
+__device__ inline float att_dot(const Floats* a, const Floats* b) {   // over a row; every lane of the warp takes part
+    Floats sum = {};   // 8 sums that need not wait for each other
 #pragma unroll
-    for (int c = 0; c < ATT_CHANNELS; c += 8)
-#pragma unroll
-        for (int i = 0; i < 8; i++) sum[i] += a[c + i] * b[c + i];
-    return ((sum[0] + sum[4]) + (sum[1] + sum[5])) + ((sum[2] + sum[6]) + (sum[3] + sum[7]));
+    for (int v = 0; v < ATT_VECS; v++)
+        for (int i = 0; i < VEC; i++) sum[i] += a[v][i] * b[v][i];
+    return neighbours_sum<SHARES>(((sum[0] + sum[4]) + (sum[1] + sum[5])) + ((sum[2] + sum[6]) + (sum[3] + sum[7])));
 }
-__device__ inline void att_add(float* a, float factor, const float* b) {   // a += factor * b
+__device__ inline void att_add(Floats* sum, float factor, const Floats* x) {   // sum += factor * x
 #pragma unroll
-    for (int c = 0; c < ATT_CHANNELS; c++) a[c] += factor * b[c];
+    for (int v = 0; v < ATT_VECS; v++)
+        for (int i = 0; i < VEC; i++) sum[v][i] += factor * x[v][i];
 }
-// This thread's 32 channels of one row; zeros past the head's size and for a row that is not there.
-__device__ inline void att_load_row(float* out, const floatX* row, int share, int HS, bool there) {
+// A thread's share of a row: zeros after the head's last channel, and if the row does not exist
+__device__ inline void att_load_row(Floats* x, const floatX* row, int share, int HS, bool exists) {
 #pragma unroll
-    for (int c = 0; c < ATT_CHANNELS; c += VEC) {
-        Floats f = {};
-        if (there && share * ATT_CHANNELS + c < HS) f = load(row + share * ATT_CHANNELS + c);
+    for (int v = 0, c = share * ATT_CHANNELS; v < ATT_VECS; v++, c += VEC) x[v] = exists && c < HS ? load(row + c) : Floats{};
+}
+__device__ inline void att_store_row(floatX* row, Floats* x, int share, int HS, float factor) {
 #pragma unroll
-        for (int i = 0; i < VEC; i++) out[c + i] = f[i];
+    for (int v = 0, c = share * ATT_CHANNELS; v < ATT_VECS; v++, c += VEC) {
+        for (int i = 0; i < VEC; i++) x[v][i] *= factor;
+        if (c < HS) store(row + c, x[v]);
     }
 }
-__device__ inline void att_store_row(floatX* row, const float* x, int share, int HS, float factor) {
-#pragma unroll
-    for (int c = 0; c < ATT_CHANNELS; c += VEC) {
-        if (share * ATT_CHANNELS + c >= HS) continue;
-        Floats f;
-#pragma unroll
-        for (int i = 0; i < VEC; i++) f[i] = x[c + i] * factor;
-        store(row + share * ATT_CHANNELS + c, f);
-    }
+// The next tiles: rows [t0, t0 + ATT_TILE) of a head of x and of y, with zeros as above. A thread loads one vector of each.
+template <int SHARES>
+__device__ inline void att_load_tiles(AttTile<SHARES>& x_tile, const floatX* x, size_t x_stride, AttTile<SHARES>& y_tile,
+                                      const floatX* y, size_t y_stride, int t0, const AttShape& shape) {
+    static_assert(ATT_TILE * ATT_VECS == ATT_ROWS, "a block has as many threads as a tile has vectors");
+    const int i = threadIdx.x / (SHARES * ATT_VECS), v = threadIdx.x % (SHARES * ATT_VECS), c = v * VEC;
+    const bool exists = t0 + i < shape.T && c < shape.HS;
+    __syncthreads();   // no thread reads the tiles before any more
+    x_tile[i][v / ATT_VECS][v % ATT_VECS] = exists ? load(x + (t0 + i) * x_stride + c) : Floats{};
+    y_tile[i][v / ATT_VECS][v % ATT_VECS] = exists ? load(y + (t0 + i) * y_stride + c) : Floats{};
+    __syncthreads();   // these are complete
 }
-// Rows [t0, t0 + ATT_TILE) of one head into shared memory, zeros where there is nothing. The whole block takes part.
-template <int G>
-__device__ inline void att_load_tile(AttTile<G>& tile, const floatX* head, size_t stride, int t0, int T, int HS) {
-    for (int i = threadIdx.x * VEC; i < ATT_TILE * G * ATT_CHANNELS; i += blockDim.x * VEC) {
-        int r = i / (G * ATT_CHANNELS), c = i % (G * ATT_CHANNELS);
-        Floats f = {};
-        if (t0 + r < T && c < HS) f = load(head + (size_t)(t0 + r) * stride + c);
-#pragma unroll
-        for (int k = 0; k < VEC; k++) tile[r][c / ATT_CHANNELS][c % ATT_CHANNELS + k] = f[k];
-    }
-}
-// Where a thread of the three kernels below stands: its block, its row, its share of the row.
-template <int G>
-struct AttThread : AttBlock {
-    int row, share, warp_first, warp_last;
-    __device__ AttThread(const AttShape& shape, int heads, bool last_first)
-        : AttBlock(att_block(shape, heads, ATT_ROWS, last_first)) {
-        row = first + threadIdx.x / G;
-        share = threadIdx.x % G;
-        // A tile that is masked for every row of interest is skipped. With G > 1 the warp must decide as one, for its shuffles.
-        warp_first = G == 1 ? row : first + (int)(threadIdx.x & ~31u) / G;
-        warp_last = G == 1 ? row : first + (int)(threadIdx.x | 31u) / G;
-    }
-};
 
-template <int G>
-__global__ void __launch_bounds__(ATT_ROWS * G, 1)
+template <int SHARES>
+__global__ void __launch_bounds__(ATT_ROWS * SHARES, 1)
 attention_forward_kernel(floatX* out, float* lse, const floatX* qkv, AttShape shape) {
-    __shared__ AttTile<G> k_tile, v_tile;
-    const int T = shape.T, NH = shape.NH, HS = shape.HS;
-    const AttThread<G> at(shape, NH, true);
-    size_t stride = shape.stride();
-    const floatX* row0 = qkv + at.b * T * stride;
-    float q[ATT_CHANNELS], o[ATT_CHANNELS] = {};
-    att_load_row(q, row0 + at.row * stride + at.h * HS, at.share, HS, at.row < T);
+    __shared__ AttTile<SHARES> k_tile, v_tile;
+    const AttBlock block = att_block(shape, shape.NH, ATT_ROWS, true);
+    const int T = shape.T, HS = shape.HS, row = block.first + threadIdx.x / SHARES, share = threadIdx.x % SHARES;
+    const size_t stride = shape.stride();
+    const floatX *k = qkv + shape.qkv_at(block.b, 0, shape.k_head(block.h)), *v = k + (size_t)shape.NKV * HS;
+    Floats q[ATT_VECS], o[ATT_VECS] = {};
+    att_load_row(q, qkv + shape.qkv_at(block.b, row, block.h), share, HS, row < T);
     float max = -INFINITY, sum = 0;
-    int end = min(at.first + ATT_ROWS, T);
-    for (int t0 = 0; t0 < end; t0 += ATT_TILE) {
-        __syncthreads();   // the tile before has been used
-        att_load_tile<G>(k_tile, row0 + shape.k_head(at.h) * HS, stride, t0, T, HS);
-        att_load_tile<G>(v_tile, row0 + shape.v_head(at.h) * HS, stride, t0, T, HS);
-        __syncthreads();
-        if (t0 > at.warp_last) continue;
-        float s[ATT_TILE], tile_max = max;
+    for (int t0 = 0, end = min(block.first + ATT_ROWS, T); t0 < end; t0 += ATT_TILE) {
+        att_load_tiles<SHARES>(k_tile, k, stride, v_tile, v, stride, t0, shape);
+        if (!__any_sync(ALL_LANES, t0 <= row)) continue;   // no query of the warp sees a key of the tile
+        float s[ATT_TILE], new_max = max;
 #pragma unroll
         for (int j = 0; j < ATT_TILE; j++) {
-            s[j] = att_row_sum<G>(att_dot(q, k_tile[j][at.share])) * shape.scale;
-            if (t0 + j > at.row) s[j] = -INFINITY;
-            tile_max = fmaxf(tile_max, s[j]);
+            s[j] = att_dot<SHARES>(q, k_tile[j][share]) * shape.scale;
+            if (t0 + j > row) s[j] = -INFINITY;   // masked: p will be 0
+            new_max = fmaxf(new_max, s[j]);
         }
-        float shrink = expf(max - tile_max);   // what was summed so far was relative to the old maximum
-        max = tile_max;
+        float shrink = expf(max - new_max);
+        max = new_max;
         sum *= shrink;
 #pragma unroll
-        for (int c = 0; c < ATT_CHANNELS; c++) o[c] *= shrink;
+        for (int i = 0; i < ATT_CHANNELS; i++) o[i / VEC][i % VEC] *= shrink;
 #pragma unroll
         for (int j = 0; j < ATT_TILE; j++) {
             float p = expf(s[j] - max);
             sum += p;
-            att_add(o, p, v_tile[j][at.share]);
+            att_add(o, p, v_tile[j][share]);
         }
     }
-    if (at.row >= T) return;
-    att_store_row(out + (((size_t)at.b * T + at.row) * NH + at.h) * HS, o, at.share, HS, 1.0f / sum);
-    if (at.share == 0) lse[((size_t)at.b * NH + at.h) * T + at.row] = max + logf(sum);
+    if (row >= T) return;
+    att_store_row(out + shape.out_at(block.b, row, block.h), o, share, HS, 1.0f / sum);
+    if (share == 0) lse[shape.lse_at(block.b, block.h, row)] = max + logf(sum);
 }
 
-// Backward by rows of queries, by the same formulas as on tensor cores.
-template <int G>
-__global__ void __launch_bounds__(ATT_ROWS * G, 1)
-attention_backward_dq_kernel(floatX* dqkv, float* delta, const floatX* dout, const floatX* qkv, const floatX* out,
-                             const float* lse, AttShape shape) {
-    __shared__ AttTile<G> k_tile, v_tile;
-    const int T = shape.T, NH = shape.NH, HS = shape.HS;
-    const AttThread<G> at(shape, NH, true);
-    size_t stride = shape.stride();
-    const floatX* row0 = qkv + at.b * T * stride;
-    bool there = at.row < T;
-    size_t out_row = (((size_t)at.b * T + at.row) * NH + at.h) * HS;
-    size_t stat = ((size_t)at.b * NH + at.h) * T + at.row;
-    float q[ATT_CHANNELS], dout_row[ATT_CHANNELS], dq[ATT_CHANNELS];
-    att_load_row(q, out + out_row, at.share, HS, there);   // q's registers hold out for a moment
-    att_load_row(dout_row, dout + out_row, at.share, HS, there);
-    float row_delta = att_row_sum<G>(att_dot(q, dout_row));
-    if (there && at.share == 0) delta[stat] = row_delta;
-    att_load_row(q, row0 + at.row * stride + at.h * HS, at.share, HS, there);
-    float row_lse = there ? lse[stat] : 0;
-#pragma unroll
-    for (int c = 0; c < ATT_CHANNELS; c++) dq[c] = 0;
-    int end = min(at.first + ATT_ROWS, T);
-    for (int t0 = 0; t0 < end; t0 += ATT_TILE) {
-        __syncthreads();
-        att_load_tile<G>(k_tile, row0 + shape.k_head(at.h) * HS, stride, t0, T, HS);
-        att_load_tile<G>(v_tile, row0 + shape.v_head(at.h) * HS, stride, t0, T, HS);
-        __syncthreads();
-        if (t0 > at.warp_last) continue;
-#pragma unroll 2
-        for (int j = 0; j < ATT_TILE; j++) {
-            float s = att_row_sum<G>(att_dot(q, k_tile[j][at.share])) * shape.scale;
-            float dp = att_row_sum<G>(att_dot(dout_row, v_tile[j][at.share]));
-            float p = t0 + j > at.row ? 0.0f : expf(s - row_lse);
-            att_add(dq, p * (dp - row_delta), k_tile[j][at.share]);
-        }
+// Backward, first by rows of queries, then with KEYS by rows of keys. A thread has its row's a and b, the tiles are x and y:
+//                 a   b       x   y
+//     queries     q   dout    k   v        s = a x    dp = b y    dq = scale * sum ds x
+//     keys        k   v       q   dout                            dk = scale * sum ds x    dv = sum p y
+template <int SHARES, bool KEYS>
+__global__ void __launch_bounds__(ATT_ROWS * SHARES, 1)
+attention_backward_kernel(floatX* dqkv, float* delta, const floatX* dout, const floatX* qkv, const floatX* out, const float* lse,
+                          AttShape shape) {
+    __shared__ AttTile<SHARES> x_tile, y_tile;
+    const AttBlock block = att_block(shape, KEYS ? shape.NKV : shape.NH, ATT_ROWS, !KEYS);   // block.h: of k and v, or of q
+    const int T = shape.T, HS = shape.HS, row = block.first + threadIdx.x / SHARES, share = threadIdx.x % SHARES;
+    const size_t row_a = shape.qkv_at(block.b, row, KEYS ? shape.NH + block.h : block.h), row_v = row_a + (size_t)shape.NKV * HS;
+    const size_t row_out = shape.out_at(block.b, row, block.h);
+    Floats a[ATT_VECS], b[ATT_VECS], sum_x[ATT_VECS] = {}, sum_y[ATT_VECS] = {};
+    att_load_row(b, KEYS ? qkv + row_v : dout + row_out, share, HS, row < T);
+    if constexpr (!KEYS) {
+        att_load_row(a, out + row_out, share, HS, row < T);
+        const float delta_row = att_dot<SHARES>(a, b);
+        if (row < T && share == 0) delta[shape.lse_at(block.b, block.h, row)] = delta_row;
     }
-    if (there) att_store_row(dqkv + ((size_t)at.b * T + at.row) * stride + at.h * HS, dq, at.share, HS, shape.scale);
-}
-
-// Backward by rows of keys: the tiles are the queries that see them.
-template <int G>
-__global__ void __launch_bounds__(ATT_ROWS * G, 1)
-attention_backward_dkv_kernel(floatX* dqkv, const floatX* dout, const floatX* qkv, const float* lse, const float* delta,
-                              AttShape shape) {
-    __shared__ AttTile<G> q_tile, dout_tile;
-    __shared__ float lse_tile[ATT_TILE], delta_tile[ATT_TILE];
-    const int T = shape.T, NH = shape.NH, HS = shape.HS;
-    const AttThread<G> at(shape, shape.NKV, false);   // h is a key-value head
-    size_t stride = shape.stride();
-    const floatX* row0 = qkv + at.b * T * stride;
-    size_t k_offset = (size_t)(NH + at.h) * HS, v_offset = k_offset + (size_t)shape.NKV * HS;
-    bool there = at.row < T;
-    float k[ATT_CHANNELS], v[ATT_CHANNELS], dk[ATT_CHANNELS] = {}, dv[ATT_CHANNELS] = {};
-    att_load_row(k, row0 + at.row * stride + k_offset, at.share, HS, there);
-    att_load_row(v, row0 + at.row * stride + v_offset, at.share, HS, there);
-    for (int h = at.h * shape.group(); h < (at.h + 1) * shape.group(); h++) {   // the query heads that share it, in order
-        const floatX* dout_head = dout + ((size_t)at.b * T * NH + h) * HS;
-        size_t stat = ((size_t)at.b * NH + h) * T;
-        for (int t0 = at.first; t0 < T; t0 += ATT_TILE) {   // queries before the block's first key see none of its keys
-            __syncthreads();
-            att_load_tile<G>(q_tile, row0 + (size_t)h * HS, stride, t0, T, HS);
-            att_load_tile<G>(dout_tile, dout_head, (size_t)NH * HS, t0, T, HS);
-            if (threadIdx.x < ATT_TILE) {
-                bool query = t0 + (int)threadIdx.x < T;
-                lse_tile[threadIdx.x] = query ? lse[stat + t0 + threadIdx.x] : 0;
-                delta_tile[threadIdx.x] = query ? delta[stat + t0 + threadIdx.x] : 0;
-            }
-            __syncthreads();
-            if (t0 + ATT_TILE <= at.warp_first) continue;
+    att_load_row(a, qkv + row_a, share, HS, row < T);
+    const int heads = KEYS ? shape.group() : 1;   // of queries: those that share the block's keys, in order; or its own
+    for (int h = block.h * heads; h < (block.h + 1) * heads; h++) {
+        const floatX* x = qkv + shape.qkv_at(block.b, 0, KEYS ? h : shape.k_head(h));
+        const floatX* y = KEYS ? dout + shape.out_at(block.b, 0, h) : qkv + shape.qkv_at(block.b, 0, shape.v_head(h));
+        const size_t y_stride = KEYS ? (size_t)shape.NH * HS : shape.stride(), head_lse = shape.lse_at(block.b, h, 0);
+        for (int t0 = KEYS ? block.first : 0, end = KEYS ? T : min(block.first + ATT_ROWS, T); t0 < end; t0 += ATT_TILE) {
+            att_load_tiles<SHARES>(x_tile, x, shape.stride(), y_tile, y, y_stride, t0, shape);
+            if (!__any_sync(ALL_LANES, KEYS ? row < t0 + ATT_TILE : t0 <= row)) continue;
 #pragma unroll 2
             for (int i = 0; i < ATT_TILE; i++) {
-                float s = att_row_sum<G>(att_dot(q_tile[i][at.share], k)) * shape.scale;
-                float dp = att_row_sum<G>(att_dot(dout_tile[i][at.share], v));
-                bool sees = t0 + i >= at.row && t0 + i < T;
-                float p = sees ? expf(s - lse_tile[i]) : 0.0f;
-                att_add(dv, p, dout_tile[i][at.share]);
-                att_add(dk, p * (dp - delta_tile[i]), q_tile[i][at.share]);
+                const int query = KEYS ? t0 + i : row, key = KEYS ? row : t0 + i;
+                const bool sees = key <= query && query < T;   // or else p = 0
+                float s = att_dot<SHARES>(a, x_tile[i][share]) * shape.scale, dp = att_dot<SHARES>(b, y_tile[i][share]);
+                float p = sees ? expf(s - lse[head_lse + query]) : 0, delta_row = sees ? delta[head_lse + query] : 0;
+                att_add(sum_x, p * (dp - delta_row), x_tile[i][share]);
+                if constexpr (KEYS) att_add(sum_y, p, y_tile[i][share]);
             }
         }
     }
-    if (!there) return;
-    floatX* row = dqkv + ((size_t)at.b * T + at.row) * stride;
-    att_store_row(row + k_offset, dk, at.share, HS, shape.scale);
-    att_store_row(row + v_offset, dv, at.share, HS, 1.0f);
+    if (row >= T) return;
+    att_store_row(dqkv + row_a, sum_x, share, HS, shape.scale);
+    if constexpr (KEYS) att_store_row(dqkv + row_v, sum_y, share, HS, 1);
 }
 
-template <int G>
+template <int SHARES>
 void attention_forward_launch(floatX* out, float* lse, const floatX* qkv, int B, AttShape shape, cudaStream_t stream) {
     int heads = B * shape.NH, blocks = heads * ceil_div(shape.T, ATT_ROWS);
-    attention_forward_kernel<G><<<blocks, ATT_ROWS * G, 0, stream>>>(out, lse, qkv, att_in_groups(shape, heads));
+    attention_forward_kernel<SHARES><<<blocks, ATT_ROWS * SHARES, 0, stream>>>(out, lse, qkv, att_in_groups(shape, heads));
     cudaCheck(cudaGetLastError());
 }
-template <int G>
+template <int SHARES>
 void attention_backward_launch(floatX* dqkv, Grad dbias, float* delta, float* scratch, const floatX* dout, const floatX* qkv,
                                const floatX* out, const float* lse, bool accumulate, int B, AttShape shape, cudaStream_t stream) {
     int row_blocks = ceil_div(shape.T, ATT_ROWS), heads = B * shape.NH, kv_heads = B * shape.NKV;
-    attention_backward_dq_kernel<G>
-        <<<heads * row_blocks, ATT_ROWS * G, 0, stream>>>(dqkv, delta, dout, qkv, out, lse, att_in_groups(shape, heads));
+    attention_backward_kernel<SHARES, false><<<heads * row_blocks, ATT_ROWS * SHARES, 0, stream>>>(
+        dqkv, delta, dout, qkv, out, lse, att_in_groups(shape, heads));
     cudaCheck(cudaGetLastError());
-    attention_backward_dkv_kernel<G>
-        <<<kv_heads * row_blocks, ATT_ROWS * G, 0, stream>>>(dqkv, dout, qkv, lse, delta, att_in_groups(shape, kv_heads));
+    attention_backward_kernel<SHARES, true><<<kv_heads * row_blocks, ATT_ROWS * SHARES, 0, stream>>>(
+        dqkv, delta, dout, qkv, out, lse, att_in_groups(shape, kv_heads));
     cudaCheck(cudaGetLastError());
+    if (dbias.p == nullptr) return;
     bias_backward(dbias, scratch, dqkv, accumulate, B * shape.T, (shape.NH + 2 * shape.NKV) * shape.HS, stream);
 }
-
 // ==== end twin
 
 // ---- activation: GELU
@@ -1542,31 +1481,38 @@ void norm_unfold(Grad dweight,         // (OC, C) in: G, out: dW
 // ---------------------------------------------------------------------------------------------------------------------
 // 4. attention on tensor cores
 //
-// A warp multiplies matrices by mma.sync.m16n8k16: a (16 x 16) times b (16 x 8), bf16, added to c (16 x 8) in fp32. The matrices
-// lie spread over the registers of its 32 lanes, two bf16 or one float to a register. PTX calls a lane's share of a matrix a
-// fragment. With row = lane / 4 and col = lane % 4 * 2, a lane holds
+// The same algorithm, with its products on tensor cores. A warp multiplies by mma.sync.m16n8k16: c += a b, where a is 16 x 16 and
+// b is 16 x 8, in bf16, and c is 16 x 8, in fp32. Each lane holds some elements of each in registers (PTX: a fragment). Of c it has
+// two neighbours in row lane / 4, and two 8 rows below:
+//              column 0, 1    2, 3    4, 5    6, 7
+//     row  0       lane 0     1       2       3       c[0], c[1]      for example lane 5: c[0] is in row 1, column 2
+//     row  1       lane 4     5       6       7                                          c[1] is in row 1, column 3
+//     ...                                                                                c[2] is in row 9, column 2
+//     row  7       lane 28    29      30      31                                         c[3] is in row 9, column 3
+//     rows 8-15    as above                           c[2], c[3]
 //
-//             col, col+1    col+8, col+9                       column row                    col, col+1
-//     a =   [    a[0]           a[2]     ]  row       b =   [    b[0]    ]  col, col+1    c = [ c[0], c[1] ]  row
-//           [    a[1]           a[3]     ]  row+8           [    b[1]    ]  col+8, col+9      [ c[2], c[3] ]  row+8
+// An a is four squares of 8 x 8, each spread over the lanes like the upper half of a c. A register holds two neighbouring bf16:
+//                  columns 0-7    8-15
+//     rows 0-7         a[0]       a[2]        So two c side by side, rounded to bf16, are an a, and no element changes its lane:
+//     rows 8-15        a[1]       a[3]        the scores that one product makes become the p that the next one takes.
 //
-// so two neighbouring c, 16 x 16, have the form of an a: the probabilities go into the next product as they are. For example
-// lane 5 (row 1, col 2) holds c's elements (1, 2), (1, 3), (9, 2) and (9, 3).
+// A b is two such squares, transposed: lane / 4 is the column. b[0] has rows lane % 4 * 2 and the next, b[1] those 8 rows below.
 //
-// A warp owns 16 M rows (queries, or keys), as M matrices a in registers. The other side comes in tiles of 64 rows, copied from
-// global to shared memory asynchronously, the next one while this one is used; ldmatrix takes b from there. Each b serves M
-// products: with M = 1 the warps would wait for shared memory more than for the tensor cores. Every sum belongs
-// to one thread, so nothing is added atomically; the price is that backward computes the scores twice, once by rows of queries
-// for dq and once by rows of keys for dk and dv.
+// A warp owns 16 M rows (queries, or keys), as M matrices a. The other side comes in tiles of 64 rows. They are copied to shared
+// memory asynchronously, the next one while this one is used, and b is read from there. Each b serves M products: with M = 1 the
+// warps wait for shared memory more than for the tensor cores.
 
 typedef __nv_bfloat16 bf16;
 constexpr int TC_THREADS = 128;   // 4 warps
 constexpr int TC_ROWS = 64;       // rows of a tile
-template <int HS>
-constexpr int TC_M = HS == 64 ? 2 : 1;   // what fits in registers: 16 M rows of operands, and sums of that shape
-// Registers. Of a multiprocessor's 65,536 three blocks leave 168 to a thread, two leave 255, which is also the most that a thread
-// can have. For compute capability 10 and 12 the compiler needs a few more than for 8 and 9. Where v has no room in the kernel
-// for dk and dv (TC_V_SHARED), it is read from shared memory each time.
+template <int HS> constexpr uint32_t TC_TILE = TC_ROWS * HS * sizeof(bf16);   // bytes of a tile
+template <int HS> constexpr int TC_M = HS == 64 ? 2 : 1;                      // what fits in registers
+template <int HS> constexpr int TC_BLOCK = TC_THREADS / 32 * 16 * TC_M<HS>;   // rows per block
+template <int HS> using TcRows = uint32_t[HS / 32][TC_M<HS>][2][4];           // a warp's rows: per 32 channels M times two a
+template <int HS> using TcSums = float[TC_M<HS>][HS / 8][4];                  // results of its rows: M times HS / 8 matrices c
+// Registers cannot be indexed, so loops over these must be unrolled (short inner ones are, unasked). A multiprocessor has 65,536 of
+// them. Three blocks leave 168 per thread, two leave 255, the most that a thread can have. For compute capability 10 and 12 the
+// compiler needs a few more. With TC_V_SHARED v has no room in the kernel for dk and dv, and is read from shared memory each time.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 template <int HS> constexpr int TC_FORWARD_BLOCKS = 2;
 template <int HS> constexpr bool TC_V_SHARED = true;
@@ -1574,78 +1520,93 @@ template <int HS> constexpr bool TC_V_SHARED = true;
 template <int HS> constexpr int TC_FORWARD_BLOCKS = HS == 64 ? 3 : 2;
 template <int HS> constexpr bool TC_V_SHARED = HS == 64;
 #endif
-constexpr int TC_BACKWARD_BLOCKS = 2;
 
-__device__ inline void mma_16816(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {   // c += a b
+// Single instructions.
+//   mma_16816    c += a b
+//   ldmatrix_x4  four 8 x 8 matrices from shared memory: lane 8 i + j gives the address of row j of matrix i. r[i] is the lane's
+//                two elements of it, as in a square of an a, or with TRANSPOSE of a b.
+//   cp_async     begins to copy 16 or 4 bytes to shared memory. If they do not exist, zeros are written and nothing is read.
+//   opaque       the same number, but the compiler cannot know: what follows from it is computed again and not kept in registers
 #ifdef __CUDACC__
+__device__ inline void mma_16816(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-#else
-    const uint32_t b[2] = {b0, b1};
-    simt::mma_m16n8k16_bf16(c, a, b, c);
-#endif
 }
-// Four 8 x 8 matrices from shared memory, whose addresses are 32-bit numbers; lane 8i + j gives the address of row j of matrix i.
-// A lane's r[i] is a pair of matrix i: (row lane / 4, columns col, col+1), or with TRANSPOSE (rows col, col+1, column lane / 4).
 template <bool TRANSPOSE>
 __device__ inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t address) {
-#ifdef __CUDACC__
     if constexpr (TRANSPOSE)
         asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                      : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
     else
         asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                      : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
-#else
-    simt::ldmatrix<4, TRANSPOSE>(r, address);
-#endif
 }
-// Begins to copy 16 bytes, or 4, to shared memory; zeros if not `there`, and then nothing is read.
 template <int BYTES>
-__device__ inline void cp_async(uint32_t address, const void* global, bool there) {
-    int bytes = there ? BYTES : 0;
-#ifdef __CUDACC__
+__device__ inline void cp_async(uint32_t address, const void* global, bool exists) {
+    int bytes = exists ? BYTES : 0;
     if constexpr (BYTES == 16)
         asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(address), "l"(global), "r"(bytes) : "memory");
     else
-        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" :: "r"(address), "l"(global), "n"(BYTES), "r"(bytes) : "memory");
-#else
-    simt::cp_async<BYTES>(address, global, bytes);
-#endif
+        asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" :: "r"(address), "l"(global), "r"(bytes) : "memory");
 }
-__device__ inline void cp_async_wait_all() {   // for this thread's copies; a barrier makes it everybody's
-#ifdef __CUDACC__
-    asm volatile("cp.async.wait_all;" ::: "memory");
-#else
-    simt::cp_async_commit();
-    simt::cp_async_wait(0);
-#endif
+__device__ inline void cp_async_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }   // for this thread's copies
+__device__ inline uint32_t opaque(uint32_t x) {
+    asm volatile("" : "+r"(x));
+    return x;
 }
-__device__ inline uint32_t shared_address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
+#else
+__device__ inline void mma_16816(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    const uint32_t b[2] = {b0, b1};
+    simt::mma_m16n8k16_bf16(c, a, b, c);
+}
+template <bool TRANSPOSE>
+__device__ inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t address) { simt::ldmatrix<4, TRANSPOSE>(r, address); }
+template <int BYTES>
+__device__ inline void cp_async(uint32_t address, const void* global, bool exists) {
+    simt::cp_async<BYTES>(address, global, exists ? BYTES : 0);
+}
+__device__ inline void cp_async_wait_all() { simt::cp_async_commit(), simt::cp_async_wait(0); }
+__device__ inline uint32_t opaque(uint32_t x) { return x; }
+#endif
+__device__ inline uint32_t shared_address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }   // what they take
 
-// Where 8 channels of a row of a tile begin, in bytes. Rows are 128 or 256 bytes, so the same channels of 8 rows would all lie in
-// the same banks, and ldmatrix asks for just those. So the 16-byte pieces of row r change places: piece i stands at i XOR r % 8.
+// Where a lane's c[0] is in c. Its c[i] is in row lane_row() + i / 2 * 8 and column lane_col() + i % 2.
+__device__ inline int lane_row() { return opaque(threadIdx.x) % 32 / 4; }
+__device__ inline int lane_col() { return opaque(threadIdx.x) % 4 * 2; }
+
+// Where 8 channels of a tile's row are, in bytes. Shared memory has 32 banks of 4 bytes, and lanes that read different rows of one
+// bank wait for each other. A row of 64 channels is 128 bytes, all banks once: 8 pieces of 16 bytes, with 4 banks each. ldmatrix
+// reads the same piece of 8 rows at once. If every row began with its piece 0, all 8 would come from the same 4 banks, one after
+// the other. So piece i of row r stands at place i XOR r % 8:
+//     place (4 banks each)       0 1 2 3 4 5 6 7      piece 2 stands at place
+//     row 0 has there the pieces 0 1 2 3 4 5 6 7          2
+//     row 1                      1 0 3 2 5 4 7 6          3
+//     row 2                      2 3 0 1 6 7 4 5          0
+//     rows 3 to 7                ...                      1 6 7 4 5: in 8 rows at 8 places
 template <int HS>
 __device__ inline uint32_t tc_at(uint32_t row, uint32_t channel) { return row * (2 * HS) + ((channel / 8) ^ (row % 8)) * 16; }
-template <int HS>
-constexpr uint32_t TC_TILE = TC_ROWS * HS * sizeof(bf16);   // bytes
-// Begins to copy rows [t0, t0 + 64) of one head into a tile, zeros where there is nothing. The whole block takes part.
+// Begins to copy rows [t0, t0 + 64) of one head into a tile, zeros for rows that do not exist. The whole block takes part.
 template <int HS>
 __device__ inline void tc_load_tile(uint32_t tile, const bf16* head, int stride, int t0, int T) {
-    constexpr int PIECES = HS / 8, STEP = TC_THREADS / PIECES;   // of 16 bytes in a row; rows that the block copies at a time
-    int thread = again(threadIdx.x), r = thread / PIECES, c = thread % PIECES * 8;
-    const bf16* from = head + (size_t)(t0 + r) * stride + c;
-    uint32_t to = tile + tc_at<HS>(r, c);   // STEP is a multiple of 8, so the pieces of further rows change places alike
+    constexpr int PIECES = HS / 8, STEP = TC_THREADS / PIECES;   // per row; rows that the block copies at a time
+    int thread = opaque(threadIdx.x), row = thread / PIECES, channel = thread % PIECES * 8;
+    const bf16* from = head + (size_t)(t0 + row) * stride + channel;
+    uint32_t to = tile + tc_at<HS>(row, channel);   // STEP is a multiple of 8: further rows have the same row % 8
 #pragma unroll
-    for (int i = 0; i < TC_ROWS; i += STEP) cp_async<16>(to + i * (2 * HS), from + i * stride, t0 + r + i < T);
+    for (int i = 0; i < TC_ROWS; i += STEP) cp_async<16>(to + i * (2 * HS), from + i * stride, t0 + row + i < T);
+}
+template <int HS>
+__device__ inline void tc_load_tiles(uint32_t tile, const bf16* x, int x_stride, const bf16* y, int y_stride, int t0, int T) {
+    tc_load_tile<HS>(tile, x, x_stride, t0, T);
+    tc_load_tile<HS>(tile + TC_TILE<HS>, y, y_stride, t0, T);
 }
 // Reads from a tile, by one ldmatrix each:
-//     columns_8    8 rows of the tile as columns of b, times 32 channels: b[0], b[1] of the first 16, b[2], b[3] of the others
-//     columns_16   16 channels as columns of b, times 16 rows: b[0], b[1] of the first 8 channels, b[2], b[3] of the others
-//     as_a         16 rows times 16 channels, as an a
-// `row` is a multiple of 8 or 16 and `channel` one of 32 or 16. What they add to a lane's address is a sum for rows, and for
-// channels an XOR with bits that the lane's part does not have.
+//     a    16 rows of 16 channels, as an a
+//     b    16 rows of 16 channels, as two b: channels 0-7 in b[0], b[1], channels 8-15 in b[2], b[3]
+//     b_t  8 rows of 32 channels, transposed, as two b: channels 0-15 in b[0], b[1], channels 16-31 in b[2], b[3]
+// at_16 and at_8 are the lane's addresses for row 0 and channel 0. `row` is a multiple of 8, which moves them by whole rows.
+// `channel` is a multiple of 16 or 32, so 2 * channel has no bit in common with the lane's own channels, and is an XOR as they are.
 template <int HS>
 struct TileReader {
     uint32_t at_8, at_16;
@@ -1654,392 +1615,314 @@ struct TileReader {
         at_8 = tc_at<HS>(lane % 8, lane / 8 * 8);
         at_16 = tc_at<HS>(lane / 8 % 2 * 8 + lane % 8, lane / 16 * 8);
     }
-    __device__ void columns_8(uint32_t (&b)[4], uint32_t tile, int row, int channel) const {
-        ldmatrix_x4<false>(b, tile + row * (2 * HS) + (at_8 ^ (2 * channel)));
-    }
-    __device__ void columns_16(uint32_t (&b)[4], uint32_t tile, int row, int channel) const {
-        ldmatrix_x4<true>(b, tile + row * (2 * HS) + (at_16 ^ (2 * channel)));
-    }
-    __device__ void as_a(uint32_t (&a)[4], uint32_t tile, int row, int channel) const {
+    __device__ void a(uint32_t (&a)[4], uint32_t tile, int row, int channel) const {
         ldmatrix_x4<false>(a, tile + row * (2 * HS) + (at_16 ^ (2 * channel)));
     }
+    __device__ void b(uint32_t (&b)[4], uint32_t tile, int row, int channel) const {
+        ldmatrix_x4<true>(b, tile + row * (2 * HS) + (at_16 ^ (2 * channel)));
+    }
+    __device__ void b_t(uint32_t (&b)[4], uint32_t tile, int row, int channel) const {
+        ldmatrix_x4<false>(b, tile + row * (2 * HS) + (at_8 ^ (2 * channel)));
+    }
 };
-// c[n][m] += the 16 rows in a[m] times 8 rows of a tile, those from `row` + 8 n on: scores of 16 rows with 8
-template <int HS, int M, int N>
-__device__ inline void tc_scores(float (&c)[N][M][4], const uint32_t (&a)[M][HS / 16][4], const TileReader<HS>& read,
-                                 uint32_t tile, int row) {
+
+// A warp's rows of one head, from `first` on: zeros for rows that do not exist
+template <int HS>
+__device__ inline void tc_load_rows(TcRows<HS>& a, const bf16* head, int stride, int first, int T) {
+    const int row = first + lane_row(), col = lane_col();
 #pragma unroll
-    for (int i = 0; i < HS / 16; i += 2)
+    for (int m = 0; m < TC_M<HS>; m++)
+#pragma unroll
+        for (int i = 0; i < HS / 4; i++) {
+            int t = row + 16 * m + i % 2 * 8, channel = i / 2 * 8 + col;
+            a[i / 8][m][i / 4 % 2][i % 4] = t < T ? *(const uint32_t*)(head + (size_t)t * stride + channel) : 0;
+        }
+}
+// scores[n][m] += rows 16 m and on of the warp times 8 rows of a tile, transposed: from `row` + 8 n on. With A_SHARED the warp's
+// rows are read from a tile too.
+template <int HS, bool A_SHARED = false, int N>
+__device__ inline void tc_scores(float (&scores)[N][TC_M<HS>][4], TcRows<HS>& a, const TileReader<HS>& read, uint32_t tile, int row,
+                                 uint32_t a_tile = 0, int a_row = 0) {
+#pragma unroll
+    for (int i = 0; i < HS / 32; i++) {
+        if constexpr (A_SHARED)
+            for (int m = 0; m < 2 * TC_M<HS>; m++) read.a(a[i][m / 2][m % 2], a_tile, a_row + m / 2 * 16, 32 * i + m % 2 * 16);
 #pragma unroll
         for (int n = 0; n < N; n++) {
             uint32_t b[4];
-            read.columns_8(b, tile, row + 8 * n, 16 * i);
-#pragma unroll
-            for (int m = 0; m < M; m++) mma_16816(c[n][m], a[m][i], b[0], b[1]), mma_16816(c[n][m], a[m][i + 1], b[2], b[3]);
+            read.b_t(b, tile, row + 8 * n, 32 * i);
+            for (int m = 0; m < TC_M<HS>; m++)
+                for (int half = 0; half < 2; half++) mma_16816(scores[n][m], a[i][m][half], b[2 * half], b[2 * half + 1]);
         }
-}
-// The same, where a has no room in registers and is read from a tile too: its rows from `a_row` + 16 m on
-template <int HS, int M, int N>
-__device__ inline void tc_scores(float (&c)[N][M][4], uint32_t a_tile, int a_row, const TileReader<HS>& read, uint32_t tile,
-                                 int row) {
-#pragma unroll
-    for (int i = 0; i < HS / 16; i += 2) {
-        uint32_t b[N][4];
-#pragma unroll
-        for (int n = 0; n < N; n++) read.columns_8(b[n], tile, row + 8 * n, 16 * i);
-#pragma unroll
-        for (int m = 0; m < M; m++)
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                uint32_t a[4];
-                read.as_a(a, a_tile, a_row + 16 * m, 16 * (i + half));
-#pragma unroll
-                for (int n = 0; n < N; n++) mma_16816(c[n][m], a, b[n][2 * half], b[n][2 * half + 1]);
-            }
     }
 }
-// sum[m] (16 rows x HS channels) += a[m] (16 x 16) times rows [row, row + 16) of a tile
-template <int HS, int M>
-__device__ inline void tc_add(float (&sum)[M][HS / 8][4], const uint32_t (&a)[M][4], const TileReader<HS>& read, uint32_t tile,
+// sums += a (16 M x 16) times rows [row, row + 16) of a tile
+template <int HS>
+__device__ inline void tc_add(TcSums<HS>& sums, const uint32_t (&a)[TC_M<HS>][4], const TileReader<HS>& read, uint32_t tile,
                               int row) {
 #pragma unroll
     for (int i = 0; i < HS / 16; i++) {
         uint32_t b[4];
-        read.columns_16(b, tile, row, 16 * i);
-#pragma unroll
-        for (int m = 0; m < M; m++) mma_16816(sum[m][2 * i], a[m], b[0], b[1]), mma_16816(sum[m][2 * i + 1], a[m], b[2], b[3]);
+        read.b(b, tile, row, 16 * i);
+        for (int m = 0; m < TC_M<HS>; m++)
+            for (int half = 0; half < 2; half++) mma_16816(sums[m][2 * i + half], a[m], b[2 * half], b[2 * half + 1]);
     }
 }
-// Rows [row, row + 16) of one head in global memory as HS / 16 matrices a, zeros where there is nothing.
-template <int HS>
-__device__ inline void tc_load_a(uint32_t (&a)[HS / 16][4], const bf16* head, int stride, int row, int T) {
-    int lane = again(threadIdx.x) % 32, lane_row = lane / 4, lane_col = lane % 4 * 2;
+// Scores of pairs whose key comes after the query become -infinity: their p is 0. s[n][m] has queries as rows, from first_query on,
+// and keys as columns, from first_key + 8 n on. With KEY_ROWS it is the other way round, and queries after T are masked too.
+template <bool KEY_ROWS, int N, int M>
+__device__ inline void tc_mask(float (*s)[M][4], int m, int first_query, int first_key, int T) {
+    const int key_less_query = first_key - first_query;   // in row 0 and column 0
+    if (key_less_query + (KEY_ROWS ? 15 : 8 * N - 1) <= 0 && (!KEY_ROWS || first_query + 8 * N <= T)) return;   // no pair is masked
+    const int row = lane_row(), col = lane_col(), own = key_less_query + (KEY_ROWS ? row - col : col - row);   // in the lane's c[0]
 #pragma unroll
-    for (int i = 0; i < HS / 16 * 4; i++) {
-        int r = row + lane_row + i % 2 * 8, c = i / 4 * 16 + i / 2 % 2 * 8 + lane_col;
-        a[i / 4][i % 4] = r < T ? *(const uint32_t*)(head + (size_t)r * stride + c) : 0;
+    for (int i = 0; i < 4 * N; i++) {
+        const int down = i % 4 / 2 * 8, right = i / 4 * 8 + i % 2;
+        if (own + (KEY_ROWS ? down - right : right - down) > 0 || (KEY_ROWS && first_query + col + right >= T))
+            s[i / 4][m][i % 4] = -INFINITY;
     }
 }
-__device__ inline uint32_t tc_pack(float low, float high) {
-    __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    return *(const uint32_t*)&pair;
-}
-// A c (16 x 8), rounded to bf16, as half of an a (16 x 16): its left 8 columns, or its right ones
+// A c (16 x 8), rounded to bf16, as the left or the right half of an a (16 x 16)
 __device__ inline void tc_as_a(uint32_t (&a)[4], const float (&c)[4], bool right) {
-    a[2 * right] = tc_pack(c[0], c[1]);
-    a[2 * right + 1] = tc_pack(c[2], c[3]);
+    *(__nv_bfloat162*)&a[2 * right] = __floats2bfloat162_rn(c[0], c[1]);
+    *(__nv_bfloat162*)&a[2 * right + 1] = __floats2bfloat162_rn(c[2], c[3]);
 }
-// Results of rows [row, row + 16) to global memory, times a factor for lane_row and one for lane_row + 8.
+// Results times a factor to global memory, rows from `first` on
 template <int HS>
-__device__ inline void tc_store(bf16* head, int stride, const float (&c)[HS / 8][4], int row, int T, float factor0, float factor1) {
-    int lane = again(threadIdx.x) % 32, lane_row = lane / 4, lane_col = lane % 4 * 2;
+__device__ inline void tc_store(bf16* head, int stride, const TcSums<HS>& sums, int first, int T, float factor) {
+    const int row = first + lane_row(), col = lane_col();
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-        int r = row + lane_row + 8 * half;
-        float factor = half ? factor1 : factor0;
-        if (r >= T) continue;
-#pragma unroll
+    for (int r = 0; r < 2 * TC_M<HS>; r++) {   // the lane's rows: c[0] and c[1] of m = 0, c[2] and c[3], and so on
+        const int t = row + 8 * r, i = r % 2 * 2;
+        if (t >= T) continue;
         for (int n = 0; n < HS / 8; n++)
-            *(uint32_t*)(head + (size_t)r * stride + n * 8 + lane_col) = tc_pack(c[n][2 * half] * factor, c[n][2 * half + 1] * factor);
+            *(__nv_bfloat162*)(head + (size_t)t * stride + n * 8 + col) =
+                __floats2bfloat162_rn(sums[r / 2][n][i] * factor, sums[r / 2][n][i + 1] * factor);
     }
 }
-// column_sums[i] = factor * the sum of results over the block's rows, by way of `shared`, 4 * HS floats that nobody uses. The
-// whole block takes part; rows that are not there have results of 0.
-template <int HS, int M>
-__device__ inline void tc_column_sums(float* column_sums, const float (&c)[M][HS / 8][4], float factor, float* shared) {
-    int thread = again(threadIdx.x), lane = thread % 32, warp = thread / 32;
+// column_sums[i] = factor * the sum of results over the block's rows, by way of `shared`: 4 * HS floats that nobody uses any more.
+// The whole block takes part; rows that do not exist have results of 0.
+template <int HS>
+__device__ inline void tc_column_sums(float* column_sums, const TcSums<HS>& sums, float factor, float* shared) {
+    const int row = lane_row(), col = lane_col(), warp = threadIdx.x / 32;
 #pragma unroll
     for (int i = 0; i < HS / 4; i++) {
         float x = 0;
-#pragma unroll
-        for (int m = 0; m < M; m++) x += c[m][i / 2][i % 2] + c[m][i / 2][i % 2 + 2];
-#pragma unroll
-        for (int o = 4; o < 32; o <<= 1) x += __shfl_xor_sync(ALL_LANES, x, o);
-        if (lane < 4) shared[warp * HS + i / 2 * 8 + 2 * lane + i % 2] = x;
+        for (int m = 0; m < TC_M<HS>; m++) x += sums[m][i / 2][i % 2] + sums[m][i / 2][i % 2 + 2];
+        for (int o = 4; o < 32; o <<= 1) x += __shfl_xor_sync(ALL_LANES, x, o);   // over the 8 lanes of a column
+        if (row == 0) shared[warp * HS + i / 2 * 8 + col + i % 2] = x;
     }
     __syncthreads();
     for (int i = threadIdx.x; i < HS; i += TC_THREADS)
         column_sums[i] = factor * ((shared[i] + shared[HS + i]) + (shared[2 * HS + i] + shared[3 * HS + i]));
 }
-// Over the 4 lanes that share a row of c
-__device__ inline float quad_sum(float x) {
-    x += __shfl_xor_sync(ALL_LANES, x, 1);
-    return x + __shfl_xor_sync(ALL_LANES, x, 2);
-}
-__device__ inline float quad_max(float x) {
-    x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 1));
-    return fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 2));
-}
 
-// KEYS: how many keys a warp looks at between two corrections of its maximum.
-template <int HS, int M, int KEYS>
+template <int HS>
 __global__ void __launch_bounds__(TC_THREADS, TC_FORWARD_BLOCKS<HS>)
 attention_forward_tc_kernel(bf16* out, float* lse, const bf16* qkv, AttShape shape) {
     extern __shared__ __align__(128) bf16 tc_tiles[];   // two stages of a tile of k and one of v
-    constexpr uint32_t TILE = TC_TILE<HS>;
+    constexpr int M = TC_M<HS>, KEYS = 64 / M;          // keys that a warp looks at between two corrections of its maximum
     const uint32_t tiles = shared_address(tc_tiles);
     const TileReader<HS> read;
-    const int T = shape.T, NH = shape.NH, lane_ahead = (int)threadIdx.x % 4 * 2 - (int)threadIdx.x % 32 / 4;   // column less row
-    const AttBlock at = att_block(shape, NH, 64 * M, true);
-    const int stride = (int)shape.stride();
-    const bf16* row0 = qkv + (size_t)at.b * T * stride;
-    const bf16* k_head = row0 + shape.k_head(at.h) * HS;
-    const int to_v = shape.NKV * HS;
-    const int row = at.first + threadIdx.x / 32 * 16 * M;   // this warp's first
-    const float scale = shape.scale * LOG2E;
-
-    uint32_t q[M][HS / 16][4];
-    float o[M][HS / 8][4] = {}, max[M][2], sum[M][2];
-#pragma unroll
-    for (int m = 0; m < M; m++) {
-        tc_load_a<HS>(q[m], row0 + at.h * HS, stride, row + 16 * m, T);
-        max[m][0] = max[m][1] = -INFINITY;
-        sum[m][0] = sum[m][1] = 0;
-    }
-    const int end = min(at.first + 64 * M, T);
-    tc_load_tile<HS>(tiles, k_head, stride, 0, T);
-    tc_load_tile<HS>(tiles + TILE, k_head + to_v, stride, 0, T);
+    const AttBlock block = att_block(shape, shape.NH, TC_BLOCK<HS>, true);
+    const int T = shape.T, stride = (int)shape.stride(), end = min(block.first + TC_BLOCK<HS>, T);
+    const int first_query = block.first + threadIdx.x / 32 * 16 * M;   // the warp's
+    const bf16* k_head = qkv + shape.qkv_at(block.b, 0, shape.k_head(block.h));
+    const float scale = shape.scale * LOG2E;   // exp(x) = exp_2(x * LOG2E)
+    auto stage = [&](int t0) { return tiles + t0 / TC_ROWS % 2 * 2 * TC_TILE<HS>; };
+    auto load = [&](int t0) { tc_load_tiles<HS>(stage(t0), k_head, stride, k_head + shape.NKV * HS, stride, t0, T); };
+    load(0);
+    TcRows<HS> q;
+    TcSums<HS> o = {};
+    float max[2 * M], sum[2 * M] = {};   // of the lane's rows
+    tc_load_rows<HS>(q, qkv + shape.qkv_at(block.b, 0, block.h), stride, first_query, T);
+    for (int r = 0; r < 2 * M; r++) max[r] = -INFINITY;
     for (int t0 = 0; t0 < end; t0 += TC_ROWS) {
-        const uint32_t k_tile = tiles + t0 / TC_ROWS % 2 * 2 * TILE, v_tile = k_tile + TILE;
+        const uint32_t k_tile = stage(t0), v_tile = k_tile + TC_TILE<HS>;
         cp_async_wait_all();
-        __syncthreads();   // this tile is there, and nobody reads the one before any more
-        if (t0 + TC_ROWS < end) {
-            uint32_t next = tiles + (t0 / TC_ROWS + 1) % 2 * 2 * TILE;
-            tc_load_tile<HS>(next, k_head, stride, t0 + TC_ROWS, T);
-            tc_load_tile<HS>(next + TILE, k_head + to_v, stride, t0 + TC_ROWS, T);
-        }
+        __syncthreads();   // the copies of all threads are complete, and no thread reads the tiles before any more
+        if (t0 + TC_ROWS < end) load(t0 + TC_ROWS);
 #pragma unroll 1
         for (int j = 0; j < TC_ROWS; j += KEYS) {
-            const int ahead = t0 + j - row;   // of the warp's first query is the first of KEYS keys
-            if (ahead > 16 * M - 1) break;    // masked for all rows of the warp, as is what follows
-            float s[KEYS / 8][M][4] = {};   // q k^T
-            tc_scores<HS, M>(s, q, read, k_tile, j);
+            if (t0 + j - first_query > 16 * M - 1) break;   // masked for all queries of the warp, as is what follows
+            float s[KEYS / 8][M][4] = {};                   // q k^T
+            tc_scores<HS>(s, q, read, k_tile, j);
 #pragma unroll
-            for (int m = 0; m < M; m++) {
-                if (ahead + KEYS - 1 > 16 * m) {   // some key comes after some query
-#pragma unroll
-                    for (int i = 0; i < KEYS / 2; i++)
-                        if (ahead + lane_ahead > 16 * m + i / 2 % 2 * 8 - i / 4 * 8 - i % 2) s[i / 4][m][i % 4] = -INFINITY;
-                }
-#pragma unroll
-                for (int half = 0; half < 2; half++) {
-                    float new_max = max[m][half];
-#pragma unroll
-                    for (int n = 0; n < KEYS / 8; n++) new_max = fmaxf(new_max, fmaxf(s[n][m][2 * half], s[n][m][2 * half + 1]));
-                    new_max = quad_max(new_max);
-                    float shrink = exp_2((max[m][half] - new_max) * scale);   // what was summed so far was relative to the old one
-                    max[m][half] = new_max;
-                    sum[m][half] *= shrink;
-#pragma unroll
-                    for (int n = 0; n < HS / 8; n++) o[m][n][2 * half] *= shrink, o[m][n][2 * half + 1] *= shrink;
-#pragma unroll
-                    for (int n = 0; n < KEYS / 8; n++)
-#pragma unroll
-                        for (int i = 2 * half; i < 2 * half + 2; i++) {
-                            s[n][m][i] = exp_2(s[n][m][i] * scale - new_max * scale);
-                            sum[m][half] += s[n][m][i];   // of this lane's columns; the quad's are added at the end
-                        }
+            for (int r = 0; r < 2 * M; r++) {
+                const int m = r / 2, i = r % 2 * 2;   // the row's elements of a c: [m][i] and [m][i + 1]
+                if (i == 0) tc_mask<false, KEYS / 8>(s, m, first_query + 16 * m, t0 + j, T);
+                float new_max = max[r];
+                for (int n = 0; n < KEYS / 8; n++) new_max = fmaxf(new_max, fmaxf(s[n][m][i], s[n][m][i + 1]));
+                new_max = fmaxf(new_max, __shfl_xor_sync(ALL_LANES, new_max, 1));   // over the 4 lanes that share the row
+                new_max = fmaxf(new_max, __shfl_xor_sync(ALL_LANES, new_max, 2));
+                float shrink = exp_2((max[r] - new_max) * scale);
+                max[r] = new_max;
+                sum[r] *= shrink;
+                for (int n = 0; n < HS / 8; n++) o[m][n][i] *= shrink, o[m][n][i + 1] *= shrink;
+                for (int n = 0; n < KEYS / 4; n++) {
+                    float& p = s[n / 2][m][i + n % 2];   // in place of s
+                    p = exp_2(p * scale - new_max * scale);
+                    sum[r] += p;   // of this lane's columns; those of the row's 4 lanes are added at the end
                 }
             }
 #pragma unroll
             for (int n = 0; n < KEYS / 8; n += 2) {   // o += p v
                 uint32_t p[M][4];
-#pragma unroll
                 for (int m = 0; m < M; m++) tc_as_a(p[m], s[n][m], false), tc_as_a(p[m], s[n + 1][m], true);
-                tc_add<HS, M>(o, p, read, v_tile, j + 8 * n);
+                tc_add<HS>(o, p, read, v_tile, j + 8 * n);
             }
         }
     }
 #pragma unroll
-    for (int m = 0; m < M; m++) {
-        float factor[2];
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            float total = quad_sum(sum[m][half]);
-            factor[half] = 1.0f / total;
-            int r = row + 16 * m + threadIdx.x % 32 / 4 + 8 * half;
-            if (threadIdx.x % 4 == 0 && r < T) lse[((size_t)at.b * NH + at.h) * T + r] = max[m][half] * shape.scale + logf(total);
-        }
-        tc_store<HS>(out + ((size_t)at.b * T * NH + at.h) * HS, NH * HS, o[m], row + 16 * m, T, factor[0], factor[1]);
+    for (int r = 0; r < 2 * M; r++) {
+        const int query = first_query + lane_row() + 8 * r, m = r / 2, i = r % 2 * 2;
+        const float total = neighbours_sum<4>(sum[r]), factor = 1.0f / total;
+        for (int n = 0; n < HS / 8; n++) o[m][n][i] *= factor, o[m][n][i + 1] *= factor;
+        if (lane_col() == 0 && query < T) lse[shape.lse_at(block.b, block.h, query)] = max[r] * shape.scale + logf(total);
     }
+    tc_store<HS>(out + shape.out_at(block.b, 0, block.h), shape.NH * HS, o, first_query, T, 1);
 }
 
-// Backward by rows of queries. With p = exp(s - lse), dp = dout v^T and delta = sum_c dout * out: ds = p (dp - delta) and
-// dq = scale * ds k. delta is kept for the kernel below; partial gets the sums of dq over the block's rows, for the bias of the
-// matmul that made qkv.
-template <int HS, int M>
-__global__ void __launch_bounds__(TC_THREADS, TC_BACKWARD_BLOCKS)
+// Backward by rows of queries: dq. `partial` gets the sums of dq over the block's rows, for the gradient of the bias of the matmul
+// that made qkv. If it is null they are not wanted.
+template <int HS>
+__global__ void __launch_bounds__(TC_THREADS, 2)
 attention_backward_dq_tc_kernel(bf16* dqkv, float* partial, float* delta, const bf16* dout, const bf16* qkv, const bf16* out,
                                 const float* lse, AttShape shape) {
     extern __shared__ __align__(128) bf16 tc_tiles[];   // two stages of a tile of k and one of v
-    constexpr uint32_t TILE = TC_TILE<HS>;
+    constexpr int M = TC_M<HS>;
     const uint32_t tiles = shared_address(tc_tiles);
     const TileReader<HS> read;
-    const int T = shape.T, NH = shape.NH, lane_ahead = (int)threadIdx.x % 4 * 2 - (int)threadIdx.x % 32 / 4;
-    const AttBlock at = att_block(shape, NH, 64 * M, true);
-    const int stride = (int)shape.stride(), out_stride = NH * HS;
-    const bf16* row0 = qkv + (size_t)at.b * T * stride;
-    const bf16* k_head = row0 + shape.k_head(at.h) * HS;
-    const int to_v = shape.NKV * HS;
-    const size_t out_head = ((size_t)at.b * T * NH + at.h) * HS, stat = ((size_t)at.b * NH + at.h) * T;
-    const int row = at.first + threadIdx.x / 32 * 16 * M;   // this warp's first
+    const AttBlock block = att_block(shape, shape.NH, TC_BLOCK<HS>, true);
+    const int T = shape.T, stride = (int)shape.stride(), end = min(block.first + TC_BLOCK<HS>, T);
+    const int first_query = block.first + threadIdx.x / 32 * 16 * M;   // the warp's
+    const bf16* k_head = qkv + shape.qkv_at(block.b, 0, shape.k_head(block.h));
     const float scale = shape.scale * LOG2E;
-
-    tc_load_tile<HS>(tiles, k_head, stride, 0, T);
-    tc_load_tile<HS>(tiles + TILE, k_head + to_v, stride, 0, T);
-    uint32_t q[M][HS / 16][4], dout_a[M][HS / 16][4];
-    float row_lse[M][2], row_delta[M][2] = {}, dq[M][HS / 8][4] = {};
+    auto stage = [&](int t0) { return tiles + t0 / TC_ROWS % 2 * 2 * TC_TILE<HS>; };
+    auto load = [&](int t0) { tc_load_tiles<HS>(stage(t0), k_head, stride, k_head + shape.NKV * HS, stride, t0, T); };
+    load(0);
+    const size_t q_head = shape.qkv_at(block.b, 0, block.h), out_head = shape.out_at(block.b, 0, block.h);
+    TcRows<HS> q, dout_rows;
+    TcSums<HS> dq = {};
+    float lse_row[2 * M], delta_row[2 * M] = {};   // of the lane's rows
+    tc_load_rows<HS>(q, out + out_head, shape.NH * HS, first_query, T);   // out needs registers for a moment only: those of q
+    tc_load_rows<HS>(dout_rows, dout + out_head, shape.NH * HS, first_query, T);
 #pragma unroll
-    for (int m = 0; m < M; m++) {
-        tc_load_a<HS>(q[m], out + out_head, out_stride, row + 16 * m, T);   // q's registers hold out for a moment
-        tc_load_a<HS>(dout_a[m], dout + out_head, out_stride, row + 16 * m, T);
+    for (int r = 0; r < 2 * M; r++) {
 #pragma unroll
-        for (int i = 0; i < HS / 16 * 4; i++) {
-            __nv_bfloat162 x = *(const __nv_bfloat162*)&q[m][i / 4][i % 4], y = *(const __nv_bfloat162*)&dout_a[m][i / 4][i % 4];
-            row_delta[m][i % 2] += (float)x.x * (float)y.x + (float)x.y * (float)y.y;
+        for (int i = r % 2; i < HS / 4; i += 2) {
+            const __nv_bfloat162 x = *(const __nv_bfloat162*)&q[i / 8][r / 2][i / 4 % 2][i % 4];
+            const __nv_bfloat162 y = *(const __nv_bfloat162*)&dout_rows[i / 8][r / 2][i / 4 % 2][i % 4];
+            delta_row[r] += (float)x.x * (float)y.x + (float)x.y * (float)y.y;
         }
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            int r = row + 16 * m + threadIdx.x % 32 / 4 + 8 * half;
-            row_delta[m][half] = quad_sum(row_delta[m][half]);
-            row_lse[m][half] = r < T ? lse[stat + r] * LOG2E : 0;
-            if (threadIdx.x % 4 == 0 && r < T) delta[stat + r] = row_delta[m][half];
-        }
-        tc_load_a<HS>(q[m], row0 + at.h * HS, stride, row + 16 * m, T);
+        delta_row[r] = neighbours_sum<4>(delta_row[r]);
+        const int query = first_query + lane_row() + 8 * r;
+        const size_t at = shape.lse_at(block.b, block.h, query);
+        lse_row[r] = query < T ? lse[at] * LOG2E : 0;
+        if (lane_col() == 0 && query < T) delta[at] = delta_row[r];   // for the kernel below
     }
-    const int end = min(at.first + 64 * M, T);
+    tc_load_rows<HS>(q, qkv + q_head, stride, first_query, T);
     for (int t0 = 0; t0 < end; t0 += TC_ROWS) {
-        const uint32_t k_tile = tiles + t0 / TC_ROWS % 2 * 2 * TILE, v_tile = k_tile + TILE;
+        const uint32_t k_tile = stage(t0), v_tile = k_tile + TC_TILE<HS>;
         cp_async_wait_all();
-        __syncthreads();
-        if (t0 + TC_ROWS < end) {
-            uint32_t next = tiles + (t0 / TC_ROWS + 1) % 2 * 2 * TILE;
-            tc_load_tile<HS>(next, k_head, stride, t0 + TC_ROWS, T);
-            tc_load_tile<HS>(next + TILE, k_head + to_v, stride, t0 + TC_ROWS, T);
-        }
+        __syncthreads();   // the copies of all threads are complete, and no thread reads the tiles before any more
+        if (t0 + TC_ROWS < end) load(t0 + TC_ROWS);
 #pragma unroll
         for (int j = 0; j < TC_ROWS; j += 16) {
-            const int ahead = t0 + j - row;
-            if (ahead > 16 * M - 1) break;
+            if (t0 + j - first_query > 16 * M - 1) break;
             uint32_t ds[M][4];
 #pragma unroll
-            for (int right = 0; right < 2; right++) {   // 8 keys, then 8 more
+            for (int right = 0; right < 2; right++) {      // 8 keys, then 8 more
                 float s[1][M][4] = {}, dp[1][M][4] = {};   // q k^T and dout v^T
-                tc_scores<HS, M>(s, q, read, k_tile, j + 8 * right);
-                tc_scores<HS, M>(dp, dout_a, read, v_tile, j + 8 * right);
-#pragma unroll
+                tc_scores<HS>(s, q, read, k_tile, j + 8 * right);
+                tc_scores<HS>(dp, dout_rows, read, v_tile, j + 8 * right);
                 for (int m = 0; m < M; m++) {
-                    if (ahead + 8 * right + 7 > 16 * m) {   // some key comes after some query
-#pragma unroll
-                        for (int i = 0; i < 4; i++)
-                            if (ahead + lane_ahead > 16 * m + i / 2 * 8 - 8 * right - i % 2) s[0][m][i] = -INFINITY;
-                    }
-#pragma unroll
+                    tc_mask<false, 1>(s, m, first_query + 16 * m, t0 + j + 8 * right, T);
                     for (int i = 0; i < 4; i++)   // ds = p (dp - delta)
-                        dp[0][m][i] = exp_2(s[0][m][i] * scale - row_lse[m][i / 2]) * (dp[0][m][i] - row_delta[m][i / 2]);
+                        dp[0][m][i] = exp_2(s[0][m][i] * scale - lse_row[2 * m + i / 2]) * (dp[0][m][i] - delta_row[2 * m + i / 2]);
                     tc_as_a(ds[m], dp[0][m], right);
                 }
             }
-            tc_add<HS, M>(dq, ds, read, k_tile, j);   // dq += ds k
+            tc_add<HS>(dq, ds, read, k_tile, j);   // dq += ds k
         }
     }
-#pragma unroll
-    for (int m = 0; m < M; m++)
-        tc_store<HS>(dqkv + (size_t)at.b * T * stride + at.h * HS, stride, dq[m], row + 16 * m, T, shape.scale, shape.scale);
-    __syncthreads();   // nobody reads tiles any more
-    tc_column_sums<HS, M>(partial + (size_t)(at.b * at.row_blocks + at.first / (64 * M)) * stride + at.h * HS, dq, shape.scale,
-                          (float*)tc_tiles);
+    tc_store<HS>(dqkv + q_head, stride, dq, first_query, T, shape.scale);
+    if (partial == nullptr) return;
+    partial += (size_t)(block.b * block.row_blocks + block.first / TC_BLOCK<HS>) * stride + block.h * HS;
+    __syncthreads();   // no thread reads tiles any more
+    tc_column_sums<HS>(partial, dq, shape.scale, (float*)tc_tiles);
 }
 
 // Backward by rows of keys: dk, dv and their sums over rows. All is transposed: s^T = k q^T, dv = p^T dout, dk = scale * ds^T q.
-template <int HS, int M>
-__global__ void __launch_bounds__(TC_THREADS, TC_BACKWARD_BLOCKS)
+template <int HS>
+__global__ void __launch_bounds__(TC_THREADS, 2)
 attention_backward_dkv_tc_kernel(bf16* dqkv, float* partial, const bf16* dout, const bf16* qkv, const float* lse,
                                  const float* delta, AttShape shape) {
-    extern __shared__ __align__(128) bf16 tc_tiles[];   // two stages of a tile of q and one of dout; v
-    __shared__ float2 statistics[2][2][TC_ROWS / 2];    // and of their lse and delta, two queries at a time
-    constexpr uint32_t TILE = TC_TILE<HS>;
-    const uint32_t tiles = shared_address(tc_tiles), v_tile = tiles + 4 * TILE;
+    extern __shared__ __align__(128) bf16 tc_tiles[];      // two stages of a tile of q and one of dout; v
+    __shared__ float2 row_statistics[2][2][TC_ROWS / 2];   // of each stage: lse and delta of its queries, by twos
+    constexpr int M = TC_M<HS>;
+    const uint32_t tiles = shared_address(tc_tiles), v_tile = tiles + 4 * TC_TILE<HS>;
     const TileReader<HS> read;
-    const int T = shape.T, NH = shape.NH, lane_ahead = (int)threadIdx.x % 32 / 4 - (int)threadIdx.x % 4 * 2;   // row less column
-    const AttBlock at = att_block(shape, shape.NKV, 64 * M, false);   // h is a key-value head
-    const int stride = (int)shape.stride(), out_stride = NH * HS, to_v = shape.NKV * HS;
-    const int row = at.first + threadIdx.x / 32 * 16 * M;   // this warp's first key
+    const AttBlock block = att_block(shape, shape.NKV, TC_BLOCK<HS>, false);   // block.h is a key-value head
+    const int T = shape.T, stride = (int)shape.stride(), to_v = shape.NKV * HS;
+    auto first_key = [&] { return block.first + (int)opaque(threadIdx.x) / 32 * 16 * M; };   // the warp's
+    const bf16 *row0 = qkv + shape.qkv_at(block.b, 0, 0), *k_head = row0 + (shape.NH + block.h) * HS;
     const float scale = shape.scale * LOG2E;
-    const bf16 *row0 = qkv + (size_t)at.b * T * stride, *k_head = row0 + (NH + at.h) * HS;
-
     auto load_stage = [&](int stage, int h, int t0) {   // queries from t0 on, of query head h
-        uint32_t tile = tiles + stage * 2 * TILE;
-        tc_load_tile<HS>(tile, row0 + h * HS, stride, t0, T);
-        tc_load_tile<HS>(tile + TILE, dout + ((size_t)at.b * T * NH + h) * HS, out_stride, t0, T);
-        int thread = again(threadIdx.x), query = thread % TC_ROWS;   // half of the block takes lse, the other delta
-        const float* from = (thread < TC_ROWS ? lse : delta) + ((size_t)at.b * NH + h) * T + t0 + query;
-        cp_async<4>(shared_address((float*)statistics[stage][thread / TC_ROWS] + query), from, t0 + query < T);
+        const bf16* dout_head = dout + shape.out_at(block.b, 0, h);
+        tc_load_tiles<HS>(tiles + stage * 2 * TC_TILE<HS>, row0 + h * HS, stride, dout_head, shape.NH * HS, t0, T);
+        const int thread = opaque(threadIdx.x), row = thread % TC_ROWS;   // half of the block copies lse, the other delta
+        const float* from = (thread < TC_ROWS ? lse : delta) + shape.lse_at(block.b, h, t0 + row);
+        cp_async<4>(shared_address((float*)row_statistics[stage][thread / TC_ROWS] + row), from, t0 + row < T);
     };
-    // The query heads that share these keys, one after the other, and of each the queries from `first` on.
-    int h = at.h * shape.group(), t0 = at.first, stage = 0;
-    const int end_h = h + shape.group();
-    load_stage(0, h, t0);
-    uint32_t k[M][HS / 16][4], v[M][HS / 16][4];
-    float dk[M][HS / 8][4] = {}, dv[M][HS / 8][4] = {};
-#pragma unroll
-    for (int m = 0; m < M; m++) {
-        tc_load_a<HS>(k[m], k_head, stride, row + 16 * m, T);
-        if constexpr (!TC_V_SHARED<HS>) tc_load_a<HS>(v[m], k_head + to_v, stride, row + 16 * m, T);
-        else tc_load_tile<HS>(v_tile + m * TILE, k_head + to_v, stride, at.first + 64 * m, T);
-    }
-    while (h < end_h) {
-        const uint32_t q_tile = tiles + stage * 2 * TILE, dout_tile = q_tile + TILE;
-        const bool next_head = t0 + TC_ROWS >= T;
-        const int next_h = h + next_head, next_t0 = next_head ? at.first : t0 + TC_ROWS;
-        cp_async_wait_all();
-        __syncthreads();
-        if (next_h < end_h) load_stage(stage ^ 1, next_h, next_t0);
+    const int first_head = block.h * shape.group(), last_head = first_head + shape.group() - 1;   // that share these keys
+    int stage = 0;
+    load_stage(stage, first_head, block.first);
+    TcRows<HS> k, v;
+    TcSums<HS> dk = {}, dv = {};
+    tc_load_rows<HS>(k, k_head, stride, first_key(), T);
+    if constexpr (!TC_V_SHARED<HS>) tc_load_rows<HS>(v, k_head + to_v, stride, first_key(), T);
+    else for (int m = 0; m < M; m++) tc_load_tile<HS>(v_tile + m * TC_TILE<HS>, k_head + to_v, stride, block.first + 64 * m, T);
+    for (int h = first_head; h <= last_head; h++)
+        for (int t0 = block.first; t0 < T; t0 += TC_ROWS, stage ^= 1) {   // earlier queries see none of these keys
+            const uint32_t q_tile = tiles + stage * 2 * TC_TILE<HS>, dout_tile = q_tile + TC_TILE<HS>;
+            const bool last = t0 + TC_ROWS >= T;   // of the head
+            cp_async_wait_all();
+            __syncthreads();
+            if (!last || h < last_head) load_stage(stage ^ 1, h + last, last ? block.first : t0 + TC_ROWS);
 #pragma unroll 1
-        for (int j = 0; j < TC_ROWS; j += 16) {
-            const int ahead = row - t0 - j;   // of the first of 16 queries is the warp's first key
-            if (ahead > 15) continue;         // these queries come before all keys of the warp
-            float s[2][M][4] = {}, dp[2][M][4] = {};
-            tc_scores<HS, M>(s, k, read, q_tile, j);
-            if constexpr (!TC_V_SHARED<HS>) tc_scores<HS, M>(dp, v, read, dout_tile, j);
-            else tc_scores<HS, M>(dp, v_tile, row - at.first, read, dout_tile, j);
-            uint32_t p[M][4], ds[M][4];
+            for (int j = 0; j < TC_ROWS; j += 16) {
+                if (first_key() - (t0 + j) > 15) continue;     // these queries come before all keys of the warp
+                float s[2][M][4] = {}, dp[2][M][4] = {};   // of 8 queries, then 8 more
+                tc_scores<HS>(s, k, read, q_tile, j);
+                tc_scores<HS, TC_V_SHARED<HS>>(dp, v, read, dout_tile, j, v_tile, first_key() - block.first);
+                for (int m = 0; m < M; m++) tc_mask<true, 2>(s, m, t0 + j, first_key() + 16 * m, T);
+                uint32_t p[M][4], ds[M][4];
 #pragma unroll
-            for (int n = 0; n < 2; n++) {   // 8 queries, then 8 more
-                const int pair = j / 2 + 4 * n + threadIdx.x % 4;   // the lane's two
-                const float2 lse_2 = statistics[stage][0][pair], delta_2 = statistics[stage][1][pair];
-#pragma unroll
-                for (int m = 0; m < M; m++) {
-                    if (ahead + 16 * m + 15 > 8 * n || t0 + j + 15 >= T) {   // some query comes before some key, or is not there
-#pragma unroll
-                        for (int i = 0; i < 4; i++)
-                            if (ahead + lane_ahead > 8 * n + i % 2 - 16 * m - i / 2 * 8 || t0 + 2 * pair + i % 2 >= T)
-                                s[n][m][i] = -INFINITY;
+                for (int n = 0; n < 2; n++) {
+                    const int pair = (j + 8 * n + lane_col()) / 2;   // the lane's two queries
+                    const float2 lse_2 = row_statistics[stage][0][pair], delta_2 = row_statistics[stage][1][pair];
+                    for (int m = 0; m < M; m++) {
+                        for (int i = 0; i < 4; i++) {   // p in place of s, ds of dp
+                            s[n][m][i] = exp_2(s[n][m][i] * scale - (i % 2 ? lse_2.y : lse_2.x) * LOG2E);
+                            dp[n][m][i] = s[n][m][i] * (dp[n][m][i] - (i % 2 ? delta_2.y : delta_2.x));
+                        }
+                        tc_as_a(p[m], s[n][m], n);
+                        tc_as_a(ds[m], dp[n][m], n);
                     }
-#pragma unroll
-                    for (int i = 0; i < 4; i++) {   // p in place of s, ds of dp
-                        s[n][m][i] = exp_2(s[n][m][i] * scale - (i % 2 ? lse_2.y : lse_2.x) * LOG2E);
-                        dp[n][m][i] = s[n][m][i] * (dp[n][m][i] - (i % 2 ? delta_2.y : delta_2.x));
-                    }
-                    tc_as_a(p[m], s[n][m], n);
-                    tc_as_a(ds[m], dp[n][m], n);
                 }
+                tc_add<HS>(dv, p, read, dout_tile, j);
+                tc_add<HS>(dk, ds, read, q_tile, j);
             }
-            tc_add<HS, M>(dv, p, read, dout_tile, j);
-            tc_add<HS, M>(dk, ds, read, q_tile, j);
         }
-        h = next_h, t0 = next_t0, stage ^= 1;
-    }
-    bf16* dk_head = dqkv + (size_t)at.b * T * stride + (NH + at.h) * HS;
-#pragma unroll
-    for (int m = 0; m < M; m++) {
-        tc_store<HS>(dk_head, stride, dk[m], row + 16 * m, T, shape.scale, shape.scale);
-        tc_store<HS>(dk_head + to_v, stride, dv[m], row + 16 * m, T, 1, 1);
-    }
-    float* sums = partial + (size_t)(at.b * at.row_blocks + at.first / (64 * M)) * stride + (NH + at.h) * HS;
-    __syncthreads();   // nobody reads tiles any more
-    tc_column_sums<HS, M>(sums, dk, shape.scale, (float*)tc_tiles);
-    tc_column_sums<HS, M>(sums + to_v, dv, 1, (float*)tc_tiles + 4 * HS);
+    bf16* dk_head = dqkv + shape.qkv_at(block.b, 0, shape.NH + block.h);
+    tc_store<HS>(dk_head, stride, dk, first_key(), T, shape.scale);
+    tc_store<HS>(dk_head + to_v, stride, dv, first_key(), T, 1);
+    if (partial == nullptr) return;
+    partial += (size_t)(block.b * block.row_blocks + block.first / TC_BLOCK<HS>) * stride + (shape.NH + block.h) * HS;
+    __syncthreads();   // no thread reads tiles any more
+    tc_column_sums<HS>(partial, dk, shape.scale, (float*)tc_tiles);
+    tc_column_sums<HS>(partial + to_v, dv, 1, (float*)tc_tiles + 4 * HS);
 }
 
 // A kernel has to ask for more than 48 KB of shared memory, static and dynamic together. Returns the bytes of the dynamic.
@@ -2049,29 +1932,27 @@ int tc_shared_bytes(Kernel kernel, int bytes) {
     return bytes;
 }
 template <int HS>
-void attention_forward_tc(void* out, float* lse, const void* qkv, int B, AttShape shape, cudaStream_t stream) {
-    constexpr int M = TC_M<HS>;
-    auto kernel = attention_forward_tc_kernel<HS, M, 64 / M>;
-    static int bytes = tc_shared_bytes(kernel, 4 * TC_TILE<HS>);
-    int heads = B * shape.NH, blocks = heads * ceil_div(shape.T, 64 * M);
-    kernel<<<blocks, TC_THREADS, bytes, stream>>>((bf16*)out, lse, (const bf16*)qkv, att_in_groups(shape, heads));
+void attention_forward_tc(floatX* out, float* lse, const floatX* qkv, int B, AttShape shape, cudaStream_t stream) {
+    static int bytes = tc_shared_bytes(attention_forward_tc_kernel<HS>, 4 * TC_TILE<HS>);
+    int heads = B * shape.NH, blocks = heads * ceil_div(shape.T, TC_BLOCK<HS>);
+    attention_forward_tc_kernel<HS><<<blocks, TC_THREADS, bytes, stream>>>(out, lse, qkv, att_in_groups(shape, heads));
     cudaCheck(cudaGetLastError());
 }
 template <int HS>
-void attention_backward_tc(void* dqkv, Grad dbias, float* delta, float* scratch, const void* dout, const void* qkv, const void* out,
-                           const float* lse, bool accumulate, int B, AttShape shape, cudaStream_t stream) {
-    constexpr int M = TC_M<HS>;
-    auto dq_kernel = attention_backward_dq_tc_kernel<HS, M>;
-    auto dkv_kernel = attention_backward_dkv_tc_kernel<HS, M>;
-    static int dq_bytes = tc_shared_bytes(dq_kernel, 4 * TC_TILE<HS>), dkv_bytes = tc_shared_bytes(dkv_kernel, (4 + M) * TC_TILE<HS>);
-    int row_blocks = ceil_div(shape.T, 64 * M), heads = B * shape.NH, kv_heads = B * shape.NKV;
-    dq_kernel<<<heads * row_blocks, TC_THREADS, dq_bytes, stream>>>((bf16*)dqkv, scratch, delta, (const bf16*)dout, (const bf16*)qkv,
-                                                                    (const bf16*)out, lse, att_in_groups(shape, heads));
+void attention_backward_tc(floatX* dqkv, Grad dbias, float* delta, float* scratch, const floatX* dout, const floatX* qkv,
+                           const floatX* out, const float* lse, bool accumulate, int B, AttShape shape, cudaStream_t stream) {
+    static int dq_bytes = tc_shared_bytes(attention_backward_dq_tc_kernel<HS>, 4 * TC_TILE<HS>);
+    static int dkv_bytes = tc_shared_bytes(attention_backward_dkv_tc_kernel<HS>, (4 + TC_M<HS>) * TC_TILE<HS>);
+    int row_blocks = ceil_div(shape.T, TC_BLOCK<HS>), heads = B * shape.NH, kv_heads = B * shape.NKV;
+    float* partial = dbias.p != nullptr ? scratch : nullptr;
+    attention_backward_dq_tc_kernel<HS><<<heads * row_blocks, TC_THREADS, dq_bytes, stream>>>(
+        dqkv, partial, delta, dout, qkv, out, lse, att_in_groups(shape, heads));
     cudaCheck(cudaGetLastError());
-    dkv_kernel<<<kv_heads * row_blocks, TC_THREADS, dkv_bytes, stream>>>((bf16*)dqkv, scratch, (const bf16*)dout, (const bf16*)qkv, lse,
-                                                                         delta, att_in_groups(shape, kv_heads));
+    attention_backward_dkv_tc_kernel<HS><<<kv_heads * row_blocks, TC_THREADS, dkv_bytes, stream>>>(
+        dqkv, partial, dout, qkv, lse, delta, att_in_groups(shape, kv_heads));
     cudaCheck(cudaGetLastError());
-    colsum_finish({dbias}, 1, scratch, B * row_blocks, (shape.NH + 2 * shape.NKV) * shape.HS, accumulate, stream);
+    if (partial == nullptr) return;
+    colsum_finish({dbias}, 1, partial, B * row_blocks, (shape.NH + 2 * shape.NKV) * shape.HS, accumulate, stream);
 }
 
 AttShape att_shape(int T, int NH, int NKV, int HS) {
@@ -2091,40 +1972,26 @@ void attention_forward(floatX* out,        // (B, T, NH*HS)
                        float* lse,         // (B, NH, T), natural logarithm
                        const floatX* qkv,  // (B, T, (NH + 2 NKV)*HS): q of all heads, then k, then v
                        int B, int T, int NH, int NKV, int HS, cudaStream_t stream) {
-    AttShape shape = att_shape(T, NH, NKV, HS);
-    if constexpr (!kFP32) {
-        if (HS == 64) return attention_forward_tc<64>(out, lse, qkv, B, shape, stream);
-        if (HS == 128) return attention_forward_tc<128>(out, lse, qkv, B, shape, stream);
-    }
-    if (HS <= 32) attention_forward_launch<1>(out, lse, qkv, B, shape, stream);
-    else if (HS <= 64) attention_forward_launch<2>(out, lse, qkv, B, shape, stream);
-    else attention_forward_launch<4>(out, lse, qkv, B, shape, stream);
+    auto run = HS <= 32 ? attention_forward_launch<1> : HS <= 64 ? attention_forward_launch<2> : attention_forward_launch<4>;
+    if constexpr (!kFP32) run = HS == 64 ? attention_forward_tc<64> : HS == 128 ? attention_forward_tc<128> : run;
+    run(out, lse, qkv, B, att_shape(T, NH, NKV, HS), stream);
 }
 
-// floats of scratch that backward takes
-inline size_t attention_scratch(size_t B, size_t T, size_t NH, size_t NKV, size_t HS) {
+inline size_t attention_scratch(size_t B, size_t T, size_t NH, size_t NKV, size_t HS) {   // floats that backward takes for dbias
     return std::max((size_t)COLSUM_SLICES, B * ceil_div(T, 64)) * (NH + 2 * NKV) * HS;
 }
 void attention_backward(floatX* dqkv,        // (B, T, (NH + 2 NKV)*HS)
-                        Grad dbias,          // ((NH + 2 NKV)*HS) column sums of dqkv
+                        Grad dbias,          // ((NH + 2 NKV)*HS) column sums of dqkv; a null pointer: not wanted
                         float* delta,        // (B, NH, T) scratch
-                        float* scratch,      // attention_scratch(B, T, NH, NKV, HS)
+                        float* scratch,      // attention_scratch(B, T, NH, NKV, HS); only used for dbias
                         const floatX* dout,  // (B, T, NH*HS)
                         const floatX* qkv,   // (B, T, (NH + 2 NKV)*HS)
                         const floatX* out,   // (B, T, NH*HS)
                         const float* lse,    // (B, NH, T)
                         bool accumulate, int B, int T, int NH, int NKV, int HS, cudaStream_t stream) {
-    AttShape shape = att_shape(T, NH, NKV, HS);
-    auto run = [&](auto backward) {
-        backward(dqkv, dbias, delta, scratch, dout, qkv, out, lse, accumulate, B, shape, stream);
-    };
-    if constexpr (!kFP32) {
-        if (HS == 64) return run(attention_backward_tc<64>);
-        if (HS == 128) return run(attention_backward_tc<128>);
-    }
-    if (HS <= 32) run(attention_backward_launch<1>);
-    else if (HS <= 64) run(attention_backward_launch<2>);
-    else run(attention_backward_launch<4>);
+    auto run = HS <= 32 ? attention_backward_launch<1> : HS <= 64 ? attention_backward_launch<2> : attention_backward_launch<4>;
+    if constexpr (!kFP32) run = HS == 64 ? attention_backward_tc<64> : HS == 128 ? attention_backward_tc<128> : run;
+    run(dqkv, dbias, delta, scratch, dout, qkv, out, lse, accumulate, B, att_shape(T, NH, NKV, HS), stream);
 }
 // ==== end twin
 
