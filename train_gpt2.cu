@@ -3336,9 +3336,8 @@ struct Shard {
     int width;   // bytes per token
     size_t bytes() const { return HEADER_BYTES + tokens * width; }
 };
-struct Position {   // `window` windows have been taken from the shard that stands at `shard` in the order of this epoch
-    size_t shard = 0, window = 0, epoch = 0;
-};
+// `window` windows have been taken from the shard that stands at `shard` in the order of this epoch.
+struct Position { size_t shard = 0, window = 0, epoch = 0; };
 struct Loader {
     std::vector<Shard> shards;
     int B = 0, T = 0, largest_id = 0;
@@ -3401,8 +3400,8 @@ uint64_t loader_check_ids(Loader& d, size_t shard, int V) {
             d.largest_id = std::max(d.largest_id, (int)id);
             if (id >= (uint32_t)V)
                 fail("%s: token %zu has id %u, but the model's vocabulary is %d (expected ids 0 to %d); make the tokens with the "
-                     "model's tokenizer (prepro/text.py --tokenizer), or take a model with V%u or more (-e gpt2:...,V%u)",
-                     s.path.c_str(), i + (&id - d.ids.data()), id, V, V - 1, id + 1, id + 1);
+                     "model's tokenizer (prepro/text.py --tokenizer), or take a model with V%u or more (-e)",
+                     s.path.c_str(), i + (&id - d.ids.data()), id, V, V - 1, id + 1);
         }
     }
     return sum;
@@ -3745,7 +3744,7 @@ bool is_checkpoint_name(const std::string& name) {   // also of one half-written
 // sums would have another order and other bits.
 Plan state_plan(const std::string& folder, int step) {
     StateHeader h;
-    const std::string path = checkpoint_path(folder, "state", step, 0);   // rank 0's: their number is not checked yet
+    const std::string path = checkpoint_path(folder, "state", step, 0);   // rank 0's, which there always is
     fclose(open_with_header(path.c_str(), &h, STATE_MAGIC, "the state of a run", STATE_REMEDY));
     if (h.ranks != world.size)
         fail("%s: was written by a run on %d GPUs, this one has %d; resume with as many GPUs", path.c_str(), h.ranks, world.size);
@@ -3809,7 +3808,7 @@ std::vector<int> checkpoints_in(const std::string& folder) {
 bool checkpoint_save(Model& model, const RunState& r, const Loader& train, const std::string& folder, int keep) {
     NvtxRange range("checkpoint");
     std::vector<std::string> written;
-    std::string error;   // of this rank
+    std::string error;   // of this rank; after one it writes no more files
     auto write = [&](const char* kind, const std::function<void(const Put& put)>& fill) {
         const std::string path = checkpoint_path(folder, kind, r.step);
         if (error.empty()) error = write_file(path, fill);
