@@ -3643,8 +3643,8 @@ Config model_read_config(const char* path) {
     const bool sane = c.maxT > 0 && c.V > 0 && c.V <= 1 << 30 && c.L > 0 && c.L <= 1 << 12 && c.NH > 0 && c.C > 0 &&
                       c.C <= 1 << 16 && c.C % c.NH == 0 && c.Vp == ceil_div(c.V, 128) * 128;
     if (!sane || (h.version != MODEL_FP32 && h.version != MODEL_BF16))
-        fail("%s: its header makes no model: version %d (expected version 3, fp32, or 5, bf16), T %d, V %d padded to %d (expected "
-             "a multiple of 128), L %d, NH %d, C %d; %s", path, h.version, c.maxT, c.V, c.Vp, c.L, c.NH, c.C, MODEL_REMEDY);
+        fail("%s: its header makes no model: version %d (expected version 3, fp32, or 5, bf16), T %d, V %d padded to %d (a "
+             "multiple of 128), L %d, NH %d, C %d; %s", path, h.version, c.maxT, c.V, c.Vp, c.L, c.NH, c.C, MODEL_REMEDY);
     const size_t expected = HEADER_BYTES + param_count(c) * dtype_size(h.version == MODEL_FP32 ? F32 : BF16);
     if (size != expected)
         fail("%s: its header (T %d, V %d, L %d, NH %d, C %d, version %d) asks for %zu bytes, found %zu; it is damaged or was cut "
