@@ -3030,9 +3030,9 @@ double model_flops_per_token(const Config& c, int T) {
 // ---------------------------------------------------------------------------------------------------------------------
 // 8. files
 //
-// Formats are llm.c's, little-endian, with a header of 256 int32. A reader believes nothing: it compares magic, version and
-// every size with the file's real size before it allocates. A writer writes to a temporary name and renames when all is on
-// the disk, so that a name always stands for a whole file; what is no file is never renamed over.
+// Formats are llm.c's: little-endian, with a header of 256 int32. A reader trusts nothing: before it allocates, it compares the
+// magic, the version and all sizes with the real size of the file. A writer renames a file from a temporary name when all its
+// bytes are on the disk, so that a name always stands for a whole file. Only regular files are replaced.
 
 constexpr int HEADER_INTS = 256;
 constexpr size_t HEADER_BYTES = HEADER_INTS * sizeof(int32_t);
@@ -3047,136 +3047,108 @@ bool is_folder(const char* path) {
 }
 bool file_exists(const std::string& path) { return access(path.c_str(), F_OK) == 0; }
 std::string folder_of(const std::string& path) {
-    size_t slash = path.rfind('/');
+    const size_t slash = path.rfind('/');
     return slash == std::string::npos ? "." : slash == 0 ? "/" : path.substr(0, slash);
 }
 
-// Opens a file to read it. `remedy` ends every message: what to run to get a good one. A pipe would let us wait for its writer
-// and a device has no size, so only regular files will do.
-FILE* open_regular(const char* path, const char* what, const char* remedy) {
-    const int fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
+// Opens a file and reads its header. Magic 0: the caller checks it. Messages end with `remedy`: what to run for a good file.
+FILE* open_with_header(const char* path, void* header, int magic, const char* what, const char* remedy) {
+    const int fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);   // a pipe would wait for its writer
     struct stat s;
     FILE* f = fd >= 0 && fstat(fd, &s) == 0 ? fdopen(fd, "rb") : nullptr;
-    if (fd >= 0 && !S_ISREG(s.st_mode))
+    if (f == nullptr) fail("cannot open %s (%s): %s; %s", path, what, strerror(errno), remedy);
+    if (!S_ISREG(s.st_mode))
         fail("%s is %s; expected %s in a regular file; %s", path,
              S_ISDIR(s.st_mode) ? "a folder" : S_ISFIFO(s.st_mode) ? "a pipe" : "a device", what, remedy);
-    if (f == nullptr) fail("cannot open %s (%s): %s; %s", path, what, strerror(errno), remedy);
-    return f;
-}
-// The same for a file with one of our headers.
-FILE* open_with_header(const char* path, int32_t* header, int magic, const char* what, const char* remedy) {
-    FILE* f = open_regular(path, what, remedy);
     if (fread(header, 1, HEADER_BYTES, f) != HEADER_BYTES)
         fail("%s: expected %s with a header of %zu bytes, found a file of %zu bytes; %s", path, what, HEADER_BYTES, file_size(f),
              remedy);
-    if (header[0] != magic) fail("%s: expected %s (magic %d), found magic %d; %s", path, what, magic, header[0], remedy);
+    const int found = *(const int32_t*)header;
+    if (magic != 0 && found != magic) fail("%s: expected %s (magic %d), found magic %d; %s", path, what, magic, found, remedy);
     return f;
 }
+void read_bytes(FILE* f, const char* path, void* data, size_t bytes) {
+    if (fread(data, 1, bytes, f) != bytes) fail("%s: could not be read to its end: %s", path, strerror(errno));
+}
+// Returns how many of the bytes could be written. If that is not all of them, errno tells why.
+size_t write_bytes(int fd, const void* data, size_t bytes) {
+    size_t done = 0;
+    while (done < bytes) {
+        const ssize_t n = write(fd, (const char*)data + done, bytes - done);
+        if (n >= 0) done += n;
+        else if (errno != EINTR) break;
+    }
+    return done;
+}
+void sync_folder(const std::string& folder) {   // a new name is on the disk only after its folder is
+    const int fd = open(folder.c_str(), O_RDONLY | O_CLOEXEC);
+    if (fd < 0) return;
+    fsync(fd);
+    close(fd);
+}
 
-// Where a writer's name leads, its links followed: to a file or to nothing yet, which may be replaced; or to a device, a FIFO, or
-// what this process has open already (/dev/stdout, /dev/fd/3, the shell's >(...)), which is a stream to write to as it is.
+// Where the name of an output leads, after all links: to a file or to nothing yet, which a new file may replace; or to a stream,
+// which is written to as it is: a device, a FIFO, or what this process has open (/dev/stdout, /dev/fd/3, the shell's >(...)).
 struct Destination {
     std::string path, error;
-    struct stat old = {};   // st_mode is 0 where there is nothing yet
+    struct stat old = {};   // st_mode is 0 if there is nothing yet
     int stream = -1;
 };
 Destination destination(const std::string& name) {
     Destination d;
     d.path = name;
     const std::string own = "/proc/" + std::to_string(getpid()) + "/fd";
-    char link[PATH_MAX];
-    for (int links = 0; links < 40; links++) {   // as many as Linux follows
-        char* folder = realpath(folder_of(d.path).c_str(), nullptr);
-        const bool open_already = folder != nullptr && own == folder;
-        free(folder);
-        if (open_already) {
+    char folder[PATH_MAX], link[PATH_MAX];
+    for (int links = 0; links < 40; links++) {   // Linux follows as many
+        if (realpath(folder_of(d.path).c_str(), folder) != nullptr && own == folder) {
             d.stream = fcntl(atoi(d.path.c_str() + d.path.rfind('/') + 1), F_DUPFD_CLOEXEC, 3);
             if (d.stream < 0) d.error = strerror(errno);
             return d;
         }
-        ssize_t n = readlink(d.path.c_str(), link, sizeof link - 1);
+        const ssize_t n = readlink(d.path.c_str(), link, sizeof link);
         if (n < 0) break;
-        link[n] = '\0';
-        d.path = link[0] == '/' ? link : folder_of(d.path) + "/" + link;
+        d.path = (link[0] == '/' ? "" : folder_of(d.path) + "/") + std::string(link, n);
     }
-    if (stat(d.path.c_str(), &d.old) != 0) {
-        if (errno != ENOENT) d.error = strerror(errno);
-    } else if (S_ISDIR(d.old.st_mode) || S_ISBLK(d.old.st_mode)) {
-        d.error = S_ISDIR(d.old.st_mode) ? "it is a folder" : "it is a disk";
-    } else if (!S_ISREG(d.old.st_mode)) {   // without O_NONBLOCK a FIFO that nobody reads would be waited for
-        d.stream = open(d.path.c_str(), O_WRONLY | O_APPEND | O_NOCTTY | O_NONBLOCK | O_CLOEXEC);
-        if (d.stream < 0) d.error = errno == ENXIO && S_ISFIFO(d.old.st_mode) ? "nobody reads this FIFO" : strerror(errno);
-    }
+    if (stat(d.path.c_str(), &d.old) != 0) d.error = errno == ENOENT ? "" : strerror(errno);
+    else if (S_ISDIR(d.old.st_mode)) d.error = "it is a folder";
+    else if (S_ISBLK(d.old.st_mode)) d.error = "it is a disk";
+    if (!d.error.empty() || d.old.st_mode == 0 || S_ISREG(d.old.st_mode)) return d;
+    d.stream = open(d.path.c_str(), O_WRONLY | O_APPEND | O_NOCTTY | O_NONBLOCK | O_CLOEXEC);   // a FIFO would wait for a reader
+    if (d.stream < 0) d.error = errno == ENXIO && S_ISFIFO(d.old.st_mode) ? "nobody reads this FIFO" : strerror(errno);
     return d;
 }
-// How many of the bytes could be written; if not all, errno tells why.
-size_t write_bytes(int fd, const void* data, size_t bytes) {
-    size_t done = 0;
-    while (done < bytes) {
-        ssize_t n = write(fd, (const char*)data + done, bytes - done);
-        if (n >= 0) done += n;
-        else if (errno != EINTR) break;
-    }
-    return done;
-}
-void sync_folder(const std::string& folder) {   // names are on the disk only when their folder is
-    int fd = open(folder.c_str(), O_RDONLY | O_CLOEXEC);
-    if (fd < 0) return;
-    fsync(fd);
-    close(fd);
-}
 
-// After the first failure nothing more is written, nothing is left, and `error` says why.
-class AtomicFile {
-    std::string name, temporary;
-    Destination to;
-    int fd;
-
-    void give_up(const char* doing, const std::string& reason) {
-        error = std::string("cannot ") + doing + " " + name + ": " + reason;
-        discard();
-    }
-    void discard() {
-        if (fd >= 0) close(fd);
-        fd = -1;
-        if (!temporary.empty()) unlink(temporary.c_str());
-        temporary.clear();
-    }
-
-public:
-    std::string error;
-
-    explicit AtomicFile(const std::string& name) : name(name), to(destination(name)), fd(to.stream) {
-        if (!to.error.empty()) { give_up("write", to.error); return; }
-        if (fd >= 0) { fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) & ~O_NONBLOCK); return; }
-        temporary = to.path + ".tmp";
+// Writes a file that appears under its name when it is whole. `fill` gives its bytes to put(data, bytes). After the first failure
+// nothing more is written and nothing is left. Returns what went wrong, or an empty text.
+using Put = std::function<void(const void* data, size_t bytes)>;
+std::string write_file(const std::string& name, const std::function<void(const Put& put)>& fill) {
+    const Destination to = destination(name);
+    if (!to.error.empty()) return "cannot write " + name + ": " + to.error;
+    auto cannot = [&](const char* what) { return std::string("cannot ") + what + " " + name + ": " + strerror(errno); };
+    const std::string temporary = to.path + ".tmp";
+    const bool stream = to.stream >= 0;
+    int fd = to.stream;
+    if (stream) {
+        fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) & ~O_NONBLOCK);
+    } else {
         unlink(temporary.c_str());   // a killed run may have left it
         fd = open(temporary.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
-        if (fd < 0) give_up("create", strerror(errno));
-        else if (to.old.st_mode != 0)   // owner and permissions stay; only root can give a file away
+        if (fd < 0) return cannot("create");
+        if (to.old.st_mode != 0)   // owner and permissions stay; only root can give a file away
             (void)!fchown(fd, to.old.st_uid, to.old.st_gid), fchmod(fd, to.old.st_mode & 0777);
     }
-    AtomicFile(const AtomicFile&) = delete;
-    ~AtomicFile() { discard(); }
-    void write(const void* data, size_t bytes) {
-        if (error.empty() && write_bytes(fd, data, bytes) != bytes) give_up("write", strerror(errno));
-    }
-    bool commit() {
-        if (!error.empty()) return false;
-        int f = fd;
-        if (to.stream < 0 && fsync(fd) != 0) give_up("write", strerror(errno));   // a stream has nothing to sync
-        if (error.empty() && (fd = -1, close(f)) != 0) give_up("write", strerror(errno));
-        if (!error.empty() || to.stream >= 0) return error.empty();
-        if (rename(temporary.c_str(), to.path.c_str()) != 0) {
-            give_up("rename to", strerror(errno));
-            return false;
-        }
-        temporary.clear();
-        sync_folder(folder_of(to.path));
-        return true;
-    }
-};
-
+    std::string error;
+    fill([&](const void* data, size_t bytes) {
+        if (error.empty() && write_bytes(fd, data, bytes) != bytes) error = cannot("write");
+    });
+    if (error.empty() && !stream && fsync(fd) != 0) error = cannot("write");
+    if (close(fd) != 0 && error.empty()) error = cannot("write");
+    if (stream) return error;
+    if (error.empty() && rename(temporary.c_str(), to.path.c_str()) != 0) error = cannot("rename to");
+    if (error.empty()) sync_folder(folder_of(to.path));
+    else unlink(temporary.c_str());
+    return error;
+}
 // Takes a lock which the kernel releases when this process ends, however it ends. False: another process has it.
 bool lock_file(int fd, const char* path) {
     if (flock(fd, LOCK_EX | LOCK_NB) == 0) return true;
@@ -3185,26 +3157,16 @@ bool lock_file(int fd, const char* path) {
     return true;
 }
 
-// Device memory to a file and back, through a buffer of 16 MB.
-constexpr size_t STAGING = (size_t)16 << 20;
-void write_device(AtomicFile& f, const void* device, size_t bytes, std::vector<char>& staging) {
-    staging.resize(STAGING);
-    for (size_t i = 0; i < bytes; i += STAGING) {
-        size_t n = std::min(STAGING, bytes - i);
-        cudaCheck(cudaMemcpy(staging.data(), (const char*)device + i, n, cudaMemcpyDeviceToHost));
-        f.write(staging.data(), n);
+// Brings device memory to a file (out) or back, in pieces of at most 16 MiB. use(data, bytes) writes or reads a piece.
+void device_copy(bool out, void* device, size_t bytes, const std::function<void(void* data, size_t bytes)>& use) {
+    std::vector<char> piece(std::min(bytes, (size_t)16 << 20));
+    for (size_t i = 0; i < bytes; i += piece.size()) {
+        const size_t n = std::min(piece.size(), bytes - i);
+        if (out) cudaCheck(cudaMemcpy(piece.data(), (char*)device + i, n, cudaMemcpyDeviceToHost));
+        use(piece.data(), n);
+        if (!out) cudaCheck(cudaMemcpy((char*)device + i, piece.data(), n, cudaMemcpyHostToDevice));
     }
 }
-void read_device(FILE* f, const char* path, void* device, size_t bytes, std::vector<char>& staging) {
-    staging.resize(STAGING);
-    for (size_t i = 0; i < bytes; i += STAGING) {
-        size_t n = std::min(STAGING, bytes - i);
-        if (fread(staging.data(), 1, n, f) != n) fail("%s: could not be read to its end: %s", path, strerror(errno));
-        cudaCheck(cudaMemcpy((char*)device + i, staging.data(), n, cudaMemcpyHostToDevice));
-    }
-}
-
-// ---- waits
 
 double now_seconds() {
     timespec t;
@@ -3212,51 +3174,53 @@ double now_seconds() {
     return t.tv_sec + 1e-9 * t.tv_nsec;
 }
 std::string duration(double seconds) {
-    const long long sec = (long long)seconds;
-    char s[48];
-    snprintf(s, sizeof s, "%lld:%02lld:%02lld", sec / 3600, sec / 60 % 60, sec % 60);
-    return s;
+    const long long s = (long long)seconds;
+    char text[48];
+    snprintf(text, sizeof text, "%lld:%02lld:%02lld", s / 3600, s / 60 % 60, s % 60);
+    return text;
 }
-// What a loop that takes long shows: on a terminal one line that is written over; else a line once, when it will be long.
+// What a long loop shows: on a terminal a line that is written over; elsewhere one line, if the loop will take long.
 void progress(const char* doing, size_t done, size_t of, double begin) {
-    const double took = now_seconds() - begin;
     if (world.rank != 0) return;
+    const double took = now_seconds() - begin;
     if (isatty(STDOUT_FILENO)) printf(done < of ? "\r%s %zu/%zu" : "\r\033[K", doing, done + 1, of);
-    else if (done == 1 && took * of > 10) printf("%s: %zu times %.1f s, done in %s\n", doing, of, took, duration(took * (of - 1)).c_str());
+    else if (done == 1 && took * of > 10)
+        printf("%s: %zu times %.1f s, done in %s\n", doing, of, took, duration(took * (of - 1)).c_str());
     fflush(stdout);
 }
 
 // ---- tokens
 //
-// A shard is a header and ids of 16 or 32 bits. Training cuts a shard into windows of T + 1 tokens (the last one of each is
-// the first of the next: a target, then an input) and takes them in an order shuffled anew in every epoch, as it does the
-// shards. Both orders are functions of the seed and the epoch, so a position in them is three numbers.
+// A shard is a file of token ids with 16 or 32 bits each. It is cut into windows of T + 1 tokens: T inputs and, shifted by one,
+// their targets, so the last token of a window is the first of the next. Every epoch takes the shards in a new order, and the
+// windows of each shard too. Both orders are functions of seed and epoch, so that three numbers are a position in the data.
 
+struct TokensHeader { int32_t magic, version; uint32_t tokens; int32_t unused[HEADER_INTS - 3]; };
 const char* TOKENS_REMEDY = "make one with: python3 prepro/text.py FILE --out data";
 
 struct Shard {
     std::string path;
     size_t tokens;
-    int bytes_per_token;
+    int width;   // bytes per token
+    size_t bytes() const { return HEADER_BYTES + tokens * width; }
 };
-
+// `window` windows have been taken from the shard that stands at `shard` in the order of this epoch.
+struct Position { size_t shard = 0, window = 0, epoch = 0; };
 struct Loader {
     std::vector<Shard> shards;
-    int B = 0, T = 0;
+    int B = 0, T = 0, largest_id = 0;
     bool shuffle = false;
-    uint64_t seed = 0;
-    // position: windows already taken from the shard that stands at `shard` in this epoch's order
-    size_t epoch = 0, shard = 0, window = 0;
-    uint64_t checksum = 0;   // of all tokens in their order: data are what they hold, not what they are called
-    int largest_id = 0;
-    // the open shard
-    std::vector<uint32_t> shard_order, window_order, ids;
-    int fd = -1;
-    std::string error;   // a file is no more what it was when the run began
+    uint64_t seed = 0, checksum = 0;   // checksum: of all tokens in their order, whatever the files are called
+    size_t tokens = 0;                 // in all shards
+    Position position;
+    size_t current = 0;                // the shard at this position, as an index into shards; and its file
+    FILE* file = nullptr;
+    std::vector<uint32_t> window_order, ids;   // of that shard; ids: those that were read last
+    std::string error;                 // why the data cannot be read any more
 
     size_t windows(const Shard& s) const { return (s.tokens - 1) / T; }
     size_t batch_windows() const { return (size_t)B * world.size; }
-    size_t batches_left_in_shard() const { return (window_order.size() - window) / batch_windows(); }
+    size_t batches_left_in_shard() const { return (window_order.size() - position.window) / batch_windows(); }
     size_t batches_per_epoch() const {
         size_t n = 0;
         for (const Shard& s : shards) n += windows(s) / batch_windows();
@@ -3264,247 +3228,208 @@ struct Loader {
     }
 };
 
-std::vector<uint32_t> shuffled(size_t n, bool shuffle, uint64_t seed, uint64_t stream) {
-    std::vector<uint32_t> order(n);
-    std::iota(order.begin(), order.end(), 0u);
-    if (shuffle)   // Fisher and Yates
-        for (size_t i = n; i > 1; i--) std::swap(order[i - 1], order[hash64(seed, stream, i) % i]);
-    return order;
+// Opens a shard, if it is what it was when its header was checked.
+void loader_open_shard(Loader& d, size_t i) {
+    const Shard& s = d.shards[d.current = i];
+    if (d.file != nullptr) fclose(d.file);
+    const int fd = open(s.path.c_str(), O_RDONLY | O_NONBLOCK | O_CLOEXEC);
+    d.file = fd >= 0 ? fdopen(fd, "rb") : nullptr;
+    if (d.file != nullptr && file_size(d.file) == s.bytes()) return;
+    d.error = s.path + ": was a file of " + std::to_string(s.bytes()) + " bytes when this run began, and is no more";
+    if (d.file != nullptr) fclose(std::exchange(d.file, nullptr));
 }
-
-// A shard that was checked before; -1 if it is not the same any more.
-int shard_open(const Shard& s, std::string& error) {
-    const size_t bytes = HEADER_BYTES + s.tokens * s.bytes_per_token;
-    int fd = open(s.path.c_str(), O_RDONLY | O_NONBLOCK | O_CLOEXEC);
-    struct stat st;
-    if (fd >= 0 && fstat(fd, &st) == 0 && (size_t)st.st_size == bytes) return fd;
-    error = s.path + ": was a file of " + std::to_string(bytes) + " bytes when this run began, and is no more";
-    if (fd >= 0) close(fd);
-    return -1;
-}
-// Ids [first, first + n) of an open shard. Read and not mapped: a file that somebody cuts off meanwhile is an error of read(), and
-// not a signal that ends us.
-bool shard_read(const Shard& s, int fd, size_t first, size_t n, std::vector<uint32_t>& ids, std::string& error) {
+// Reads tokens [first, first + n) of the open shard into d.ids. False: that is not possible any more, and d.error says why. A
+// shard is not mapped: if somebody truncates it meanwhile, reading fails, but a mapping would end this process with a signal.
+bool loader_read(Loader& d, size_t first, size_t n) {
+    if (d.file == nullptr) return false;
     static std::vector<char> raw;
-    raw.resize(n * s.bytes_per_token);
-    ids.resize(n);
-    size_t done = 0;
-    while (done < raw.size()) {
-        ssize_t got = pread(fd, raw.data() + done, raw.size() - done, HEADER_BYTES + first * s.bytes_per_token + done);
-        if (got > 0) { done += got; continue; }
-        if (got < 0 && errno == EINTR) continue;
-        error = s.path + ": cannot read it to its end: " + (got < 0 ? strerror(errno) : "it was cut off while this run read it");
-        return false;
+    const Shard& s = d.shards[d.current];
+    raw.resize(n * s.width);
+    if (fseeko(d.file, HEADER_BYTES + first * s.width, SEEK_SET) != 0 || fread(raw.data(), 1, raw.size(), d.file) != raw.size()) {
+        const char* why = feof(d.file) ? "it was cut off while this run read it" : strerror(errno);
+        return d.error = s.path + ": cannot read it to its end: " + why, false;
     }
-    for (size_t i = 0; i < n; i++) ids[i] = s.bytes_per_token == 2 ? ((const uint16_t*)raw.data())[i] : ((const uint32_t*)raw.data())[i];
+    d.ids.resize(n);
+    if (s.width == 2) std::copy_n((const uint16_t*)raw.data(), n, d.ids.begin());
+    else std::copy_n((const uint32_t*)raw.data(), n, d.ids.begin());
     return true;
 }
-// An id beyond wte would read whatever lies behind it, so all are looked at before a run begins. Returns a checksum of them, the
-// same for 16 and 32 bits.
-uint64_t shard_check_ids(const Shard& s, int V, int& largest) {
+// Looks at all ids of a shard before a run begins: one of V or more would read memory beyond wte. Returns a checksum of them,
+// which is the same for 16 and for 32 bits.
+uint64_t loader_check_ids(Loader& d, size_t shard, int V) {
     constexpr size_t CHUNK = 1 << 20;
-    std::vector<uint32_t> ids;
-    std::string error;
-    const int fd = shard_open(s, error);
+    const Shard& s = d.shards[shard];
+    loader_open_shard(d, shard);
     uint64_t sum = s.tokens;
     for (size_t i = 0; i < s.tokens; i += CHUNK) {
-        if (fd < 0 || !shard_read(s, fd, i, std::min(CHUNK, s.tokens - i), ids, error)) fail("%s; %s", error.c_str(), TOKENS_REMEDY);
-        for (size_t j = 0; j < ids.size(); j++) {
-            const uint32_t id = ids[j];
+        if (!loader_read(d, i, std::min(CHUNK, s.tokens - i))) fail("%s; %s", d.error.c_str(), TOKENS_REMEDY);
+        for (const uint32_t& id : d.ids) {
             sum = (sum + id) * 0x9e3779b97f4a7c15ull;
-            largest = std::max(largest, (int)id);
+            d.largest_id = std::max(d.largest_id, (int)id);
             if (id >= (uint32_t)V)
                 fail("%s: token %zu has id %u, but the model's vocabulary is %d (expected ids 0 to %d); make the tokens with the "
-                     "model's tokenizer (prepro/text.py --tokenizer), or take a model with V%u or more (-e gpt2:...,V%u)",
-                     s.path.c_str(), i + j, id, V, V - 1, id + 1, id + 1);
+                     "model's tokenizer (prepro/text.py --tokenizer), or take a model with V%u or more (-e)",
+                     s.path.c_str(), i + (&id - d.ids.data()), id, V, V - 1, id + 1);
         }
     }
-    close(fd);
     return sum;
 }
 
-void loader_open_shard(Loader& d) {
-    if (d.fd >= 0) close(d.fd);
-    if (d.shard == 0 || d.shard_order.empty())
-        d.shard_order = shuffled(d.shards.size(), d.shuffle, d.seed, 2 * d.epoch + (1ull << 40));
-    const Shard& s = d.shards[d.shard_order[d.shard]];
-    d.window_order = shuffled(d.windows(s), d.shuffle, d.seed, ((d.epoch * d.shards.size() + d.shard) << 1) + 1 + (1ull << 41));
-    d.fd = shard_open(s, d.error);
+std::vector<uint32_t> shuffled(size_t n, bool shuffle, uint64_t seed, uint64_t stream) {
+    std::vector<uint32_t> order(n);
+    std::iota(order.begin(), order.end(), 0u);
+    for (size_t i = n; shuffle && i > 1; i--) std::swap(order[i - 1], order[hash64(seed, stream, i) % i]);   // Fisher, Yates
+    return order;
 }
-
 void loader_seek(Loader& d, size_t epoch, size_t shard, size_t window) {
-    d.epoch = epoch;
-    d.shard = shard;
-    d.window = window;
-    d.shard_order.clear();
-    loader_open_shard(d);
+    d.position = {shard, window, epoch};
+    loader_open_shard(d, shuffled(d.shards.size(), d.shuffle, d.seed, 2 * epoch + (1ull << 40))[shard]);
+    const size_t windows = d.windows(d.shards[d.current]);
+    d.window_order = shuffled(windows, d.shuffle, d.seed, ((epoch * d.shards.size() + shard) << 1) + 1 + (1ull << 41));
 }
 
-// What a name on the command line stands for: the file of that name, whatever characters are in it, or else what it matches as a
-// pattern. Of a pattern the folder, if there is one of that name, is no pattern either. Sorted: every rank and run sees one order.
+// What a name on the command line stands for: the file with exactly that name, or else the files that match it as a pattern. If
+// its folder exists, that part is no pattern. Sorted, so that every rank and every run sees one order.
 std::vector<std::string> files_named(const std::string& name) {
     if (file_exists(name)) return {name};
-    std::string pattern;
     const size_t slash = name.rfind('/');
     const size_t literal = slash != std::string::npos && is_folder(folder_of(name).c_str()) ? slash : 0;
-    for (size_t i = 0; i < name.size(); i++) pattern += i < literal && strchr("[]*?~\\", name[i]) ? std::string("\\") + name[i] : name.substr(i, 1);
+    std::string pattern;
+    for (size_t i = 0; i < name.size(); i++)
+        pattern += (i < literal && strchr("[]*?~\\", name[i]) ? "\\" : "") + name.substr(i, 1);
     glob_t found = {};
     std::vector<std::string> names;
     if (glob(pattern.c_str(), GLOB_TILDE, nullptr, &found) == 0) names.assign(found.gl_pathv, found.gl_pathv + found.gl_pathc);
     globfree(&found);
     return names;
 }
-
+Shard shard_check_header(const char* path) {
+    TokensHeader h;
+    FILE* f = open_with_header(path, &h, 0, "tokens", TOKENS_REMEDY);
+    const size_t size = file_size(f);
+    fclose(f);
+    const int width = h.magic == 20240520 && h.version == 1 ? 2 : h.magic == 20240801 && h.version == 7 ? 4 : 0;
+    const Shard s = {path, h.tokens, width};
+    if (width == 0)
+        fail("%s: expected tokens (magic 20240520 version 1, or magic 20240801 version 7), found magic %d version %d; %s", path,
+             h.magic, h.version, TOKENS_REMEDY);
+    if (size != s.bytes())
+        fail("%s: its header announces %zu tokens of %d bytes, so expected a file of %zu bytes, found %zu; it is damaged or was "
+             "cut off: %s", path, s.tokens, width, s.bytes(), size, TOKENS_REMEDY);
+    if (s.tokens < 2) fail("%s: expected a token and the one after it, its target, found %zu; %s", path, s.tokens, TOKENS_REMEDY);
+    return s;
+}
 // Finds the shards and checks them. `option` is what the user typed before `pattern`.
 void loader_open(Loader& d, const char* option, const char* pattern, int T, int V, bool shuffle, uint64_t seed) {
-    d.T = T;
-    d.shuffle = shuffle;
-    d.seed = seed;
-    if (is_folder(pattern))
-        fail("%s %s is a folder; expected a token file or a quoted pattern like '%s/train*.bin'", option, pattern, pattern);
+    d.T = T, d.shuffle = shuffle, d.seed = seed;
     const std::vector<std::string> names = files_named(pattern);
     if (names.empty()) fail("%s %s: no such file, and no file matches it as a pattern; %s", option, pattern, TOKENS_REMEDY);
     for (const std::string& name : names) {
-        const char* path = name.c_str();
-        if (is_folder(path)) continue;
-        int32_t h[HEADER_INTS];
-        FILE* f = open_regular(path, "tokens", TOKENS_REMEDY);
-        size_t size = file_size(f);
-        if (fread(h, 1, HEADER_BYTES, f) != HEADER_BYTES)
-            fail("%s: expected tokens with a header of %zu bytes, found a file of %zu bytes; %s", path, HEADER_BYTES, size,
-                 TOKENS_REMEDY);
-        fclose(f);
-        int bytes = h[0] == 20240520 && h[1] == 1 ? 2 : h[0] == 20240801 && h[1] == 7 ? 4 : 0;
-        if (bytes == 0)
-            fail("%s: expected tokens (magic 20240520 version 1, or magic 20240801 version 7), found magic %d version %d; %s",
-                 path, h[0], h[1], TOKENS_REMEDY);
-        size_t tokens = (uint32_t)h[2];
-        if (size != HEADER_BYTES + tokens * bytes)
-            fail(
-                "%s: its header announces %zu tokens of %d bytes, so expected a file of %zu bytes, found %zu; it is damaged or "
-                "was cut off: %s",
-                path, tokens, bytes, HEADER_BYTES + tokens * bytes, size, TOKENS_REMEDY);
-        if (tokens < 2) fail("%s: expected a token and the one after it, its target, found %zu; %s", path, tokens, TOKENS_REMEDY);
-        d.shards.push_back({path, tokens, bytes});
+        if (is_folder(name.c_str())) continue;
+        d.shards.push_back(shard_check_header(name.c_str()));
+        d.tokens += d.shards.back().tokens;
     }
-    if (d.shards.empty()) fail("%s %s matches only folders; expected token files; %s", option, pattern, TOKENS_REMEDY);
+    if (d.shards.empty())
+        fail("%s %s: found only a folder; expected a token file or a quoted pattern like 'FOLDER/train*.bin'", option, pattern);
     double sum = 0, begin = now_seconds();
     for (size_t i = world.rank; i < d.shards.size(); i += world.size) {   // the ranks share the work
         progress("reading shards", i, d.shards.size(), begin);
-        sum += (double)(hash64(shard_check_ids(d.shards[i], V, d.largest_id), 0, i) >> 32);   // 2^21 of these are exact in a double
+        sum += (double)(hash64(loader_check_ids(d, i, V), 0, i) >> 32);   // a double holds the sum of 2^21 of these exactly
     }
     progress("", d.shards.size(), d.shards.size(), begin);
     d.checksum = (uint64_t)world_sum(sum);
     d.largest_id = -(int)world_min(-d.largest_id);
 }
-// The largest batch on a GPU that every shard can fill.
+// The largest batch per GPU that every shard can fill; at least 1, because loader_set_batch refuses what fills none.
 size_t loader_largest_batch(const Loader& d) {
     size_t least = SIZE_MAX;
     for (const Shard& s : d.shards) least = std::min(least, d.windows(s) / world.size);
-    return std::max<size_t>(least, 1);   // loader_set_batch refuses what has not even that
+    return std::max<size_t>(least, 1);
 }
 void loader_set_batch(Loader& d, int B) {
     d.B = B;
     for (const Shard& s : d.shards)
         if (d.windows(s) < d.batch_windows())
-            fail(
-                "%s: its %zu tokens make %zu sequences of %d, but a batch takes %zu (%d on each of %d GPUs); take a smaller -b "
-                "or -t, or more text",
-                s.path.c_str(), s.tokens, d.windows(s), d.T, d.batch_windows(), B, world.size);
+            fail("%s: its %zu tokens make %zu sequences of %d, but a batch takes %zu (%d on each of %d GPUs); take a smaller -b "
+                 "or -t, or more text", s.path.c_str(), s.tokens, d.windows(s), d.T, d.batch_windows(), B, world.size);
     loader_seek(d, 0, 0, 0);
 }
-size_t loader_tokens(const Loader& d) {
-    size_t n = 0;
-    for (const Shard& s : d.shards) n += s.tokens;
-    return n;
-}
 void loader_close(Loader& d) {
-    if (d.fd >= 0) close(d.fd);
+    if (d.file != nullptr) fclose(d.file);
     d = Loader();
 }
-
-// This rank's rows of the next batch. False: they cannot be had any more, and `error` says why.
+// This rank's rows of the next batch. False: they cannot be read any more, and `error` says why.
 bool loader_next(Loader& d, int* inputs, int* targets) {   // (B, T) each
-    while (d.window + d.batch_windows() > d.window_order.size()) {   // what is left of a shard and makes no batch waits for the next epoch's order
-        d.window = 0;
-        if (++d.shard == d.shards.size()) {
-            d.shard = 0;
-            d.epoch++;
-        }
-        loader_open_shard(d);
+    Position& at = d.position;
+    while (at.window + d.batch_windows() > d.window_order.size()) {   // windows that fill no batch are left out of this epoch
+        const bool last = at.shard + 1 == d.shards.size();
+        loader_seek(d, at.epoch + last, last ? 0 : at.shard + 1, 0);
     }
-    const Shard& s = d.shards[d.shard_order[d.shard]];
     for (int b = 0; b < d.B; b++) {
-        size_t first = (size_t)d.window_order[d.window + (size_t)world.rank * d.B + b] * d.T;
-        if (d.fd < 0 || !shard_read(s, d.fd, first, d.T + 1, d.ids, d.error)) return false;
-        for (int t = 0; t <= d.T; t++) {
-            const int id = (int)d.ids[t];
-            if (id < 0 || id > d.largest_id) return d.error = s.path + ": was written to since this run began", false;
-            if (t < d.T) inputs[b * d.T + t] = id;
-            if (t > 0) targets[b * d.T + t - 1] = id;
-        }
+        const size_t window = d.window_order[at.window + (size_t)world.rank * d.B + b];
+        if (!loader_read(d, window * d.T, d.T + 1)) return false;
+        if (*std::max_element(d.ids.begin(), d.ids.end()) > (uint32_t)d.largest_id)
+            return d.error = d.shards[d.current].path + ": was written to since this run began", false;
+        std::copy_n(d.ids.begin(), d.T, inputs + (size_t)b * d.T);
+        std::copy_n(d.ids.begin() + 1, d.T, targets + (size_t)b * d.T);
     }
-    d.window += d.batch_windows();
+    at.window += d.batch_windows();
     return true;
 }
-
-// A micro-batch as the device wants it: inputs, targets, and the positions of the inputs sorted by token, for the embedding's
-// backward. The host has the time: it sorts while the GPU still works on the step before. Returns the number of tokens that
-// occur. `host` is pinned memory, so that the copy waits for nothing; it must stay as it is until the next synchronisation.
-int tokens_sort(int* host, int BT, int V) {   // host as token_ints says, inputs and targets filled in
+// `host` has the layout of token_ints, with inputs and targets filled in. Adds the positions of the inputs, sorted by token, for
+// the embedding's backward. The host has time for that while the GPU works on the step before. Returns how many tokens occur.
+int tokens_sort(int* host, int BT, int V) {
     static std::vector<int> count;
     count.assign(V + 1, 0);
     const int* inputs = host;
     int* positions = host + 2 * (size_t)BT;
     int* bucket_token = positions + BT;
     int* bucket_start = bucket_token + std::min(BT, V);
-    for (int i = 0; i < BT; i++) count[inputs[i]]++;
-    int buckets = 0, start = 0;
+    for (int i = 0; i < BT; i++) count[inputs[i] + 1]++;
+    std::partial_sum(count.begin(), count.end(), count.begin());   // where the positions of each token begin
+    int buckets = 0;
     for (int token = 0; token < V; token++) {
-        if (count[token] == 0) continue;
+        if (count[token] == count[token + 1]) continue;
         bucket_token[buckets] = token;
-        bucket_start[buckets++] = start;
-        int next = start + count[token];
-        count[token] = start;
-        start = next;
+        bucket_start[buckets++] = count[token];
     }
-    bucket_start[buckets] = start;
+    bucket_start[buckets] = BT;
     for (int i = 0; i < BT; i++) positions[count[inputs[i]]++] = i;
     return buckets;
 }
+// `host` is pinned memory, so that the copy waits for nothing. It must not change before the next synchronisation.
 void tokens_copy(int* device, const int* host, int BT, int V, int buckets, cudaStream_t stream) {
-    size_t ints = 3 * (size_t)BT + std::min(BT, V) + buckets + 1;
+    const size_t ints = 3 * (size_t)BT + std::min(BT, V) + buckets + 1;
     cudaCheck(cudaMemcpyAsync(device, host, ints * sizeof(int), cudaMemcpyHostToDevice, stream));
 }
 int tokens_upload(int* device, int* host, int BT, int V, cudaStream_t stream) {
-    int buckets = tokens_sort(host, BT, V);
+    const int buckets = tokens_sort(host, BT, V);
     tokens_copy(device, host, BT, V, buckets, stream);
     return buckets;
 }
 
 // ---- text
 
+struct TokenizerHeader { int32_t magic, version, tokens, end_of_text, unused[HEADER_INTS - 4]; };
 struct Tokenizer {
     std::vector<std::string> tokens;
     int end_of_text = 0;
     bool after_cr = false;   // the last character printed was a \r
 };
-bool tokenizer_load(Tokenizer& t, const char* path) {
+bool tokenizer_load(Tokenizer& t, const char* path) {   // false: there is none
     if (!file_exists(path)) return false;
     const char* remedy = "prepro/text.py writes one beside its token files";
-    int32_t h[HEADER_INTS];
-    FILE* f = open_with_header(path, h, 20240328, "a tokenizer", remedy);
-    if (h[1] != 2 || h[2] <= 0 || (size_t)h[2] > file_size(f) || h[3] < 0 || h[3] >= h[2])
-        fail(
-            "%s: expected a tokenizer of version 2 whose end-of-text id is one of its tokens, found version %d, %d tokens, id "
-            "%d; %s",
-            path, h[1], h[2], h[3], remedy);
-    t.end_of_text = h[3];
-    for (int i = 0; i < h[2]; i++) {
-        int length = fgetc(f);
-        std::string s(length < 0 ? 0 : length, '\0');
+    TokenizerHeader h;
+    FILE* f = open_with_header(path, &h, 20240328, "a tokenizer", remedy);
+    if (h.version != 2 || h.tokens <= 0 || (size_t)h.tokens > file_size(f) || h.end_of_text < 0 || h.end_of_text >= h.tokens)
+        fail("%s: expected a tokenizer of version 2 whose end-of-text id is one of its tokens, found version %d, %d tokens, id "
+             "%d; %s", path, h.version, h.tokens, h.end_of_text, remedy);
+    t.end_of_text = h.end_of_text;
+    for (int i = 0; i < h.tokens; i++) {   // a byte for the length, then the token
+        const int length = fgetc(f);
+        std::string s(std::max(length, 0), '\0');
         if (length < 0 || fread(&s[0], 1, s.size(), f) != s.size())
-            fail("%s: expected %d tokens, the file ends within token %d; %s", path, h[2], i, remedy);
+            fail("%s: expected %d tokens, the file ends within token %d; %s", path, h.tokens, i, remedy);
         t.tokens.push_back(s);
     }
     fclose(f);
@@ -3517,7 +3442,7 @@ void print_token(Tokenizer& t, int id) {
         printf("\n");
     } else if (id < (int)t.tokens.size()) {
         for (unsigned char c : t.tokens[id]) {   // a control character could do anything to a terminal
-            if (c == '\n' && t.after_cr) c = 0;   // \r, \n and \r\n end a line, each once
+            if (c == '\n' && t.after_cr) c = 0;   // \r, \n and \r\n each end one line
             t.after_cr = c == '\r';
             if (t.after_cr) c = '\n';
             if (c >= 32 ? c != 127 : c == '\n' || c == '\t') putchar(c);
@@ -3525,26 +3450,26 @@ void print_token(Tokenizer& t, int id) {
     }
 }
 
-// ---- log: one JSON object a line
+// ---- log: one JSON object per line
 
 struct Log {
     int fd = -1;
     std::string path, waiting;   // lines that could not be written yet
     bool said = false;
-    int val_step = -1;           // of the last validation that stands in it
+    int val_step = -1;           // of the last validation in it
 };
 std::string json_number(double x) {   // JSON has no NaN
     char s[32];
     snprintf(s, sizeof s, "%.9g", x);
     return isfinite(x) ? s : "null";
 }
-// A log that cannot be written is no reason to lose a run: its lines wait, and go out with a later one.
+// A log that cannot be written is no reason to lose a run. Its lines wait, and are written with a later one.
 void log_flush(Log& log) {
     log.waiting.erase(0, write_bytes(log.fd, log.waiting.data(), log.waiting.size()));
-    if (!log.waiting.empty() && !log.said && errno != EAGAIN) {   // EAGAIN: a FIFO's reader is slow
-        fprintf(stderr, "%s: cannot write %s: %s; training goes on, and the lines wait\n", program_name, log.path.c_str(), strerror(errno));
-        log.said = true;
-    }
+    if (log.waiting.empty() || log.said || errno == EAGAIN) return;   // EAGAIN: the reader of a FIFO is slow
+    fprintf(stderr, "%s: cannot write %s: %s; training goes on, and the lines wait\n", program_name, log.path.c_str(),
+            strerror(errno));
+    log.said = true;
 }
 __attribute__((format(printf, 2, 3))) void log_line(Log& log, const char* format, ...) {
     if (log.fd < 0) return;
@@ -3553,13 +3478,12 @@ __attribute__((format(printf, 2, 3))) void log_line(Log& log, const char* format
     va_start(args, format);
     vsnprintf(line, sizeof line, format, args);
     va_end(args);
-    log.waiting += line;
-    log.waiting += '\n';
+    log.waiting += std::string(line) + '\n';
     log_flush(log);
 }
 bool log_close(Log& log) {   // false: lines are missing
     if (log.fd < 0) return true;
-    fcntl(log.fd, F_SETFL, fcntl(log.fd, F_GETFL) & ~O_NONBLOCK);   // now it may take its time
+    fcntl(log.fd, F_SETFL, fcntl(log.fd, F_GETFL) & ~O_NONBLOCK);   // the last lines may wait for their reader
     log_flush(log);
     if (close(log.fd) == 0 && log.waiting.empty()) return true;
     fprintf(stderr, "%s: the last lines of %s could not be written\n", program_name, log.path.c_str());
@@ -3567,246 +3491,222 @@ bool log_close(Log& log) {   // false: lines are missing
 }
 // ==== end twin
 
-// ---- checkpoints
+// ---- the file of a model: this header, and then the parameters in the order of enum Param
 
+struct ModelHeader { int32_t magic, version, maxT, V, L, NH, C, Vp, unused[HEADER_INTS - 8]; };
+constexpr int MODEL_MAGIC = 20240326, MODEL_FP32 = 3, MODEL_BF16 = 5;   // the last two are versions
+const char* MODEL_WHAT = "a GPT-2 model";
 const char* MODEL_REMEDY = "give -e a checkpoint written by train_gpt2 or prepro, or a size such as gpt2:d12";
-
-// The size of the model in a file, after checking the file against it.
+ModelHeader model_header(const Config& c) {
+    return {MODEL_MAGIC, kFP32 ? MODEL_FP32 : MODEL_BF16, c.maxT, c.V, c.L, c.NH, c.C, c.Vp};
+}
+// The size of the model in a file, after checking it against the size of the file.
 Config model_read_config(const char* path) {
-    int32_t h[HEADER_INTS];
-    FILE* f = open_with_header(path, h, 20240326, "a GPT-2 model", MODEL_REMEDY);
-    if (h[1] != 3 && h[1] != 5) fail("%s: expected version 3 (fp32) or 5 (bf16), found version %d; %s", path, h[1], MODEL_REMEDY);
-    Config c = {h[2], h[3], h[7], h[4], h[5], h[6]};
-    // The limits keep every product below 2^63, so that the size below is the true one.
-    bool sane = c.maxT > 0 && c.V > 0 && c.V <= 1 << 30 && c.L > 0 && c.L <= 1 << 12 && c.NH > 0 && c.C > 0 && c.C <= 1 << 16 &&
-                c.C % c.NH == 0;
-    if (!sane || c.Vp != ceil_div(c.V, 128) * 128)
-        fail("%s: its header makes no model: T %d, V %d padded to %d (expected a multiple of 128), L %d, NH %d, C %d; %s", path,
-             c.maxT, c.V, c.Vp, c.L, c.NH, c.C, MODEL_REMEDY);
-    size_t expected = HEADER_BYTES + param_count(c) * (h[1] == 3 ? 4 : 2), size = file_size(f);
-    if (size != expected)
-        fail(
-            "%s: its header (T %d, V %d, L %d, NH %d, C %d, version %d) asks for %zu bytes, found %zu; it is damaged or was cut "
-            "off; %s",
-            path, c.maxT, c.V, c.L, c.NH, c.C, h[1], expected, size, MODEL_REMEDY);
+    ModelHeader h;
+    FILE* f = open_with_header(path, &h, MODEL_MAGIC, MODEL_WHAT, MODEL_REMEDY);
+    const size_t size = file_size(f);
     fclose(f);
+    const Config c = {h.maxT, h.V, h.Vp, h.L, h.NH, h.C};
+    // The limits keep every product below 2^63, so that `expected` is the true size.
+    const bool sane = c.maxT > 0 && c.V > 0 && c.V <= 1 << 30 && c.L > 0 && c.L <= 1 << 12 && c.NH > 0 && c.C > 0 &&
+                      c.C <= 1 << 16 && c.C % c.NH == 0 && c.Vp == ceil_div(c.V, 128) * 128;
+    if (!sane || (h.version != MODEL_FP32 && h.version != MODEL_BF16))
+        fail("%s: its header makes no model: version %d (expected version 3, fp32, or 5, bf16), T %d, V %d padded to %d (a "
+             "multiple of 128), L %d, NH %d, C %d; %s", path, h.version, c.maxT, c.V, c.Vp, c.L, c.NH, c.C, MODEL_REMEDY);
+    const size_t expected = HEADER_BYTES + param_count(c) * dtype_size(h.version == MODEL_FP32 ? F32 : BF16);
+    if (size != expected)
+        fail("%s: its header (T %d, V %d, L %d, NH %d, C %d, version %d) asks for %zu bytes, found %zu; it is damaged or was cut "
+             "off; %s", path, c.maxT, c.V, c.L, c.NH, c.C, h.version, expected, size, MODEL_REMEDY);
     return c;
 }
 
-// Weights from a file into an allocated model, in whichever of the two types the file has. Master weights get all its bits.
+// ==== twin: checkpoints
+// ---- checkpoints: the weights, the state of each rank, and DONE when all of these are whole
+
+// Reads weights, in whichever of the two types the file has, into an allocated model. Master weights get all their bits.
 void model_load(Model& model, const char* path) {
-    int32_t h[HEADER_INTS];
-    FILE* f = open_with_header(path, h, 20240326, "a GPT-2 model", MODEL_REMEDY);
-    bool file_fp32 = h[1] == 3;
     constexpr size_t CHUNK = (size_t)1 << 20;   // elements
+    ModelHeader h;
+    FILE* f = open_with_header(path, &h, MODEL_MAGIC, MODEL_WHAT, MODEL_REMEDY);
     std::vector<float> wide(CHUNK);
-    std::vector<floatX> narrow_(CHUNK);
     std::vector<__nv_bfloat16> half(CHUNK);
+    std::vector<floatX> rounded(CHUNK);
     for (int p = 0; p < NUM_PARAMS; p++) {
-        size_t n = param_shape(model.config, p).elements(), begin = shard_offset(n), end = begin + shard_size(n);
+        const size_t n = param_shape(model.config, p).elements(), begin = shard_offset(n), end = begin + shard_size(n);
         for (size_t i = 0; i < n; i += CHUNK) {
-            size_t k = std::min(CHUNK, n - i);
-            size_t got = file_fp32 ? fread(wide.data(), sizeof(float), k, f) : fread(half.data(), sizeof(__nv_bfloat16), k, f);
-            if (got != k) fail("%s: could not be read to its end: %s", path, strerror(errno));
+            const size_t k = std::min(CHUNK, n - i), from = std::max(i, begin), to = std::min(i + k, end);
+            if (h.version == MODEL_FP32) read_bytes(f, path, wide.data(), k * sizeof(float));
+            else read_bytes(f, path, half.data(), k * sizeof(__nv_bfloat16));
             for (size_t j = 0; j < k; j++) {
-                if (!file_fp32) wide[j] = (float)half[j];
-                narrow_[j] = (floatX)wide[j];
+                if (h.version != MODEL_FP32) wide[j] = (float)half[j];
+                rounded[j] = (floatX)wide[j];
             }
-            cudaCheck(cudaMemcpy(model.param[p] + i, narrow_.data(), k * sizeof(floatX), cudaMemcpyHostToDevice));
-            size_t from = std::max(i, begin), to = std::min(i + k, end);
-            if (model.master[p] != nullptr && from < to)
-                cudaCheck(cudaMemcpy(model.master[p] + (from - begin), wide.data() + (from - i), (to - from) * sizeof(float),
+            cudaCheck(cudaMemcpy(model.param[p] + i, rounded.data(), k * sizeof(floatX), cudaMemcpyHostToDevice));
+            if (model.master[p] != nullptr && from < to)   // [from, to) is in this rank's share
+                cudaCheck(cudaMemcpy(model.master[p] + (from - begin), &wide[from - i], (to - from) * sizeof(float),
                                      cudaMemcpyHostToDevice));
         }
     }
     fclose(f);
 }
 
-std::string model_save(Model& model, const std::string& path) {   // returns what went wrong, if anything did
-    const Config& c = model.config;
-    int32_t h[HEADER_INTS] = {20240326, kFP32 ? 3 : 5, c.maxT, c.V, c.L, c.NH, c.C, c.Vp};
-    std::vector<char> staging;
-    AtomicFile f(path);
-    f.write(h, sizeof h);
-    for (int p = 0; p < NUM_PARAMS; p++) write_device(f, model.param[p], param_shape(c, p).elements() * sizeof(floatX), staging);
-    f.commit();
-    return f.error;
+// Where a run stands, besides its weights: with it 5 steps, a checkpoint and 5 steps equal 10 steps.
+struct RunState {
+    int step = 0, not_finite_in_row = 0;   // steps done, and how many of the last ones were not finite
+    Position position;                     // after the data that these steps have used; the loader may be ahead
+    std::vector<double> settings;          // what the run was told, in the order of settings_kept
+
+    void set_position(const Loader& d) { position = d.position; }
+};
+// llm.c's header of a state, with more in slots that llm.c leaves free. Beside a line stands the slot of its first name.
+struct StateHeader {
+    int32_t magic, version, ranks, rank, master, shuffle, zero, unused7[3];   // 0
+    int32_t step, T, shards, chunk_rows;                                      // 10
+    size_t tokens;                                                            // 14
+    int32_t B, unused17[3];                                                   // 16
+    uint64_t seed;                                                            // 20
+    int32_t updates, unused23[7];                                             // 22
+    Position position;                                                        // 30
+    size_t checksum;                                                          // 36; 0 in old files
+    int32_t unused38[2], settings, unused41;                                  // 38
+    double setting[(HEADER_INTS - 42) / 2];                                   // 42
+};
+static_assert(sizeof(StateHeader) == HEADER_BYTES, "a header has 256 int32");
+constexpr int STATE_MAGIC = 20240527;
+const char* STATE_REMEDY = "remove this checkpoint's DONE file to resume from the one before, or start afresh with another --out";
+
+StateHeader state_header(const Model& model, const RunState& r, const Loader& train) {
+    StateHeader h = {STATE_MAGIC, 1, world.size, world.rank, model.master[0] != nullptr, 1, world.sharded};
+    h.step = r.step, h.position = r.position;
+    h.T = train.T, h.shards = (int)train.shards.size(), h.tokens = train.tokens, h.checksum = train.checksum;
+    h.B = model.plan.B, h.chunk_rows = model.plan.chunk_rows;
+    h.seed = model.seed, h.updates = model.updates;
+    h.settings = (int)r.settings.size();
+    std::copy(r.settings.begin(), r.settings.end(), h.setting);
+    return h;
+}
+// Calls f(device pointer, bytes) for each thing that follows the header, in the order of the file.
+void state_walk(const Model& model, const std::function<void(void* device, size_t bytes)>& f) {
+    for (float* const* tensors : {model.m, model.v, model.master})
+        for (int p = 0; p < NUM_PARAMS; p++)
+            if (tensors[p] != nullptr) f(tensors[p], shard_size(param_shape(model.config, p).elements()) * sizeof(float));
+    f(&model.state->history, sizeof(History));
+}
+size_t state_bytes(const Model& model) {
+    size_t n = HEADER_BYTES;
+    state_walk(model, [&](void*, size_t bytes) { n += bytes; });
+    return n;
 }
 
-// Where a run stands, besides its weights: what makes 5 steps, a checkpoint and 5 steps equal to 10 steps.
-struct RunState {
-    int step = 0;               // steps done
-    int not_finite_in_row = 0;
-    size_t epoch = 0, shard = 0, window = 0;   // of the data that these steps have used; the loader may be ahead
-    std::vector<double> settings;              // what the run was told, in the order of settings_kept
-
-    void set_position(const Loader& d) { epoch = d.epoch, shard = d.shard, window = d.window; }
-};
-constexpr int STATE_SETTINGS = 40;   // where they stand in the header: their number, and from the second int after it two ints each
-const char* STATE_REMEDY = "remove this checkpoint's DONE file to resume from the one before, or start afresh with another --out";
 std::string checkpoint_path(const std::string& folder, const char* kind, int step, int rank = world.rank) {
     char name[64];
     if (strcmp(kind, "state") == 0) snprintf(name, sizeof name, "/state_%08d_%05d.bin", step, rank);
     else snprintf(name, sizeof name, strcmp(kind, "model") == 0 ? "/model_%08d.bin" : "/DONE_%08d", step);
     return folder + name;
 }
-size_t state_bytes(const Model& model) {
-    size_t n = 0;
-    for (int p = 0; p < NUM_PARAMS; p++)
-        n += shard_size(param_shape(model.config, p).elements()) * sizeof(float) * (model.master[p] != nullptr ? 3 : 2);
-    return HEADER_BYTES + n + sizeof(History);
-}
-std::string state_save(Model& model, const RunState& r, const Loader& train, const std::string& path) {
-    const size_t tokens = loader_tokens(train);
-    int32_t h[HEADER_INTS] = {20240527, 1, world.size, world.rank, model.master[0] != nullptr, 1};
-    h[6] = world.sharded;
-    h[10] = r.step;
-    h[11] = train.T;   // a position in the data means something in the same data alone
-    h[12] = (int)train.shards.size();
-    h[13] = model.plan.chunk_rows;
-    memcpy(&h[14], &tokens, 8);
-    h[16] = model.plan.B;
-    memcpy(&h[20], &model.seed, 8);
-    h[22] = model.updates;
-    memcpy(&h[30], &r.shard, 8);
-    memcpy(&h[32], &r.window, 8);
-    memcpy(&h[34], &r.epoch, 8);
-    memcpy(&h[36], &train.checksum, 8);
-    h[STATE_SETTINGS] = (int)r.settings.size();
-    if (!r.settings.empty()) memcpy(&h[STATE_SETTINGS + 2], r.settings.data(), r.settings.size() * 8);
-    std::vector<char> staging;
-    AtomicFile f(path);
-    f.write(h, sizeof h);
-    for (float** tensors : {model.m, model.v, model.master})
-        for (int p = 0; p < NUM_PARAMS; p++)
-            if (tensors[p] != nullptr)
-                write_device(f, tensors[p], shard_size(param_shape(model.config, p).elements()) * sizeof(float), staging);
-    write_device(f, &model.state->history, sizeof(History), staging);
-    f.commit();
-    return f.error;
-}
-// What a run has chosen by the memory that was free, and keeps when it is resumed: with another batch, or other chunks of the
-// loss, sums would have another order and other bits.
-Plan state_plan(const std::string& folder, int step) {
-    int32_t h[HEADER_INTS];
-    const std::string path = checkpoint_path(folder, "state", step, 0);   // rank 0's: how many there are is to be seen
-    fclose(open_with_header(path.c_str(), h, 20240527, "the state of a run", STATE_REMEDY));
-    if (h[2] != world.size) fail("%s: was written by a run on %d GPUs, this one has %d; resume with as many GPUs", path.c_str(), h[2], world.size);
-    Plan was = {};
-    was.B = std::max(h[16], 0);
-    was.chunk_rows = std::max(h[13], 0);
-    return was;
-}
-// Puts model and loader where the run stood after `step` steps. A run that only evaluates needs no more than to know the step.
-RunState state_load(Model& model, Loader& train, const std::string& folder, int step) {
-    const std::string path_text = checkpoint_path(folder, "state", step, model.plan.training ? world.rank : 0);
-    const char* path = path_text.c_str();
-    const char* remedy = STATE_REMEDY;
-    int32_t h[HEADER_INTS];
-    FILE* f = open_with_header(path, h, 20240527, "the state of a run", remedy);
-    if (h[1] != 1) fail("%s: expected version 1, found %d; %s", path, h[1], remedy);
-    if (h[10] != step) fail("%s: expected the state after step %d, found that after step %d; %s", path, step, h[10], remedy);
-    RunState r;
-    r.step = step;
-    memcpy(&model.seed, &h[20], 8);
-    if (!model.plan.training) {
-        fclose(f);
-        return r;
-    }
-    bool master = model.master[0] != nullptr;
-    if (h[2] != world.size || h[3] != world.rank || h[6] != (int)world.sharded)
-        fail(
-            "%s: was written by rank %d of %d with --zero %d, this is rank %d of %d with --zero %d; resume with as many GPUs and "
-            "the same --zero",
-            path, h[3], h[2], h[6], world.rank, world.size, (int)world.sharded);
-    if (h[4] != (int)master)
-        fail("%s: its run %s fp32 master weights, this one %s them; resume with the same --master-weights and PRECISION", path,
-             h[4] ? "kept" : "did without", master ? "keeps" : "does without");
-    if (file_size(f) != state_bytes(model))
-        fail("%s: expected %zu bytes for this model, found %zu; it is damaged or was cut off; %s", path, state_bytes(model),
-             file_size(f), remedy);
-    size_t tokens;
-    uint64_t checksum;   // 0: an old file has none
-    memcpy(&tokens, &h[14], 8);
-    memcpy(&checksum, &h[36], 8);
-    if (h[11] != train.T || h[12] != (int)train.shards.size() || tokens != loader_tokens(train) ||
-        (checksum != 0 && checksum != train.checksum))
-        fail(
-            "%s: its run read %zu tokens in %d shards in sequences of %d (checksum %llx), this one reads %zu in %zu in sequences of "
-            "%d (checksum %llx); resume with the same -i and -t, or take the weights to other data: -e %s and another --out",
-            path, tokens, h[12], h[11], (unsigned long long)checksum, loader_tokens(train), train.shards.size(), train.T,
-            (unsigned long long)train.checksum, checkpoint_path(folder, "model", step).c_str());
-    model.updates = h[22];
-    memcpy(&r.shard, &h[30], 8);
-    memcpy(&r.window, &h[32], 8);
-    memcpy(&r.epoch, &h[34], 8);
-    if (model.updates < 0 || r.shard >= train.shards.size() || r.window > loader_tokens(train))
-        fail("%s: step %d, shard %zu, sequence %zu is no place in these data; it is damaged; %s", path, r.step, r.shard, r.window,
-             remedy);
-    if (h[STATE_SETTINGS] < 0 || h[STATE_SETTINGS] > (HEADER_INTS - STATE_SETTINGS - 2) / 2)
-        fail("%s: its header counts %d settings; it is damaged; %s", path, h[STATE_SETTINGS], remedy);
-    r.settings.resize(h[STATE_SETTINGS]);
-    if (!r.settings.empty()) memcpy(r.settings.data(), &h[STATE_SETTINGS + 2], r.settings.size() * 8);
-    train.seed = model.seed;
-    loader_seek(train, r.epoch, r.shard, r.window);
-    std::vector<char> staging;
-    for (float** tensors : {model.m, model.v, model.master})
-        for (int p = 0; p < NUM_PARAMS; p++)
-            if (tensors[p] != nullptr)
-                read_device(f, path, tensors[p], shard_size(param_shape(model.config, p).elements()) * sizeof(float), staging);
-    read_device(f, path, &model.state->history, sizeof(History), staging);
-    fclose(f);
-    return r;
+bool is_checkpoint_name(const std::string& name) {   // also of one half-written
+    return name.compare(0, 6, "model_") == 0 || name.compare(0, 6, "state_") == 0 || name.compare(0, 5, "DONE_") == 0;
 }
 
-bool is_checkpoint_name(const std::string& name) {   // or that of one half-written
-    return name.compare(0, 6, "model_") == 0 || name.compare(0, 6, "state_") == 0 || name.compare(0, 5, "DONE_") == 0;
+// What a run chose by the memory that was free, and keeps when it is resumed: with another batch, or other chunks of the loss,
+// sums would have another order and other bits.
+Plan state_plan(const std::string& folder, int step) {
+    StateHeader h;
+    const std::string path = checkpoint_path(folder, "state", step, 0);   // rank 0's, which there always is
+    fclose(open_with_header(path.c_str(), &h, STATE_MAGIC, "the state of a run", STATE_REMEDY));
+    if (h.ranks != world.size)
+        fail("%s: was written by a run on %d GPUs, this one has %d; resume with as many GPUs", path.c_str(), h.ranks, world.size);
+    Plan was = {};
+    was.B = std::max(h.B, 0);
+    was.chunk_rows = std::max(h.chunk_rows, 0);
+    return was;
+}
+// Puts model and loader where the run stood after `step` steps. A run that only evaluates needs its seed alone.
+RunState state_load(Model& model, Loader& train, const std::string& folder, int step) {
+    const std::string name = checkpoint_path(folder, "state", step, model.plan.training ? world.rank : 0);
+    const char* path = name.c_str();
+    const StateHeader now = state_header(model, RunState(), train);
+    StateHeader was;
+    FILE* f = open_with_header(path, &was, STATE_MAGIC, "the state of a run", STATE_REMEDY);
+    if (was.version != 1 || was.step != step)
+        fail("%s: expected version 1 after step %d, found version %d after step %d; %s", path, step, was.version, was.step,
+             STATE_REMEDY);
+    model.seed = train.seed = was.seed;
+    if (!model.plan.training) { fclose(f); return {step, 0, {}, {}}; }
+    if (was.ranks != now.ranks || was.rank != now.rank || was.zero != now.zero)
+        fail("%s: was written by rank %d of %d with --zero %d, this is rank %d of %d with --zero %d; resume with as many GPUs "
+             "and the same --zero", path, was.rank, was.ranks, was.zero, now.rank, now.ranks, now.zero);
+    if (was.master != now.master)
+        fail("%s: its run %s fp32 master weights, this one %s them; resume with the same --master-weights and PRECISION", path,
+             was.master ? "kept" : "did without", now.master ? "keeps" : "does without");
+    if (file_size(f) != state_bytes(model))
+        fail("%s: expected %zu bytes for this model, found %zu; it is damaged or was cut off; %s", path, state_bytes(model),
+             file_size(f), STATE_REMEDY);
+    if (was.T != now.T || was.shards != now.shards || was.tokens != now.tokens ||
+        (was.checksum != 0 && was.checksum != now.checksum))
+        fail("%s: its run read %zu tokens in %d shards in sequences of %d (checksum %zx), this one reads %zu in %d in sequences "
+             "of %d (checksum %zx); resume with the same -i and -t, or take the weights to other data: -e %s and another --out",
+             path, was.tokens, was.shards, was.T, was.checksum, now.tokens, now.shards, now.T, now.checksum,
+             checkpoint_path(folder, "model", step).c_str());
+    const Position& at = was.position;
+    if (was.updates < 0 || at.shard >= train.shards.size() || at.window > train.tokens)
+        fail("%s: step %d, shard %zu, sequence %zu is no place in these data; it is damaged; %s", path, step, at.shard, at.window,
+             STATE_REMEDY);
+    if (was.settings < 0 || was.settings > (int)std::size(was.setting))
+        fail("%s: its header counts %d settings; it is damaged; %s", path, was.settings, STATE_REMEDY);
+    model.updates = was.updates;
+    loader_seek(train, at.epoch, at.shard, at.window);
+    state_walk(model, [&](void* device, size_t bytes) {
+        device_copy(false, device, bytes, [&](void* data, size_t n) { read_bytes(f, path, data, n); });
+    });
+    fclose(f);
+    return {step, 0, at, {was.setting, was.setting + was.settings}};
 }
 // Steps of the whole checkpoints in a folder, ascending.
 std::vector<int> checkpoints_in(const std::string& folder) {
     std::vector<int> steps;
-    if (DIR* dir = opendir(folder.c_str())) {
-        while (dirent* entry = readdir(dir)) {
-            int step, length = 0;
-            if (sscanf(entry->d_name, "DONE_%8d%n", &step, &length) == 1 && length == 13 && entry->d_name[length] == '\0')
-                steps.push_back(step);
-        }
-        closedir(dir);
-    }
-    std::sort(steps.begin(), steps.end());
+    if (is_folder(folder.c_str()))
+        for (const std::string& name : files_named(folder + "/DONE_[0-9][0-9][0-9][0-9][0-9][0-9][0-9][0-9]"))
+            steps.push_back(atoi(&name[name.size() - 8]));
     return steps;
 }
 
-// model, then every rank's state, then DONE: a run that is killed in between leaves no DONE, and resumes from the one before.
-// False: it could not be written, which is said, and nothing is left of it; those before it stay.
+// Writes the model, then the state of every rank, then DONE, so that a run which is killed in between resumes from the checkpoint
+// before. False: this one could not be written. That is said, nothing is left of it, and those before it stay.
 bool checkpoint_save(Model& model, const RunState& r, const Loader& train, const std::string& folder, int keep) {
     NvtxRange range("checkpoint");
-    const std::string done = checkpoint_path(folder, "DONE", r.step), weights = checkpoint_path(folder, "model", r.step),
-                      state = checkpoint_path(folder, "state", r.step);
-    std::string error;
+    std::vector<std::string> written;
+    std::string error;   // of this rank; after one it writes no more files
+    auto write = [&](const char* kind, const std::function<void(const Put& put)>& fill) {
+        const std::string path = checkpoint_path(folder, kind, r.step);
+        if (error.empty()) error = write_file(path, fill);
+        if (error.empty()) written.push_back(path);
+    };
     if (world.rank == 0) {
-        unlink(done.c_str());   // a run started over may write this step again
-        error = model_save(model, weights);
+        unlink(checkpoint_path(folder, "DONE", r.step).c_str());   // a run that started over may write this step again
+        write("model", [&](const Put& put) {
+            const ModelHeader h = model_header(model.config);
+            put(&h, sizeof h);
+            for (int p = 0; p < NUM_PARAMS; p++)
+                device_copy(true, model.param[p], param_shape(model.config, p).elements() * sizeof(floatX), put);
+        });
     }
-    const bool weights_written = world.rank == 0 && error.empty();
-    if (error.empty()) error = state_save(model, r, train, state);
-    const bool state_written = error.empty();
-    if (!world_any(!error.empty()) && world.rank == 0) {
-        AtomicFile f(done);
-        f.write("whole\n", 6);
-        f.commit();
-        error = f.error;
-    }
+    write("state", [&](const Put& put) {
+        const StateHeader h = state_header(model, r, train);
+        put(&h, sizeof h);
+        state_walk(model, [&](void* device, size_t bytes) { device_copy(true, device, bytes, put); });
+    });
+    if (!world_any(!error.empty()) && world.rank == 0) write("DONE", [](const Put& put) { put("whole\n", 6); });
     if (world_any(!error.empty())) {
-        if (weights_written) unlink(weights.c_str());
-        if (state_written) unlink(state.c_str());
+        for (const std::string& path : written) unlink(path.c_str());
         if (!error.empty())
-            fprintf(stderr, "%s: %s. There is no checkpoint of step %d; those before it stay\n", program_name, error.c_str(), r.step);
+            fprintf(stderr, "%s: %s. There is no checkpoint of step %d; those before it stay\n", program_name, error.c_str(),
+                    r.step);
         return false;
     }
     if (world.rank == 0) printf("checkpoint of step %d in %s\n", r.step, folder.c_str());
-    std::vector<int> steps = checkpoints_in(folder);
-    world_barrier();
+    const std::vector<int> steps = checkpoints_in(folder);
+    world_barrier();   // before files go, every rank has its list of them
     for (size_t i = 0; keep > 0 && i + keep < steps.size(); i++) {
         if (world.rank == 0) {   // DONE first: half a checkpoint must not look whole
             unlink(checkpoint_path(folder, "DONE", steps[i]).c_str());
@@ -3817,6 +3717,7 @@ bool checkpoint_save(Model& model, const RunState& r, const Loader& train, const
     }
     return true;
 }
+// ==== end twin
 
 // ---------------------------------------------------------------------------------------------------------------------
 // 9. main
