@@ -3956,8 +3956,7 @@ bool checkpoint_save(Model& model, const RunState& r, const Loader& train, const
 // 9. main
 
 #ifndef TESTING
-// Peak of the tensor cores in bf16 without sparsity, in FLOP/s, by NVIDIA's data sheets: the MFU is the share of it that a run
-// reaches. 0 where that means nothing.
+// Peak of the tensor cores in bf16 without sparsity, in FLOP/s, by NVIDIA's data sheets; 0 where a share of it (MFU) means nothing.
 double device_peak_flops(const cudaDeviceProp& prop, int device, bool tensor_cores) {
     const struct { const char* name; double tflops; } known[] = {
         {"H200", 989}, {"H100 PCIe", 756}, {"H100 NVL", 835}, {"H100", 989}, {"H800", 989}, {"H20", 148}, {"B200", 2250}, {"A100", 312},
@@ -4056,20 +4055,15 @@ std::string quoted(const char* name) {
     const Option& o = option(name);
     return typed(name) + " " + (o.type == TEXT ? *(std::string*)o.value : o.text(o.number()));
 }
-// Ends the program as fail (status 1) or fail_usage (status 2) does, with a message about this option.
-[[noreturn]] __attribute__((format(printf, 3, 4))) void fail_option(int status, const char* name, const char* format, ...) {
-    char text[3 * PATH_MAX];
-    va_list args;
-    va_start(args, format);
-    vsnprintf(text, sizeof text, format, args);
-    if (status == 2) fail_usage("%s: %s", quoted(name).c_str(), text);
-    fail("%s: %s", quoted(name).c_str(), text);
-}
+// fail and fail_usage with a message about this option.
+#define fail_option(name, format, ...) fail("%s: " format, quoted(name).c_str(), ##__VA_ARGS__)
+#define bad_option(name, format, ...) fail_usage("%s: " format, quoted(name).c_str(), ##__VA_ARGS__)
 
 void options_help() {
     printf("usage: %s [options]      (--name VALUE or --name=VALUE)\n\n", program_name);
     for (const Option& o : options)
-        if (o.type != BUILD) printf("  %-4s --%-21s %s%s%s%s\n", o.alias, o.name, o.help, *o.usual ? " [" : "", o.usual, *o.usual ? "]" : "");
+        if (o.type != BUILD)
+            printf("  %-4s --%-21s %s%s%s%s\n", o.alias, o.name, o.help, *o.usual ? " [" : "", o.usual, *o.usual ? "]" : "");
 }
 
 void option_set(Option& o, const std::string& text, bool attached) {   // attached: as in --name=text
@@ -4150,20 +4144,19 @@ bool model_parse_size(const std::string& text, Config& c) {
                              {48, 25, 1600}, {60, 30, 1920}, {72, 30, 2880}, {84, 36, 3456}};
     for (auto& d : depths)
         if (depth && atoi(size.c_str() + 1) == d[0]) c.L = d[0], c.NH = d[1], c.C = d[2];
-    if (depth && c.L == 0)
-        fail_option(2, "model", "expected one of d6 d12 d24 d36 d48 d60 d72 d84, or a size like %s", example.c_str());
+    if (depth && c.L == 0) bad_option("model", "expected one of d6 d12 d24 d36 d48 d60 d72 d84, or a size like %s", example.c_str());
     struct { char name; int* value; bool seen; } letters[] = {{'L', &c.L}, {'H', &c.NH}, {'C', &c.C}, {'T', &c.maxT}, {'V', &c.V}};
     for (const char* at = depth ? "" : size.c_str(); *at != '\0';) {
         char* end;
         const long value = strtol(at + 1, &end, 10);
         auto letter = std::find_if(std::begin(letters), std::end(letters), [&](auto& l) { return l.name == *at && !l.seen; });
         if (letter == std::end(letters) || end == at + 1 || value < 1 || value > 1 << 30 || (*end != '\0' && *end != ','))
-            fail_option(2, "model", "expected a size like %s (layers, heads, channels, longest sequence, vocabulary)", example.c_str());
+            bad_option("model", "expected a size like %s (layers, heads, channels, longest sequence, vocabulary)", example.c_str());
         *letter->value = (int)value;
         letter->seen = true;
         at = *end == ',' ? end + 1 : end;
     }
-    if (!c.L || !c.NH || !c.C) fail_option(2, "model", "expected L, H and C among the sizes, as in %s", example.c_str());
+    if (!c.L || !c.NH || !c.C) bad_option("model", "expected L, H and C among the sizes, as in %s", example.c_str());
     c.Vp = ceil_div(c.V, 128) * 128;
     return true;
 }
@@ -4186,8 +4179,8 @@ std::vector<Option> model_options() {
 }
 void model_check_options() {
     if (kActBits > 0 && gelu_fusion > 0)
-        fail_option(2, "gelu-fusion", "this build keeps GELU's input in %d bits, which no epilogue of cuBLASLt makes; expected 0, or a "
-                    "build with APPROX_ACT=0", kActBits);
+        bad_option("gelu-fusion", "this build keeps GELU's input in %d bits, which no epilogue of cuBLASLt makes; expected 0, or a build "
+                   "with APPROX_ACT=0", kActBits);
     matmul_state.gelu_fusion = (int)gelu_fusion;
 }
 
@@ -4259,9 +4252,9 @@ std::vector<Option> settings_options(Settings& s) {
 void settings_check(const Settings& s) {
     model_check_options();
     for (const char* name : {"resume", "checkpoint-every", "keep"})
-        if (option(name).number() > 0 && s.out.empty()) fail_option(2, name, "expected --out DIR with it, the folder of the checkpoints");
+        if (option(name).number() > 0 && s.out.empty()) bad_option(name, "expected --out DIR with it, the folder of the checkpoints");
     if (s.steps == 0 && s.checkpoint_every > 0)
-        fail_option(2, "checkpoint-every", "nothing is trained with --steps 0, so there is nothing to write; expected 0, or some steps");
+        bad_option("checkpoint-every", "nothing is trained with --steps 0, so there is nothing to write; expected 0, or some steps");
 }
 
 // A run: what it was told, what it works on, and where it stands.
@@ -4280,9 +4273,8 @@ struct Run {
     int saved = -1, status = 0;           // the last step in --out; the exit status if it ended now
     float val_loss = 0, first_loss = 0;   // of the last validation; of the first step that was finite
     std::vector<int> first_tokens;        // (2, B, T): of this run's first micro-batch
-    int timed = -1;                       // steps but the first, which prepares the matmuls
-    double seconds = 0;                   // that they took
-    bool told = false;                    // how long the run will take
+    int timed = -1;                       // steps but the first, which prepares the matmuls,
+    double seconds = 0;                   // and what they took
     // Pinned memory in two halves, each with a region per micro-batch: the tokens of this step, and those of the next. When one
     // half is ready, the other is free for validation and samples.
     int* host_tokens = nullptr;
@@ -4301,8 +4293,8 @@ struct Run {
     bool unsaved() const { return saves() && state.step > 0 && state.step != saved; }
 };
 
-// What shapes the numbers of a run, besides its model and its data: the values that have a slot. A state file keeps them in the order of
-// the slots, so new ones get the next.
+// What shapes the numbers of a run, besides its model and its data: the values that have a slot. A state file keeps them in the order
+// of the slots, so a new one gets the next.
 std::vector<double> settings_kept(Run& run) {
     run.s.steps = run.steps;   // what was chosen counts, where nothing was given
     run.s.B = run.model.plan.B;
@@ -4321,13 +4313,13 @@ std::vector<double> settings_kept(Run& run) {
 void pick_model(Run& run) {
     Settings& s = run.s;
     Config& c = run.model.config;
-    if (s.resume && file_exists(s.out) && !is_folder(s.out.c_str())) fail_option(1, "out", "expected a folder, found a file");
+    if (s.resume && file_exists(s.out) && !is_folder(s.out.c_str())) fail_option("out", "expected a folder, found a file");
     if (s.resume && access(s.out.c_str(), R_OK | X_OK) != 0 && errno != ENOENT)
-        fail_option(1, "out", "cannot read this folder: %s", strerror(errno));
+        fail_option("out", "cannot read this folder: %s", strerror(errno));
     const std::vector<int> checkpoints = s.resume ? checkpoints_in(s.out) : std::vector<int>();
     const bool size = model_parse_size(s.model, c), resumes = !checkpoints.empty();
     if (s.resume && s.steps == 0 && !resumes)
-        fail_option(1, "resume", "%s holds no whole checkpoint, so there is nothing to evaluate; expected DONE_* in it", s.out.c_str());
+        fail_option("resume", "%s holds no whole checkpoint, so there is nothing to evaluate; expected DONE_* in it", s.out.c_str());
     if (resumes) run.resume_step = checkpoints.back();
     if (resumes || !size) run.model_file = resumes ? checkpoint_path(s.out, "model", run.resume_step) : s.model;
     Config asked = c;
@@ -4335,13 +4327,13 @@ void pick_model(Run& run) {
     if (resumes && given("model") && s.model != run.model_file) {   // it is the checkpoint's model; another may have been asked for
         if (!size) asked = file_exists(s.model) ? model_read_config(s.model.c_str()) : c;
         if (memcmp(&asked, &c, sizeof c) != 0)
-            fail_option(2, "model", "is another model (%s) than that of the checkpoint to resume, %s (%s); leave %s out to go on, or begin "
-                        "anew in another --out", model_sizes(asked).c_str(), run.model_name(), model_sizes(c).c_str(), typed("model").c_str());
+            bad_option("model", "is another model (%s) than that of the checkpoint to resume, %s (%s); leave %s out to go on, or begin anew "
+                       "in another --out", model_sizes(asked).c_str(), run.model_name(), model_sizes(c).c_str(), typed("model").c_str());
         if (!size && world.rank == 0) printf("note: %s is not read: the run goes on from %s\n", s.model.c_str(), run.model_name());
     }
     model_check_config(c, run.model_name());
     if (!given("seq-len")) s.T = std::min<int64_t>(s.T, c.maxT);
-    if (s.T > c.maxT) fail_option(2, "seq-len", "the model's longest sequence is %d", c.maxT);
+    if (s.T > c.maxT) bad_option("seq-len", "the model's longest sequence is %d", c.maxT);
     run.model.seed = s.seed;
 }
 
@@ -4369,7 +4361,7 @@ void pick_device(Run& run) {
         fail("no GPU to run on (CUDA says \"%s\", nvidia-smi lists what it sees); expected one, or a build for the CPU: make %s CPU=1",
              cudaGetErrorString(error), program_name);
     } else if (run.s.B == 0) {
-        fail_option(2, "batch", "no GPU is visible whose memory could be filled; expected a number");
+        bad_option("batch", "no GPU is visible whose memory could be filled; expected a number");
     }
 }
 
@@ -4378,15 +4370,14 @@ size_t open_data(Run& run) {
     const Settings& s = run.s;
     const Config& c = run.model.config;
     size_t batch = 1 << 16;
-    const struct { bool wanted; Loader& d; const char* option; const std::string& name; bool shuffle; } sets[] = {
-        {s.steps != 0, run.train, "train-data", s.train_data, true}, {s.val_every > 0, run.val, "val-data", s.val_data, false}};
-    for (auto& set : sets) {
-        if (!set.wanted) continue;
-        if (world.rank == 0) printf("data       %s\n", set.name.c_str());
+    auto open = [&](Loader& d, const char* option, const std::string& name, bool shuffle) {
+        if (world.rank == 0) printf("data       %s\n", name.c_str());
         fflush(stdout);   // reading them all may take long
-        loader_open(set.d, typed(set.option).c_str(), set.name.c_str(), (int)s.T, c.V, set.shuffle, run.model.seed);
-        batch = std::min(batch, loader_largest_batch(set.d));
-    }
+        loader_open(d, typed(option).c_str(), name.c_str(), (int)s.T, c.V, shuffle, run.model.seed);
+        batch = std::min(batch, loader_largest_batch(d));
+    };
+    if (s.steps != 0) open(run.train, "train-data", s.train_data, true);
+    if (s.val_every > 0) open(run.val, "val-data", s.val_data, false);
     // samples are written in the tokens of the data
     const std::string& named = given("train-data") || !given("val-data") ? s.train_data : s.val_data;
     const std::vector<std::string> found = files_named(named);
@@ -4446,22 +4437,22 @@ void choose_plan(Run& run, size_t data_batch) {
     }
     const int64_t BT = B * s.T;
     if (B == 0)
-        fail_option(1, "batch", "not even one sequence of %lld tokens fits into the %.1f MiB that are free%s; --estimate -b 1 shows what "
-                    "takes the room", (long long)s.T, run.free_bytes / 1048576.0, s.total_batch ? " and divides --total-batch" : "");
-    if (BT >= 1 << 30) fail_option(2, "batch", "%lld tokens in one micro-batch; expected fewer than 2^30", (long long)BT);
+        fail_option("batch", "not even one sequence of %lld tokens fits into the %.1f MiB that are free%s; --estimate -b 1 shows what takes "
+                    "the room", (long long)s.T, run.free_bytes / 1048576.0, s.total_batch ? " and divides --total-batch" : "");
+    if (BT >= 1 << 30) bad_option("batch", "%lld tokens in one micro-batch; expected fewer than 2^30", (long long)BT);
     if (micro_batches(B) == 0)
-        fail_option(2, "total-batch", "expected a multiple of batch * seq-len * GPUs = %lld * %lld * %d = %lld", (long long)B,
-                    (long long)s.T, world.size, (long long)BT * world.size);
-    if (s.loss_chunks > BT) fail_option(2, "loss-chunks", "a micro-batch has %lld rows, so expected at most that", (long long)BT);
+        bad_option("total-batch", "expected a multiple of batch * seq-len * GPUs = %lld * %lld * %d = %lld", (long long)B, (long long)s.T,
+                   world.size, (long long)BT * world.size);
+    if (s.loss_chunks > BT) bad_option("loss-chunks", "a micro-batch has %lld rows, so expected at most that", (long long)BT);
     if (!fits(B, CHUNK_BYTES)) fits(B, SMALL_CHUNK_BYTES);
 }
 
-// The steps of the run, when its batch is known. False: a resumed run has taken them all.
-bool count_steps(Run& run) {
+// The steps of the run, when its batch is known. Ends the program if a resumed run has taken them all.
+void count_steps(Run& run) {
     const Plan& plan = run.model.plan;
     const int64_t asked = run.s.steps;
     if (run.s.val_every > 0) loader_set_batch(run.val, plan.B);
-    if (!plan.training) return true;
+    if (!plan.training) return;
     loader_set_batch(run.train, plan.B);
     const size_t batches = run.train.batches_per_epoch();
     run.steps = (int)(asked >= 0 ? asked : std::min<int64_t>(batches / plan.micro_batches, 1 << 30));
@@ -4469,13 +4460,15 @@ bool count_steps(Run& run) {
         fail("%s: one epoch makes %zu batches, fewer than the %d of one step; take a smaller --total-batch or give --steps",
              run.s.train_data.c_str(), batches, plan.micro_batches);
     const char* origin = asked >= 0 ? "" : " (one epoch)";
-    const bool more = run.resume_step < run.steps;
-    if (!more && world.rank == 0)
-        printf("already at step %d: nothing left to do (--steps is %d%s); give a larger -x to go on, or -x 0 to validate and sample\n",
-               run.resume_step, run.steps, origin);
-    if (more && run.s.warmup > run.steps)
-        fail_option(2, "warmup", "the rate would never reach its peak; expected at most the number of steps, %d%s", run.steps, origin);
-    return more;
+    if (run.resume_step >= run.steps) {
+        if (world.rank == 0)
+            printf("already at step %d: nothing left to do (--steps is %d%s); give a larger -x to go on, or -x 0 to validate and sample\n",
+                   run.resume_step, run.steps, origin);
+        world_end();
+        leave(0);
+    }
+    if (run.s.warmup > run.steps)
+        bad_option("warmup", "the rate would never reach its peak; expected at most the number of steps, %d%s", run.steps, origin);
 }
 
 // ---- the output folder and the log
@@ -4487,13 +4480,13 @@ void lock_out(const std::string& out) {
     const int folder = open(out.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     const int fd = open(lock.c_str(), O_RDWR | O_CREAT | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC, 0666);
     struct stat st;
-    if (fd < 0 && errno != ELOOP && errno != EISDIR) fail_option(1, "out", "cannot write into this folder: %s", strerror(errno));
+    if (fd < 0 && errno != ELOOP && errno != EISDIR) fail_option("out", "cannot write into this folder: %s", strerror(errno));
     if (fd < 0 || fstat(fd, &st) != 0 || !S_ISREG(st.st_mode))
-        fail_option(1, "out", "expected .lock in it to be a file that this run may write, found a folder, a link or a device; remove it");
+        fail_option("out", "expected .lock in it to be a file that this run may write, found a folder, a link or a device; remove it");
     char holder[200] = "", host[100] = "";
     if ((flock(folder, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK) || !lock_file(fd, lock.c_str())) {
         if (read(fd, holder, sizeof holder - 1) <= 0) strcpy(holder, "another process");
-        fail_option(1, "out", "%s trains into this folder; wait for its end, or name another folder", holder);
+        fail_option("out", "%s trains into this folder; wait for its end, or name another folder", holder);
     }
     gethostname(host, sizeof host - 1);
     snprintf(holder, sizeof holder, "process %d on %s", (int)getpid(), host);
@@ -4503,18 +4496,18 @@ void lock_out(const std::string& out) {
 // A folder that can be written to: found out now, and not after an hour of training.
 void prepare_out(const Settings& s, int resume_step) {
     const char* out = s.out.c_str();
-    if (mkdir(out, 0777) != 0 && errno != EEXIST) fail_option(1, "out", "cannot make this folder: %s", strerror(errno));
-    if (!is_folder(out)) fail_option(1, "out", "expected a folder, found %s", file_exists(s.out) ? "a file" : "a link that leads to none");
+    if (mkdir(out, 0777) != 0 && errno != EEXIST) fail_option("out", "cannot make this folder: %s", strerror(errno));
+    if (!is_folder(out)) fail_option("out", "expected a folder, found %s", file_exists(s.out) ? "a file" : "a link that leads to none");
     if (faccessat(AT_FDCWD, out, R_OK | W_OK | X_OK, AT_EACCESS) != 0)
-        fail_option(1, "out", "cannot list, enter and write into this folder: %s", strerror(errno));
+        fail_option("out", "cannot list, enter and write into this folder: %s", strerror(errno));
     if (world.rank > 0) return;   // rank 0 holds the lock for all
     lock_out(s.out);
     const std::vector<int> steps = checkpoints_in(s.out);
     if (!s.resume && !steps.empty())   // mixed with ours, a later resume could take them for ours
-        fail_option(1, "out", "holds checkpoints of an earlier run, up to step %d; --resume 1 goes on with it, another folder begins anew",
+        fail_option("out", "holds checkpoints of an earlier run, up to step %d; --resume 1 goes on with it, another folder begins anew",
                     steps.back());
     if (s.resume && resume_step != (steps.empty() ? -1 : steps.back()))
-        fail_option(1, "out", "another run has written into this folder just now; start again");
+        fail_option("out", "another run has written into this folder just now; start again");
     for (const std::string& path : files_named(s.out + "/*.tmp"))   // what a killed run has left half-written
         if (is_checkpoint_name(path.substr(path.rfind('/') + 1))) unlink(path.c_str());
 }
@@ -4526,16 +4519,16 @@ void check_room(const Settings& s, const Model& model, int steps) {
     if (world.rank != 0 || steps <= 0) return;
     struct rlimit limit;
     if (getrlimit(RLIMIT_FSIZE, &limit) == 0 && limit.rlim_cur != RLIM_INFINITY && largest > (double)limit.rlim_cur)
-        fail_option(1, "out", "the largest file of a checkpoint has %.3f MiB, but this process may write %.3f MiB (ulimit -f)",
+        fail_option("out", "the largest file of a checkpoint has %.3f MiB, but this process may write %.3f MiB (ulimit -f)",
                     largest / MiB, limit.rlim_cur / MiB);
     struct statvfs disk;
     if (statvfs(s.out.c_str(), &disk) != 0 || disk.f_blocks == 0) return;   // it does not say
     const double room = (double)(geteuid() == 0 ? disk.f_bfree : disk.f_bavail) * disk.f_frsize;
     if (room < need)
-        fail_option(1, "out", "a checkpoint takes %.3f MiB, but %.3f MiB are free there; free some space, or name a folder on another disk",
+        fail_option("out", "a checkpoint takes %.3f MiB, but %.3f MiB are free there; free some space, or name a folder on another disk",
                     need / MiB, room / MiB);
     double more = s.checkpoint_every > 0 ? ceil((double)steps / s.checkpoint_every) : 1;
-    if (s.keep > 0) more = std::min(more, std::max(1.0, s.keep + 1.0 - checkpoints_in(s.out).size()));   // an old one goes after the new
+    if (s.keep > 0) more = std::min(more, std::max(1.0, s.keep + 1.0 - checkpoints_in(s.out).size()));   // one more, and one goes
     if (room < more * need)
         printf("note: %s has room for %.0f more checkpoints of %.1f MiB, and this run would add %.0f (--keep N keeps the newest N)\n",
                s.out.c_str(), floor(room / need), need / MiB, more);
@@ -4548,12 +4541,12 @@ void log_open(Log& log, const Settings& s, int resume_step) {
     log.path = s.log;
     if (!s.out.empty() && is_checkpoint_name(to.path.substr(to.path.rfind('/') + 1)) && stat(folder_of(to.path).c_str(), &at) == 0 &&
         stat(s.out.c_str(), &out) == 0 && at.st_dev == out.st_dev && at.st_ino == out.st_ino)
-        fail_option(1, "log", "this is the name of a file of a checkpoint; expected another");
-    if (!to.error.empty()) fail_option(1, "log", "cannot write there: %s", to.error.c_str());
+        fail_option("log", "this is the name of a file of a checkpoint; expected another");
+    if (!to.error.empty()) fail_option("log", "cannot write there: %s", to.error.c_str());
     log.fd = to.stream >= 0 ? to.stream : open(to.path.c_str(), O_RDWR | O_CREAT | O_APPEND | O_CLOEXEC, 0666);
-    if (log.fd < 0) fail_option(1, "log", "cannot open it: %s", strerror(errno));
+    if (log.fd < 0) fail_option("log", "cannot open it: %s", strerror(errno));
     if (to.stream >= 0) return;
-    if (!lock_file(log.fd, s.log.c_str())) fail_option(1, "log", "another run writes this log now; name another");
+    if (!lock_file(log.fd, s.log.c_str())) fail_option("log", "another run writes this log now; name another");
 
     FILE* old = fdopen(dup(log.fd), "r");
     off_t keep = 0;
@@ -4563,7 +4556,7 @@ void log_open(Log& log, const Settings& s, int resume_step) {
         int step;
         const size_t length = strlen(line), compared = std::min<size_t>(length, 9);   // a full disk may have cut the last one off
         if (length == 0 || (strncmp(line, "{\"step\": ", compared) != 0 && strncmp(line, "{\"done\": ", compared) != 0))
-            fail_option(1, "log", "expected a new name or the log of a run (lines that begin with {\"step\":), found something else; it "
+            fail_option("log", "expected a new name or the log of a run (lines that begin with {\"step\":), found something else; it "
                         "stays as it was");
         const bool whole = length > 1 && strcmp(line + length - 2, "}\n") == 0;
         keeping = keeping && whole && sscanf(line, "{\"step\": %d", &step) == 1 && step <= resume_step;
@@ -4571,7 +4564,7 @@ void log_open(Log& log, const Settings& s, int resume_step) {
         if (keeping && strstr(line, "\"val_loss\"") != nullptr) log.val_step = step;
     }
     if (old == nullptr || ferror(old) || fstat(log.fd, &at) != 0 || (keep < at.st_size && ftruncate(log.fd, keep) != 0))
-        fail_option(1, "log", "cannot go on with it: %s", strerror(errno));
+        fail_option("log", "cannot go on with it: %s", strerror(errno));
     if (keep == 0 && at.st_size > 0) printf("note: %s held the lines of an earlier run, and begins anew\n", s.log.c_str());
     fclose(old);
 }
@@ -4713,9 +4706,8 @@ void report_step(Run& run, float lr, const Verdict& v, double took) {   // on th
     else printf("MFU n/a");
     if (terminal && known) printf(" | %s left", duration(rest).c_str());
     printf("\n");
-    if (!terminal && known && !run.told && rest > 60)
+    if (!terminal && run.timed == (run.on_cpu() ? 0 : 1) && rest > 60)   // as soon as it is known
         printf("  %d steps of about %.1f s are to come: %s\n", to_come, each, duration(rest).c_str());
-    run.told = run.told || known;
     if (run.state.not_finite_in_row > 0)
         printf("  the loss or the gradient is not finite: this step changed nothing (%d in a row)\n", run.state.not_finite_in_row);
     else if (v.skip)
@@ -4763,8 +4755,6 @@ void save(Run& run) {
         fprintf(stderr, "%s: no checkpoint of step %d: the loss is not finite, or has exploded; those before it stay\n", program_name,
                 at.step);
 }
-
-// ---- the loop
 
 // What is said at the end. `left_out`: a signal has kept the run from something. Returns the exit status.
 int end_loop(Run& run, bool finished, bool left_out, bool wrote) {
@@ -4814,8 +4804,6 @@ int run_loop(Run& run) {   // returns the exit status
         }
     }
 }
-
-// ---- main
 
 // What the run takes: all of it, as for --estimate, or at its start, without the parameters and what training keeps for each.
 void print_plan(Run& run, bool all) {
@@ -4869,7 +4857,8 @@ void begin_or_go_on(Run& run) {
     for (size_t slot = 0; slot < std::min(kept.size(), was.size()); slot++)
         for (const Option& o : options)
             if (o.slot == (int)slot && was[slot] != kept[slot])
-                printf("note: %s%s was %s, is %s\n", o.type == BUILD ? "" : "--", o.name, o.text(was[slot]).c_str(), o.text(kept[slot]).c_str());
+                printf("note: %s%s was %s, is %s\n", o.type == BUILD ? "" : "--", o.name, o.text(was[slot]).c_str(),
+                       o.text(kept[slot]).c_str());
     if (resumes && given("seed") && (uint64_t)run.s.seed != run.model.seed)
         printf("note: the run goes on with its own --seed, %llu\n", (unsigned long long)run.model.seed);
 }
@@ -4891,10 +4880,7 @@ int main(int argc, char** argv) {
     choose_plan(run, estimating ? 1 << 16 : open_data(run));
     if (estimating && speaks) print_plan(run, true);
     if (estimating) leave(0);
-    if (!count_steps(run)) {
-        world_end();
-        leave(0);
-    }
+    count_steps(run);
     if (run.saves()) prepare_out(run.s, run.resume_step);
     if (speaks) print_plan(run, false);
     make_model(run);
