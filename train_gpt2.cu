@@ -4025,6 +4025,8 @@ void catch_signals() {
 
 // ---- the command line: one table for parsing, for messages, for --help, and for what a state file keeps of it
 
+#define warn(format, ...) fprintf(stderr, "%s: " format "\n", program_name, ##__VA_ARGS__)
+
 enum ValueType { INTEGER, REAL, TEXT, ESTIMATE, HELP, BUILD };   // BUILD: a flag of the build, which is in the table to be kept
 struct Option {
     const char *name, *alias;   // long; llm.c's, or ""
@@ -4096,8 +4098,7 @@ void options_parse(int argc, char** argv) {
         auto o = std::find_if(options.begin(), options.end(), [&](const Option& o) {
             return o.type != BUILD && (name == std::string("--") + o.name || (*o.alias && name == o.alias)); });
         if (o == options.end()) fail_usage("%s: no such option; --help lists them", arg.c_str());
-        if (!o->typed.empty() && world.rank == 0)
-            fprintf(stderr, "%s: %s is given more than once: the last one counts\n", program_name, name.c_str());
+        if (!o->typed.empty() && world.rank == 0) warn("%s is given more than once: the last one counts", name.c_str());
         o->typed = name;
         if (o->type == HELP) {   // llm.c's -h takes 0 or 1 and switches HellaSwag's evaluation; ours alone is help
             if (name == "-h" && next == "1")
@@ -4174,9 +4175,7 @@ void model_check_config(const Config& c, const char* from) {
 }
 
 int64_t gelu_fusion = 0;
-std::vector<Option> model_options() {
-    return {{"gelu-fusion", "-ge", INTEGER, &gelu_fusion, 0, 2, "0", "GELU in cuBLASLt's epilogue: 1: forward, 2: and backward", 13}};
-}
+#define MODEL_OPTIONS {"gelu-fusion", "-ge", INTEGER, &gelu_fusion, 0, 2, "0", "GELU in cuBLASLt's epilogue: 1: forward, 2: and backward", 13},
 void model_check_options() {
     if (kActBits > 0 && gelu_fusion > 0)
         bad_option("gelu-fusion", "this build keeps GELU's input in %d bits, which no epilogue of cuBLASLt makes; expected 0, or a build "
@@ -4198,7 +4197,7 @@ struct Settings {
 };
 std::vector<Option> settings_options(Settings& s) {
     const double BIG = 2147483647;
-    std::vector<Option> table = {
+    return {
         {"train-data", "-i", TEXT, &s.train_data, 0, 0, "data/train.bin", "FILE or 'PATTERN': shards of tokens to train on"},
         {"val-data", "-j", TEXT, &s.val_data, 0, 0, "data/val.bin", "FILE or 'PATTERN': shards of tokens to validate on"},
         {"tokenizer", "", TEXT, &s.tokenizer, 0, 0, "tokenizer.bin beside the training data", "FILE that turns sampled ids into text"},
@@ -4225,6 +4224,7 @@ std::vector<Option> settings_options(Settings& s) {
          "parts in which logits are made; auto: below 1 GiB each, or 256 MiB where memory is short", 11, {"auto"}},
         {"workspace", "", INTEGER, &s.workspace, 1, 1 << 20, "auto",
          "MiB for cuBLASLt's partial sums; auto: what the model can use, up to 64", -1, {"auto"}},
+        MODEL_OPTIONS   // those of this model alone
         {"tf32", "-f", INTEGER, &s.tf32, 0, 1, "1", "fp32 builds: tensor cores for matmuls", 14},
         {"zero", "-z", INTEGER, &s.zero, 0, 1, "0", "several GPUs: each keeps a share of the optimizer's state"},
         {"val-every", "-v", INTEGER, &s.val_every, 0, BIG, "20", "steps between validations, also at step 0 and the end; 0: never"},
@@ -4245,9 +4245,6 @@ std::vector<Option> settings_options(Settings& s) {
         {"MS_NORM", "", BUILD, &s.ms_norm, 0, 0, "", "", 16},
         {"PRECISION", "", BUILD, &s.fp32, 0, 0, "", "", 17, {"BF16", "FP32"}},
     };
-    const std::vector<Option> own = model_options();   // they follow --workspace
-    table.insert(table.begin() + 22, own.begin(), own.end());
-    return table;
 }
 void settings_check(const Settings& s) {
     model_check_options();
@@ -4450,16 +4447,16 @@ void choose_plan(Run& run, size_t data_batch) {
 // The steps of the run, when its batch is known. Ends the program if a resumed run has taken them all.
 void count_steps(Run& run) {
     const Plan& plan = run.model.plan;
-    const int64_t asked = run.s.steps;
+    const bool told = run.s.steps >= 0;
     if (run.s.val_every > 0) loader_set_batch(run.val, plan.B);
     if (!plan.training) return;
     loader_set_batch(run.train, plan.B);
     const size_t batches = run.train.batches_per_epoch();
-    run.steps = (int)(asked >= 0 ? asked : std::min<int64_t>(batches / plan.micro_batches, 1 << 30));
+    run.steps = (int)(told ? run.s.steps : std::min<int64_t>(batches / plan.micro_batches, 1 << 30));
     if (run.steps == 0)
         fail("%s: one epoch makes %zu batches, fewer than the %d of one step; take a smaller --total-batch or give --steps",
              run.s.train_data.c_str(), batches, plan.micro_batches);
-    const char* origin = asked >= 0 ? "" : " (one epoch)";
+    const char* origin = told ? "" : " (one epoch)";
     if (run.resume_step >= run.steps) {
         if (world.rank == 0)
             printf("already at step %d: nothing left to do (--steps is %d%s); give a larger -x to go on, or -x 0 to validate and sample\n",
@@ -4752,8 +4749,7 @@ void save(Run& run) {
     run.status = !good ? 3 : checkpoint_save(run.model, at, run.train, run.s.out, (int)run.s.keep) ? 0 : 1;
     if (run.status == 0) run.saved = at.step;
     if (!good && world.rank == 0)
-        fprintf(stderr, "%s: no checkpoint of step %d: the loss is not finite, or has exploded; those before it stay\n", program_name,
-                at.step);
+        warn("no checkpoint of step %d: the loss is not finite, or has exploded; those before it stay", at.step);
 }
 
 // What is said at the end. `left_out`: a signal has kept the run from something. Returns the exit status.
@@ -4761,12 +4757,12 @@ int end_loop(Run& run, bool finished, bool left_out, bool wrote) {
     const RunState& at = run.state;
     if (at.not_finite_in_row > 0 || !std::isfinite(run.val_loss)) run.status = 3;
     for (const std::string& error : {run.train.error, run.val.error}) {
-        if (!error.empty()) fprintf(stderr, "%s: %s\n", program_name, error.c_str());
+        if (!error.empty()) warn("%s", error.c_str());
         run.status = std::max(run.status, error.empty() ? 0 : 1);
     }
     const int status = left_out && interrupted ? 128 + interrupted : run.status;
     if (world.rank != 0) return status;
-    if (!wrote && run.status == 3) fprintf(stderr, "%s: what this model computes is not finite\n", program_name);
+    if (!wrote && run.status == 3) warn("what this model computes is not finite");
     fflush(stdout);
     FILE* to = ferror(stdout) ? stderr : stdout;   // the last words must be heard
     if (run.timed > 0)
@@ -4798,8 +4794,8 @@ int run_loop(Run& run) {   // returns the exit status
 
         train_step(run);
         if (at.not_finite_in_row >= 10) {
-            fprintf(stderr, "%s: the loss or the gradient was not finite for 10 steps in a row, up to step %d. The weights are those of "
-                    "before. Lower the rate (--lr), lengthen --warmup, or resume from a checkpoint (--resume 1)\n", program_name, at.step);
+            warn("the loss or the gradient was not finite for 10 steps in a row, up to step %d. The weights are those of before. Lower "
+                 "the rate (--lr), lengthen --warmup, or resume from a checkpoint (--resume 1)", at.step);
             return 3;
         }
     }
@@ -4810,10 +4806,10 @@ void print_plan(Run& run, bool all) {
     const Config& c = run.model.config;
     const Plan& plan = run.model.plan;
     const Table table = model_table(run.model);
-    const double MiB = 1 << 20, free = run.free_bytes / MiB, total = run.total_bytes / MiB;
+    const double MiB = 1 << 20, room = run.free_bytes / MiB, total = run.total_bytes / MiB;
     if (!all) {
-        printf("device     %s x %d, %.1f MiB free of %.1f (driver, libraries and others hold %.1f)\n", run.device.name, world.size, free,
-               total, total - free);
+        printf("device     %s x %d, %.1f MiB free of %.1f (driver, libraries and others hold %.1f)\n", run.device.name, world.size, room,
+               total, total - room);
         printf("model      %s: %s, %.2fM parameters, %s\n", run.model_name(), model_sizes(c).c_str(), param_count(c) / 1e6,
                dtype_name(FLOATX));
         if (plan.training)
@@ -4826,7 +4822,7 @@ void print_plan(Run& run, bool all) {
     if (run.s.estimate == "text" && !*run.device.name)
         printf("no GPU is visible here, so whether this fits is for you to say; chunks of logits are as if it did\n");
     else if (run.s.estimate == "text")
-        printf("%s has %.1f MiB, %.1f MiB of them free: this %s\n", run.device.name, total, free,
+        printf("%s has %.1f MiB, %.1f MiB of them free: this %s\n", run.device.name, total, room,
                table_bytes(table) < run.free_bytes ? "fits" : "does not fit");
     fflush(stdout);
 }
