@@ -4175,7 +4175,8 @@ void model_check_config(const Config& c, const char* from) {
 }
 
 int64_t gelu_fusion = 0;
-#define MODEL_OPTIONS {"gelu-fusion", "-ge", INTEGER, &gelu_fusion, 0, 2, "0", "GELU in cuBLASLt's epilogue: 1: forward, 2: and backward", 13},
+#define MODEL_OPTIONS \
+    {"gelu-fusion", "-ge", INTEGER, &gelu_fusion, 0, 2, "0", "GELU in cuBLASLt's epilogue: 1: forward, 2: and backward", 13},
 void model_check_options() {
     if (kActBits > 0 && gelu_fusion > 0)
         bad_option("gelu-fusion", "this build keeps GELU's input in %d bits, which no epilogue of cuBLASLt makes; expected 0, or a build "
