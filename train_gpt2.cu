@@ -3719,11 +3719,12 @@ bool checkpoint_save(Model& model, const RunState& r, const Loader& train, const
 }
 // ==== end twin
 
+// ==== twin: device, schedule, command line
 // ---------------------------------------------------------------------------------------------------------------------
 // 9. main
 
-// ==== twin: device and schedule
-// bf16 tensor-core peaks without sparsity, TFLOP/s, from NVIDIA's data sheets: what the MFU is a share of. 0: no meaning.
+#ifndef TESTING
+// Peak of the tensor cores in bf16 without sparsity, in FLOP/s, by NVIDIA's data sheets; 0 where a share of it (MFU) means nothing.
 double device_peak_flops(const cudaDeviceProp& prop, int device, bool tensor_cores) {
     const struct { const char* name; double tflops; } known[] = {
         {"H200", 989}, {"H100 PCIe", 756}, {"H100 NVL", 835}, {"H100", 989}, {"H800", 989}, {"H20", 148}, {"B200", 2250}, {"A100", 312},
@@ -3732,36 +3733,33 @@ double device_peak_flops(const cudaDeviceProp& prop, int device, bool tensor_cor
     };
     if (!tensor_cores || prop.major < 8 || strstr(prop.name, "CPU")) return 0;
     const double precision = kFP32 ? 0.5 : 1;   // TF32 runs at half the rate of bf16
-    for (auto& k : known) {   // as a whole word: an A1000 is no A100
-        const char* at = strstr(prop.name, k.name);
-        bool whole =
-            at != nullptr && (at == prop.name || !isalnum((unsigned char)at[-1])) && !isalnum((unsigned char)at[strlen(k.name)]);
-        if (whole) return k.tflops * 1e12 * precision;
-    }
+    std::string words = std::string(" ") + prop.name + " ";   // whole words are compared: an A1000 is no A100
+    for (char& c : words) c = isalnum((unsigned char)c) ? c : ' ';
+    for (auto& k : known)
+        if (words.find(std::string(" ") + k.name + " ") != std::string::npos) return k.tflops * 1e12 * precision;
     int khz = 0;
     cudaDeviceGetAttribute(&khz, cudaDevAttrClockRate, device);
-    double per_sm_and_clock = prop.major == 8 && prop.minor == 0 ? 2048 : prop.major == 8 || prop.major == 12 ? 512 : 4096;
+    const double per_sm_and_clock = prop.major == 8 && prop.minor == 0 ? 2048 : prop.major == 8 || prop.major == 12 ? 512 : 4096;
     return per_sm_and_clock * prop.multiProcessorCount * khz * 1e3 * precision;
 }
 
-const char* SCHEDULES[] = {"cosine", "linear", "constant", "wsd"};
 // The learning rate of step 0, 1, ..., steps - 1: a linear warmup to `peak`, then down to peak * final_fraction.
-// wsd (warmup, stable, decay: Hu et al., arXiv 2404.06395) stays at the peak and falls, linearly, in the last fifth.
-float schedule_lr(const std::string& name, int step, int steps, float peak, int warmup, float final_fraction) {
+// wsd (warmup, stable, decay: Hu et al., arXiv 2404.06395) stays at the peak and falls, linearly, in the last fifth of the run.
+enum Schedule { COSINE, LINEAR, CONSTANT, WSD };
+float schedule_lr(int schedule, int step, int steps, float peak, int warmup, float final_fraction) {
     if (step < warmup) return peak * (step + 1) / warmup;
-    if (name == "constant") return peak;
-    double from = warmup;
-    if (name == "wsd") from = std::max<double>(warmup, steps - steps / 5);
-    double done = step < from ? 0 : (step - from) / std::max(1.0, steps - from);   // 0 at the peak, 1 where the run ends
-    double share = name == "cosine" ? 0.5 * (1 + cos(M_PI * done)) : 1 - done;
+    if (schedule == CONSTANT) return peak;
+    const double from = schedule == WSD ? std::max(warmup, steps - steps / 5) : warmup;
+    const double done = step < from ? 0 : (step - from) / std::max(1.0, steps - from);   // 0 at the peak, 1 where the run ends
+    const double share = schedule == COSINE ? 0.5 * (1 + cos(M_PI * done)) : 1 - done;
     return peak * (float)(final_fraction + (1 - final_fraction) * share);
 }
 
-// The first signal asks for a checkpoint and an end. A second Ctrl-C or SIGTERM ends the program at once, unless it is an echo of
-// the first: timeout sends two, and of a closed terminal one hears from the kernel and from the shell.
+// The first signal asks for a checkpoint and the end of the run. A second Ctrl-C or SIGTERM ends it at once, unless it follows within
+// half a second: timeout sends two, and when a terminal closes, both the kernel and the shell tell us.
 volatile sig_atomic_t interrupted = 0;   // the signal
-// What Ctrl-C answers at once, although the step goes on. The text is made beforehand, in the one of two places that is not in
-// use, because a signal handler may do little more than write(2).
+// What Ctrl-C answers at once, although the step goes on. A signal handler may do little more than write(2), so the text is made
+// beforehand, in whichever of the two places is not in use.
 char stop_answers[2][256];
 volatile sig_atomic_t stop_answer = 0;
 void set_stop_answer(int step, bool saves) {
@@ -3773,10 +3771,10 @@ void set_stop_answer(int step, bool saves) {
 void on_interrupt(int signal) {
     static double first = 0;
     const int error = errno;
+    const char* answer = stop_answers[stop_answer];
     if (!interrupted) {
         first = now_seconds();
         interrupted = signal;
-        const char* answer = stop_answers[stop_answer];
         if (write(STDERR_FILENO, answer, strlen(answer)) < 0) { /* nobody is there to read it */ }
     } else if ((signal == SIGINT || signal == SIGTERM) && now_seconds() - first > 0.5) {
         ::signal(signal, SIG_DFL);
@@ -3788,445 +3786,533 @@ void catch_signals() {
     struct sigaction action = {}, before = {};
     action.sa_handler = on_interrupt;
     action.sa_flags = SA_RESTART;
-    for (int signal : {SIGINT, SIGTERM, SIGHUP, SIGXCPU, SIGUSR1, SIGUSR2})   // the last three are a batch system's
+    for (int signal : {SIGINT, SIGTERM, SIGHUP, SIGXCPU, SIGUSR1, SIGUSR2})   // batch systems send the last three
         if (signal != SIGHUP || (sigaction(signal, nullptr, &before) == 0 && before.sa_handler != SIG_IGN))   // nohup ignores it
             sigaction(signal, &action, nullptr);
 }
 
-// ---- the command line: one table for parsing, for messages and for --help
+// ---- the command line: one table for parsing, for messages, for --help, and for what a state file keeps of it
 
-enum ValueType { INTEGER, REAL, TEXT, AUTO_INTEGER, HELP, ESTIMATE };
+#define warn(format, ...) fprintf(stderr, "%s: " format "\n", program_name, ##__VA_ARGS__)
+
+enum ValueType { INTEGER, REAL, TEXT, ESTIMATE, HELP, BUILD };   // BUILD: a flag of the build, which is in the table to be kept
 struct Option {
-    const char* name;     // long
-    const char* alias;    // llm.c's, or ""
+    const char *name, *alias;   // long; llm.c's, or ""
     ValueType type;
-    void* value;          // int64_t, double or std::string; auto is 0
-    double low, high;     // of numbers
-    const char* usual;    // default, as help prints it
-    const char* help;
-    std::string typed;    // the spelling on the command line; empty if it was not there
+    void* value;                // int64_t; double for REAL; std::string for TEXT and ESTIMATE
+    double low, high;           // of numbers; where low > high, words alone are allowed
+    const char *usual, *help;   // as --help prints them: the default, what the option does
+    int slot = -1;              // where a state file keeps the value: see settings_kept
+    std::vector<const char*> words = {};   // what stands for the numbers 0, 1, ...
+    std::string typed = "";     // the spelling on the command line; empty if it was not there
+
+    double number() const { return type == REAL ? *(double*)value : (double)*(int64_t*)value; }
+    std::string text(double x) const {
+        char digits[32];
+        snprintf(digits, sizeof digits, "%.10g", x);
+        return x >= 0 && x < words.size() ? words[(size_t)x] : digits;
+    }
 };
-using Options = std::vector<Option>;
+std::vector<Option> options;
 
-// An option's name for a message: as it was typed, or its long form. `given` tells whether it was.
-std::string typed(const Options& options, const char* name) {
-    for (const Option& o : options)
-        if (strcmp(o.name, name) == 0 && !o.typed.empty()) return o.typed;
-    return std::string("--") + name;
+Option& option(const std::string& name) {
+    return *std::find_if(options.begin(), options.end(), [&](const Option& o) { return name == o.name; });
 }
-bool given(const Options& options, const char* name) {
-    for (const Option& o : options)
-        if (strcmp(o.name, name) == 0) return !o.typed.empty();
-    return false;
+bool given(const char* name) { return !option(name).typed.empty(); }
+// For messages: an option as it was typed, or its long form; and with its value.
+std::string typed(const char* name) { return given(name) ? option(name).typed : std::string("--") + name; }
+std::string quoted(const char* name) {
+    const Option& o = option(name);
+    return typed(name) + " " + (o.type == TEXT ? *(std::string*)o.value : o.text(o.number()));
 }
+// fail and fail_usage with a message about this option.
+#define fail_option(name, format, ...) fail("%s: " format, quoted(name).c_str(), ##__VA_ARGS__)
+#define bad_option(name, format, ...) fail_usage("%s: " format, quoted(name).c_str(), ##__VA_ARGS__)
 
-void options_help(const Options& options) {
+void options_help() {
     printf("usage: %s [options]      (--name VALUE or --name=VALUE)\n\n", program_name);
     for (const Option& o : options)
-        printf("  %-4s --%-21s %s%s%s%s\n", o.alias, o.name, o.help, *o.usual ? " [" : "", o.usual, *o.usual ? "]" : "");
+        if (o.type != BUILD)
+            printf("  %-4s --%-21s %s%s%s%s\n", o.alias, o.name, o.help, *o.usual ? " [" : "", o.usual, *o.usual ? "]" : "");
 }
 
-void options_parse(Options& options, int argc, char** argv) {
+void option_set(Option& o, const std::string& text, bool attached) {   // attached: as in --name=text
+    const char *name = o.typed.c_str(), *value = text.c_str();
+    const size_t word = std::find(o.words.begin(), o.words.end(), text) - o.words.begin();
+    char* end = nullptr;
+    errno = 0;
+    const double number = o.type == REAL ? strtod(value, &end) : (double)strtoll(value, &end, 10);
+    // plain decimals alone: no blanks, no hexadecimals; and NaN is out of range
+    const bool plain = text.find_first_not_of("0123456789+-.eE") == std::string::npos && *end == '\0' && errno == 0;
+    const bool fine = plain && number >= o.low && number <= o.high;
+    if (o.type == TEXT && !attached && text[0] == '-')
+        fail_usage("%s %s: expected a value, found an option (%s); a name that begins so is written --%s=%s", name, value, o.help, o.name,
+                   value);
+    if (o.type == TEXT) *(std::string*)o.value = text;
+    else if (word < o.words.size()) *(int64_t*)o.value = word;
+    else if (fine && o.type == REAL) *(double*)o.value = number;
+    else if (fine) *(int64_t*)o.value = (int64_t)number;   // exact: no limit is above 2^53
+    else if (o.low > o.high) fail_usage("%s %s: expected cosine, linear, constant or wsd", name, value);
+    else if (o.type == REAL) fail_usage("%s %s: expected a number from %g to %g", name, value, o.low, o.high);
+    else fail_usage("%s %s: expected a whole number from %.0f to %.0f%s", name, value, o.low, o.high, o.words.empty() ? "" : ", or auto");
+}
+
+void options_parse(int argc, char** argv) {
     for (int i = 1; i < argc; i++) {
-        std::string arg = argv[i], value;
-        size_t equals = arg.compare(0, 2, "--") == 0 ? arg.find('=') : std::string::npos;
-        bool attached = equals != std::string::npos;
-        std::string name = arg.substr(0, equals);
-        if (attached) value = arg.substr(equals + 1);
-        Option* option = nullptr;
-        for (Option& o : options)
-            if (name == std::string("--") + o.name || (*o.alias && name == o.alias)) option = &o;
-        if (option == nullptr) fail_usage("%s: no such option; --help lists them", arg.c_str());
-        if (!option->typed.empty() && world.rank == 0)
-            fprintf(stderr, "%s: %s is given more than once: the last one counts\n", program_name, name.c_str());
-        option->typed = name;
-        if (option->type == HELP) {
-            // llm.c's -h takes 0 or 1 and switches HellaSwag's evaluation; ours alone is help
-            std::string next = i + 1 < argc && name == "-h" ? argv[i + 1] : "";
-            if (next == "0") { i++; continue; }
-            if (next == "1") fail_usage("-h 1: HellaSwag's evaluation does not exist here; allowed: -h 0, or -h alone for help");
-            options_help(options);
+        const std::string arg = argv[i], next = i + 1 < argc ? argv[i + 1] : "";
+        const size_t equals = arg.compare(0, 2, "--") == 0 ? arg.find('=') : std::string::npos;
+        const bool attached = equals != std::string::npos;
+        const std::string name = arg.substr(0, equals), value = attached ? arg.substr(equals + 1) : next;
+        auto o = std::find_if(options.begin(), options.end(), [&](const Option& o) {
+            return o.type != BUILD && (name == std::string("--") + o.name || (*o.alias && name == o.alias)); });
+        if (o == options.end()) fail_usage("%s: no such option; --help lists them", arg.c_str());
+        if (!o->typed.empty() && world.rank == 0) warn("%s is given more than once: the last one counts", name.c_str());
+        o->typed = name;
+        if (o->type == HELP) {   // llm.c's -h takes 0 or 1 and switches HellaSwag's evaluation; ours alone is help
+            if (name == "-h" && next == "1")
+                fail_usage("-h 1: HellaSwag's evaluation does not exist here; allowed: -h 0, or -h alone for help");
+            if (name == "-h" && next == "0") { i++; continue; }
+            options_help();
             leave(0);
         }
-        if (option->type == ESTIMATE) {
+        if (o->type == ESTIMATE) {
             if (attached && value != "json") fail_usage("%s: allowed: --estimate or --estimate=json", arg.c_str());
-            *(std::string*)option->value = attached ? "json" : "text";
+            *(std::string*)o->value = attached ? "json" : "text";
             continue;
         }
-        if (!attached) {
-            if (i + 1 >= argc) fail_usage("%s: expects a value (%s)", name.c_str(), option->help);
-            value = argv[++i];
-        }
-        if (value.empty()) fail_usage("%s: expected a value, found an empty one (%s)", arg.c_str(), option->help);
-        if (option->type == TEXT) {
-            if (!attached && value[0] == '-')
-                fail_usage("%s %s: expected a value, found an option (%s); a name that begins so is written --%s=%s", name.c_str(),
-                           value.c_str(), option->help, option->name, value.c_str());
-            *(std::string*)option->value = value;
-            continue;
-        }
-        if (option->type == AUTO_INTEGER && value == "auto") {
-            *(int64_t*)option->value = 0;
-            continue;
-        }
-        char* end = nullptr;
-        errno = 0;
-        bool real = option->type == REAL;
-        double number = real ? strtod(value.c_str(), &end) : (double)strtoll(value.c_str(), &end, 10);
-        // plain decimals alone: no blanks, no hexadecimals; and NaN is out of range
-        bool fine = value.find_first_not_of("0123456789+-.eE") == std::string::npos && *end == '\0' && errno == 0 && number >= option->low && number <= option->high;
-        if (!fine) {
-            const char* allowed_auto = option->type == AUTO_INTEGER ? ", or auto" : "";
-            if (real) fail_usage("%s %s: expected a number from %g to %g", name.c_str(), value.c_str(), option->low, option->high);
-            fail_usage("%s %s: expected a whole number from %.0f to %.0f%s", name.c_str(), value.c_str(), option->low,
-                       option->high, allowed_auto);
-        }
-        if (real) *(double*)option->value = number;
-        else *(int64_t*)option->value = strtoll(value.c_str(), nullptr, 10);
+        if (!attached && ++i >= argc) fail_usage("%s: expects a value (%s)", name.c_str(), o->help);
+        if (value.empty()) fail_usage("%s: expected a value, found an empty one (%s)", arg.c_str(), o->help);
+        option_set(*o, value, attached);
     }
 }
 // ==== end twin
 
-// "d12", "gpt2:d12" or "gpt2:L4,H4,C128,T64,V257". False if the text is none of these, and so names a file. `option` is -e or
-// --model, for messages.
-bool model_parse_size(const char* option, const std::string& text, Config& c) {
-    std::string size = text.compare(0, 5, "gpt2:") == 0 ? text.substr(5) : text;
-    bool prefixed = size.size() != text.size();
-    const int depths[][3] = {{6, 384, 6},    {12, 768, 12},  {24, 1024, 16}, {36, 1280, 20},
-                             {48, 1600, 25}, {60, 1920, 30}, {72, 2880, 30}, {84, 3456, 36}};
-    bool depth = size.size() > 1 && size[0] == 'd' && size.find_first_not_of("0123456789", 1) == std::string::npos;
+// ---- what of main is GPT-2's alone
+
+// The model without -e, and a short way to ask for it; what --help says of -e and -r; the levels of -r.
+const char *USUAL_MODEL = "gpt2:d12", *USUAL_TYPED = "d12", *MODEL_HELP = "a checkpoint, d12, or a size like gpt2:L4,H4,C128,T64,V257";
+const char* RECOMPUTE_HELP = "keep less for backward: 1: GELU, 2: and norms, are computed again";
+constexpr int RECOMPUTE_MOST = 2;
+std::string model_example(int V) { return "gpt2:L4,H4,C128,T64,V" + std::to_string(V); }   // a small size, for messages
+std::string model_sizes(const Config& c) {
+    char text[128];
+    snprintf(text, sizeof text, "L %d, NH %d, C %d, T %d, V %d", c.L, c.NH, c.C, c.maxT, c.V);
+    return text;
+}
+
+// "d12", "gpt2:d12" or "gpt2:L4,H4,C128,T64,V257". False if the text is none of these, and so names a file.
+bool model_parse_size(const std::string& text, Config& c) {
+    const bool prefixed = text.compare(0, 5, "gpt2:") == 0;
+    const std::string size = text.substr(prefixed ? 5 : 0), example = model_example(257);
+    const bool depth = size.size() > 1 && size[0] == 'd' && size.find_first_not_of("0123456789", 1) == std::string::npos;
     if (!prefixed && !depth) return false;
-    c = {1024, 50257, 0, 0, 0, 0};   // T and V are GPT-2's unless said otherwise
-    if (depth) {
-        for (auto& d : depths)
-            if (atoi(size.c_str() + 1) == d[0]) c = {1024, 50257, 0, d[0], d[2], d[1]};
-        if (c.L == 0)
-            fail_usage("%s %s: expected one of d6 d12 d24 d36 d48 d60 d72 d84, or a size like gpt2:L4,H4,C128,T64,V257", option,
-                       text.c_str());
-    } else {
-        const struct { char letter; int* value; } parts[] = {{'L', &c.L}, {'H', &c.NH}, {'C', &c.C}, {'T', &c.maxT}, {'V', &c.V}};
-        std::string seen;
-        for (const char* p = size.c_str(); *p != '\0';) {
-            char letter = *p, *end;
-            long value = strtol(p + 1, &end, 10);
-            bool known = false;
-            for (auto& part : parts) {
-                if (part.letter != letter) continue;
-                *part.value = (int)value;
-                known = seen.find(letter) == std::string::npos;
-            }
-            if (!known || end == p + 1 || value < 1 || value > 1 << 30 || (*end != '\0' && *end != ','))
-                fail_usage(
-                    "%s %s: expected a size like gpt2:L4,H4,C128,T64,V257 (layers, heads, channels, longest sequence, "
-                    "vocabulary)",
-                    option, text.c_str());
-            seen += letter;
-            p = *end == ',' ? end + 1 : end;
-        }
-        if (!c.L || !c.NH || !c.C)
-            fail_usage("%s %s: expected L, H and C among the sizes, as in gpt2:L4,H4,C128,T64,V257", option, text.c_str());
+    c = {};
+    c.maxT = 1024;   // GPT-2's, as is V, unless said otherwise
+    c.V = 50257;
+    const int depths[][3] = {{6, 6, 384},    {12, 12, 768},  {24, 16, 1024}, {36, 20, 1280},
+                             {48, 25, 1600}, {60, 30, 1920}, {72, 30, 2880}, {84, 36, 3456}};
+    for (auto& d : depths)
+        if (depth && atoi(size.c_str() + 1) == d[0]) c.L = d[0], c.NH = d[1], c.C = d[2];
+    if (depth && c.L == 0) bad_option("model", "expected one of d6 d12 d24 d36 d48 d60 d72 d84, or a size like %s", example.c_str());
+    struct { char name; int* value; bool seen; } letters[] = {{'L', &c.L}, {'H', &c.NH}, {'C', &c.C}, {'T', &c.maxT}, {'V', &c.V}};
+    for (const char* at = depth ? "" : size.c_str(); *at != '\0';) {
+        char* end;
+        const long value = strtol(at + 1, &end, 10);
+        auto letter = std::find_if(std::begin(letters), std::end(letters), [&](auto& l) { return l.name == *at && !l.seen; });
+        if (letter == std::end(letters) || end == at + 1 || value < 1 || value > 1 << 30 || (*end != '\0' && *end != ','))
+            bad_option("model", "expected a size like %s (layers, heads, channels, longest sequence, vocabulary)", example.c_str());
+        *letter->value = (int)value;
+        letter->seen = true;
+        at = *end == ',' ? end + 1 : end;
     }
+    if (!c.L || !c.NH || !c.C) bad_option("model", "expected L, H and C among the sizes, as in %s", example.c_str());
     c.Vp = ceil_div(c.V, 128) * 128;
     return true;
 }
+
 // What the kernels can do: whole vectors in a head, heads whose row fits the registers of 4 threads, and a norm's row that fits
-// the shared memory which every GPU gives.
-void model_check_config(const Config& c, const char* option, const char* from) {
+// the shared memory which every GPU gives. `from` is the size or the file that asks for the model.
+void model_check_config(const Config& c, const char* from) {
     const int most = (int)(48 * 1024 / sizeof(floatX)) / 2;
+    const std::string option = typed("model") + " " + from;
     if (c.C % c.NH != 0 || c.C / c.NH % 8 != 0 || c.C / c.NH > 128)
-        fail_usage("%s %s: C %d in H %d heads makes heads of %g channels; expected a multiple of 8 up to 128", option, from, c.C,
-                   c.NH, (double)c.C / c.NH);
+        fail_usage("%s: C %d in H %d heads makes heads of %g channels; expected a multiple of 8 up to 128", option.c_str(), c.C, c.NH,
+                   (double)c.C / c.NH);
     if (c.C > most || c.L > 1 << 12)
-        fail_usage("%s %s: C %d, L %d; expected C up to %d and L up to 4096", option, from, c.C, c.L, most);
+        fail_usage("%s: C %d, L %d; expected C up to %d and L up to 4096", option.c_str(), c.C, c.L, most);
 }
 
-// Mean loss of the batch in `host`.
-float model_batch_loss(Model& model, int* host) {
-    const int BT = model.plan.B * model.plan.T;
-    tokens_upload(model.tokens, host, BT, model.config.V, model.stream);
-    model_forward(model, model.plan.B, model.plan.T);
-    model_loss(model, model.plan.B, model.plan.T, false, true);
-    float loss;
-    cudaCheck(cudaMemcpyAsync(&loss, &model.state->loss_sum, sizeof loss, cudaMemcpyDeviceToHost, model.stream));
-    cudaCheck(cudaStreamSynchronize(model.stream));
-    return loss / BT;
+int64_t gelu_fusion = 0;
+#define MODEL_OPTIONS \
+    {"gelu-fusion", "-ge", INTEGER, &gelu_fusion, 0, 2, "0", "GELU in cuBLASLt's epilogue: 1: forward, 2: and backward", 13},
+void model_check_options() {
+    if (kActBits > 0 && gelu_fusion > 0)
+        bad_option("gelu-fusion", "this build keeps GELU's input in %d bits, which no epilogue of cuBLASLt makes; expected 0, or a build "
+                   "with APPROX_ACT=0", kActBits);
+    matmul_state.gelu_fusion = (int)gelu_fusion;
 }
 
-// Mean loss over up to `batches` batches from the start of the validation data. Ctrl-C ends it early, and so do
-// lost data: then it means nothing.
-float model_validate(Model& model, Loader& val, int batches, int* host) {
-    const int BT = model.plan.B * model.plan.T;
-    batches = (int)std::min<size_t>(batches, val.batches_per_epoch());
-    loader_seek(val, 0, 0, 0);
-    double sum = 0, begin = now_seconds();
-    for (int i = 0; i < batches && !interrupted; i++) {
-        progress("validating", i, batches, begin);
-        if (!loader_next(val, host, host + BT)) break;
-        sum += model_batch_loss(model, host);
-    }
-    progress("", batches, batches, begin);
-    return (float)(world_sum(sum / batches) / world.size);
-}
-
-// Prints `count` tokens after an end-of-text token. Plain: every token is a forward of all that stands before it. False: there is no
-// likeliest token among NaNs.
-bool model_sample(Model& model, Tokenizer& tokenizer, int count, int top_k, float temperature, uint64_t stream_id, int* host) {
-    const int V = model.config.V, Vp = model.config.Vp, C = model.config.C;
-    std::vector<int> text = {tokenizer.tokens.empty() ? V - 1 : std::min(tokenizer.end_of_text, V - 1)};
-    std::vector<floatX> row(Vp);
-    std::vector<std::pair<float, int>> best(V);
-    for (int i = 0; i < count && !interrupted; i++) {
-        int T = std::min((int)text.size(), model.plan.T);   // a longer text is seen through its end
-        int padded = std::min(ceil_div(T, 16) * 16, model.plan.T);   // matmul shapes are prepared once each: not one for every length
-        std::copy(text.end() - T, text.end(), host);
-        std::fill(host + T, host + padded, text[0]);   // behind the last token, where causal attention does not look
-        std::copy(host, host + padded, host + padded);
-        tokens_upload(model.tokens, host, padded, V, model.stream);
-        model_forward(model, 1, padded);
-        matmul_forward(model.logits, model.lnf + (size_t)(T - 1) * C, model.param[WTE], nullptr, 1, C, Vp, model.stream);
-        cudaCheck(cudaMemcpyAsync(row.data(), model.logits, Vp * sizeof(floatX), cudaMemcpyDeviceToHost, model.stream));
-        cudaCheck(cudaStreamSynchronize(model.stream));
-
-        for (int v = 0; v < V; v++) best[v] = {(float)row[v], v};
-        if (std::any_of(best.begin(), best.end(), [](auto& a) { return std::isnan(a.first); })) {
-            printf("(the logits are not finite)\n");
-            return false;
-        }
-        int k = top_k > 0 ? std::min(top_k, V) : V;
-        std::partial_sort(best.begin(), best.begin() + k, best.end(),
-                          [](auto& a, auto& b) { return a.first > b.first || (a.first == b.first && a.second < b.second); });
-        int next = best[0].second;
-        if (temperature > 0) {   // 0 takes the likeliest
-            double sum = 0;
-            std::vector<double> p(k);
-            for (int j = 0; j < k; j++) sum += p[j] = exp((best[j].first - best[0].first) / temperature);
-            double coin = hash_uniform(hash64(model.seed, stream_id + (1ull << 42), i)) * sum;
-            for (int j = 0; j < k; j++) {
-                next = best[j].second;
-                if ((coin -= p[j]) <= 0) break;
-            }
-        }
-        text.push_back(next);
-        print_token(tokenizer, next);
-        fflush(stdout);
-    }
-    printf("\n");
-    return true;
-}
-
-#ifndef TESTING
+// ==== twin: settings and plan
 // ---- settings: what the command line says
 
 struct Settings {
-    std::string train_data = "data/train.bin", val_data = "data/val.bin", model = "gpt2:d12", out, schedule = "cosine", log,
-                estimate, tokenizer;
-    int64_t B = 4, T = 1024, total_batch = 0, steps = -1, warmup = 0, seed = 1337;
-    int64_t recompute = 1, master = 1, loss_chunks = 0, workspace = 0, gelu_fusion = 0, tf32 = 1, zero = 0;
+    std::string train_data = "data/train.bin", val_data = "data/val.bin", model = USUAL_MODEL, out, log, estimate, tokenizer;
+    int64_t B = 4, T = 1024, total_batch = 0, steps = -1, schedule = COSINE, warmup = 0, seed = 1337;
+    int64_t recompute = 1, master = 1, loss_chunks = 0, workspace = 0, tf32 = 1, zero = 0;
     int64_t val_every = 20, val_batches = 20, sample_every = 20, sample_tokens = 64, top_k = 40, overfit = 0;
-    int64_t checkpoint_every = 0, keep = 0, resume = 0;
+    int64_t checkpoint_every = -1, keep = 0, resume = 0;   // -1: at the end alone
+    int64_t act_bits = kActBits, ms_norm = kMsNorm, fp32 = kFP32;   // the build's
     double lr = 3e-4, final_fraction = 0.1, weight_decay = 0, grad_clip = 1.0, skip_loss_z = 0, skip_grad_z = 0, temperature = 0.8;
 };
-Options settings_options(Settings& s) {
+std::vector<Option> settings_options(Settings& s) {
     const double BIG = 2147483647;
     return {
-        {"train-data", "-i", TEXT, &s.train_data, 0, 0, "data/train.bin", "FILE or 'PATTERN': shards of tokens to train on", ""},
-        {"val-data", "-j", TEXT, &s.val_data, 0, 0, "data/val.bin", "FILE or 'PATTERN': shards of tokens to validate on", ""},
-        {"tokenizer", "", TEXT, &s.tokenizer, 0, 0, "tokenizer.bin beside the training data", "FILE that turns sampled ids into text", ""},
-        {"model", "-e", TEXT, &s.model, 0, 0, "gpt2:d12", "a checkpoint, d12, or a size like gpt2:L4,H4,C128,T64,V257", ""},
-        {"out", "-o", TEXT, &s.out, 0, 0, "none", "DIR for checkpoints", ""},
-        {"batch", "-b", AUTO_INTEGER, &s.B, 1, 1 << 20, "4", "sequences in a micro-batch on a GPU; auto: as many as fit", ""},
-        {"seq-len", "-t", INTEGER, &s.T, 1, 1 << 20, "1024, or the model's longest", "tokens in a sequence", ""},
-        {"total-batch", "-d", INTEGER, &s.total_batch, 1, BIG, "B*T*ranks", "tokens in a step, over all micro-batches and GPUs", ""},
-        {"steps", "-x", INTEGER, &s.steps, 0, 1 << 30, "one epoch", "optimizer steps; 0 validates and samples only", ""},
-        {"schedule", "-k", TEXT, &s.schedule, 0, 0, "cosine", "of the learning rate: cosine, linear, constant, wsd", ""},
-        {"lr", "-l", REAL, &s.lr, 0, 1e9, "3e-4", "learning rate at its peak", ""},
-        {"warmup", "-u", INTEGER, &s.warmup, 0, BIG, "0", "steps in which the rate rises to its peak", ""},
-        {"final-lr-fraction", "-q", REAL, &s.final_fraction, 0, 1, "0.1", "the rate at the end, as a share of its peak", ""},
-        {"weight-decay", "-c", REAL, &s.weight_decay, 0, 1e9, "0", "of 2-D tensors", ""},
-        {"grad-clip", "", REAL, &s.grad_clip, 0, 1e30, "1.0", "largest norm of the gradient; 0: no limit", ""},
-        {"skip-loss-z", "-sl", REAL, &s.skip_loss_z, 0, 1e30, "0", "skip a step whose loss is so many deviations above the last 128; 0: never", ""},
-        {"skip-grad-z", "-sg", REAL, &s.skip_grad_z, 0, 1e30, "0", "the same for the gradient's norm", ""},
-        {"seed", "", INTEGER, &s.seed, 0, BIG, "1337", "of weights, data order, rounding and samples", ""},
-        {"recompute", "-r", INTEGER, &s.recompute, 0, 2, "1", "keep less for backward: 1: GELU, 2: and norms, are computed again", ""},
-        {"master-weights", "-w", INTEGER, &s.master, 0, 1, "1", "fp32 copies of bf16 weights; 0: stochastic rounding instead", ""},
-        {"loss-chunks", "", AUTO_INTEGER, &s.loss_chunks, 1, BIG, "auto", "parts in which logits are made; auto: below 1 GiB each, or 256 MiB where memory is short", ""},
-        {"workspace", "", AUTO_INTEGER, &s.workspace, 1, 1 << 20, "auto", "MiB for cuBLASLt's partial sums; auto: what the model can use, up to 64", ""},
-        {"gelu-fusion", "-ge", INTEGER, &s.gelu_fusion, 0, 2, "0", "GELU in cuBLASLt's epilogue: 1: forward, 2: and backward", ""},
-        {"tf32", "-f", INTEGER, &s.tf32, 0, 1, "1", "fp32 builds: tensor cores for matmuls", ""},
-        {"zero", "-z", INTEGER, &s.zero, 0, 1, "0", "several GPUs: each keeps a share of the optimizer's state", ""},
-        {"val-every", "-v", INTEGER, &s.val_every, 0, BIG, "20", "steps between validations, also at step 0 and the end; 0: never", ""},
-        {"val-batches", "-m", INTEGER, &s.val_batches, 1, BIG, "20", "batches in a validation, at most", ""},
-        {"sample-every", "-s", INTEGER, &s.sample_every, 0, BIG, "20", "steps between samples of text, also at the end; 0: never", ""},
-        {"sample-tokens", "-g", INTEGER, &s.sample_tokens, 1, 1 << 20, "64", "tokens in a sample", ""},
-        {"top-k", "", INTEGER, &s.top_k, 0, BIG, "40", "sample among the k likeliest; 0: all", ""},
-        {"temperature", "", REAL, &s.temperature, 0, 1e6, "0.8", "of sampling; 0: always the likeliest", ""},
-        {"overfit", "-a", INTEGER, &s.overfit, 0, 1, "0", "1: train on the first step's data again and again", ""},
-        {"checkpoint-every", "-n", INTEGER, &s.checkpoint_every, 0, BIG, "at the end alone", "steps between checkpoints, also at the end; 0: never", ""},
-        {"keep", "-nk", INTEGER, &s.keep, 0, BIG, "0", "the newest so many checkpoints; 0: all", ""},
-        {"resume", "-y", INTEGER, &s.resume, 0, 1, "0", "1: go on from the newest checkpoint in --out", ""},
-        {"log", "", TEXT, &s.log, 0, 0, "none", "FILE for one JSON object a step", ""},
-        {"estimate", "", ESTIMATE, &s.estimate, 0, 0, "", "print what the run would take on the device, and exit; =json for programs", ""},
-        {"help", "-h", HELP, nullptr, 0, 0, "", "this text", ""},
+        {"train-data", "-i", TEXT, &s.train_data, 0, 0, "data/train.bin", "FILE or 'PATTERN': shards of tokens to train on"},
+        {"val-data", "-j", TEXT, &s.val_data, 0, 0, "data/val.bin", "FILE or 'PATTERN': shards of tokens to validate on"},
+        {"tokenizer", "", TEXT, &s.tokenizer, 0, 0, "tokenizer.bin beside the training data", "FILE that turns sampled ids into text"},
+        {"model", "-e", TEXT, &s.model, 0, 0, USUAL_MODEL, MODEL_HELP},
+        {"out", "-o", TEXT, &s.out, 0, 0, "none", "DIR for checkpoints"},
+        {"batch", "-b", INTEGER, &s.B, 1, 1 << 20, "4", "sequences in a micro-batch on a GPU; auto: as many as fit", 9, {"auto"}},
+        {"seq-len", "-t", INTEGER, &s.T, 1, 1 << 20, "1024, or the model's longest", "tokens in a sequence"},
+        {"total-batch", "-d", INTEGER, &s.total_batch, 1, BIG, "B*T*ranks", "tokens in a step, over all micro-batches and GPUs", 10},
+        {"steps", "-x", INTEGER, &s.steps, 0, 1 << 30, "one epoch", "optimizer steps; 0 validates and samples only", 0},
+        {"schedule", "-k", INTEGER, &s.schedule, 1, 0, "cosine", "of the learning rate: cosine, linear, constant, wsd", 1,
+         {"cosine", "linear", "constant", "wsd"}},
+        {"lr", "-l", REAL, &s.lr, 0, 1e9, "3e-4", "learning rate at its peak", 2},
+        {"warmup", "-u", INTEGER, &s.warmup, 0, BIG, "0", "steps in which the rate rises to its peak", 3},
+        {"final-lr-fraction", "-q", REAL, &s.final_fraction, 0, 1, "0.1", "the rate at the end, as a share of its peak", 4},
+        {"weight-decay", "-c", REAL, &s.weight_decay, 0, 1e9, "0", "of 2-D tensors", 5},
+        {"grad-clip", "", REAL, &s.grad_clip, 0, 1e30, "1.0", "largest norm of the gradient; 0: no limit", 6},
+        {"skip-loss-z", "-sl", REAL, &s.skip_loss_z, 0, 1e30, "0",
+         "skip a step whose loss is so many deviations above the last 128; 0: never", 7},
+        {"skip-grad-z", "-sg", REAL, &s.skip_grad_z, 0, 1e30, "0", "the same for the gradient's norm", 8},
+        {"seed", "", INTEGER, &s.seed, 0, BIG, "1337", "of weights, data order, rounding and samples"},
+        {"recompute", "-r", INTEGER, &s.recompute, 0, RECOMPUTE_MOST, "1", RECOMPUTE_HELP},
+        {"master-weights", "-w", INTEGER, &s.master, 0, 1, "1", "fp32 copies of bf16 weights; 0: stochastic rounding instead"},
+        {"loss-chunks", "", INTEGER, &s.loss_chunks, 1, BIG, "auto",
+         "parts in which logits are made; auto: below 1 GiB each, or 256 MiB where memory is short", 11, {"auto"}},
+        {"workspace", "", INTEGER, &s.workspace, 1, 1 << 20, "auto",
+         "MiB for cuBLASLt's partial sums; auto: what the model can use, up to 64", -1, {"auto"}},
+        MODEL_OPTIONS   // those of this model alone
+        {"tf32", "-f", INTEGER, &s.tf32, 0, 1, "1", "fp32 builds: tensor cores for matmuls", 14},
+        {"zero", "-z", INTEGER, &s.zero, 0, 1, "0", "several GPUs: each keeps a share of the optimizer's state"},
+        {"val-every", "-v", INTEGER, &s.val_every, 0, BIG, "20", "steps between validations, also at step 0 and the end; 0: never"},
+        {"val-batches", "-m", INTEGER, &s.val_batches, 1, BIG, "20", "batches in a validation, at most"},
+        {"sample-every", "-s", INTEGER, &s.sample_every, 0, BIG, "20", "steps between samples of text, also at the end; 0: never"},
+        {"sample-tokens", "-g", INTEGER, &s.sample_tokens, 1, 1 << 20, "64", "tokens in a sample"},
+        {"top-k", "", INTEGER, &s.top_k, 0, BIG, "40", "sample among the k likeliest; 0: all"},
+        {"temperature", "", REAL, &s.temperature, 0, 1e6, "0.8", "of sampling; 0: always the likeliest"},
+        {"overfit", "-a", INTEGER, &s.overfit, 0, 1, "0", "1: train on the first step's data again and again", 12},
+        {"checkpoint-every", "-n", INTEGER, &s.checkpoint_every, 0, BIG, "at the end alone",
+         "steps between checkpoints, also at the end; 0: never"},
+        {"keep", "-nk", INTEGER, &s.keep, 0, BIG, "0", "the newest so many checkpoints; 0: all"},
+        {"resume", "-y", INTEGER, &s.resume, 0, 1, "0", "1: go on from the newest checkpoint in --out"},
+        {"log", "", TEXT, &s.log, 0, 0, "none", "FILE for one JSON object a step"},
+        {"estimate", "", ESTIMATE, &s.estimate, 0, 0, "", "print what the run would take on the device, and exit; =json for programs"},
+        {"help", "-h", HELP, nullptr, 0, 0, "", "this text"},
+        {"APPROX_ACT", "", BUILD, &s.act_bits, 0, 0, "", "", 15},
+        {"MS_NORM", "", BUILD, &s.ms_norm, 0, 0, "", "", 16},
+        {"PRECISION", "", BUILD, &s.fp32, 0, 0, "", "", 17, {"BF16", "FP32"}},
     };
 }
-void settings_check(const Settings& s, const Options& o) {
-    bool known = false;
-    for (const char* name : SCHEDULES) known = known || s.schedule == name;
-    if (!known) fail_usage("%s %s: expected cosine, linear, constant or wsd", typed(o, "schedule").c_str(), s.schedule.c_str());
-    if (kActBits > 0 && s.gelu_fusion > 0)
-        fail_usage(
-            "%s %lld: this build keeps GELU's input in %d bits, which no epilogue of cuBLASLt makes; expected 0, or a build with "
-            "APPROX_ACT=0",
-            typed(o, "gelu-fusion").c_str(), (long long)s.gelu_fusion, kActBits);
-    for (const char* needs_out : {"resume", "checkpoint-every", "keep"}) {
-        int64_t value = !strcmp(needs_out, "resume") ? s.resume : !strcmp(needs_out, "keep") ? s.keep : s.checkpoint_every;
-        if (value > 0 && s.out.empty())
-            fail_usage("%s %lld: expected --out DIR with it, the folder of the checkpoints", typed(o, needs_out).c_str(),
-                       (long long)value);
-    }
+void settings_check(const Settings& s) {
+    model_check_options();
+    for (const char* name : {"resume", "checkpoint-every", "keep"})
+        if (option(name).number() > 0 && s.out.empty()) bad_option(name, "expected --out DIR with it, the folder of the checkpoints");
     if (s.steps == 0 && s.checkpoint_every > 0)
-        fail_usage("%s %lld: nothing is trained with --steps 0, so there is nothing to write; expected 0, or some steps",
-                   typed(o, "checkpoint-every").c_str(), (long long)s.checkpoint_every);
+        bad_option("checkpoint-every", "nothing is trained with --steps 0, so there is nothing to write; expected 0, or some steps");
 }
 
-// The micro-batches that make a step of --total-batch tokens out of B sequences; 0 where none do.
-int64_t micro_batches(const Settings& s, int64_t B) {
-    int64_t tokens = B * s.T * world.size;
-    return s.total_batch == 0 ? 1 : s.total_batch % tokens == 0 ? s.total_batch / tokens : 0;
+// A run: what it was told, what it works on, and where it stands.
+struct Run {
+    Settings s;
+    Model model = {};
+    Loader train, val;
+    Tokenizer tokenizer;
+    Log log;
+    RunState state;
+    cudaDeviceProp device = {};   // without a name where there is none
+    size_t free_bytes = 0, total_bytes = 0;
+    double peak_flops = 0;
+    std::string model_file;   // whose weights are loaded; empty: weights are drawn
+    int steps = 0, resume_step = -1;
+    int saved = -1, status = 0;           // the last step in --out; the exit status if it ended now
+    float val_loss = 0, first_loss = 0;   // of the last validation; of the first step that was finite
+    std::vector<int> first_tokens;        // (2, B, T): of this run's first micro-batch
+    int timed = -1;                       // steps but the first, which prepares the matmuls,
+    double seconds = 0;                   // and what they took
+    // Pinned memory in two halves, each with a region per micro-batch: the tokens of this step, and those of the next. When one
+    // half is ready, the other is free for validation and samples.
+    int* host_tokens = nullptr;
+    int half = 0;
+    bool ready = false;         // the next step's tokens are in `half`
+    std::vector<int> buckets;   // (micro_batches)
+
+    size_t BT() const { return (size_t)model.plan.B * model.plan.T; }
+    size_t step_tokens() const { return BT() * model.plan.micro_batches * world.size; }
+    size_t region_ints() const { return token_ints(BT(), model.config.V); }
+    int* host_region(int micro) const { return host_tokens + (half * model.plan.micro_batches + micro) * region_ints(); }
+    int* host_free() const { return host_tokens + !half * model.plan.micro_batches * region_ints(); }
+    bool on_cpu() const { return strstr(device.name, "CPU") != nullptr; }
+    const char* model_name() const { return model_file.empty() ? s.model.c_str() : model_file.c_str(); }
+    bool saves() const { return !s.out.empty() && model.plan.training; }
+    bool unsaved() const { return saves() && state.step > 0 && state.step != saved; }
+};
+
+// What shapes the numbers of a run, besides its model and its data: the values that have a slot. A state file keeps them in the order
+// of the slots, so a new one gets the next.
+std::vector<double> settings_kept(Run& run) {
+    run.s.steps = run.steps;   // what was chosen counts, where nothing was given
+    run.s.B = run.model.plan.B;
+    run.s.total_batch = run.step_tokens();
+    run.s.loss_chunks = ceil_div(run.BT(), plan_chunk_rows(run.model.plan));
+    run.s.tf32 = kFP32 && run.s.tf32;
+    std::vector<double> kept(18);
+    for (const Option& o : options)
+        if (o.slot >= 0) kept[o.slot] = o.number();
+    return kept;
 }
 
-// B as given; for auto that of the run which is resumed (`was`, or zeros), or the largest power of two, up to `data_batch`, whose
-// tensors fit into `free_bytes`. Chunks of the loss as given; for auto those of the run, or large ones if they fit. With
-// `free_bytes` 0 no device is visible, and everything fits.
-void choose_plan(Model& model, const Settings& s, const Options& o, size_t free_bytes, size_t data_batch, const Plan& was) {
-    const std::string batch = typed(o, "batch");
-    model.plan = {(int)s.B, (int)s.T, 1, s.steps != 0, (int)s.recompute, s.master != 0, 0, (size_t)s.workspace << 20};
-    auto set = [&](int64_t B, size_t chunk_bytes) {
-        const size_t rows = (size_t)B * s.T;
-        model.plan.B = (int)B;
-        model.plan.micro_batches = (int)micro_batches(s, B);
-        if (s.loss_chunks) model.plan.chunk_rows = loss_chunk_rows(rows, std::min<size_t>(rows, s.loss_chunks));
-        else if (B == was.B && was.chunk_rows > 0) model.plan.chunk_rows = was.chunk_rows;
-        else model.plan.chunk_rows = loss_auto_rows(rows, model.config.Vp, chunk_bytes);
-    };
-    auto fits = [&] {
-        const size_t page = 2 << 20;   // cudaMalloc's, for tensors that have it
-        size_t need = 0;
-        for (const Row& r : model_table(model)) need += r.bytes() < page / 2 ? r.bytes() : (r.bytes() + page - 1) / page * page;
-        return free_bytes == 0 || need <= free_bytes - free_bytes / 32;   // the libraries load their kernels when they are first called
-    };
-    if (s.B == 0) {
-        auto takes = [&](int64_t B) { return set(B, SMALL_CHUNK_BYTES), fits(); };
-        const bool keeps = was.B > 0 && was.B <= (int64_t)data_batch && micro_batches(s, was.B) > 0 && takes(was.B);
-        int64_t most = keeps ? was.B : 0;
-        for (int64_t B = 1; !keeps && B <= (int64_t)data_batch && B * s.T < 1 << 30; B *= 2) {
-            if (micro_batches(s, B) == 0) continue;
-            if (!takes(B)) break;
-            most = B;
-        }
-        model.plan.B = (int)most;
-        if (model.plan.B == 0)
-            fail(
-                "%s auto: not even one sequence of %lld tokens fits into the %.1f MiB that are free%s; --estimate -b 1 shows "
-                "what takes the room",
-                batch.c_str(), (long long)s.T, free_bytes / 1048576.0, s.total_batch ? " and divides --total-batch" : "");
+// ---- the model, the device, the data, and a plan that fits them
+
+// The model: of a size, of a file, or of the checkpoint that is resumed.
+void pick_model(Run& run) {
+    Settings& s = run.s;
+    Config& c = run.model.config;
+    if (s.resume && file_exists(s.out) && !is_folder(s.out.c_str())) fail_option("out", "expected a folder, found a file");
+    if (s.resume && access(s.out.c_str(), R_OK | X_OK) != 0 && errno != ENOENT)
+        fail_option("out", "cannot read this folder: %s", strerror(errno));
+    const std::vector<int> checkpoints = s.resume ? checkpoints_in(s.out) : std::vector<int>();
+    const bool size = model_parse_size(s.model, c), resumes = !checkpoints.empty();
+    if (s.resume && s.steps == 0 && !resumes)
+        fail_option("resume", "%s holds no whole checkpoint, so there is nothing to evaluate; expected DONE_* in it", s.out.c_str());
+    if (resumes) run.resume_step = checkpoints.back();
+    if (resumes || !size) run.model_file = resumes ? checkpoint_path(s.out, "model", run.resume_step) : s.model;
+    Config asked = c;
+    if (!run.model_file.empty()) c = model_read_config(run.model_file.c_str());
+    if (resumes && given("model") && s.model != run.model_file) {   // it is the checkpoint's model; another may have been asked for
+        if (!size) asked = file_exists(s.model) ? model_read_config(s.model.c_str()) : c;
+        if (memcmp(&asked, &c, sizeof c) != 0)
+            bad_option("model", "is another model (%s) than that of the checkpoint to resume, %s (%s); leave %s out to go on, or begin anew "
+                       "in another --out", model_sizes(asked).c_str(), run.model_name(), model_sizes(c).c_str(), typed("model").c_str());
+        if (!size && world.rank == 0) printf("note: %s is not read: the run goes on from %s\n", s.model.c_str(), run.model_name());
     }
-    const int64_t B = model.plan.B, BT = B * s.T;
-    if (BT >= 1 << 30)
-        fail_usage("%s %lld: %lld tokens in one micro-batch; expected fewer than 2^30", batch.c_str(), (long long)B,
-                   (long long)BT);
-    set(B, CHUNK_BYTES);
-    if (model.plan.micro_batches == 0)
-        fail_usage("%s %lld: expected a multiple of batch * seq-len * GPUs = %lld * %lld * %d = %lld",
-                   typed(o, "total-batch").c_str(), (long long)s.total_batch, (long long)B, (long long)s.T, world.size,
-                   (long long)BT * world.size);
-    if (s.loss_chunks > BT)
-        fail_usage("%s %lld: a micro-batch has %lld rows, so expected at most that", typed(o, "loss-chunks").c_str(),
-                   (long long)s.loss_chunks, (long long)BT);
-    if (!fits()) set(B, SMALL_CHUNK_BYTES);
+    model_check_config(c, run.model_name());
+    if (!given("seq-len")) s.T = std::min<int64_t>(s.T, c.maxT);
+    if (s.T > c.maxT) bad_option("seq-len", "the model's longest sequence is %d", c.maxT);
+    run.model.seed = s.seed;
 }
 
-// A folder that can be written to, found out now and not after an hour of training, and by this run alone: two would mix their
-// files into a checkpoint that calls itself whole.
-void prepare_out(const Settings& s, const Options& o, int resume_step) {
-    const std::string option = typed(o, "out") + " " + s.out, lock = s.out + "/.lock";
-    const char* out = s.out.c_str();
-    if (mkdir(out, 0777) != 0 && errno != EEXIST) fail("%s: cannot make this folder: %s", option.c_str(), strerror(errno));
-    if (!is_folder(out))
-        fail("%s: expected a folder, found %s", option.c_str(), file_exists(s.out) ? "a file" : "a link that leads to none");
-    if (faccessat(AT_FDCWD, out, R_OK | W_OK | X_OK, AT_EACCESS) != 0)
-        fail("%s: cannot list, enter and write into this folder: %s", option.c_str(), strerror(errno));
-    if (world.rank > 0) return;   // rank 0 holds the lock for all
-    // Both are open, and so locked, until this process ends. The folder's lock holds where somebody removes the file; the file's is
-    // for NFS, which locks no folders.
-    const int folder = open(out, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+// The device. --estimate can do without.
+void pick_device(Run& run) {
+    const bool estimating = !run.s.estimate.empty();
+    int devices = 0;
+    const cudaError_t error = cudaGetDeviceCount(&devices);
+    cudaGetLastError();   // or it would come up again later
+    matmul_state.tf32 = run.s.tf32;
+    world.sharded = run.s.zero;
+    if (error == cudaSuccess && devices > 0) {
+        const int device = world.local_rank % devices;
+        cudaCheck(cudaSetDevice(device));
+        cudaCheck(cudaGetDeviceProperties(&run.device, device));
+        world_check_device(device);
+        run.peak_flops = device_peak_flops(run.device, device, !kFP32 || run.s.tf32);
+        if (!estimating) {   // before the memory is measured: both take some
+            cublasCheck(cublasLtCreate(&matmul_state.handle));
+            world_connect();
+        }
+        cudaCheck(cudaMemGetInfo(&run.free_bytes, &run.total_bytes));
+        run.free_bytes = (size_t)world_min((double)run.free_bytes);   // all ranks must come to one plan
+    } else if (!estimating) {
+        fail("no GPU to run on (CUDA says \"%s\", nvidia-smi lists what it sees); expected one, or a build for the CPU: make %s CPU=1",
+             cudaGetErrorString(error), program_name);
+    } else if (run.s.B == 0) {
+        bad_option("batch", "no GPU is visible whose memory could be filled; expected a number");
+    }
+}
+
+// The data, as far as the run will read them. Returns the largest batch that they can fill.
+size_t open_data(Run& run) {
+    const Settings& s = run.s;
+    const Config& c = run.model.config;
+    size_t batch = 1 << 16;
+    auto open = [&](Loader& d, const char* option, const std::string& name, bool shuffle) {
+        if (world.rank == 0) printf("data       %s\n", name.c_str());
+        fflush(stdout);   // reading them all may take long
+        loader_open(d, typed(option).c_str(), name.c_str(), (int)s.T, c.V, shuffle, run.model.seed);
+        batch = std::min(batch, loader_largest_batch(d));
+    };
+    if (s.steps != 0) open(run.train, "train-data", s.train_data, true);
+    if (s.val_every > 0) open(run.val, "val-data", s.val_data, false);
+    // samples are written in the tokens of the data
+    const std::string& named = given("train-data") || !given("val-data") ? s.train_data : s.val_data;
+    const std::vector<std::string> found = files_named(named);
+    const std::string beside = found.empty() ? named : found[0];
+    const std::string path = s.tokenizer.empty() ? folder_of(beside) + "/tokenizer.bin" : s.tokenizer;
+    // the usual model, which is large, for a text of bytes is a mistake that takes long to show
+    const Loader& d = run.train.shards.empty() ? run.val : run.train;
+    const bool chosen = given("model") || run.resume_step >= 0, small = !chosen && !d.shards.empty() && d.largest_id < 1024;
+    if ((s.sample_every > 0 && world.rank == 0) || small) {
+        const bool loaded = tokenizer_load(run.tokenizer, path.c_str());
+        if (!loaded && !s.tokenizer.empty())
+            fail("--tokenizer %s: no such file; prepro/text.py writes one beside its token files", path.c_str());
+        if (!loaded && !small) printf("no %s: samples are printed as ids\n", path.c_str());
+    }
+    const int V = std::max(d.largest_id + 1, (int)run.tokenizer.tokens.size());
+    if (small)
+        fail_usage("%s has a vocabulary of %d tokens, and %s, the model without -e, one of %d (and %.0fM parameters); expected a model for "
+                   "these data, such as -e %s, or -e %s if that one is meant", beside.c_str(), V, s.model.c_str(), c.V, param_count(c) / 1e6,
+                   model_example(V).c_str(), USUAL_TYPED);
+    if (!chosen && run.on_cpu() && world.rank == 0)
+        printf("note: this build runs on the CPU, where a step of %s takes about a minute; -e %s is a smaller model\n", s.model.c_str(),
+               model_example(c.V).c_str());
+    return batch;
+}
+
+// B as given. For auto, that of the run which is resumed, or the largest power of two, up to `data_batch`, whose tensors fit into the
+// free memory. Chunks of the loss as given. For auto, those of the run which is resumed, or large ones if they fit. Where no device is
+// visible, everything fits.
+void choose_plan(Run& run, size_t data_batch) {
+    const Settings& s = run.s;
+    Plan& plan = run.model.plan;
+    const Plan was = run.resume_step >= 0 && s.steps != 0 ? state_plan(s.out, run.resume_step) : Plan{};
+    plan = {(int)s.B, (int)s.T, 1, s.steps != 0, (int)s.recompute, s.master != 0, 0, (size_t)s.workspace << 20};
+    auto micro_batches = [&](int64_t B) -> int64_t {   // that make a step of --total-batch tokens; 0 where no number does
+        const int64_t tokens = B * s.T * world.size;
+        return s.total_batch == 0 ? 1 : s.total_batch % tokens == 0 ? s.total_batch / tokens : 0;
+    };
+    auto fits = [&](int64_t B, size_t chunk_bytes) {   // makes the plan for B
+        const size_t rows = (size_t)B * s.T, page = 2 << 20;   // cudaMalloc's, for tensors that have it
+        plan.B = (int)B;
+        plan.micro_batches = (int)micro_batches(B);
+        if (s.loss_chunks) plan.chunk_rows = loss_chunk_rows(rows, std::min<size_t>(rows, s.loss_chunks));
+        else if (B == was.B && was.chunk_rows > 0) plan.chunk_rows = was.chunk_rows;
+        else plan.chunk_rows = loss_auto_rows(rows, run.model.config.Vp, chunk_bytes);
+        size_t need = 0;
+        for (const Row& r : model_table(run.model)) need += r.bytes() < page / 2 ? r.bytes() : (r.bytes() + page - 1) / page * page;
+        return run.free_bytes == 0 || need <= run.free_bytes - run.free_bytes / 32;   // libraries load kernels when first called
+    };
+    int64_t B = s.B;
+    if (B == 0 && was.B > 0 && was.B <= (int64_t)data_batch && micro_batches(was.B) > 0 && fits(was.B, SMALL_CHUNK_BYTES)) B = was.B;
+    if (B == 0) {
+        for (int64_t next = 1; next <= (int64_t)data_batch && next * s.T < 1 << 30; next *= 2) {
+            if (micro_batches(next) == 0) continue;
+            if (!fits(next, SMALL_CHUNK_BYTES)) break;
+            B = next;
+        }
+    }
+    const int64_t BT = B * s.T;
+    if (B == 0)
+        fail_option("batch", "not even one sequence of %lld tokens fits into the %.1f MiB that are free%s; --estimate -b 1 shows what takes "
+                    "the room", (long long)s.T, run.free_bytes / 1048576.0, s.total_batch ? " and divides --total-batch" : "");
+    if (BT >= 1 << 30) bad_option("batch", "%lld tokens in one micro-batch; expected fewer than 2^30", (long long)BT);
+    if (micro_batches(B) == 0)
+        bad_option("total-batch", "expected a multiple of batch * seq-len * GPUs = %lld * %lld * %d = %lld", (long long)B, (long long)s.T,
+                   world.size, (long long)BT * world.size);
+    if (s.loss_chunks > BT) bad_option("loss-chunks", "a micro-batch has %lld rows, so expected at most that", (long long)BT);
+    if (!fits(B, CHUNK_BYTES)) fits(B, SMALL_CHUNK_BYTES);
+}
+
+// The steps of the run, when its batch is known. Ends the program if a resumed run has taken them all.
+void count_steps(Run& run) {
+    const Plan& plan = run.model.plan;
+    const bool told = run.s.steps >= 0;
+    if (run.s.val_every > 0) loader_set_batch(run.val, plan.B);
+    if (!plan.training) return;
+    loader_set_batch(run.train, plan.B);
+    const size_t batches = run.train.batches_per_epoch();
+    run.steps = (int)(told ? run.s.steps : std::min<int64_t>(batches / plan.micro_batches, 1 << 30));
+    if (run.steps == 0)
+        fail("%s: one epoch makes %zu batches, fewer than the %d of one step; take a smaller --total-batch or give --steps",
+             run.s.train_data.c_str(), batches, plan.micro_batches);
+    const char* origin = told ? "" : " (one epoch)";
+    if (run.resume_step >= run.steps) {
+        if (world.rank == 0)
+            printf("already at step %d: nothing left to do (--steps is %d%s); give a larger -x to go on, or -x 0 to validate and sample\n",
+                   run.resume_step, run.steps, origin);
+        world_end();
+        leave(0);
+    }
+    if (run.s.warmup > run.steps)
+        bad_option("warmup", "the rate would never reach its peak; expected at most the number of steps, %d%s", run.steps, origin);
+}
+
+// ---- the output folder and the log
+
+// One run alone writes into a folder: two would mix their files into a checkpoint that calls itself whole. Both locks hold until this
+// process ends. The folder's holds where somebody removes the file; the file's is for NFS, which locks no folders.
+void lock_out(const std::string& out) {
+    const std::string lock = out + "/.lock";
+    const int folder = open(out.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     const int fd = open(lock.c_str(), O_RDWR | O_CREAT | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC, 0666);
     struct stat st;
-    if (fd < 0 && errno != ELOOP && errno != EISDIR) fail("%s: cannot write into this folder: %s", option.c_str(), strerror(errno));
+    if (fd < 0 && errno != ELOOP && errno != EISDIR) fail_option("out", "cannot write into this folder: %s", strerror(errno));
     if (fd < 0 || fstat(fd, &st) != 0 || !S_ISREG(st.st_mode))
-        fail("%s: expected .lock in it to be a file that this run may write, found a folder, a link or a device; remove it", option.c_str());
+        fail_option("out", "expected .lock in it to be a file that this run may write, found a folder, a link or a device; remove it");
     char holder[200] = "", host[100] = "";
     if ((flock(folder, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK) || !lock_file(fd, lock.c_str())) {
         if (read(fd, holder, sizeof holder - 1) <= 0) strcpy(holder, "another process");
-        fail("%s: %s trains into this folder; wait for its end, or name another folder", option.c_str(), holder);
+        fail_option("out", "%s trains into this folder; wait for its end, or name another folder", holder);
     }
     gethostname(host, sizeof host - 1);
     snprintf(holder, sizeof holder, "process %d on %s", (int)getpid(), host);
     if (ftruncate(fd, 0) == 0) write_bytes(fd, holder, strlen(holder));   // for the message above; the lock holds without
+}
+
+// A folder that can be written to: found out now, and not after an hour of training.
+void prepare_out(const Settings& s, int resume_step) {
+    const char* out = s.out.c_str();
+    if (mkdir(out, 0777) != 0 && errno != EEXIST) fail_option("out", "cannot make this folder: %s", strerror(errno));
+    if (!is_folder(out)) fail_option("out", "expected a folder, found %s", file_exists(s.out) ? "a file" : "a link that leads to none");
+    if (faccessat(AT_FDCWD, out, R_OK | W_OK | X_OK, AT_EACCESS) != 0)
+        fail_option("out", "cannot list, enter and write into this folder: %s", strerror(errno));
+    if (world.rank > 0) return;   // rank 0 holds the lock for all
+    lock_out(s.out);
     const std::vector<int> steps = checkpoints_in(s.out);
     if (!s.resume && !steps.empty())   // mixed with ours, a later resume could take them for ours
-        fail("%s: holds checkpoints of an earlier run, up to step %d; --resume 1 goes on with it, another folder begins anew",
-             option.c_str(), steps.back());
+        fail_option("out", "holds checkpoints of an earlier run, up to step %d; --resume 1 goes on with it, another folder begins anew",
+                    steps.back());
     if (s.resume && resume_step != (steps.empty() ? -1 : steps.back()))
-        fail("%s: another run has written into this folder just now; start again", option.c_str());
-    if (DIR* dir = opendir(out)) {   // what a killed run has left half-written
-        while (dirent* entry = readdir(dir)) {
-            const std::string name = entry->d_name;
-            if (is_checkpoint_name(name) && name.size() > 4 && name.substr(name.size() - 4) == ".tmp")
-                unlink((s.out + "/" + name).c_str());
-        }
-        closedir(dir);
-    }
+        fail_option("out", "another run has written into this folder just now; start again");
+    for (const std::string& path : files_named(s.out + "/*.tmp"))   // what a killed run has left half-written
+        if (is_checkpoint_name(path.substr(path.rfind('/') + 1))) unlink(path.c_str());
 }
 
 // A disk that is too small for what this run will write is said now, and not after its last step.
-void check_room(const Settings& s, const Options& o, const Model& model, int steps) {
+void check_room(const Settings& s, const Model& model, int steps) {
     const double weights = HEADER_BYTES + (double)param_count(model.config) * sizeof(floatX), state = (double)state_bytes(model);
-    const double need = weights + world_sum(state), MiB = 1 << 20;
+    const double need = weights + world_sum(state), largest = std::max(weights, state), MiB = 1 << 20;
     if (world.rank != 0 || steps <= 0) return;
-    const std::string option = typed(o, "out") + " " + s.out;
     struct rlimit limit;
-    if (getrlimit(RLIMIT_FSIZE, &limit) == 0 && limit.rlim_cur != RLIM_INFINITY && std::max(weights, state) > (double)limit.rlim_cur)
-        fail("%s: the largest file of a checkpoint has %.3f MiB, but this process may write %.3f MiB (ulimit -f)", option.c_str(),
-             std::max(weights, state) / MiB, limit.rlim_cur / MiB);
+    if (getrlimit(RLIMIT_FSIZE, &limit) == 0 && limit.rlim_cur != RLIM_INFINITY && largest > (double)limit.rlim_cur)
+        fail_option("out", "the largest file of a checkpoint has %.3f MiB, but this process may write %.3f MiB (ulimit -f)",
+                    largest / MiB, limit.rlim_cur / MiB);
     struct statvfs disk;
     if (statvfs(s.out.c_str(), &disk) != 0 || disk.f_blocks == 0) return;   // it does not say
     const double room = (double)(geteuid() == 0 ? disk.f_bfree : disk.f_bavail) * disk.f_frsize;
     if (room < need)
-        fail("%s: a checkpoint takes %.3f MiB, but %.3f MiB are free there; free some space, or name a folder on another disk",
-             option.c_str(), need / MiB, room / MiB);
+        fail_option("out", "a checkpoint takes %.3f MiB, but %.3f MiB are free there; free some space, or name a folder on another disk",
+                    need / MiB, room / MiB);
     double more = s.checkpoint_every > 0 ? ceil((double)steps / s.checkpoint_every) : 1;
-    if (s.keep > 0)   // an old one goes after the new one is whole
-        more = std::min(more, std::max(1.0, s.keep + 1.0 - checkpoints_in(s.out).size()));
+    if (s.keep > 0) more = std::min(more, std::max(1.0, s.keep + 1.0 - checkpoints_in(s.out).size()));   // one more, and one goes
     if (room < more * need)
         printf("note: %s has room for %.0f more checkpoints of %.1f MiB, and this run would add %.0f (--keep N keeps the newest N)\n",
                s.out.c_str(), floor(room / need), need / MiB, more);
 }
 
-// Opens the log; a resumed run goes on after the lines that its checkpoint has seen. What is no log of ours is left as it is.
-void log_open(Log& log, const Settings& s, const Options& o, int resume_step) {
-    const std::string option = typed(o, "log") + " " + s.log;
+// Opens the log. A resumed run goes on after the lines that its checkpoint has seen. What is no log of ours is left as it is.
+void log_open(Log& log, const Settings& s, int resume_step) {
     const Destination to = destination(s.log);
     struct stat at, out;
     log.path = s.log;
     if (!s.out.empty() && is_checkpoint_name(to.path.substr(to.path.rfind('/') + 1)) && stat(folder_of(to.path).c_str(), &at) == 0 &&
         stat(s.out.c_str(), &out) == 0 && at.st_dev == out.st_dev && at.st_ino == out.st_ino)
-        fail("%s: this is the name of a file of a checkpoint; expected another", option.c_str());
-    if (!to.error.empty()) fail("%s: cannot write there: %s", option.c_str(), to.error.c_str());
+        fail_option("log", "this is the name of a file of a checkpoint; expected another");
+    if (!to.error.empty()) fail_option("log", "cannot write there: %s", to.error.c_str());
     log.fd = to.stream >= 0 ? to.stream : open(to.path.c_str(), O_RDWR | O_CREAT | O_APPEND | O_CLOEXEC, 0666);
-    if (log.fd < 0) fail("%s: cannot open it: %s", option.c_str(), strerror(errno));
+    if (log.fd < 0) fail_option("log", "cannot open it: %s", strerror(errno));
     if (to.stream >= 0) return;
-    if (!lock_file(log.fd, s.log.c_str())) fail("%s: another run writes this log now; name another", option.c_str());
+    if (!lock_file(log.fd, s.log.c_str())) fail_option("log", "another run writes this log now; name another");
 
     FILE* old = fdopen(dup(log.fd), "r");
     off_t keep = 0;
@@ -4236,85 +4322,114 @@ void log_open(Log& log, const Settings& s, const Options& o, int resume_step) {
         int step;
         const size_t length = strlen(line), compared = std::min<size_t>(length, 9);   // a full disk may have cut the last one off
         if (length == 0 || (strncmp(line, "{\"step\": ", compared) != 0 && strncmp(line, "{\"done\": ", compared) != 0))
-            fail("%s: expected a new name or the log of a run (lines that begin with {\"step\":), found something else; it stays as it was",
-                 option.c_str());
-        keeping = keeping && length > 1 && strcmp(line + length - 2, "}\n") == 0 &&
-                  sscanf(line, "{\"step\": %d", &step) == 1 && step <= resume_step;
-        if (!keeping) continue;
-        if (strstr(line, "\"val_loss\"") != nullptr) log.val_step = step;
-        keep += length;
+            fail_option("log", "expected a new name or the log of a run (lines that begin with {\"step\":), found something else; it "
+                        "stays as it was");
+        const bool whole = length > 1 && strcmp(line + length - 2, "}\n") == 0;
+        keeping = keeping && whole && sscanf(line, "{\"step\": %d", &step) == 1 && step <= resume_step;
+        if (keeping) keep += length;
+        if (keeping && strstr(line, "\"val_loss\"") != nullptr) log.val_step = step;
     }
     if (old == nullptr || ferror(old) || fstat(log.fd, &at) != 0 || (keep < at.st_size && ftruncate(log.fd, keep) != 0))
-        fail("%s: cannot go on with it: %s", option.c_str(), strerror(errno));
+        fail_option("log", "cannot go on with it: %s", strerror(errno));
     if (keep == 0 && at.st_size > 0) printf("note: %s held the lines of an earlier run, and begins anew\n", s.log.c_str());
     fclose(old);
 }
+// ==== end twin
 
-// ---- the loop. Step s is the s-th update: what is logged under s has seen s updates.
+// ==== twin: loop and main
+// ---- validation and samples
 
-struct Run {
-    Settings s;
-    Options options;
-    Model model = {};
-    Loader train, val;
-    Tokenizer tokenizer;
-    Log log;
-    RunState state;
-    std::string model_file;   // whose weights are loaded; empty: weights are drawn
-    int steps = 0, resume_step = -1;
-    int saved = -1, status = 0;           // the last step in --out; how this would end now
-    float val_loss = 0, first_loss = 0;   // of the last validation; of the first step that was finite
-    std::vector<int> first_tokens;        // (2, B, T): of this run's first micro-batch
-    double peak_flops = 0;
-    bool on_cpu = false;
-    // Pinned memory in two halves, each with a region a micro-batch: the tokens of this step, and those of the next. Where one
-    // half is ready, the other is free for validation and samples.
-    int* host_tokens = nullptr;
-    int half = 0;
-    bool ready = false;         // the next step's tokens are in `half`
-    std::vector<int> buckets;   // (micro_batches)
-
-    int* host_half(int which) const {
-        return host_tokens + (size_t)which * model.plan.micro_batches * token_ints((size_t)model.plan.B * model.plan.T, model.config.V);
-    }
-    int* host_region(int micro) const { return host_half(half) + micro * token_ints((size_t)model.plan.B * model.plan.T, model.config.V); }
-    int* host_free() const { return host_half(!half); }
-    const char* model_name() const { return model_file.empty() ? s.model.c_str() : model_file.c_str(); }
-};
-
-// What shapes the numbers of a run, besides its model and its data. A state file keeps the values in this order, so new ones go to
-// its end; a run that goes on with others says so.
-struct Setting {
-    const char* name;
-    double value;
-    std::vector<const char*> words;   // of a choice
-
-    std::string text(double x) const {
-        char number[32];
-        snprintf(number, sizeof number, "%.10g", x);
-        return x >= 0 && x < words.size() ? words[(size_t)x] : number;
-    }
-};
-std::vector<Setting> settings_kept(const Run& run) {
-    const Settings& s = run.s;
-    const Plan& p = run.model.plan;
-    const size_t BT = (size_t)p.B * p.T;
-    const std::vector<const char*> schedules(std::begin(SCHEDULES), std::end(SCHEDULES));
-    const size_t schedule = std::find(schedules.begin(), schedules.end(), s.schedule) - schedules.begin();
-    return {
-        {"--steps", (double)run.steps, {}}, {"--schedule", (double)schedule, schedules}, {"--lr", s.lr, {}}, {"--warmup", (double)s.warmup, {}},
-        {"--final-lr-fraction", s.final_fraction, {}}, {"--weight-decay", s.weight_decay, {}}, {"--grad-clip", s.grad_clip, {}},
-        {"--skip-loss-z", s.skip_loss_z, {}}, {"--skip-grad-z", s.skip_grad_z, {}}, {"--batch", (double)p.B, {}},
-        {"--total-batch", (double)(BT * p.micro_batches * world.size), {}},
-        {"--loss-chunks", (double)ceil_div(BT, plan_chunk_rows(p)), {}}, {"--overfit", (double)s.overfit, {}},
-        {"--gelu-fusion", (double)s.gelu_fusion, {}}, {"--tf32", (double)(kFP32 && s.tf32), {}}, {"APPROX_ACT", kActBits, {}},
-        {"MS_NORM", kMsNorm, {}}, {"PRECISION", kFP32, {"BF16", "FP32"}},
-    };
+bool stop_wanted(const Run& run) {   // by a signal to any of the ranks, or because data are lost
+    if (int signal = -(int)world_min(-(double)interrupted)) interrupted = signal;
+    return world_any(!run.train.error.empty() || !run.val.error.empty()) || interrupted;
 }
+
+// Mean loss of the batch in `host`.
+float model_batch_loss(Model& model, int* host) {
+    const int B = model.plan.B, T = model.plan.T;
+    tokens_upload(model.tokens, host, B * T, model.config.V, model.stream);
+    model_forward(model, B, T);
+    model_loss(model, B, T, false, true);
+    float loss;
+    cudaCheck(cudaMemcpyAsync(&loss, &model.state->loss_sum, sizeof loss, cudaMemcpyDeviceToHost, model.stream));
+    cudaCheck(cudaStreamSynchronize(model.stream));
+    return loss / (B * T);
+}
+
+// Mean loss over up to --val-batches batches from the start of the validation data. Returns stop_wanted; if so, there is no result.
+bool validate(Run& run) {
+    const int batches = (int)std::min<size_t>(run.s.val_batches, run.val.batches_per_epoch()), step = run.state.step;
+    int* host = run.host_free();
+    loader_seek(run.val, 0, 0, 0);
+    double sum = 0, begin = now_seconds();
+    for (int i = 0; i < batches && !interrupted && loader_next(run.val, host, host + run.BT()); i++) {
+        progress("validating", i, batches, begin);
+        sum += model_batch_loss(run.model, host);
+    }
+    progress("", batches, batches, begin);
+    const float loss = (float)(world_sum(sum / batches) / world.size);
+    if (stop_wanted(run)) return true;
+    run.val_loss = loss;
+    if (world.rank == 0) printf("val loss %.4f at step %d\n", std::isnan(loss) ? NAN : loss, step);   // a NaN may be negative
+    fflush(stdout);
+    if (run.log.val_step != step) log_line(run.log, "{\"step\": %d, \"val_loss\": %s}", step, json_number(loss).c_str());
+    run.log.val_step = step;
+    return false;
+}
+
+// A token drawn by its logit among the `top_k` likeliest, or at temperature 0 the likeliest; `uniform` is a random number from 0 to 1.
+// -1: there is no likeliest token among NaNs.
+int draw_token(const std::vector<floatX>& logits, int V, int top_k, float temperature, float uniform) {
+    std::vector<std::pair<float, int>> best(V);   // minus the logit, token: the likeliest is the least, and of equals the first
+    for (int v = 0; v < V; v++) best[v] = {-(float)logits[v], v};
+    if (std::any_of(best.begin(), best.end(), [](auto& b) { return std::isnan(b.first); })) return -1;
+    std::vector<double> p(temperature == 0 ? 1 : top_k > 0 ? std::min(top_k, V) : V);
+    std::partial_sort(best.begin(), best.begin() + p.size(), best.end());
+    for (size_t j = 0; j < p.size(); j++) p[j] = temperature == 0 ? 1 : exp((best[0].first - best[j].first) / temperature);
+    double left = uniform * std::accumulate(p.begin(), p.end(), 0.0);
+    size_t j = 0;
+    while ((left -= p[j]) > 0 && j + 1 < p.size()) j++;
+    return best[j].second;
+}
+
+// Prints --sample-tokens tokens after an end-of-text token. Plain: each is a forward of all that stand before it. Returns stop_wanted.
+bool sample(Run& run) {
+    Model& model = run.model;
+    const int V = model.config.V, Vp = model.config.Vp, C = model.config.C;
+    int* host = run.host_free();
+    std::vector<floatX> logits(Vp);
+    std::vector<int> text = {run.tokenizer.tokens.empty() ? V - 1 : std::min(run.tokenizer.end_of_text, V - 1)};
+    if (world.rank == 0) printf("---- sample\n");
+    for (int i = 0; world.rank == 0 && i < run.s.sample_tokens && !interrupted; i++) {
+        const int T = std::min((int)text.size(), model.plan.T);   // a longer text is seen through its end
+        const int padded = std::min(ceil_div(T, 16) * 16, model.plan.T);   // few shapes, because matmuls are prepared once per shape
+        std::copy(text.end() - T, text.end(), host);
+        std::fill(host + T, host + padded, text[0]);   // after the last token, where causal attention does not look
+        std::copy(host, host + padded, host + padded);
+        tokens_upload(model.tokens, host, padded, V, model.stream);
+        model_forward(model, 1, padded);
+        matmul_forward(model.logits, model.lnf + (size_t)(T - 1) * C, model.param[HEAD], nullptr, 1, C, Vp, model.stream);
+        cudaCheck(cudaMemcpyAsync(logits.data(), model.logits, Vp * sizeof(floatX), cudaMemcpyDeviceToHost, model.stream));
+        cudaCheck(cudaStreamSynchronize(model.stream));
+        const float uniform = hash_uniform(hash64(model.seed, run.state.step + (1ull << 42), i));
+        text.push_back(draw_token(logits, V, (int)run.s.top_k, (float)run.s.temperature, uniform));
+        if (text.back() < 0) {
+            printf("(the logits are not finite)");
+            if (!model.plan.training) run.status = 3;
+            break;
+        }
+        print_token(run.tokenizer, text.back());
+        fflush(stdout);
+    }
+    if (world.rank == 0) printf("\n----\n");
+    return stop_wanted(run);
+}
+
+// ---- a step. Step s is the s-th update: what is logged under s has seen s updates.
 
 // The tokens of a step, into `half`.
 void load_tokens(Run& run) {
-    const int BT = run.model.plan.B * run.model.plan.T, V = run.model.config.V;
+    const int BT = (int)run.BT(), V = run.model.config.V;
     run.buckets.resize(run.model.plan.micro_batches);
     run.ready = true;
     for (int micro = 0; run.ready && micro < run.model.plan.micro_batches; micro++) {
@@ -4328,14 +4443,14 @@ void load_tokens(Run& run) {
 Verdict run_step(Run& run, const Hyper& h) {
     Model& model = run.model;
     const int B = model.plan.B, T = model.plan.T, micro_batches = model.plan.micro_batches;
+    if (run.first_tokens.empty()) run.first_tokens.assign(run.host_region(0), run.host_region(0) + 2 * run.BT());
     for (int micro = 0; micro < micro_batches; micro++) {
-        if (run.first_tokens.empty()) run.first_tokens.assign(run.host_region(0), run.host_region(0) + 2 * (size_t)B * T);
         tokens_copy(model.tokens, run.host_region(micro), B * T, model.config.V, run.buckets[micro], model.stream);
         model_forward(model, B, T);
         model_loss(model, B, T, true, micro == 0);
         model_backward(model, B, T, run.buckets[micro], micro);
     }
-    return model_update(model, h, run.state.step, [&] {
+    return model_update(model, h, run.state.step, [&] {   // while the device works
         run.state.set_position(run.train);
         const bool another = run.state.step + 1 < run.steps && run.train.batches_left_in_shard() >= (size_t)micro_batches;
         run.ready = another || run.s.overfit;
@@ -4343,6 +4458,50 @@ Verdict run_step(Run& run, const Hyper& h) {
         run.half = !run.half;
         if (another) load_tokens(run);
     });
+}
+
+void report_step(Run& run, float lr, const Verdict& v, double took) {   // on the terminal and in the log
+    const int step = run.state.step, to_come = run.steps - step;
+    const double speed = run.step_tokens() / took, each = run.timed > 0 ? run.seconds / run.timed : took, rest = each * to_come;
+    const double mfu = model_flops_per_token(run.model.config, run.model.plan.T) * speed / (run.peak_flops * world.size);
+    const bool known = run.timed > 0 || run.on_cpu();   // a GPU's first step prepares its matmuls; a CPU's is like all others
+    const bool terminal = isatty(STDOUT_FILENO);
+    printf("step %5d/%d | loss %.4f | norm %.4f | lr %.2e | %.1f ms | %.0f tok/s | ", step, run.steps, fabsf(v.loss), fabsf(v.grad_norm),
+           lr, took * 1e3, speed);   // fabs: neither is negative, but a NaN may be
+    if (run.peak_flops > 0) printf("MFU %.1f%%", 100 * mfu);
+    else printf("MFU n/a");
+    if (terminal && known) printf(" | %s left", duration(rest).c_str());
+    printf("\n");
+    if (!terminal && run.timed == (run.on_cpu() ? 0 : 1) && rest > 60)   // as soon as it is known
+        printf("  %d steps of about %.1f s are to come: %s\n", to_come, each, duration(rest).c_str());
+    if (run.state.not_finite_in_row > 0)
+        printf("  the loss or the gradient is not finite: this step changed nothing (%d in a row)\n", run.state.not_finite_in_row);
+    else if (v.skip)
+        printf("  skipped: loss %.1f, gradient norm %.1f deviations above the last %d steps\n", v.loss_z, v.grad_z, HISTORY);
+    log_line(run.log, "{\"step\": %d, \"train_loss\": %s, \"grad_norm\": %s, \"lr\": %s, \"ms\": %.3f, \"tokens_per_s\": %.1f, \"mfu\": "
+             "%s}", step, json_number(v.loss).c_str(), json_number(v.grad_norm).c_str(), json_number(lr).c_str(), took * 1e3, speed,
+             json_number(mfu).c_str());
+}
+
+void train_step(Run& run) {
+    const Settings& s = run.s;
+    RunState& at = run.state;
+    Hyper h;
+    h.lr = schedule_lr((int)s.schedule, at.step, run.steps, (float)s.lr, (int)s.warmup, (float)s.final_fraction);
+    h.weight_decay = (float)s.weight_decay;
+    h.grad_clip = (float)s.grad_clip;
+    h.skip_loss_z = (float)s.skip_loss_z;
+    h.skip_grad_z = (float)s.skip_grad_z;
+    set_stop_answer(at.step + 1, run.saves());
+    const double begin = now_seconds();
+    const Verdict v = run_step(run, h);
+    const double took = now_seconds() - begin;
+    if (++run.timed > 0) run.seconds += took;
+    at.step++;
+    const bool finite = std::isfinite(v.loss) && std::isfinite(v.grad_norm);
+    at.not_finite_in_row = finite ? 0 : at.not_finite_in_row + 1;
+    if (finite && run.first_loss == 0) run.first_loss = v.loss;
+    if (world.rank == 0) report_step(run, h.lr, v, took);
 }
 
 // Writes a checkpoint, and with --keep deletes an older one, if what is in memory is worth it. The last step and the last
@@ -4359,263 +4518,114 @@ void save(Run& run) {
     run.status = !good ? 3 : checkpoint_save(run.model, at, run.train, run.s.out, (int)run.s.keep) ? 0 : 1;
     if (run.status == 0) run.saved = at.step;
     if (!good && world.rank == 0)
-        fprintf(stderr, "%s: no checkpoint of step %d: the loss is not finite, or has exploded; those before it stay\n", program_name,
-                at.step);
+        warn("no checkpoint of step %d: the loss is not finite, or has exploded; those before it stay", at.step);
 }
 
-bool stop_wanted(const Run& run) {   // by a signal to any of the ranks, or because data are lost
-    if (int signal = -(int)world_min(-(double)interrupted)) interrupted = signal;
-    return world_any(!run.train.error.empty() || !run.val.error.empty()) || interrupted;
+// What is said at the end. `left_out`: a signal has kept the run from something. Returns the exit status.
+int end_loop(Run& run, bool finished, bool left_out, bool wrote) {
+    const RunState& at = run.state;
+    if (at.not_finite_in_row > 0 || !std::isfinite(run.val_loss)) run.status = 3;
+    for (const std::string& error : {run.train.error, run.val.error}) {
+        if (!error.empty()) warn("%s", error.c_str());
+        run.status = std::max(run.status, error.empty() ? 0 : 1);
+    }
+    const int status = left_out && interrupted ? 128 + interrupted : run.status;
+    if (world.rank != 0) return status;
+    if (!wrote && run.status == 3) warn("what this model computes is not finite");
+    fflush(stdout);
+    FILE* to = ferror(stdout) ? stderr : stdout;   // the last words must be heard
+    if (run.timed > 0)
+        fprintf(to, "%d steps after the first, %.1f ms each, %.0f tok/s\n", run.timed, run.seconds / run.timed * 1e3,
+                run.step_tokens() * run.timed / run.seconds);
+    const std::string kept = finished || at.step == 0 ? "" : run.s.out.empty() ? "; without --out nothing was saved"
+        : run.saved < 0 ? "; nothing was saved" : "; --resume 1 goes on after step " + std::to_string(run.saved);
+    if (left_out) fprintf(to, "interrupted after step %d%s\n", at.step, kept.c_str());
+    return status;
 }
 
-// Returns the exit status.
-int run_loop(Run& run) {
+int run_loop(Run& run) {   // returns the exit status
     const Settings& s = run.s;
-    Model& model = run.model;
     RunState& at = run.state;
-    const bool speaks = world.rank == 0, terminal = isatty(STDOUT_FILENO);
-    const double tokens = (double)model.plan.B * model.plan.T * model.plan.micro_batches * world.size;   // a step
-    double seconds = 0;   // of the steps but the first, which prepares the matmuls
-    int timed = -1;
-    bool told = false, stopped = false;   // how long it will take; by Ctrl-C
     run.saved = run.resume_step;
     while (true) {
-        if (speaks && fflush(stdout) != 0 && errno == EPIPE) on_interrupt(SIGPIPE);   // nobody reads us any more
-        const bool saves = !s.out.empty() && model.plan.training, fresh = saves && at.step > 0 && at.step != run.saved;
-        set_stop_answer(at.step, fresh);
+        if (world.rank == 0 && fflush(stdout) != 0 && errno == EPIPE) on_interrupt(SIGPIPE);   // nobody reads us any more
+        set_stop_answer(at.step, run.unsaved());
         const bool finished = at.step >= run.steps;
+        auto due = [&](int64_t every) { return every > 0 && (finished || at.step % every == 0); };
         if (!finished && !run.ready && run.train.error.empty()) load_tokens(run);
+
         bool stop = stop_wanted(run);
-        if (s.val_every > 0 && !stop && (finished || at.step % s.val_every == 0)) {
-            float loss = model_validate(model, run.val, (int)s.val_batches, run.host_free());
-            stop = stop_wanted(run);
-            if (!stop) run.val_loss = loss;
-            if (speaks && !stop) printf("val loss %.4f at step %d\n", std::isnan(loss) ? NAN : loss, at.step);   // a NaN may be negative
-            fflush(stdout);
-            if (run.log.val_step != at.step && !stop) {
-                log_line(run.log, "{\"step\": %d, \"val_loss\": %s}", at.step, json_number(loss).c_str());
-                run.log.val_step = at.step;
-            }
-        }
-        if (s.sample_every > 0 && !stop && (finished || (at.step > 0 && at.step % s.sample_every == 0))) {
-            if (speaks) {
-                printf("---- sample\n");
-                bool fine = model_sample(model, run.tokenizer, (int)s.sample_tokens, (int)s.top_k, (float)s.temperature, at.step, run.host_free());
-                if (!fine && !model.plan.training) run.status = 3;
-                printf("----\n");
-            }
-            stop = stop_wanted(run);
-        }
-        const bool last = finished || stop;
-        // without -n: at the end; -n 0: never, unless the run is interrupted
-        bool periodic = s.checkpoint_every > 0 && at.step % s.checkpoint_every == 0;
-        bool at_end = last && !(given(run.options, "checkpoint-every") && s.checkpoint_every == 0);
-        const bool writes = fresh && (stop || periodic || at_end);
+        if (!stop && due(s.val_every)) stop = validate(run);
+        if (!stop && due(s.sample_every) && (finished || at.step > 0)) stop = sample(run);
+        const bool writes = run.unsaved() && (stop || due(s.checkpoint_every) || (finished && s.checkpoint_every != 0));
         if (writes) save(run);
-        if (last) {
-            stopped = stop && (!finished || s.val_every > 0 || s.sample_every > 0);   // something is left out
-            if (at.not_finite_in_row > 0 || !std::isfinite(run.val_loss)) run.status = 3;
-            for (const Loader* d : {&run.train, &run.val}) {
-                if (d->error.empty()) continue;
-                fprintf(stderr, "%s: %s\n", program_name, d->error.c_str());
-                run.status = std::max(run.status, 1);
-            }
-            if (!speaks) break;
-            if (!writes && run.status == 3) fprintf(stderr, "%s: what this model computes is not finite\n", program_name);
-            fflush(stdout);
-            FILE* to = ferror(stdout) ? stderr : stdout;   // the last words must be heard
-            if (timed > 0)
-                fprintf(to, "%d steps after the first, %.1f ms each, %.0f tok/s\n", timed, seconds / timed * 1e3,
-                        tokens * timed / seconds);
-            if (stopped)
-                fprintf(to, "interrupted after step %d%s\n", at.step,
-                        finished || at.step == 0 ? "" : s.out.empty() ? "; without --out nothing was saved" : run.saved < 0 ? "; nothing was saved"
-                        : ("; --resume 1 goes on after step " + std::to_string(run.saved)).c_str());
-            break;
-        }
+        if (finished || stop) return end_loop(run, finished, stop && (!finished || s.val_every > 0 || s.sample_every > 0), writes);
 
-        Hyper h;
-        h.lr = schedule_lr(s.schedule, at.step, run.steps, (float)s.lr, (int)s.warmup, (float)s.final_fraction);
-        h.weight_decay = (float)s.weight_decay;
-        h.grad_clip = (float)s.grad_clip;
-        h.skip_loss_z = (float)s.skip_loss_z;
-        h.skip_grad_z = (float)s.skip_grad_z;
-        set_stop_answer(at.step + 1, saves);
-        double begin = now_seconds();
-        Verdict v = run_step(run, h);
-        double took = now_seconds() - begin;
-        at.step++;
-        if (++timed > 0) seconds += took;
-
-        bool finite = std::isfinite(v.loss) && std::isfinite(v.grad_norm);
-        at.not_finite_in_row = finite ? 0 : at.not_finite_in_row + 1;
-        if (finite && run.first_loss == 0) run.first_loss = v.loss;
-        if (speaks) {
-            double mfu = run.peak_flops > 0
-                             ? model_flops_per_token(model.config, model.plan.T) * tokens / took / (run.peak_flops * world.size)
-                             : NAN;
-            char mfu_text[32] = "MFU n/a", left[64] = "";
-            if (run.peak_flops > 0) snprintf(mfu_text, sizeof mfu_text, "MFU %.1f%%", 100 * mfu);
-            const bool known = timed > 0 || run.on_cpu;   // a GPU's first step prepares its matmuls; a CPU's is like all others
-            const double each = timed > 0 ? seconds / timed : took, to_come = each * (run.steps - at.step);
-            if (terminal && known) snprintf(left, sizeof left, " | %s left", duration(to_come).c_str());
-            printf("step %5d/%d | loss %.4f | norm %.4f | lr %.2e | %.1f ms | %.0f tok/s | %s%s\n", at.step, run.steps,
-                   fabsf(v.loss), fabsf(v.grad_norm), h.lr, took * 1e3, tokens / took, mfu_text,
-                   left);   // fabs: neither is negative, but a NaN may be
-            if (!terminal && known && !told && to_come > 60)
-                printf("  %d steps of about %.1f s are to come: %s\n", run.steps - at.step, each, duration(to_come).c_str());
-            told = told || known;
-            if (!finite)
-                printf("  the loss or the gradient is not finite: this step changed nothing (%d in a row)\n",
-                       at.not_finite_in_row);
-            else if (v.skip)
-                printf("  skipped: loss %.1f, gradient norm %.1f deviations above the last %d steps\n", v.loss_z, v.grad_z,
-                       HISTORY);
-            log_line(run.log,
-                     "{\"step\": %d, \"train_loss\": %s, \"grad_norm\": %s, \"lr\": %s, \"ms\": %.3f, \"tokens_per_s\": %.1f, "
-                     "\"mfu\": %s}",
-                     at.step, json_number(v.loss).c_str(), json_number(v.grad_norm).c_str(), json_number(h.lr).c_str(),
-                     took * 1e3, tokens / took, json_number(mfu).c_str());
-        }
+        train_step(run);
         if (at.not_finite_in_row >= 10) {
-            fprintf(stderr,
-                    "%s: the loss or the gradient was not finite for 10 steps in a row, up to step %d. The weights are those of "
-                    "before. "
-                    "Lower the rate (--lr), lengthen --warmup, or resume from a checkpoint (--resume 1)\n",
-                    program_name, at.step);
+            warn("the loss or the gradient was not finite for 10 steps in a row, up to step %d. The weights are those of before. Lower "
+                 "the rate (--lr), lengthen --warmup, or resume from a checkpoint (--resume 1)", at.step);
             return 3;
         }
     }
-    return stopped && interrupted ? 128 + interrupted : run.status;
 }
 
-// The model: of a size, of a file, or of the checkpoint that is resumed.
-void pick_model(Run& run) {
-    Settings& s = run.s;
-    const Options& o = run.options;
-    Config& c = run.model.config;
-    run.model.seed = s.seed;
-    const std::string option = typed(o, "model");
-    std::vector<int> checkpoints;
-    if (s.resume && file_exists(s.out) && !is_folder(s.out.c_str()))
-        fail("%s %s: expected a folder, found a file", typed(o, "out").c_str(), s.out.c_str());
-    if (s.resume && access(s.out.c_str(), R_OK | X_OK) != 0 && errno != ENOENT)
-        fail("%s %s: cannot read this folder: %s", typed(o, "out").c_str(), s.out.c_str(), strerror(errno));
-    if (s.resume) checkpoints = checkpoints_in(s.out);
-    if (s.resume && s.steps == 0 && checkpoints.empty())
-        fail("%s 1: %s holds no whole checkpoint, so there is nothing to evaluate; expected DONE_* in it", typed(o, "resume").c_str(), s.out.c_str());
-    const bool size = model_parse_size(option.c_str(), s.model, c);
-    if (!checkpoints.empty()) {
-        run.resume_step = checkpoints.back();
-        run.model_file = checkpoint_path(s.out, "model", run.resume_step);
-    } else if (!size) {
-        run.model_file = s.model;
-    }
-    if (!run.model_file.empty()) {
-        Config asked = c;
-        c = model_read_config(run.model_file.c_str());
-        if (run.resume_step >= 0 && given(o, "model") && s.model != run.model_file) {   // the checkpoint's model it is; said, where another was asked for
-            if (!size) asked = file_exists(s.model) ? model_read_config(s.model.c_str()) : c;
-            if (memcmp(&asked, &c, sizeof c) != 0)
-                fail_usage(
-                    "%s %s: is another model (L %d, NH %d, C %d, T %d, V %d) than that of the checkpoint to resume, %s (L %d, NH %d, C %d, T "
-                    "%d, V %d); leave %s out to go on, or begin anew in another --out",
-                    option.c_str(), s.model.c_str(), asked.L, asked.NH, asked.C, asked.maxT, asked.V, run.model_file.c_str(), c.L, c.NH, c.C,
-                    c.maxT, c.V, option.c_str());
-            if (!size && world.rank == 0) printf("note: %s is not read: the run goes on from %s\n", s.model.c_str(), run.model_file.c_str());
-        }
-    }
-    model_check_config(c, option.c_str(), run.model_name());
-    if (!given(o, "seq-len")) s.T = std::min<int64_t>(s.T, c.maxT);
-    if (s.T > c.maxT)
-        fail_usage("%s %lld: the model's longest sequence is %d", typed(o, "seq-len").c_str(), (long long)s.T, c.maxT);
-}
-
-// The data, as far as the run will read them. Returns the largest batch that they can fill.
-size_t open_data(Run& run) {
-    const Settings& s = run.s;
-    const Options& o = run.options;
-    const Model& model = run.model;
-    size_t batch = 1 << 16;
-    const struct { bool wanted; Loader& d; const char* option; const std::string& name; bool shuffle; } sets[] = {
-        {s.steps != 0, run.train, "train-data", s.train_data, true}, {s.val_every > 0, run.val, "val-data", s.val_data, false}};
-    for (auto& set : sets) {
-        if (!set.wanted) continue;
-        if (world.rank == 0) printf("data       %s\n", set.name.c_str());
-        fflush(stdout);   // reading them all may take long
-        loader_open(set.d, typed(o, set.option).c_str(), set.name.c_str(), (int)s.T, model.config.V, set.shuffle, model.seed);
-        batch = std::min(batch, loader_largest_batch(set.d));
-    }
-    // samples are written in the tokens of the data
-    const std::string& named = given(o, "train-data") || !given(o, "val-data") ? s.train_data : s.val_data;
-    const std::vector<std::string> found = files_named(named);
-    const std::string beside = found.empty() ? named : found[0];
-    const std::string path = s.tokenizer.empty() ? folder_of(beside) + "/tokenizer.bin" : s.tokenizer;
-    // GPT-2's 124M parameters for a text of bytes are a mistake that takes long to show
-    const Loader& d = run.train.shards.empty() ? run.val : run.train;
-    const bool chosen = given(o, "model") || run.resume_step >= 0, small = !chosen && !d.shards.empty() && d.largest_id < 1024;
-    if ((s.sample_every > 0 && world.rank == 0) || small) {
-        bool loaded = tokenizer_load(run.tokenizer, path.c_str());
-        if (!loaded && !s.tokenizer.empty())
-            fail("--tokenizer %s: no such file; prepro/text.py writes one beside its token files", path.c_str());
-        if (!loaded && !small) printf("no %s: samples are printed as ids\n", path.c_str());
-    }
-    if (small) {
-        const int V = std::max(d.largest_id + 1, (int)run.tokenizer.tokens.size());
-        fail_usage(
-            "%s has a vocabulary of %d tokens, and %s, the model without -e, one of %d (and %.0fM parameters); expected a model for these "
-            "data, such as -e gpt2:L4,H4,C128,T64,V%d, or -e d12 if that one is meant",
-            beside.c_str(), V, s.model.c_str(), model.config.V, param_count(model.config) / 1e6, V);
-    }
-    if (!chosen && run.on_cpu && world.rank == 0)
-        printf("note: this build runs on the CPU, where a step of %s takes about a minute; -e gpt2:L4,H4,C128,T64,V%d is a smaller model\n",
-               s.model.c_str(), model.config.V);
-    return batch;
-}
-
-// The steps of the run, when its batch is known. Returns false if a resumed run has taken them all.
-bool count_steps(Run& run) {
-    const Settings& s = run.s;
-    const Options& o = run.options;
+// What the run takes: all of it, as for --estimate, or at its start, without the parameters and what training keeps for each.
+void print_plan(Run& run, bool all) {
+    const Config& c = run.model.config;
     const Plan& plan = run.model.plan;
-    if (s.val_every > 0) loader_set_batch(run.val, plan.B);
-    if (!plan.training) return true;
-    loader_set_batch(run.train, plan.B);
-    const size_t epoch = run.train.batches_per_epoch() / plan.micro_batches;
-    run.steps = (int)(s.steps >= 0 ? s.steps : std::min<int64_t>(epoch, 1 << 30));
-    if (run.steps == 0)
-        fail("%s: one epoch makes %zu batches, fewer than the %d of one step; take a smaller --total-batch or give --steps",
-             s.train_data.c_str(), run.train.batches_per_epoch(), plan.micro_batches);
-    const char* origin = s.steps >= 0 ? "" : " (one epoch)";
-    if (run.resume_step >= run.steps) {
-        if (world.rank == 0)
-            printf("already at step %d: nothing left to do (--steps is %d%s); give a larger -x to go on, or -x 0 to validate and sample\n",
-                   run.resume_step, run.steps, origin);
-        return false;
+    const Table table = model_table(run.model);
+    const double MiB = 1 << 20, room = run.free_bytes / MiB, total = run.total_bytes / MiB;
+    if (!all) {
+        printf("device     %s x %d, %.1f MiB free of %.1f (driver, libraries and others hold %.1f)\n", run.device.name, world.size, room,
+               total, total - room);
+        printf("model      %s: %s, %.2fM parameters, %s\n", run.model_name(), model_sizes(c).c_str(), param_count(c) / 1e6,
+               dtype_name(FLOATX));
+        if (plan.training)
+            printf("step       %d sequences x %d tokens x %d micro-batches x %d GPUs = %zu tokens; %d steps, an epoch has %zu\n", plan.B,
+                   plan.T, plan.micro_batches, world.size, run.step_tokens(), run.steps, run.train.batches_per_epoch() / plan.micro_batches);
+        printf("memory     (--estimate lists parameters, gradients and optimizer state row by row)\n");
     }
-    if (s.warmup > run.steps)
-        fail_usage("%s %lld: the rate would never reach its peak; expected at most the number of steps, %d%s", typed(o, "warmup").c_str(),
-                   (long long)s.warmup, run.steps, origin);
-    return true;
+    if (run.s.estimate == "json") table_print_json(table);
+    else table_print(table, plan.training ? c.L : 1, run.BT() * c.C, model_mode(plan).c_str(), all);
+    if (run.s.estimate == "text" && !*run.device.name)
+        printf("no GPU is visible here, so whether this fits is for you to say; chunks of logits are as if it did\n");
+    else if (run.s.estimate == "text")
+        printf("%s has %.1f MiB, %.1f MiB of them free: this %s\n", run.device.name, total, room,
+               table_bytes(table) < run.free_bytes ? "fits" : "does not fit");
+    fflush(stdout);
+}
+
+// Takes the memory, and fills it with weights.
+void make_model(Run& run) {
+    Model& model = run.model;
+    cudaCheck(cudaStreamCreate(&model.stream));
+    model_allocate(model);
+    cudaCheck(cudaMallocHost((void**)&run.host_tokens, 2 * run.region_ints() * model.plan.micro_batches * sizeof(int)));
+    if (world.rank == 0) printf("weights    %s%s\n", run.model_file.empty() ? "drawn from --seed" : "from ", run.model_file.c_str());
+    fflush(stdout);
+    if (run.model_file.empty()) model_init(model);
+    else model_load(model, run.model_file.c_str());
+    cudaCheck(cudaStreamSynchronize(model.stream));
 }
 
 // Puts model, loader and counters where the checkpoint left them, and says what the run does otherwise than the one that wrote it.
 void begin_or_go_on(Run& run) {
-    const std::vector<Setting> settings = settings_kept(run);
-    const bool speaks = world.rank == 0, resumes = run.resume_step >= 0;
-    if (speaks && run.s.resume && !resumes) printf("no checkpoint in %s yet: starting at step 0\n", run.s.out.c_str());
+    const std::vector<double> kept = settings_kept(run);
+    const bool resumes = run.resume_step >= 0;
     if (resumes) run.state = state_load(run.model, run.train, run.s.out, run.resume_step);
-    if (speaks && resumes) {
-        printf("resumed at step %d from %s\n", run.state.step, run.model_file.c_str());
-        const std::vector<double>& was = run.state.settings;   // of an older file there may be fewer, or none
-        for (size_t i = 0; i < std::min(settings.size(), was.size()); i++)
-            if (was[i] != settings[i].value)
-                printf("note: %s was %s, is %s\n", settings[i].name, settings[i].text(was[i]).c_str(), settings[i].text(settings[i].value).c_str());
-        if (given(run.options, "seed") && (uint64_t)run.s.seed != run.model.seed)
-            printf("note: the run goes on with its own --seed, %llu\n", (unsigned long long)run.model.seed);
-    }
-    run.state.settings.clear();
-    for (const Setting& setting : settings) run.state.settings.push_back(setting.value);
+    const std::vector<double> was = run.state.settings;   // of an older file there may be fewer, or none
+    run.state.settings = kept;
+    if (world.rank != 0 || !run.s.resume) return;
+    if (resumes) printf("resumed at step %d from %s\n", run.state.step, run.model_file.c_str());
+    else printf("no checkpoint in %s yet: starting at step 0\n", run.s.out.c_str());
+    for (size_t slot = 0; slot < std::min(kept.size(), was.size()); slot++)
+        for (const Option& o : options)
+            if (o.slot == (int)slot && was[slot] != kept[slot])
+                printf("note: %s%s was %s, is %s\n", o.type == BUILD ? "" : "--", o.name, o.text(was[slot]).c_str(),
+                       o.text(kept[slot]).c_str());
+    if (resumes && given("seed") && (uint64_t)run.s.seed != run.model.seed)
+        printf("note: the run goes on with its own --seed, %llu\n", (unsigned long long)run.model.seed);
 }
 
 int main(int argc, char** argv) {
@@ -4624,114 +4634,43 @@ int main(int argc, char** argv) {
     signal(SIGPIPE, SIG_IGN);   // a reader that has gone, and a limit on a file's size, are errors of write(), with a message
     signal(SIGXFSZ, SIG_IGN);
     world_init(&argc, &argv);
-    Run run;
-    Settings& s = run.s;
-    Options& o = run.options = settings_options(s);
-    Model& model = run.model;
-    options_parse(o, argc, argv);
-    settings_check(s, o);
-    pick_model(run);
     const bool speaks = world.rank == 0;
-
-    // ---- the device. --estimate can do without.
-    int devices = 0;
-    cudaError_t device_error = cudaGetDeviceCount(&devices);
-    const bool have_device = device_error == cudaSuccess && devices > 0, estimating = !s.estimate.empty();
-    cudaDeviceProp prop = {};
-    size_t free_bytes = 0, total_bytes = 0;
-    if (have_device) {
-        const int device = world.local_rank % devices;
-        cudaCheck(cudaSetDevice(device));
-        cudaCheck(cudaGetDeviceProperties(&prop, device));
-        world_check_device(device);
-        run.on_cpu = strstr(prop.name, "CPU") != nullptr;
-        run.peak_flops = device_peak_flops(prop, device, !kFP32 || s.tf32);
-        if (!estimating) {   // before the memory is measured: both take some
-            cublasCheck(cublasLtCreate(&matmul_state.handle));
-            world_connect();
-        }
-        cudaCheck(cudaMemGetInfo(&free_bytes, &total_bytes));
-        free_bytes = (size_t)world_min((double)free_bytes);   // all ranks must come to one plan
-    } else if (!estimating) {
-        fail(
-            "no GPU to run on (CUDA says \"%s\", nvidia-smi lists what it sees); expected one, or a build for the CPU: make %s "
-            "CPU=1",
-            cudaGetErrorString(device_error), program_name);
-    } else if (s.B == 0) {
-        fail_usage("%s auto: no GPU is visible whose memory could be filled; expected a number", typed(o, "batch").c_str());
-    }
-    cudaGetLastError();
-    matmul_state.tf32 = s.tf32;
-    matmul_state.gelu_fusion = (int)s.gelu_fusion;
-    world.sharded = s.zero;
-
-    // ---- data and plan
-    const size_t data_batch = estimating ? 1 << 16 : open_data(run);
-    const Plan was = run.resume_step >= 0 && s.steps != 0 ? state_plan(s.out, run.resume_step) : Plan{};
-    choose_plan(model, s, o, free_bytes, data_batch, was);
-    const size_t BT = (size_t)model.plan.B * model.plan.T, kept_layers = model.plan.training ? model.config.L : 1;
-    const std::string mode = model_mode(model.plan);
-    if (estimating) {
-        Table table = model_table(model);
-        if (speaks && s.estimate == "json") table_print_json(table);
-        if (!speaks || s.estimate == "json") leave(0);
-        table_print(table, kept_layers, BT * model.config.C, mode.c_str(), true);
-        if (!have_device) printf("no GPU is visible here, so whether this fits is for you to say; chunks of logits are as if it did\n");
-        else printf("%s has %.1f MiB, %.1f MiB of them free: this %s\n", prop.name, total_bytes / 1048576.0, free_bytes / 1048576.0,
-                    table_bytes(table) < free_bytes ? "fits" : "does not fit");
-        leave(0);
-    }
-    if (!count_steps(run)) {
-        world_end();
-        leave(0);
-    }
-
-    // ---- what is written and printed
-    if (!s.out.empty() && model.plan.training) prepare_out(s, o, run.resume_step);
-    if (speaks) {
-        printf("device     %s x %d, %.1f MiB free of %.1f (driver, libraries and others hold %.1f)\n", prop.name, world.size,
-               free_bytes / 1048576.0, total_bytes / 1048576.0, (total_bytes - free_bytes) / 1048576.0);
-        printf("model      %s: L %d, NH %d, C %d, T %d, V %d, %.2fM parameters, %s\n", run.model_name(), model.config.L, model.config.NH,
-               model.config.C, model.config.maxT, model.config.V, param_count(model.config) / 1e6, dtype_name(FLOATX));
-        if (model.plan.training)
-            printf("step       %d sequences x %d tokens x %d micro-batches x %d GPUs = %zu tokens; %d steps, an epoch has %zu\n",
-                   model.plan.B, model.plan.T, model.plan.micro_batches, world.size, BT * model.plan.micro_batches * world.size, run.steps,
-                   run.train.batches_per_epoch() / model.plan.micro_batches);
-        printf("memory     (--estimate lists parameters, gradients and optimizer state row by row)\n");
-        table_print(model_table(model), kept_layers, BT * model.config.C, mode.c_str(), false);
-        fflush(stdout);
-    }
-
-    // ---- take the memory, and begin or go on
-    cudaCheck(cudaStreamCreate(&model.stream));
-    model_allocate(model);
-    const size_t estimate_bytes = table_bytes(model.table);
-    cudaCheck(cudaMallocHost((void**)&run.host_tokens, 2 * token_ints(BT, model.config.V) * model.plan.micro_batches * sizeof(int)));
-    if (speaks) printf("weights    %s%s\n", run.model_file.empty() ? "drawn from --seed" : "from ", run.model_file.c_str());
-    fflush(stdout);
-    if (run.model_file.empty()) model_init(model);
-    else model_load(model, run.model_file.c_str());
-    cudaCheck(cudaStreamSynchronize(model.stream));
+    Run run;
+    options = settings_options(run.s);
+    options_parse(argc, argv);
+    settings_check(run.s);
+    pick_model(run);
+    pick_device(run);
+    const bool estimating = !run.s.estimate.empty();
+    choose_plan(run, estimating ? 1 << 16 : open_data(run));
+    if (estimating && speaks) print_plan(run, true);
+    if (estimating) leave(0);
+    count_steps(run);
+    if (run.saves()) prepare_out(run.s, run.resume_step);
+    if (speaks) print_plan(run, false);
+    make_model(run);
     begin_or_go_on(run);
-    if (!s.out.empty() && model.plan.training) check_room(s, o, model, run.steps - run.state.step);
-    if (!s.log.empty() && speaks) log_open(run.log, s, o, run.resume_step);   // after all that could still refuse to run
+    if (run.saves()) check_room(run.s, run.model, run.steps - run.state.step);
+    if (!run.s.log.empty() && speaks) log_open(run.log, run.s, run.resume_step);   // after all that could still refuse to run
     catch_signals();
     if (speaks) printf("start      at step %d; the first step also prepares the matmuls\n", run.state.step);
     fflush(stdout);
 
     int status = run_loop(run);
 
+    const size_t estimate_bytes = table_bytes(run.model.table);
     if (speaks) printf("device memory: %zu bytes at the peak, %zu announced\n", device_peak, estimate_bytes);
-    log_line(run.log, "{\"done\": %s, \"steps\": %d, \"peak_bytes\": %zu, \"estimate_bytes\": %zu}",
-             status == 0 ? "true" : "false", run.state.step, device_peak, estimate_bytes);
+    log_line(run.log, "{\"done\": %s, \"steps\": %d, \"peak_bytes\": %zu, \"estimate_bytes\": %zu}", status == 0 ? "true" : "false",
+             run.state.step, device_peak, estimate_bytes);
     if (!log_close(run.log) && status == 0) status = 1;
     loader_close(run.train);
     loader_close(run.val);
-    table_free(model.table);
+    table_free(run.model.table);
     cudaCheck(cudaFreeHost(run.host_tokens));
     cublasCheck(cublasLtDestroy(matmul_state.handle));
-    cudaCheck(cudaStreamDestroy(model.stream));
+    cudaCheck(cudaStreamDestroy(run.model.stream));
     world_end();
     leave(status);
 }
+// ==== end twin
 #endif
