@@ -10,8 +10,10 @@ Everything is little-endian behind a header of 256 int32, in llm.c's format. A r
 nothing before it is checked: magic, version, and each size against the size the file really has.
 A writer works under a temporary name, so that a file under its final name is always whole.
 """
+import mmap
 import os
 import re
+import resource
 import signal
 import stat
 import sys
@@ -21,7 +23,14 @@ from atomic import atomic
 
 if os.path.dirname(os.path.abspath(sys.argv[0])) == os.path.dirname(os.path.abspath(__file__)):
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # one of our scripts: no traceback where Ctrl-C meets an import; then see run()
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # no more are of use here, and under a memory limit NumPy's waits for theirs for ever
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # no more are of use here, and each wants memory
+    # Under a memory limit (ulimit -v) NumPy's OpenBLAS may try for ever to get its buffer when it is loaded.
+    limit, needed = resource.getrlimit(resource.RLIMIT_AS)[0], 320 << 20
+    try:
+        mmap.mmap(-1, needed).close() if limit != resource.RLIM_INFINITY else None
+    except (OSError, ValueError, MemoryError):
+        sys.exit(f"{os.path.basename(sys.argv[0])}: this process may use {limit >> 20} MB of memory (ulimit -v), and NumPy needs up to "
+                 f"{needed >> 20} besides Python's own; expected a higher limit")
 
 try:
     import numpy as np

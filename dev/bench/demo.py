@@ -96,8 +96,9 @@ def train(command, every, lines=ALL):
         if caught:
             return process.kill()
         caught.append(number)
-        print("\nInterrupted: the trainer stops with its step; once more, and it stops at once.", flush=True)
         process.send_signal(signal.SIGINT)
+        # not by print: the signal may have come within another one
+        os.write(1, b"\nInterrupted: the trainer stops with its step; once more, and it stops at once.\n")
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     for line in process.stdout:
         step = re.match(rb"step +(\d+)/(\d+)", line)

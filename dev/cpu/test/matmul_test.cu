@@ -90,7 +90,7 @@ struct Plan {
     Plan(const Plan&) = delete;
     cublasStatus_t heuristic(cublasLtMatmulAlgo_t* algo, uint32_t schemes = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE, uint64_t workspace = 0) {
         cublasLtMatmulPreference_t preference;
-        cublasLtMatmulHeuristicResult_t result;
+        cublasLtMatmulHeuristicResult_t result = {};
         int found = 0;
         EXPECT(cublasLtMatmulPreferenceCreate(&preference) == CUBLAS_STATUS_SUCCESS);
         cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace, sizeof workspace);

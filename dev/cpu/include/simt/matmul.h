@@ -84,7 +84,7 @@ struct OpenBlas {
     decltype(&cblas_sgemm) sgemm;
     OpenBlas() {
         setenv("OPENBLAS_NUM_THREADS", "1", 1);
-        need(kBuffer / 2, "load");
+        need(kBuffer + (64 << 20), "load");   // its code, and in newer versions a first buffer
         void* library = dlopen("libopenblas.so.0", RTLD_NOW);
         if (!library) library = dlopen("libopenblas.so", RTLD_NOW);
         if (!library) missing();
