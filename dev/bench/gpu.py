@@ -109,7 +109,8 @@ def check_jobs(a, m):
                    "--target-processes", "application-only", *more, path(variant, program), *options],
                    "ERROR SUMMARY: 0 errors|RACECHECK SUMMARY: 0 hazards", 30)
     # initcheck does not see what bf16 matmuls write through the copy engine, so it gets builds whose matmuls write plainly
-    checked = [sanitized(tool, v, "train_gpt2", *TINY) for tool in ("memcheck", "racecheck") for v in ("gpu-bf16", "gpu-approxbp-bf16")]
+    checked = [sanitized(tool, v, "train_gpt2", *TINY) for tool in ("memcheck", "racecheck")
+               for v in ("gpu-bf16", "gpu-approxbp-bf16")]
     checked += [sanitized("initcheck", v, "train_gpt2", *TINY, "-f", "0") for v in ("gpu-fp32", "gpu-approxbp-fp32")]
     checked += [sanitized(tool, v, k, "--tight", "--small") for v in ("gpu-bf16", "gpu-fp32")
                 for tool in ("memcheck", "racecheck", "initcheck") for k in kernels]
@@ -143,7 +144,7 @@ def bench_jobs(a, m):
         return [train(a, m, model, batch, mode, round) for mode in modes]
     profiles = []
     for job in [train(a, m, small, "fixed", mode, steps=1) for mode in (EXACT, BOTH)]:
-        command = [m.ncu, "--csv", "--metrics", "gpu__time_duration.sum", "--clock-control", "none", "--cache-control", "none", *job.command]
+        command = [m.ncu, *"--csv --metrics gpu__time_duration.sum --clock-control none --cache-control none".split(), *job.command]
         about = {k: job.about[k] for k in ("row", "B", "T")}
         profiles.append(Job(f"profile, {about['row']}", command, '^".*gpu__time_duration.sum', 45, read_profile, about))
     kernels = [Job(k, [path("gpu-bf16", k), "--json"], '^{.*"ms"', 15, read_rows) for k in kernel_programs()]
@@ -189,8 +190,8 @@ def read_steps(text, about):
     """Ours, llm.c's and torch_baseline.py's print steps alike."""
     steps = re.findall(r"^step +\d+/\d+ .*?loss +([\d.]+).*?\| +([\d.]+) ms\b", text, re.M)
     ms = [float(t) for _, t in steps][about["warmup"]:]
-    figures = {"B": r"^step +(\d+) sequences", "ledger_bytes": r"(\d+) bytes at the peak", "allocated_bytes": r"(\d+) bytes allocated",
-               "reserved_bytes": r"(\d+) bytes reserved"}
+    figures = {"B": r"^step +(\d+) sequences", "ledger_bytes": r"(\d+) bytes at the peak",
+               "allocated_bytes": r"(\d+) bytes allocated", "reserved_bytes": r"(\d+) bytes reserved"}
     found = {name: int(value[1]) for name, value in ((name, re.search(p, text, re.M)) for name, p in figures.items()) if value}
     tokens, middle = found.get("B", about["B"]) * about["T"], statistics.median(ms)
     return {**found, "loss": float(steps[-1][0]), "timed_steps": len(ms), "ms": round(middle, 3), "ms_least": min(ms),
@@ -364,7 +365,7 @@ class Machine:
         without = "\nWithout a GPU, make test tests everything on the CPU backend."
         nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
         if not os.access(nvcc, os.X_OK):
-            sys.exit("gpu.sh: there is no nvcc, neither on PATH nor in /usr/local/cuda/bin; this needs the CUDA Toolkit, 12 or 13." + without)
+            sys.exit("gpu.sh: there is no nvcc, neither on PATH nor in /usr/local/cuda/bin; this needs CUDA, 12 or 13." + without)
         self.index = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip() or "0"
         ask = ["nvidia-smi", "-i", self.index, "--format=csv,noheader,nounits"]
         fields = "name,driver_version,memory.total,compute_cap,compute_mode"
@@ -398,7 +399,8 @@ def wanted(jobs):
 
 
 def make_command(variant, programs, arch):
-    return ["make", "-k", "-Otarget", *programs, f"BUILD={path(variant, '')}", f"ARCH={arch}", *(FLAGS[x] for x in variant.split("-"))]
+    flags = [FLAGS[part] for part in variant.split("-")]
+    return ["make", "-k", "-Otarget", *programs, f"BUILD={path(variant, '')}", f"ARCH={arch}", *flags]
 
 
 def build(jobs, arch, clock, env, sources):
@@ -438,8 +440,8 @@ def torch_of(python):
 
 
 # what a stage's figures depend on
-SOURCES = {"check": ["train_gpt2.cu", "Makefile", "test_gpt2.cu", "dev/cuda/*.cu*", "dev/test/fixtures/*"],
-           "bench": ["train_gpt2.cu", "Makefile", "dev/cuda/*.cu*"], "peers": ["train_gpt2.cu", "Makefile", "dev/bench/torch_baseline.py"]}
+SOURCES = {"check": ["*.cu", "Makefile", "dev/cuda/*.cu*", "dev/test/fixtures/*"], "bench": ["train_gpt2.cu", "Makefile", "dev/cuda/*.cu*"],
+           "peers": ["train_gpt2.cu", "Makefile", "dev/bench/torch_baseline.py"]}
 OUR_VARIABLES = "ARCH PRECISION USE_APPROXBP APPROX_ACT MS_NORM CPU SAN MULTI_GPU PTXAS BUILD MAKEFLAGS MFLAGS MAKELEVEL".split()
 
 
@@ -450,7 +452,8 @@ def run_stage(name, a, m):
     signal.signal(signal.SIGTERM, clock.stop)
     jobs = {"check": check_jobs, "bench": bench_jobs, "peers": peers_jobs}[name](a, m)
     if a.dry_run:
-        for command in [*(make_command(*item, m.arch) for item in wanted(jobs).items()), *(fill(job, {}, 0) or job.command for job in jobs)]:
+        makes = [make_command(*item, m.arch) for item in wanted(jobs).items()]
+        for command in makes + [fill(job, {}, 0) or job.command for job in jobs]:
             print(written(command))
         return 0
     print(f"{m.gpu}, driver {m.driver}, CUDA {m.cuda}: {name}, {a.minutes:g} minutes")

@@ -213,7 +213,8 @@ def terms_table(s, found):
     us, profiles = microseconds(count), profiles_of(found, gpu.EXACT)
 
     def row(name, text, amount, at="", us="", which=None, work=0, unit="TFLOP/s"):
-        return [name, text, amount, at, us, *(took(p, lambda k: term(k) == which, work, unit, 3) if which else "" for *_, p in profiles)]
+        beside = [took(p, lambda k: term(k) == which, work, unit, 3) if which else "" for *_, p in profiles]
+        return [name, text, amount, at, us, *beside]
     forward, a = sum(n for _, n in flops(s).values()), attention_flops(s)
     n = sum(element_wise(count).values()) / (s.B * s.T)
     rows = [row(f"{name}, forward", text, f"{x / 1e6:.1f}") for name, (text, x) in flops(s).items()]
@@ -291,7 +292,8 @@ def budget_section(found):
             f"So the budget is {us:.2f} µs a token, {speed(us)} tokens/s. With {BACKWARD_MMA / 1e12:.0f} TFLOP/s in attention's "
             f"backward, a cautious figure for mma.sync, it is {mma:.2f} µs, {speed(mma)}. If everything ran at the ceilings "
             f"({MATMUL_CEILING / 1e12:.0f} TFLOP/s, attention too, and {COPY_CEILING / 1e12:.1f} TB/s), it would be {ceiling:.2f} "
-            f"µs, {speed(ceiling)}.", "", "The kernels that only move memory, one by one (`dev/bench/traffic.py` counts the bytes):", "",
+            f"µs, {speed(ceiling)}.", "",
+            "The kernels that only move memory, one by one (`dev/bench/traffic.py` counts the bytes):", "",
             *passes_table(s, found), "",
             "And the modes. What a recomputation reads and writes again is in these bytes; what GELU in an epilogue (`-ge 2`) costs "
             "the matmul is not. `-r 1`, `-r 2` and `MS_NORM=1` are counted at `-ge 0`, and run at what is faster:", "",

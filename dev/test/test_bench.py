@@ -180,7 +180,8 @@ def made_up(mode, *finals):
 
 
 def test_loss_judges_by_the_spread(tmp_path):
-    runs = made_up("exact", 2.0, 2.1, 2.05) + made_up("act", 2.1, 2.2, 2.1) + made_up("norm", 2.2, 2.2, 2.2) + made_up("both", 1.9, 1.8, 1.9)
+    finals = {"exact": (2.0, 2.1, 2.05), "act": (2.1, 2.2, 2.1), "norm": (2.2, 2.2, 2.2), "both": (1.9, 1.8, 1.9)}
+    runs = [run for mode in finals for run in made_up(mode, *finals[mode])]
     of = loss.summary(runs)
     assert of["exact"]["mean"] == pytest.approx(2.05) and of["exact"]["spread"] == pytest.approx(0.1)
     assert of["act"]["difference"] == pytest.approx(0.25 / 3)
@@ -196,7 +197,8 @@ def test_loss_judges_by_the_spread(tmp_path):
 
 def test_loss_builds_what_it_says(tmp_path):
     """make, asked what it would do, compiles each mode with that mode's flags."""
-    for mode, defines in (("exact", set()), ("act", {"-DAPPROX_ACT=2"}), ("norm", {"-DMS_NORM=1"}), ("both", {"-DAPPROX_ACT=2", "-DMS_NORM=1"})):
+    act, norm = "-DAPPROX_ACT=2", "-DMS_NORM=1"
+    for mode, defines in (("exact", set()), ("act", {act}), ("norm", {norm}), ("both", {act, norm})):
         command = loss.build_command(mode, str(tmp_path), ["CPU=1"])
         done = subprocess.run([*command, "-n"], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr
@@ -234,12 +236,14 @@ def test_the_text_of_the_demo_is_fixed():
         rows = common.ledger(program(variant), ["-e", model, "-b", batch, "-t", seq_len])
         kept, units = common.kept(rows)
         columns.append([f"{sum(row['bytes'] for row in rows):,}", f"{kept:,}", f"{units:.2f}"])
-    shown = re.search(r"^device memory, peak bytes +(\S+) +(\S+)\n.*backward +(\S+) +(\S+)\n.*C +(\S+) +(\S+)$", (ROOT / "README.md").read_text(), re.M)
+    shown = re.search(r"^device memory, peak bytes +(\S+) +(\S+)\n.*backward +(\S+) +(\S+)\n.*C +(\S+) +(\S+)$",
+                      (ROOT / "README.md").read_text(), re.M)
     assert [list(shown.groups())[i::2] for i in (0, 1)] == columns, "take the table of make demo into README.md"
     assert hashlib.sha256(text).hexdigest() == "2443e759d5c264434fae34891cf12cd9116876bdac5a66d46e77bfbf8fea8f99"
 
 
-SMALL_DEMO = ["-i", "build/demo/train.bin", "-j", "build/demo/val.bin", "-e", TRY, *"-b 2 -t 32 -l 2e-3 -u 2 -q 0.05 -c 0.1 -s 0 -o out".split()]
+SMALL_DEMO = ["-i", "build/demo/train.bin", "-j", "build/demo/val.bin", "-e", TRY,
+              *"-b 2 -t 32 -l 2e-3 -u 2 -q 0.05 -c 0.1 -s 0 -o out".split()]
 
 
 @pytest.fixture
@@ -268,7 +272,8 @@ def test_the_demo_is_interrupted(demo_folder, number):
     """At once, without a traceback, and with the checkpoint of the step that it was at."""
     command = [str(program("cpu-bf16")), *SMALL_DEMO, "-x", "1000000", "-v", "0"]
     code = f"import sys; sys.path.insert(0, {str(ROOT / 'dev/bench')!r}); import demo; demo.train({command!r}, every=1)"
-    process = subprocess.Popen([sys.executable, "-B", "-c", code], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-B", "-c", code], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               text=True)
     for line in process.stdout:
         if re.match(r"step +\d+/", line):
             break
@@ -293,7 +298,8 @@ def test_the_demo_of_make_is_interrupted(tmp_path):
 
 def test_demo_table():
     def log(last, peak):
-        return [{"step": 0, "val_loss": 5.556}, {"step": 1, "train_loss": 5.5}, {"step": 9, "val_loss": last}, {"done": True, "peak_bytes": peak}]
+        return [{"step": 0, "val_loss": 5.556}, {"step": 1, "train_loss": 5.5}, {"step": 9, "val_loss": last},
+                {"done": True, "peak_bytes": peak}]
     lines = demo.result_table((log(2.5, 48123456), (12000000, 12.125)), (log(2.25, 46000000), (9000000, 10.56)))
     assert [line.split()[-2:] for line in lines[1:3] + lines[4:]] == [
         ["5.556", "5.556"], ["2.500", "2.250"], ["48,123,456", "46,000,000"], ["12,000,000", "9,000,000"], ["12.12", "10.56"]]
