@@ -315,7 +315,7 @@ def load(file):
 
 
 def run_jobs(file, head, jobs, clock, m, env=None, known={}, again=False):
-    """Those of the jobs that are not done yet; returns {name: entry} of all that have run."""
+    """Runs those of the jobs that are not done yet; returns {name: entry} of all that have run. known: other stages' entries."""
     old, entries = load(file)
     other = any(old.get(k) != head[k] for k in ("gpu", "driver", "cuda", "source"))
     if other and old:
@@ -440,7 +440,8 @@ def torch_of(python):
 
 
 # what a stage's figures depend on
-SOURCES = {"check": ["*.cu", "Makefile", "dev/cuda/*.cu*", "dev/test/fixtures/*"], "bench": ["train_gpt2.cu", "Makefile", "dev/cuda/*.cu*"],
+SOURCES = {"check": ["*.cu", "Makefile", "dev/cuda/*.cu*", "dev/test/fixtures/*"],
+           "bench": ["train_gpt2.cu", "Makefile", "dev/cuda/*.cu*"],
            "peers": ["train_gpt2.cu", "Makefile", "dev/bench/torch_baseline.py"]}
 OUR_VARIABLES = "ARCH PRECISION USE_APPROXBP APPROX_ACT MS_NORM CPU SAN MULTI_GPU PTXAS BUILD MAKEFLAGS MFLAGS MAKELEVEL".split()
 
@@ -509,8 +510,10 @@ def main():
         pythons = [sys.executable, shutil.which("python3"), "/usr/bin/python3"]
         a.python = "python3" if a.dry_run else next((p for p in pythons if p and torch_of(p)), None)
     for tool, what in ((m.sanitizer, "compute-sanitizer"), (m.ncu, "ncu"), (a.pytest, "pytest"), (a.python, "PyTorch")):
-        print(f"{what} is not installed: what needs it is left out") if not tool else None
-    sys.exit(1 if sum([run_stage(name, a, m) for name in (["check", "bench", "peers"] if a.stage == "all" else [a.stage])]) else 0)
+        if not tool:
+            print(f"{what} is not installed: what needs it is left out")
+    failed = [run_stage(name, a, m) for name in (["check", "bench", "peers"] if a.stage == "all" else [a.stage])]
+    sys.exit(1 if any(failed) else 0)
 
 
 if __name__ == "__main__":

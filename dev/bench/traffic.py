@@ -77,7 +77,8 @@ def tensors(s, m):
     # of one chunk of the loss, on average
     t.update(logits=BT * Vp * X / s.chunks, lnf_chunk=act / s.chunks, losses_chunk=4 * BT / s.chunks, targets=4 * BT / s.chunks)
     # what attention on tensor cores reads once more, beyond the first time
-    t.update({name: (AGAIN[kernel] - 1) * 2 * act for name, kernel in (("kv_forward", "forward"), ("kv_dq", "dq"), ("qdout_dkv", "dkv"))})
+    again = {"kv_forward": "forward", "kv_dq": "dq", "qdout_dkv": "dkv"}
+    t.update({name: (AGAIN[kernel] - 1) * 2 * act for name, kernel in again.items()})
     # gamma and beta where the norm's kernels read them, folded weights, the rows of an embedding that a batch uses
     t.update(affine=2 * C * X * exact_norm, affine_f=2 * C * X, gamma=C * X, fold_qkv=t["qkvw"] + t["qkvb"],
              fold_fc=t["fcw"] + t["fcb"], d_ln1=exact_norm * (t["d_ln1w"] + t["d_ln1b"]), d_ln2=exact_norm * (t["d_ln2w"] + t["d_ln2b"]),
