@@ -22,7 +22,7 @@ TABLE = [(function, bits) for function in ("gelu-tanh", "silu") for bits in (1, 
 
 def run(script, *args, status=0):
     """Runs a script of the tree; returns what it printed to stdout, or to stderr if it is to fail."""
-    done = execute(sys.executable, "-B", ROOT / script, *args, cwd=ROOT, timeout=300)
+    done = execute(sys.executable, "-B", ROOT / script, *args, cwd=ROOT, timeout=900)
     assert done.status == status and "Traceback" not in done.err, done.err
     return done.err if status else done.out
 
