@@ -209,7 +209,7 @@ def test_what_earlier_runs_decide():
 # the PyTorch side
 
 def test_torch_baseline(tmp_path):
-    pythons = [p for p in (sys.executable, "/usr/bin/python3") if execute(p, "-c", "import torch", cwd=tmp_path).status == 0]
+    pythons = [p for p in (sys.executable, "/usr/bin/python3") if execute(p, "-c", "import torch", cwd=tmp_path, timeout=600).status == 0]
     if not pythons:
         pytest.skip("Python's torch is not installed (Debian: python3-torch)")
 
