@@ -83,6 +83,10 @@ __attribute__((format(printf, 1, 2))) void set_case(const char* format, ...) {
     case_name = text;
 }
 
+constexpr double EPS32 = 0x1p-24;                       // half a unit in the last place of fp32, relative
+constexpr double EPS16 = 0x1p-8;                        // and of bf16, which has 8 bits, the first of them implied
+constexpr double EPSX = kFP32 ? EPS32 : EPS16;          // what storing a result may cost
+
 // A statement about many numbers, and the first cases that contradict it.
 struct Property {
     const char *what, *bound_text;
@@ -100,6 +104,11 @@ struct Property {
         if (!(error <= bound)) contradict(i, ours, reference, bound);
         if (error > largest_error) largest_error = error;
         if (bound > 0 && error / bound > largest_share) largest_share = error / bound;
+    }
+    // Within what storing the result may cost, twice, and 32 roundings of the sum of the absolute values of all that was added up
+    // or subtracted on the way. (A sum that cancels has no relative error to speak of.)
+    void close(size_t i, double ours, double reference, double terms, double store = EPSX) {
+        within(i, ours, reference, 2 * store * fabs(reference) + 32 * EPS32 * terms + 0x1p-126);
     }
     void equal(size_t i, double ours, double reference) {   // any NaN equals any other; zeros have signs
         compared++;
@@ -122,12 +131,30 @@ void report(std::initializer_list<Property*> properties) {
     }
 }
 
+// Where a number that is none goes: `reach` tells for each element whether it must become none, may become none, or has to keep
+// the bits that it has without.
+enum Reach : char { NOT, MUST, MAY };   // a bool will do for the first two
+template <class T, class F>
+void check_reach(Property& p, const std::vector<T>& ours, const std::vector<T>& clean, F&& reach, const char* what) {
+    bool fine = ours.size() == clean.size();
+    for (size_t i = 0; i < ours.size() && fine; i++) {
+        const Reach r = (Reach)reach(i);
+        const bool none = !std::isfinite((float)ours[i]), same = memcmp(&ours[i], &clean[i], sizeof(T)) == 0;
+        fine = r == MUST ? none : r == MAY ? none || same : same;
+    }
+    p.is(fine, (std::string(what) + ": a NaN too many or too few, or other bits").c_str());
+}
+
 // Calls that a launcher must refuse: the program runs itself again for each, because refusing ends it. `call` must fail before
 // it touches the GPU. Call this first in main.
 struct Misuse {
-    const char *name, *expected;   // without apostrophes: it passes through a shell; a part of the message
+    std::string name, expected;   // without apostrophes: it passes through a shell; a part of the message
     std::function<void()> call;
 };
+// Of launchers whose threads take 8 neighbours: `what` is as check_vec has it, "act_forward: OC", and `call` makes it 12.
+inline Misuse refuses_12(const std::string& what, std::function<void()> call) {
+    return {what, what + " is 12: expected a multiple of 8", call};
+}
 void test_misuse(const Arguments& o, const std::vector<Misuse>& cases) {
     if (!o.misuse.empty()) {
         for (const Misuse& m : cases)
@@ -136,21 +163,18 @@ void test_misuse(const Arguments& o, const std::vector<Misuse>& cases) {
     }
     Property p("what the kernels cannot do is refused, with a message and status 1");
     for (const Misuse& m : cases) {
-        set_case("%s", m.name);
+        set_case("%s", m.name.c_str());
         std::string said, command = "'" + std::string(program_name) + "' --misuse '" + m.name + "' 2>&1";
         FILE* f = popen(command.c_str(), "r");
         if (f == nullptr) fail("could not run %s", command.c_str());
         for (int c; (c = fgetc(f)) != EOF;) said += (char)c;
         int status = pclose(f);
         p.is(WIFEXITED(status) && WEXITSTATUS(status) == 1, "expected exit status 1");
-        p.is(said.find(m.expected) != std::string::npos, ("expected \"" + std::string(m.expected) + "\", it said: " + said).c_str());
+        p.is(said.find(m.expected) != std::string::npos, ("expected \"" + m.expected + "\", it said: " + said).c_str());
     }
     report({&p});
 }
 
-constexpr double EPS32 = 0x1p-24;                       // half a unit in the last place of fp32, relative
-constexpr double EPS16 = 0x1p-8;                        // and of bf16, which has 8 bits, the first of them implied
-constexpr double EPSX = kFP32 ? EPS32 : EPS16;          // what storing a result may cost
 // How many additions stand one behind the other in a column sum: a warp's rows, the 8 warps, then the slices over the warps of
 // the block that finishes, these warps, and the gradient that was there. Each rounds the sum so far, which is at most the sum of
 // absolute values.
@@ -342,6 +366,61 @@ void run_blocks(const std::vector<int64_t>& blocks, F&& launch) {
     for (int64_t b : blocks) launch_blocks(b, b, launch);
 }
 
+// The test of index arithmetic. A launch over large tensors, in each of which a window holds numbers, must make of them the bits
+// that it makes of the same numbers alone, in small tensors. A window is (planes, rows, columns); its columns are neighbours.
+struct FarTensor {
+    virtual bool there() const = 0;
+    virtual void write() = 0;
+    virtual bool same() const = 0;
+};
+template <class T>
+struct Far : FarTensor {
+    std::vector<T> values;   // what it holds before the launch: NaN if nothing is said
+    FarBuffer<T> far;
+    Buffer<T> near;
+    size_t columns, row_step, plane_rows, plane_step;   // of the large tensor: elements from row to row, and plane to plane
+    size_t at = 0;                                      // of the large tensor: where the window begins,
+    size_t rows;                                        // and how many of each plane's rows it has, from the first
+
+    Far(size_t n, std::vector<T> v, size_t columns, size_t row_step, size_t planes = 1, size_t plane_step = 0)
+        : values(v), far(n), near(v), columns(columns), row_step(row_step), plane_rows(v.size() / columns / planes),
+          plane_step(plane_step), rows(plane_rows) {}
+    Far(size_t n, size_t count, size_t columns, size_t row_step, size_t planes = 1, size_t plane_step = 0)
+        : Far(n, Buffer<T>(count).read(), columns, row_step, planes, plane_step) {}
+    T* p(bool is_far) const { return is_far ? far.p : near.p; }
+    bool there() const override { return far.p != nullptr; }
+    template <class F>
+    void each_row(F&& f) const {   // f(where it is far, and near)
+        for (size_t i = 0; i < values.size() / columns; i++)
+            if (i % plane_rows < rows) f(at + i / plane_rows * plane_step + i % plane_rows * row_step, i * columns);
+    }
+    void write() override {
+        near.write(values);
+        each_row([&](size_t to, size_t i) { far.write(to, {values.begin() + i, values.begin() + i + columns}); });
+    }
+    bool same() const override {
+        const std::vector<T> v = near.read();
+        bool same = true;
+        each_row([&](size_t from, size_t i) {
+            same &= same_bits(far.read(from, columns), {v.begin() + i, v.begin() + i + columns});
+        });
+        return same;
+    }
+};
+// launch(false) takes the small tensors, launch(true) the large ones; `blocks` are those of the latter that have to do with the
+// windows. False if there is no room.
+template <class F>
+bool check_far(Property& p, const std::vector<FarTensor*>& tensors, const std::vector<int64_t>& blocks, F&& launch) {
+    for (FarTensor* t : tensors)
+        if (!t->there()) return false;
+    for (FarTensor* t : tensors) t->write();
+    launch(false);
+    run_blocks(blocks, [&] { launch(true); });
+    int i = 0;
+    for (FarTensor* t : tensors) p.is(t->same(), ("tensor " + std::to_string(i++) + " of the list has other bits").c_str());
+    return true;
+}
+
 // cuBLASLt, for the files that multiply.
 struct MatmulSession {
     MatmulSession() {
@@ -389,13 +468,18 @@ float measure_ms(F&& run) {
 // writes it: what a kernel reads twice in a row, a cache holds. On the CPU backend that is all that is printed.
 struct BenchTable {
     enum Unit { BYTES, FLOPS };
-    const char* title;
+    char title[200];
     Unit unit;
     size_t n;            // elements that bytes and flops are given per
     bool timed;
     double best = 0;     // the device's: GB/s of a copy, or TFLOP/s of a matmul
 
-    BenchTable(const char* title, size_t n, Unit unit = BYTES) : title(title), unit(unit), n(n), timed(!on_cpu_backend()) {
+    __attribute__((format(printf, 4, 5))) BenchTable(size_t n, Unit unit, const char* format, ...)
+        : unit(unit), n(n), timed(!on_cpu_backend()) {
+        va_list args;
+        va_start(args, format);
+        vsnprintf(title, sizeof title, format, args);
+        va_end(args);
         if (timed) best = unit == BYTES ? copy_rate() : matmul_rate();
         if (bench_json) return;
         printf("\n%s\n  %-62s %11s", title, "", unit == BYTES ? "B/element" : "flop/element");
@@ -403,6 +487,9 @@ struct BenchTable {
         printf("\n");
         if (timed) printf("  %-62s %11s %9s %8.0f %8.0f%%\n", unit == BYTES ? "a copy, 16 bytes a thread" : "cuBLASLt, 8192 x 8192 x 8192", "", "", best, 100.0);
     }
+    BenchTable(const char* title, size_t n, Unit unit = BYTES) : BenchTable(n, unit, "%s", title) {}
+    // of a tensor of `all` elements, those that there are: without a GPU nothing runs, and one row is enough
+    size_t here(size_t all, size_t row) const { return timed ? all : row; }
     static double copy_rate() {
         static double rate = 0;
         const size_t n = (size_t)1 << 28;   // beyond any cache
@@ -453,4 +540,13 @@ void bench_device() {
     if (on_cpu_backend())
         printf("Times mean nothing on the CPU backend: here are the bytes that each version moves, or the flops that it makes,\n"
                "counted from the shapes.\n");
+}
+
+// bench(model, positions, C) for both models.
+template <class F>
+int bench_models(F&& bench) {
+    bench_device();
+    bench("124M, B 64, T 1024", 64 * 1024, 768);
+    bench("1558M, B 8, T 1024", 8 * 1024, 1600);
+    return 0;
 }
