@@ -912,7 +912,7 @@ void bench(const char* model, const GPT2Config& config) {
     for (DType type : {F32, BF16}) {   // of several micro-batches per step, and of one
         const OptTable t = table(type, false);
         auto row = [&](const char* name, auto run) {
-            u.row((name + std::string(", ") + dtype_name(type)).c_str(), dtype_size(type), run);
+            u.row(name + std::string(", ") + dtype_name(type), dtype_size(type), run);
         };
         row("norm, version 1: one tensor at a time, added up by the host", [&] { square_sum_1(partial.p, t, 0); });
         row("norm, version 2: one block per tensor", [&] { square_sum_2(sum.p, partial.p, t, 0); });
