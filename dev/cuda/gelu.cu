@@ -498,67 +498,54 @@ void test_far(const Act& h, uint64_t seed) {
     report({&forward, &backward});
 }
 
-// The matmuls around the exact GELU as the trainer calls them, with GELU in kernels of its own and in cuBLASLt's epilogues. Here x
-// or d is rounded between matmul and GELU. How NVIDIA's epilogues compute GELU is not said; the hardware's tanh has an error of
-// 2^-11.
+// The matmuls around the exact GELU as the trainer calls them: not fused, they are the matmul and the kernels above. In cuBLASLt's
+// epilogues x or d is not rounded between matmul and GELU; and how NVIDIA computes GELU there is not said: the hardware's tanh
+// has an error of 2^-11. Numbers are normal, so what a matmul adds up is some 20 in all.
 void test_matmul(uint64_t seed) {
-    Property forward("with the matmul, in 3 degrees of fusion: x and GELU(x)"), back("with the matmul: gradients of x and bias"),
-        own("with the matmul, not fused: the bits of matmul and kernels one by one");
+    Property own("with the matmul, not fused: the bits of matmul and kernels one by one"),
+        fused("with the matmul, in its epilogues: x, GELU(x), gradients of x and of the bias");
     struct { int rows, C, OC; } cases[] = {{33, 24, 40}, {128, 64, 136}, {257, 8, 264}, {65, 264, 8}};
     for (auto [rows, C, OC] : cases) {
         Random random(seed, 5000 + rows);
         const size_t RC = (size_t)rows * C, RO = (size_t)rows * OC;
-        const std::vector<floatX> inp = random.normals(RC), weight = random.normals((size_t)OC * C, 0, 1.5f / sqrtf(C)),
-                                  bias = random.normals(OC), next = random.normals((size_t)C * OC, 0, 1 / sqrtf(C)),
-                                  dout = random.normals(RC), x = random.normals(RO, 0, 1.5f);
         const std::vector<float> before = floats(random.normals(OC));
-        Buffer<floatX> a(inp), w(weight), b(bias), w2(next), g(dout), xs(x);
+        Buffer<floatX> a(random.normals(RC)), w(random.normals((size_t)OC * C, 0, 1.5f / sqrtf(C))), b(random.normals(OC)),
+            w2(random.normals((size_t)C * OC, 0, 1 / sqrtf(C))), g(random.normals(RC)), xs(random.normals(RO, 0, 1.5f)), x(RO),
+            y(RO), dx(RO);
         Buffer<float> scratch((size_t)colsum_slices(rows) * OC);
+        GradBuffer dbias(OC, F32);
+        dbias.write(before);
+        matmul_forward(x.p, a.p, w.p, b.p, rows, C, OC, 0);
+        act_forward<0>(y.p, nullptr, x.p, nullptr, rows, OC, 0);
+        matmul_backward_input(dx.p, g.p, w2.p, rows, OC, C, 0);
+        act_backward<0>(dx.p, dbias.grad(), scratch.p, xs.p, true, rows, OC, 0);
+        const std::vector<floatX> x0 = x.read(), y0 = y.read(), dx0 = dx.read();
+        const std::vector<float> dbias0 = dbias.read();
         for (int fusion : {0, 1, 2}) {
             set_case("rows %d, C %d, OC %d, fusion %d", rows, C, OC, fusion);
             matmul_state.gelu_fusion = fusion;
-            const double rounded = EPSX + (on_cpu_backend() || fusion == 0 ? 0 : 0x1p-11);
-            Buffer<floatX> k(RO), y(RO), dx(RO);
-            GradBuffer dbias(OC, F32);
             dbias.write(before);
-            matmul_act_forward<0>(y.p, k.p, a.p, w.p, b.p, rows, C, OC, 0);
+            matmul_act_forward<0>(y.p, x.p, a.p, w.p, b.p, rows, C, OC, 0);
             matmul_act_backward<0>(dx.p, dbias.grad(), scratch.p, g.p, w2.p, xs.p, true, rows, OC, C, 0);
-            const std::vector<floatX> our_x = k.read(), our_y = y.read(), our_d = dx.read();
-            const std::vector<float> our_bias = dbias.read();
-            for (int o = 0; o < OC; o++) {
-                double dbias_ref = before[o], dbias_off = 32 * EPS32 * fabs(dbias_ref);
-                for (int r = 0; r < rows; r++) {
-                    const size_t i = (size_t)r * OC + o;
-                    double sum = (float)bias[o], size = fabs(sum), d = 0, d_size = 0;
-                    for (int c = 0; c < C; c++) {   // forward is (rows, C) -> (rows, OC); backward takes dout through next (C, OC)
-                        const double t = (double)(float)inp[r * C + c] * (float)weight[o * C + c],
-                                     u = (double)(float)dout[r * C + c] * (float)next[c * OC + o];
-                        sum += t, size += fabs(t), d += u, d_size += fabs(u);
-                    }
-                    const Gelu of_sum = reference(sum), of_x = reference((float)x[i]);
-                    forward.close(i, (float)our_x[i], sum, size);
-                    forward.within(i, (float)our_y[i], of_sum.value,
-                                   tolerance(of_sum.value, 1.2 * size + of_sum.value_terms) + 2 * rounded * fabs(sum));
-                    const double slope_off = 2 * rounded + 32 * EPS32 * of_x.slope_terms,
-                                 off = tolerance(d, d_size) * fabs(of_x.slope) + fabs(d) * slope_off;
-                    back.within(i, (float)our_d[i], d * of_x.slope, off + 2 * EPSX * fabs(d * of_x.slope));
-                    dbias_ref += d * of_x.slope, dbias_off += off;
-                }
-                back.within(o, our_bias[o], dbias_ref, dbias_off);
+            const std::vector<floatX> x1 = x.read(), y1 = y.read(), dx1 = dx.read();
+            const std::vector<float> dbias1 = dbias.read();
+            if (fusion == 0)
+                own.is(same_bits(x0, x1) && same_bits(y0, y1) && same_bits(dx0, dx1) && same_bits(dbias0, dbias1), "other bits");
+            const double library = on_cpu_backend() || fusion == 0 ? 0 : 0x1p-8;
+            Doubles off(OC, 32 * EPS32 * 20);
+            for (size_t i = 0; i < RO; i++) {
+                const double of_dx = tolerance((float)dx0[i], 20) + 2 * EPSX * fabs((float)dx0[i]) + library;
+                fused.close(i, (float)x1[i], (float)x0[i], 20);
+                fused.within(i, (float)y1[i], (float)y0[i],
+                             tolerance((float)y0[i], 20) + 2 * EPSX * fabs((float)x0[i]) + library);
+                fused.within(i, (float)dx1[i], (float)dx0[i], of_dx);
+                off[i % OC] += of_dx;
             }
-            if (fusion > 0) continue;
-            dbias.write(before);
-            matmul_forward(k.p, a.p, w.p, b.p, rows, C, OC, 0);
-            act_forward<0>(y.p, nullptr, k.p, nullptr, rows, OC, 0);
-            matmul_backward_input(dx.p, g.p, w2.p, rows, OC, C, 0);
-            act_backward<0>(dx.p, dbias.grad(), scratch.p, xs.p, true, rows, OC, 0);
-            own.is(same_bits(our_x, k.read()) && same_bits(our_y, y.read()) && same_bits(our_d, dx.read()) &&
-                       same_bits(our_bias, dbias.read()),
-                   "other bits");
+            for (int o = 0; o < OC; o++) fused.within(o, dbias1[o], dbias0[o], off[o]);
         }
     }
     matmul_state.gelu_fusion = 0;
-    report({&forward, &back, &own});
+    report({&own, &fused});
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
