@@ -50,7 +50,7 @@ struct Tensors {
 // version 1: the formulas, one kernel for each
 
 // Scores, softmax and output are kernels of their own, so s and p go through memory: B x NH x T x T of them. In GPT-2 124M at B
-// = 64 and T = 1024 that is 805 million elements a layer, 1.6 GB in bf16, where qkv has 0.3 GB. Backward wants p again, so the
+// = 64 and T = 1024 that is 805 million elements per layer, 1.6 GB in bf16, where qkv has 0.3 GB. Backward wants p again, so the
 // 1.6 GB are kept for each of the 12 layers, 19 GB: about as much again as the rest of a layer keeps. The causal half of them
 // is written and read, written and read again: 3.2 GB of traffic for forward and 5.6 GB for backward, beside the 0.4 GB and 1.2
 // GB that versions move which store none of it. All of this doubles with T for each token. What is stored is also rounded: a
@@ -159,13 +159,13 @@ void attention_backward_1(const Tensors& x, bool accumulate, const Shape& s) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// version 2: a query a thread, nothing stored
+// version 2: one thread per query, nothing stored
 
 // A thread walks along the keys of its query with a running maximum and sum: when a larger score comes, what was summed so far
-// shrinks by exp(old maximum - new maximum). That needs neither all scores at once nor a second pass, and leaves one number a
-// row behind, lse, from which backward gets any p back as exp(s - lse). T x T is gone from memory: forward moves 8 bytes for an
+// shrinks by exp(old maximum - new maximum). That needs neither all scores at once nor a second pass, and leaves one number per
+// row, lse, from which backward gets any p back as exp(s - lse). T x T is gone from memory: forward moves 8 bytes for an
 // element of out, backward 24 and the 6 of the bias.
-// What it wastes now is inside the GPU. q and the output are up to 128 floats a thread each, in loops whose length the compiler
+// What it wastes now is inside the GPU. q and the output are up to 128 floats per thread each, in loops whose length the compiler
 // does not know, so they lie in local memory. A pair of a query and a key, 256 flops at HS = 64, reads q and reads and writes
 // the output, 768 bytes of the L1 cache, and a multiprocessor moves 128 bytes of that in the time of 256 flops. Keys and values
 // come 2 bytes at a time from global memory; all lanes of a warp want the same ones, which is one access for 32, but it is an
@@ -208,8 +208,9 @@ void attention_forward_2(const Tensors& x, const Shape& s) {
 }
 
 // Backward has sums of two shapes: dq is one over the keys of a query, dk and dv are sums over the queries that see a key. With
-// a thread a query the second would need atomics, whose order nobody knows. So there are two kernels, a query a thread and a
-// key a thread, and both compute s and dp: 7 products of T x T x HS where 5 would do. The trainer's two versions do the same.
+// one thread per query the second would need atomics, whose order nobody knows. So there are two kernels, one thread per query
+// and a key a thread, and both compute s and dp: 7 products of T x T x HS where 5 would do. The trainer's two versions do the
+// same.
 __global__ void attention_2_dq_kernel(floatX* dqkv, float* delta, const floatX* dout, const floatX* qkv, const floatX* out,
                                       const float* lse, int rows, AttShape shape) {
     int row = blockIdx.x * blockDim.x + threadIdx.x;   // (b, h, query)
@@ -296,7 +297,8 @@ struct Buffers {
     GradBuffer dbias;
     Buffers(const Shape& s, bool version_1, DType grad_type = F32)
         : qkv(s.qkv()), dout(s.out()), out(s.out()), dqkv(s.qkv()), p(version_1 ? s.rows() * s.T : 1),
-          ds(version_1 ? s.rows() * s.T : 1), lse(s.rows()), delta(s.rows()), scratch(s.scratch()), dbias(s.stride(), grad_type) {}
+          ds(version_1 ? s.rows() * s.T : 1), lse(s.rows()), delta(s.rows()), scratch(s.scratch()),
+          dbias(s.stride(), grad_type) {}
     Tensors tensors() const {
         return {out.p, dqkv.p, qkv.p, dout.p, lse.p, delta.p, scratch.p, dbias.grad(), p.p, ds.p};
     }
@@ -436,7 +438,7 @@ const char* describe(const Shape& s, Way way) {
 
 struct Statements {   // of each version
     Property of[4][3] = {{"version 1, T x T tensors: out and lse", "dq, dk, dv", "bias gradient"},
-                         {"version 2, a query a thread: out and lse", "dq, dk, dv", "bias gradient"},
+                         {"version 2, one thread per query: out and lse", "dq, dk, dv", "bias gradient"},
                          {"version 3, the trainer's plain one: out and lse", "dq, dk, dv", "bias gradient"},
                          {"version 4, the trainer's on tensor cores: out and lse", "dq, dk, dv", "bias gradient"}};
     void compare(const Problem& problem, Way way, const Result& ours, DType type, bool accumulate) {
@@ -596,8 +598,8 @@ void test_nan(uint64_t seed) {
     report({&p});
 }
 
-// An infinity in k whose scores are all -inf is a key that is not there: p = 0, and its dk and dv are 0; only dq has 0 * inf = NaN
-// in that channel.
+// An infinity in k whose scores are all -inf is a key that is not there: p = 0, and its dk and dv are 0; only dq has 0 * inf =
+// NaN in that channel.
 void test_infinity(uint64_t seed) {
     Property p("an infinity in k that makes all scores -inf: a key that is not there");
     for (Way way : {TRAINER, TWO, ONE})
@@ -681,7 +683,7 @@ std::pair<int, int> place_of(const Shape& s, const AttShape& shape, bool dkv, in
     return {place.head, place.row_block * block_rows(s.HS)};
 }
 
-// --order B T NH NKV HS L2_BYTES: a line a block, for dev/bench/l2.py
+// --order B T NH NKV HS L2_BYTES: one line per block, for dev/bench/l2.py
 int print_order(char** a) {
     const Shape s = {atoi(a[0]), atoi(a[1]), atoi(a[2]), atoi(a[3]), atoi(a[4])};
     AttShape shape = s.device();
@@ -730,7 +732,8 @@ void test_order(uint64_t seed) {
                         p.is(std::isnan((float)gradient[s.q_at(b, t, h)]) != ours, "dq: another block's row, or none of its own");
                         if (h >= s.NKV) continue;
                         const bool keys = b * s.NKV + h == kv_head && t >= kv_first && t < kv_first + rows;
-                        p.is(std::isnan((float)gradient[s.v_at(b, t, h)]) != keys, "dkv: another block's row, or none of its own");
+                        p.is(std::isnan((float)gradient[s.v_at(b, t, h)]) != keys,
+                             "dkv: another block's row, or none of its own");
                     }
         }
     }
@@ -774,7 +777,7 @@ void bench(const char* model, const Shape& all) {
     BenchTable t(all.out(), BenchTable::FLOPS, "%s: B %d, T %d, %d heads on %d of %d channels", model, all.B, all.T, all.NH,
                  all.NKV, all.HS);
     const Shape s = t.timed ? all : Shape{1, 1, all.NH, all.NKV, all.HS};   // without a GPU nothing runs
-    const char* names[] = {"version 1: T x T tensors", "version 2: a query a thread", "version 3: the trainer's plain one",
+    const char* names[] = {"version 1: T x T tensors", "version 2: one thread per query", "version 3: the trainer's plain one",
                            "version 4: the trainer's on tensor cores"};
     for (Way way : {ONE, TWO, THREE, TRAINER}) {
         if (way == TRAINER && !tensor_cores(way, s.HS)) continue;   // that was version 3

@@ -22,10 +22,10 @@ gradient is 0. loss_sum adds up the losses of a micro-batch.
 // makes logits in chunks of about 1 GB, 9472 rows at B = 64 and T = 1024. An H100 has 50 MB of L2 cache. Where all rows of a
 // chunk are under way at once, a second pass over a row finds nothing of the first, and counts as bytes moved.
 
-// Version 1: a row a thread, and a pass for each step: the maximum, the sum, the gradient. Read, read, read and write: 8 bytes
-// an element in bf16. The 32 lanes of a warp stand in 32 rows, 100 KB apart, so that each load of the warp touches 32 lines to
-// use 2 bytes of each, and the lines have to stay cached until the lanes have walked through them. 9472 rows make 296 warps, on
-// a GPU that can hold 8448. And a sum of 50257 terms one by one rounds as often.
+// Version 1: one thread per row, and a pass for each step: the maximum, the sum, the gradient. Read, read, read and write: 8
+// bytes per element in bf16. The 32 lanes of a warp stand in 32 rows, 100 KB apart, so that each load of the warp touches 32
+// lines to use 2 bytes of each, and the lines have to stay cached until the lanes have walked through them. 9472 rows make 296
+// warps, on a GPU that can hold 8448. And a sum of 50257 terms one by one rounds as often.
 __global__ void classifier_1_kernel(floatX* logits, float* losses, const int* targets, float dloss, bool train, int rows, int V,
                                     int Vp) {
     int row = blockIdx.x * blockDim.x + threadIdx.x;
@@ -46,9 +46,9 @@ void classifier_1(floatX* logits, float* losses, const int* targets, float dloss
     cudaCheck(cudaGetLastError());
 }
 
-// Version 2: a row a warp, whose lanes take 8 neighbouring columns each: a load of the warp is 512 bytes in a row and uses all
-// of them, a row's sum is made of 32 sums, and a chunk is 9472 warps. But 8448 of these are under way at once, and there are as
-// many passes as before, 8 bytes, because exp(x - m) wants m, and m is known when all of the row has been seen; so it seems.
+// Version 2: one warp per row, whose lanes take 8 neighbouring columns each: a load of the warp is 512 bytes in a row and uses
+// all of them, a row's sum is made of 32 sums, and a chunk is 9472 warps. But 8448 of these are under way at once, and there are
+// as many passes as before, 8 bytes, because exp(x - m) wants m, and m is known when all of the row has been seen; so it seems.
 __global__ void classifier_2_kernel(floatX* logits, float* losses, const int* targets, float dloss, bool train, int rows, int V,
                                     int Vp) {
     int lane = threadIdx.x % 32;
@@ -338,7 +338,7 @@ void test_far(uint64_t seed) {
     report({&p});
 }
 
-// The sum of the losses: 256 threads, then a block's sum. What stands behind the last loss is NaN.
+// The sum of the losses: 256 threads, then a block's sum. What stands after the last loss is NaN.
 void test_loss_sum(uint64_t seed) {
     Property sum("the sum of the losses, written over NaN, and added to what is there"), again("the same bits in a second run"),
         nan("a NaN or an infinity among the losses, or in the sum so far, stays");
@@ -389,8 +389,8 @@ void bench(const char* model, int positions, int) {
     logits.fill();
     const float dloss = 1.0f / positions;
     for (bool train : {false, true}) {
-        const char* names[] = {"version 1: a row a thread", "version 2: a row a warp", "version 3: maximum and sum in one pass",
-                               "version 4: the trainer's, a row a block"};
+        const char* names[] = {"version 1: one thread per row", "version 2: one warp per row",
+                               "version 3: maximum and sum in one pass", "version 4: the trainer's, one block per row"};
         const int reads[] = {train ? 3 : 2, train ? 3 : 2, train ? 2 : 1, 1};   // that find nothing in a cache
         for (int v = 0; v < VERSIONS; v++)
             t.row((std::string(train ? "loss and gradient, " : "loss, ") + names[v]).c_str(), (reads[v] + train) * X,

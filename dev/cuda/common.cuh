@@ -36,7 +36,7 @@ Arguments parse_arguments(int argc, char** argv, const char* what) {
         else if (a == "--seed" && i + 1 < argc && (o.seed = strtoull(argv[++i], &end, 10), end != argv[i] && *end == 0)) continue;
         else if (a == "--help" || a == "-h") {
             printf("%s\n  without arguments it tests, and exits with 0 or 1\n"
-                   "  --bench     bytes moved, time and bandwidth of each version instead; --json: a line of JSON a row\n"
+                   "  --bench     bytes moved, time and bandwidth of each version instead; --json: one line of JSON per row\n"
                    "  --seed N    of the test's random numbers (1337)\n"
                    "  --large     what is slow too: attention over 1000 positions\n"
                    "  --small     leaves out index arithmetic beyond 2^31, which takes much memory on a GPU\n"
@@ -333,8 +333,8 @@ struct FarBuffer {
         return v;
     }
 };
-// Launches what `launch` launches: a GPU all of it, once; the CPU, one after the other, only these blocks of each grid (numbered x
-// fastest, then y, z).
+// Launches what `launch` launches: a GPU all of it, once; the CPU, one after the other, only these blocks of each grid (numbered
+// x fastest, then y, z).
 template <class F>
 void run_blocks(const std::vector<int64_t>& blocks, F&& launch) {
 #ifdef __CUDACC__
@@ -418,7 +418,7 @@ struct MatmulSession {   // cuBLASLt
     }
 };
 
-// The bias gradient as one writes it first: a column a thread. matmul.cu says what is wrong with that.
+// The bias gradient as one writes it first: one thread per column. matmul.cu says what is wrong with that.
 __global__ void bias_backward_1_kernel(Grad dbias, const floatX* dout, bool accumulate, int rows, int OC) {
     int c = blockIdx.x * blockDim.x + threadIdx.x;
     if (c >= OC) return;
@@ -481,7 +481,7 @@ struct BenchTable {
         printf("\n%s\n  %-62s %11s", title, "", bytes ? "B/element" : "flop/element");
         if (timed) {
             printf(" %9s %8s %9s\n", "ms", bytes ? "GB/s" : "TFLOP/s", bytes ? "of copy" : "of matmul");
-            printf("  %-62s %11s %9s %8.0f %8.0f%%", bytes ? "a copy, 16 bytes a thread" : "cuBLASLt, 8192 x 8192 x 8192", "",
+            printf("  %-62s %11s %9s %8.0f %8.0f%%", bytes ? "a copy, 16 bytes per thread" : "cuBLASLt, 8192 x 8192 x 8192", "",
                    "", best, 100.0);
         }
         printf("\n");
@@ -514,7 +514,8 @@ struct BenchTable {
             printf("{\"program\": \"%s\", \"case\": \"%s\", \"version\": \"%s\", \"%s_per_element\": %.4g",
                    slash ? slash + 1 : program_name, title, name.c_str(), unit == BYTES ? "bytes" : "flops", per_element);
             if (timed)
-                printf(", \"ms\": %.4f, \"%s\": %.1f, \"share\": %.4f", ms, unit == BYTES ? "gb_s" : "tflop_s", rate, rate / best);
+                printf(", \"ms\": %.4f, \"%s\": %.1f, \"share\": %.4f", ms, unit == BYTES ? "gb_s" : "tflop_s", rate,
+                       rate / best);
         } else {
             printf("  %-62s %11.2f", name.c_str(), per_element);
             if (timed) printf(" %9.3f %8.0f %8.0f%%", ms, rate, 100 * rate / best);

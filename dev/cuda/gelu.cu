@@ -9,7 +9,7 @@ Sections 2 and 3 of train_gpt2.cu have them; section 2 explains the method that 
 GPT-2's GELU is 0.5 x (1 + tanh(u)) = x sigmoid(2u) with u = sqrt(2/pi) (x + 0.044715 x^3).
 Forward: out = GELU(inp + bias), and for each element of that sum a code of k bits, or none where k is 0.
 Backward: d *= slope, and dbias (+)= the sums of what comes out over the rows. The slope is that of the code, or if k is 0
-GELU'(x), for which x has been kept, 2 bytes an element in bf16.
+GELU'(x), for which x has been kept, 2 bytes per element in bf16.
 A thread owns 8 neighbouring elements of a row, so OC has to be a multiple of 8.
 */
 #define TESTING
@@ -20,8 +20,8 @@ A thread owns 8 neighbouring elements of a row, so OC has to be a multiple of 8.
 // ---------------------------------------------------------------------------------------------------------------------
 // versions of the forward pass
 
-// Version 1: the formula as it is printed, and a step a kernel. The first adds the bias (2 + 2 bytes in bf16), the last reads
-// that again and writes GELU (2 + 2): 8 bytes an element, where 4 are enough; 1.6 GB instead of 0.8 for each of the 124M
+// Version 1: the formula as it is printed, and one kernel per step. The first adds the bias (2 + 2 bytes in bf16), the last reads
+// that again and writes GELU (2 + 2): 8 bytes per element, where 4 are enough; 1.6 GB instead of 0.8 for each of the 124M
 // model's layers at B = 64, T = 1024. Between the two x is rounded to bf16 for nobody's benefit. The codes read the tensor a
 // third time (2) and spend a byte (1) on what fits in 2 bits, because threads that own one element each cannot write into one
 // byte without getting in each other's way: 11 bytes.
@@ -65,7 +65,7 @@ void act_forward_1(floatX* out, void* byte_codes, const floatX* inp, const float
 // exp(-2u)): the same function with one exponential and nothing that cancels. What u has lost by rounding the exponential
 // multiplies by 2u, so that a result may be off by some dozens of roundings where |u| is large, and not by more, however small it
 // is itself. (On the far left exp(-2u) is beyond fp32: then 1 / infinity is the 0 that it should be.) bf16 builds take the
-// exponential and the reciprocal from the hardware, right to 22 bits, an instruction each.
+// exponential and the reciprocal from the hardware, right to 22 bits, one instruction each.
 // Neighbours put their codes together with three shuffles, after which each of 8 lanes holds the group's k bytes, and k of them
 // write one. What is wasted is no longer memory but instructions: a thread takes one element, so a load of 2 bytes where the
 // hardware moves 16 at once, a division (i % OC) and three shuffles for each.
@@ -105,10 +105,10 @@ void act_forward_3(floatX* out, void* kept, const floatX* inp, const floatX* bia
 // ---------------------------------------------------------------------------------------------------------------------
 // versions of the backward pass
 
-// Version 1: the slope an element a thread (read d and what was kept, write d: 4 bytes and k bits, or 6), then the bias: a thread
-// owns a column and walks down all rows (2). A code is read bit by bit, and its slope looked up in a table. The table is indexed
-// by a variable, which registers cannot be: it lies in memory, local or constant. And 3072 columns are 96 warps for a GPU that
-// can hold 8000: each has a few loads under way at a time, far too few to keep the memory busy.
+// Version 1: the slope, one element per thread (read d and what was kept, write d: 4 bytes and k bits, or 6), then the bias: a
+// thread owns a column and walks down all rows (2). A code is read bit by bit, and its slope looked up in a table. The table is
+// indexed by a variable, which registers cannot be: it lies in memory, local or constant. And 3072 columns are 96 warps for a GPU
+// that can hold 8000: each has a few loads under way at a time, far too few to keep the memory busy.
 template <int BITS>
 __device__ inline float slope_1(const void* kept, size_t i) {
     if constexpr (BITS == 0) return gelu_derivative((float)((const floatX*)kept)[i]);
@@ -159,9 +159,9 @@ void act_backward_2(floatX* d, Grad dbias, float*, const void* kept, bool accumu
 
 // Version 3, the trainer's act_backward: the same pass, cut to pieces. A warp's lanes own 8 neighbouring columns each, so that a
 // load of the warp is 512 bytes in a row; a block's 8 warps take every eighth row of a slice, and there are 64 slices of the
-// rows: 6144 warps at 124M. Their sums meet in shared memory, in the order of the warps, and 64 sums a column go to memory,
+// rows: 6144 warps at 124M. Their sums meet in shared memory, in the order of the warps, and 64 sums per column go to memory,
 // where a second kernel adds them, in a fixed order too: 0.8 MB each way beside the 1.2 GB of d and x. About 150 additions
-// stand one behind the other instead of 65536.
+// follow one another instead of 65536.
 template <int BITS>
 void act_backward_3(floatX* d, Grad dbias, float* scratch, const void* kept, bool accumulate, int rows, int OC) {
     act_backward<BITS>(d, dbias, scratch, (const ActKept<BITS>*)kept, accumulate, rows, OC, 0);
@@ -498,9 +498,9 @@ void test_far(const Act& h, uint64_t seed) {
     report({&forward, &backward});
 }
 
-// The matmuls around the exact GELU as the trainer calls them: not fused, they are the matmul and the kernels above. In cuBLASLt's
-// epilogues x or d is not rounded between matmul and GELU; and how NVIDIA computes GELU there is not said: the hardware's tanh
-// has an error of 2^-11. Numbers are normal, so what a matmul adds up is some 20 in all.
+// The matmuls around the exact GELU as the trainer calls them: not fused, they are the matmul and the kernels above. In
+// cuBLASLt's epilogues x or d is not rounded between matmul and GELU; and how NVIDIA computes GELU there is not said: the
+// hardware's tanh has an error of 2^-11. Numbers are normal, so what a matmul adds up is some 20 in all.
 void test_matmul(uint64_t seed) {
     Property own("with the matmul, not fused: the bits of matmul and kernels one by one"),
         fused("with the matmul, in its epilogues: x, GELU(x), gradients of x and of the bias");
@@ -572,14 +572,14 @@ void bench(const char* model, int rows, int C) {
         });
     };
     const Act exact = act_of<0>(), two = act_of<2>();
-    forward("forward, version 1: a step a kernel, with tanh", 4 * X, exact, ONE);
-    forward("forward, version 2: one kernel, an element a thread", 2 * X, exact, TWO);
-    forward("forward, version 3: the trainer's, 8 elements a thread", 2 * X, exact, TRAINERS);
+    forward("forward, version 1: one kernel per step, with tanh", 4 * X, exact, ONE);
+    forward("forward, version 2: one kernel, one element per thread", 2 * X, exact, TWO);
+    forward("forward, version 3: the trainer's, 8 elements per thread", 2 * X, exact, TRAINERS);
     forward("2 bits: forward, version 1 (keeps 8 bits)", 5 * X + 1, two, ONE);
     forward("2 bits: forward, version 2", 2 * X + codes, two, TWO);
     forward("2 bits: forward, version 3: the trainer's", 2 * X + codes, two, TRAINERS);
-    backward("backward, version 1: the slope, then a column a thread", 4 * X, exact, ONE);
-    backward("backward, version 2: one pass, a column a thread", 3 * X, exact, TWO);
+    backward("backward, version 1: the slope, then one thread per column", 4 * X, exact, ONE);
+    backward("backward, version 2: one pass, one thread per column", 3 * X, exact, TWO);
     backward("backward, version 3: the trainer's, one pass in slices", 3 * X, exact, TRAINERS);
     backward("2 bits: backward, version 1", 3 * X + codes, two, ONE);
     backward("2 bits: backward, version 2", 2 * X + codes, two, TWO);

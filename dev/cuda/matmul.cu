@@ -42,10 +42,10 @@ Product backward_weight_product(Grad dweight, const floatX* dout, const floatX* 
     return {OC, C, rows, dout, inp, 1, (size_t)OC, (size_t)C, 1, nullptr, dweight, accumulate};
 }
 
-// Version 1: an element of D a thread, which walks along a row of A and down a column of B. For the 2 flops of a multiplication
-// and an addition it loads 4 bytes in bf16: 0.5 flop a byte. Every element of A is loaded n times and every one of B m times;
-// caches take much of that, but they too can deliver only so much. Forward is the worst of the three: neighbouring lanes have
-// neighbouring j, W stands there as (OC, C), and a load touches 32 lines to use 2 bytes of each.
+// Version 1: one thread per element of D, which walks along a row of A and down a column of B. For the 2 flops of a
+// multiplication and an addition it loads 4 bytes in bf16: 0.5 flop per byte. Every element of A is loaded n times and every one
+// of B m times; caches take much of that, but they too can deliver only so much. Forward is the worst of the three: neighbouring
+// lanes have neighbouring j, W stands there as (OC, C), and a load touches 32 lines to use 2 bytes of each.
 // A large GPU adds and multiplies 60e12 times a second in fp32 and reads some 4e12 bytes: it wants 15 flops for each byte, and
 // its tensor cores, which make ten times as many or more, want 200 and up. That is what the versions below are about.
 __global__ void matmul_1_kernel(Product p) {
@@ -64,8 +64,8 @@ void matmul_1(const Product& p, cudaStream_t stream) {
 
 // Version 2: a block makes a tile of 32 x 32 elements of D. It brings tiles of 32 x 32 of A and of B into shared memory, each
 // thread one element, neighbours reading neighbours whichever way the matrix lies, and uses each element 32 times: 2 * 32^3
-// flops for 2 * 32^2 elements are 16 flops a byte in bf16. (The 33rd column keeps lanes that write one below the other out of
-// the same bank.) The next limit is shared memory: it delivers 32 floats a clock to a multiprocessor that could multiply and
+// flops for 2 * 32^2 elements are 16 flops per byte in bf16. (The 33rd column keeps lanes that write one below the other out of
+// the same bank.) The next limit is shared memory: it delivers 32 floats per clock to a multiprocessor that could multiply and
 // add 128 times, and a warp's step wants two such deliveries, one of A (the same for all lanes) and one of B. An eighth of the
 // peak, at best.
 __global__ void __launch_bounds__(1024) matmul_2_kernel(Product p) {
@@ -90,14 +90,14 @@ void matmul_2(const Product& p, cudaStream_t stream) {
     cudaCheck(cudaGetLastError());
 }
 
-// Version 3: a tile of 128 x 128 a block and 8 x 8 elements of D a thread, in registers. From memory comes a quarter of what
-// version 2 reads: 64 flops a byte. From shared memory a thread reads 8 elements of A and 8 of B for 64 multiplications, where
+// Version 3: a tile of 128 x 128 per block and 8 x 8 elements of D per thread, in registers. From memory comes a quarter of what
+// version 2 reads: 64 flops per byte. From shared memory a thread reads 8 elements of A and 8 of B for 64 multiplications, where
 // it read 2 for one: plain arithmetic is the limit now, no longer its supply. 8 steps of k are brought at a time, half of the
 // threads for A and half for B, each 8 neighbours with one load of 16 bytes; the next ones are on their way while these are
 // used. A thread's rows are two groups of 4, 64 apart, and so are its columns, so that neighbouring threads read neighbouring
 // banks.
 //
-// Version 4, the trainer's, is cuBLASLt. It goes on in the same manner: tiles of 128 x 256 or so, 85 flops a byte, several
+// Version 4, the trainer's, is cuBLASLt. It goes on in the same manner: tiles of 128 x 256 or so, 85 flops per byte, several
 // steps of k ahead, copied to shared memory without passing through registers. And a warp multiplies whole tiles in tensor
 // cores, with more than ten times the flops of plain arithmetic, of which nothing here makes use.
 __global__ void __launch_bounds__(256) matmul_3_kernel(Product p) {
@@ -159,11 +159,11 @@ void matmul_simple(int version, const Product& p, cudaStream_t stream) {
 // ---------------------------------------------------------------------------------------------------------------------
 // versions of the bias gradient
 
-// Version 1, bias_backward_1 of common.cuh: a column a thread. The 32 lanes of a warp read 64 bytes, half a line, and 3072
+// Version 1, bias_backward_1 of common.cuh: one thread per column. The 32 lanes of a warp read 64 bytes, half a line, and 3072
 // columns are 96 warps on a GPU that can hold 8000 and needs thousands of loads on their way to keep its memory busy. And 65536
-// additions stand in a row. 2 bytes an element, as few as can be, but slowly.
+// additions stand in a row. 2 bytes per element, as few as can be, but slowly.
 //
-// Version 2, the trainer's bias_backward: 8 columns a lane, so a warp reads 512 bytes; up to 64 slices of the rows, so that
+// Version 2, the trainer's bias_backward: 8 columns per lane, so a warp reads 512 bytes; up to 64 slices of the rows, so that
 // there are 64 times as many blocks, of 8 warps that take every eighth row of the slice; and a second, small kernel that adds
 // the slices in their order. The same 2 bytes, near the speed of memory. Atomics would save the second kernel, and with it the
 // order: the sums would differ from run to run. (Where a kernel of the trainer has the tensor in its hands anyway, it makes
@@ -392,7 +392,7 @@ void bench_matmul(const char* model, const char* name, int rows, int C, int OC, 
     BenchTable t((size_t)rows * OC, BenchTable::FLOPS, "GPT-2 %s: %s, rows %d, C %d, OC %d", model, name, rows, C, OC);
     BenchLayer l(t.here(rows, 1), t.here(C, 8), t.here(OC, 8));
     auto versions = [&](const char* what, const Product& p, std::function<void()> trainers) {
-        const char* names[] = {"version 1: an element a thread", "version 2: a tile in shared memory",
+        const char* names[] = {"version 1: one element per thread", "version 2: a tile in shared memory",
                                "version 3: 8 x 8 elements in registers", "version 4: the trainer's, cuBLASLt"};
         for (int v = all_versions ? 1 : 3; v <= TRAINERS; v++)
             t.row((std::string(what) + ", " + names[v - 1]).c_str(), 2.0 * C, [&] {
@@ -420,7 +420,8 @@ void bench(const char* model, int rows, int C) {
     const int OC = 4 * C;
     BenchTable t((size_t)rows * OC, BenchTable::BYTES, "GPT-2 %s: bias gradient, rows %d, OC %d", model, rows, OC);
     BenchLayer l(t.here(rows, 1), 8, OC);
-    t.row("version 1: a column a thread", sizeof(floatX), [&] { bias_backward_1(l.dbias.grad(), l.out.p, false, rows, OC, 0); });
+    t.row("version 1: one thread per column", sizeof(floatX),
+          [&] { bias_backward_1(l.dbias.grad(), l.out.p, false, rows, OC, 0); });
     t.row("version 2: the trainer's, 64 slices of the rows", sizeof(floatX),
           [&] { bias_backward(l.dbias.grad(), l.scratch.p, l.out.p, false, rows, OC, 0); });
 }
