@@ -373,7 +373,8 @@ void test_backward(const Act& h, uint64_t seed) {
     Property versions[] = {"", "backward, version 1: d and bias gradient", "backward, version 2", "backward, the trainer's"},
              again("backward: the same bits in a second run; what was kept is as it was"),
              nan("backward: a NaN stays in its place, and reaches its column's bias");
-    for (auto [rows, OC] : shapes(h.bits)) {
+    for (Shape shape : shapes(h.bits)) {
+        const int rows = shape.rows, OC = shape.OC;   // no structured binding: lambdas capture them
         const size_t n = (size_t)rows * OC;
         Random random(seed, 2000000000 + h.bits * 1000000 + OC * 1000 + rows);
         const std::vector<floatX> d = random.normals(n), x = random.normals(n, 0, 2);
@@ -441,7 +442,7 @@ void test_backward(const Act& h, uint64_t seed) {
         kept.write(keep);
         run();
         check_reach(nan, ds.read(), clean_d, [&](size_t i) { return i == at || i == at_x; }, "d");
-        check_reach(nan, dbias.read(), clean_bias, [&, OC = OC](size_t c) { return c == at % OC || c == at_x % OC; }, "dbias");
+        check_reach(nan, dbias.read(), clean_bias, [&](size_t c) { return c == at % OC || c == at_x % OC; }, "dbias");
     }
     report({&versions[TRAINERS], &again, &nan, &versions[TWO], &versions[ONE]});
 }
