@@ -30,7 +30,7 @@ LIMITS = {"sm_80": Limits("A100", 64, 32, 164), "sm_86": Limits("RTX 3090", 48, 
 # those. dev/test/test_ptxas.py holds this to what the program launches.
 LAUNCHES = {
     "embedding_forward_kernel": (256, 0), "embedding_backward_wte_kernel": (256, 0), "embedding_backward_wpe_kernel": (256, 0),
-    "layernorm_forward_kernel": (128, 4 * 768 * 2), "layernorm_backward_kernel": (96, 0),
+    "add_norm_forward_kernel": (128, 4 * 768 * 2), "add_norm_backward_kernel": (96, 0),
     "colsum_kernel": (256, 0), "colsum_finish_kernel": (1024, 0), "norm_fold_kernel": (256, 0), "norm_unfold_kernel": (256, 0),
     "attention_forward_kernel<1>": (64, 0), "attention_forward_kernel<2>": (128, 0), "attention_forward_kernel<4>": (256, 0),
     "attention_backward_dq_kernel<1>": (64, 0), "attention_backward_dq_kernel<2>": (128, 0), "attention_backward_dq_kernel<4>": (256, 0),

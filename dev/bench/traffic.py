@@ -72,7 +72,7 @@ def tensors(s, m):
     t.update(qkv=3 * act, atty=act, lse=4 * s.B * s.NH * s.T, stream=act, fch=0 if m.bits else 4 * act,
              fch_codes=4 * BT * C * m.bits // 8, fch_gelu=4 * act)
     # in between
-    t.update(work_c=act, dresid=act, dfch=4 * act, dq=act, dkv=2 * act, dqkv=3 * act, delta=4 * s.B * s.NH * s.T, losses=4 * BT,
+    t.update(scratch_c=act, dresid=act, dfch=4 * act, dq=act, dkv=2 * act, dqkv=3 * act, delta=4 * s.B * s.NH * s.T, losses=4 * BT,
              inputs=4 * BT, positions=4 * BT, buckets=4 * (2 * cap + 1))
     # of one chunk of the loss, on average
     t.update(logits=BT * Vp * X / s.chunks, lnf_chunk=act / s.chunks, losses_chunk=4 * BT / s.chunks, targets=4 * BT / s.chunks)
@@ -112,28 +112,28 @@ def tensors(s, m):
 MATMUL = "[matmul]"  # as the profile has it
 TABLE = """
 forward  | micro  | embedding_forward         |                      | inputs wte_rows wpe_rows > stream
-forward  | micro  | layernorm_forward         | ln1, layer 0         | stream affine > ln1 ln1_mean ln1_rstd
+forward  | micro  | add_norm_forward         | ln1, layer 0         | stream affine > ln1 ln1_mean ln1_rstd
 forward  | layer  | norm_fold                 | ln1 + qkv            | qkvw qkvb ln1w ln1b > fold_qkv | norm
 forward  | layer  | [matmul]                  | qkv                  | ln1 qkvw qkvb > qkv
 forward  | layer  | attention_forward_tc      |                      | qkv kv_forward > atty lse | tc
 forward  | layer  | attention_forward         |                      | qkv > atty lse | not tc
-forward  | layer  | [matmul]                  | attproj              | atty attprojw attprojb > work_c
-forward  | layer  | layernorm_forward         | residual, ln2        | stream work_c affine > stream ln2 ln2_mean ln2_rstd
+forward  | layer  | [matmul]                  | attproj              | atty attprojw attprojb > scratch_c
+forward  | layer  | add_norm_forward         | residual, ln2        | stream scratch_c affine > stream ln2 ln2_mean ln2_rstd
 forward  | layer  | norm_fold                 | ln2 + fc             | fcw fcb ln2w ln2b > fold_fc | norm
 forward  | layer  | [matmul]                  | fc, GELU             | ln2 fcw fcb > fch fch_gelu | not bits and ge >= 1
 forward  | layer  | [matmul]                  | fc                   | ln2 fcw fcb > fch | not bits and ge == 0
 forward  | layer  | act_forward               | GELU                 | fch > fch_gelu | not bits and ge == 0
 forward  | layer  | [matmul]                  | fc                   | ln2 fcw > fch_gelu | bits
 forward  | layer  | act_forward               | GELU, codes          | fch_gelu fcb > fch_gelu fch_codes | bits
-forward  | layer  | [matmul]                  | fcproj               | fch_gelu fcprojw fcprojb > work_c
-forward  | next   | layernorm_forward         | residual, next ln1   | stream work_c affine > stream ln1 ln1_mean ln1_rstd
-forward  | micro  | layernorm_forward         | residual, lnf        | stream work_c affine_f > stream lnf lnf_mean lnf_rstd
+forward  | layer  | [matmul]                  | fcproj               | fch_gelu fcprojw fcprojb > scratch_c
+forward  | next   | add_norm_forward         | residual, next ln1   | stream scratch_c affine > stream ln1 ln1_mean ln1_rstd
+forward  | micro  | add_norm_forward         | residual, lnf        | stream scratch_c affine_f > stream lnf lnf_mean lnf_rstd
 loss     | chunk  | [matmul]                  | lm-head              | lnf_chunk wte > logits
 loss     | chunk  | classifier                |                      | logits targets > logits losses_chunk
 loss     | chunk  | [matmul]                  | lm-head, weight      | logits lnf_chunk > + d_wte
 loss     | chunk  | [matmul]                  | lm-head, input       | logits wte > lnf_chunk
 loss     | micro  | loss_sum                  |                      | losses >
-backward | micro  | layernorm_backward        | lnf                  | lnf stream lnf_mean lnf_rstd gamma > dresid sums_lnf
+backward | micro  | add_norm_backward        | lnf                  | lnf stream lnf_mean lnf_rstd gamma > dresid sums_lnf
 backward | micro  | colsum_finish             | lnf                  | sums_lnf > + d_lnfb d_lnfw d_fcprojb
 backward | layer  | act_forward               | GELU, again          | fch > fch_gelu | not bits and r >= 1
 backward | layer  | [matmul]                  | fcproj, weight       | dresid fch_gelu > + d_fcprojw
@@ -142,26 +142,26 @@ backward | layer  | colsum                    | fc, bias             | dfch > su
 backward | layer  | [matmul]                  | fcproj, input        | dresid fcprojw > dfch | bits or ge < 2
 backward | layer  | act_backward              | GELU', fc's bias     | dfch fch fch_codes > dfch sums_4c | bits or ge < 2
 backward | layer  | colsum_finish             | fc, bias             | sums_4c > + d_fcb
-backward | layer  | layernorm_forward         | ln2, again           | stream affine > ln2 ln2_mean ln2_rstd | r == 2 and not norm
+backward | layer  | add_norm_forward         | ln2, again           | stream affine > ln2 ln2_mean ln2_rstd | r == 2 and not norm
 backward | layer  | [matmul]                  | fc, weight           | dfch ln2 > + d_fcw
-backward | layer  | [matmul]                  | fc, input            | dfch fcw > work_c
-backward | layer  | layernorm_backward        | ln2                  | work_c stream ln2_mean ln2_rstd gamma dresid > dresid sums_norm
+backward | layer  | [matmul]                  | fc, input            | dfch fcw > scratch_c
+backward | layer  | add_norm_backward        | ln2                  | scratch_c stream ln2_mean ln2_rstd gamma dresid > dresid sums_norm
 backward | layer  | colsum_finish             | ln2                  | sums_norm > + d_ln2 d_attprojb
 backward | unfold | norm_unfold               | ln2 + fc             | d_fcw d_fcb fcw ln2w ln2b > d_fcw sums_fcw | norm
 backward | unfold | colsum_finish             | ln2 + fc             | sums_fcw > + d_ln2w d_ln2b | norm
 backward | layer  | [matmul]                  | attproj, weight      | dresid atty > + d_attprojw
-backward | layer  | [matmul]                  | attproj, input       | dresid attprojw > work_c
-backward | layer  | attention_backward_dq_tc  |                      | work_c qkv kv_dq atty lse > dq delta sums_q | tc
-backward | layer  | attention_backward_dkv_tc |                      | work_c qkv qdout_dkv lse delta > dkv sums_kv | tc
+backward | layer  | [matmul]                  | attproj, input       | dresid attprojw > scratch_c
+backward | layer  | attention_backward_dq_tc  |                      | scratch_c qkv kv_dq atty lse > dq delta sums_q | tc
+backward | layer  | attention_backward_dkv_tc |                      | scratch_c qkv qdout_dkv lse delta > dkv sums_kv | tc
 backward | layer  | colsum_finish             | qkv, bias            | sums_q sums_kv > + d_qkvb | tc
-backward | layer  | attention_backward_dq     |                      | work_c qkv atty lse > dq delta | not tc
-backward | layer  | attention_backward_dkv    |                      | work_c qkv lse delta > dkv | not tc
+backward | layer  | attention_backward_dq     |                      | scratch_c qkv atty lse > dq delta | not tc
+backward | layer  | attention_backward_dkv    |                      | scratch_c qkv lse delta > dkv | not tc
 backward | layer  | colsum                    | qkv, bias            | dqkv > sums_3c | not tc
 backward | layer  | colsum_finish             | qkv, bias            | sums_3c > + d_qkvb | not tc
-backward | layer  | layernorm_forward         | ln1, again           | stream affine > ln1 ln1_mean ln1_rstd | r == 2 and not norm
+backward | layer  | add_norm_forward         | ln1, again           | stream affine > ln1 ln1_mean ln1_rstd | r == 2 and not norm
 backward | layer  | [matmul]                  | qkv, weight          | dqkv ln1 > + d_qkvw
-backward | layer  | [matmul]                  | qkv, input           | dqkv qkvw > work_c
-backward | layer  | layernorm_backward        | ln1                  | work_c stream ln1_mean ln1_rstd gamma dresid > dresid sums_norm
+backward | layer  | [matmul]                  | qkv, input           | dqkv qkvw > scratch_c
+backward | layer  | add_norm_backward        | ln1                  | scratch_c stream ln1_mean ln1_rstd gamma dresid > dresid sums_norm
 backward | next   | colsum_finish             | ln1                  | sums_norm > + d_ln1 d_fcprojb
 backward | micro  | colsum_finish             | ln1, layer 0         | sums_affine > + d_ln1 | not norm
 backward | unfold | norm_unfold               | ln1 + qkv            | d_qkvw d_qkvb qkvw ln1w ln1b > d_qkvw sums_qkvw | norm

@@ -191,11 +191,11 @@ floatX garbage(Random& random) {
     return (floatX)values[random.bits() % 6];
 }
 
-enum Logits { NORMAL, WIDE, RISING, FALLING, EQUAL, FAR_APART, LARGE, KINDS };
+enum Logits { GAUSSIAN, WIDE, RISING, FALLING, EQUAL, FAR_APART, LARGE, KINDS };
 const char* kind_names[] = {"normal", "wide", "rising", "falling", "equal", "1e4 apart", "around 1e4"};
 float logit(Random& random, int kind, int c, float same) {
     switch (kind) {
-        case NORMAL: return 3 * random.normal();
+        case GAUSSIAN: return 3 * random.normal();
         case WIDE: return 40 * random.normal();   // down to the denormals of exp and below
         case RISING: return 0.01f * c - 2;   // every vector of a lane has a new maximum
         case FALLING: return 2 - 0.01f * c;
@@ -240,7 +240,7 @@ void test_classifier(uint64_t seed) {
         for (int v = V > 10000 ? TWO : ONE; v < VERSIONS; v++) {   // version 1 adds up the longest rows with too many roundings
             Buffer<floatX> logits(x), kept(x);
             Buffer<float> losses(rows), only_losses(rows);
-            if (kind == NORMAL && V < 8000) versions[v].run(tall.p, tall_loss.p, tall_target.p, 1, false, 1, 8192, 8192, 0);
+            if (kind == GAUSSIAN && V < 8000) versions[v].run(tall.p, tall_loss.p, tall_target.p, 1, false, 1, 8192, 8192, 0);
             versions[v].run(logits.p, losses.p, t.p, dloss, true, rows, V, Vp, 0);
             versions[v].run(kept.p, only_losses.p, t.p, dloss, false, rows, V, Vp, 0);
             const std::vector<floatX> d = logits.read();
@@ -259,9 +259,9 @@ void test_classifier(uint64_t seed) {
     for (Shape s : shapes)
         for (int kind = 0; kind < KINDS; kind++) {
             if (s.V < 8000) test(1 + number % 9, s.V, s.Vp, kind);   // 4 rows are a block in versions 2 and 3
-            else if (kind == NORMAL || kind == RISING || kind == FALLING) test(2, s.V, s.Vp, kind);
+            else if (kind == GAUSSIAN || kind == RISING || kind == FALLING) test(2, s.V, s.Vp, kind);
         }
-    test(3, 50257, 50304, NORMAL);
+    test(3, 50257, 50304, GAUSSIAN);
     report({&close[TRAINER], &close[THREE], &close[TWO], &close[ONE], &padding, &only_loss, &again});
 }
 
@@ -378,7 +378,7 @@ void test_loss_sum(uint64_t seed) {
 // benchmark: a chunk of logits as the trainer makes it
 
 void bench(const char* model, int positions, int) {
-    const GPT2Config c = {1024, 50257, 50304, 0, 0, 0};
+    const Config c = {1024, 50257, 50304, 0, 0, 0};
     const int rows = loss_auto_rows(positions, c.Vp, CHUNK_BYTES);
     const double X = sizeof(floatX);
     BenchTable t((size_t)rows * c.Vp, BenchTable::BYTES, "GPT-2 %s: a chunk of %d rows, V %d", model, rows, c.V);

@@ -145,8 +145,10 @@ struct Batch {
     }
     void backward(int version, Grad dwte, Grad dwpe, const floatX* dout, bool accumulate, int C) const {   // 3: the trainer's
         if (version == 1) return embedding_backward_1(dwte, dwpe, dout, device.p, accumulate, B, T, C, 0);
-        auto layer = version == 2 ? embedding_backward_2 : embedding_backward;
-        layer(dwte, dwpe, dout, positions, bucket_token, bucket_start, buckets, accumulate, B, T, C, 0);
+        if (version == 2)
+            return embedding_backward_2(dwte, dwpe, dout, positions, bucket_token, bucket_start, buckets, accumulate, B, T, C, 0);
+        const bool add_to_wte = version != 4;   // 4: the trainer's, where nothing has been written to dwte before
+        embedding_backward(dwte, dwpe, dout, positions, bucket_token, bucket_start, buckets, add_to_wte, accumulate, B, T, C, 0);
     }
 };
 
@@ -283,7 +285,7 @@ void test_backward(uint64_t seed) {
                         if (count[v] == 0) before[(size_t)v * C] = -0.0f, before[(size_t)v * C + C - 1] = NAN;
                     if (!accumulate) std::fill(before.begin() + te, before.end(), NAN);
                     std::vector<float> first;
-                    for (int version : {3, 0, 2, 1}) {   // 3 and 0 are the trainer's
+                    for (int version : {3, 0, 4, 2, 1}) {   // 3, 0 and 4 are the trainer's
                         if (version == 1 && type == BF16) continue;   // rounds too often to say much; see test_many_terms
                         set_case("B %d, T %d, V %d, C %d, %s, %s gradients, dwpe %s, version %d", B, T, V, C, TEXT_NAMES[kind],
                                  dtype_name(type), accumulate ? "added to" : "written", version);
@@ -297,7 +299,7 @@ void test_backward(uint64_t seed) {
                         const double store = type == F32 ? EPS32 : EPS16 / 2;   // close() doubles it: a sum that is cut must fail
                         Property& sums = version == 1 || version == 2 ? simple : type == F32 ? sums32 : sums16;
                         for (size_t i = 0; i < all; i++) {
-                            const double was = i < te || accumulate ? before[i] : 0;
+                            const double was = (i < te ? version != 4 : accumulate) ? before[i] : 0;
                             if (i < te ? count[i / C] == 0 : i >= te + (size_t)T * C) untouched.equal(i, got[i], before[i]);
                             else sums.close(i, got[i], sum[i] + was, terms[i] + fabs(was), store);
                         }
@@ -390,9 +392,9 @@ void test_far(uint64_t seed) {
         check_far(backward, {&dout, &te, &pe}, blocks, [&](bool far) {
             const Grad dwte = {te.p(far), FLOATX}, dwpe = {pe.p(far), FLOATX};
             if (far)
-                embedding_backward(dwte, dwpe, dout.p(far), positions.p, bucket_token.p, bucket_start.p, 2, true, B, T, C, 0);
+                embedding_backward(dwte, dwpe, dout.p(far), positions.p, bucket_token.p, bucket_start.p, 2, true, true, B, T, C, 0);
             else
-                embedding_backward(dwte, dwpe, dout.p(far), near_positions.p, one.p, bucket_start.p, 1, true, 2, 1, (int)count, 0);
+                embedding_backward(dwte, dwpe, dout.p(far), near_positions.p, one.p, bucket_start.p, 1, true, true, 2, 1, (int)count, 0);
         });
     }
     report({&forward, &backward});
@@ -429,7 +431,7 @@ int main(int argc, char** argv) {
     Arguments o = parse_arguments(argc, argv, "embedding: rows of two tables, added, and the gradients of the tables");
     if (o.bench) return bench_models(bench);
     auto forward = [] { embedding_forward(nullptr, nullptr, nullptr, nullptr, 1, 1, 12, 0); };
-    auto backward = [] { embedding_backward({}, {}, nullptr, nullptr, nullptr, nullptr, 1, false, 1, 1, 12, 0); };
+    auto backward = [] { embedding_backward({}, {}, nullptr, nullptr, nullptr, nullptr, 1, true, false, 1, 1, 12, 0); };
     test_misuse(o, {refuses_12("embedding_forward: C", forward), refuses_12("embedding_backward: C", backward)});
     printf("embedding, %s\n", dtype_name(FLOATX));
     test_forward(o.seed);

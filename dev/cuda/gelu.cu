@@ -35,7 +35,7 @@ __global__ void add_bias_1_kernel(floatX* x, const floatX* inp, const floatX* bi
 }
 template <int BITS>
 __device__ inline uint32_t code_1(float x) {   // how many thresholds are below x; a NaN is above them all
-    constexpr Steps<BITS> h = gelu_steps<BITS>();
+    constexpr StepFunction<BITS> h = gelu_steps<BITS>();
     uint32_t code = 0;
 #pragma unroll
     for (int j = 0; j < (1 << BITS) - 1; j++) code += !(x <= h.threshold[j]);
@@ -113,7 +113,7 @@ template <int BITS>
 __device__ inline float slope_1(const void* kept, size_t i) {
     if constexpr (BITS == 0) return gelu_derivative((float)((const floatX*)kept)[i]);
     else {
-        const Steps<BITS> h = gelu_steps<BITS>();
+        const StepFunction<BITS> h = gelu_steps<BITS>();
         int code = 0;
         for (int b = 0; b < BITS; b++) {
             int bit = BITS * (int)(i % 8) + b;
@@ -186,7 +186,7 @@ Act act_of() {
     Act act = {BITS, {}, {}, {nullptr, act_forward_1<BITS>, act_forward_2<BITS>, act_forward_3<BITS>},
                {nullptr, act_backward_1<BITS>, act_backward_2<BITS>, act_backward_3<BITS>}};
     if constexpr (BITS > 0) {
-        constexpr Steps<BITS> h = gelu_steps<BITS>();
+        constexpr StepFunction<BITS> h = gelu_steps<BITS>();
         act.threshold.assign(std::begin(h.threshold), std::end(h.threshold));
         act.slope.assign(std::begin(h.slope), std::end(h.slope));
     }
@@ -516,6 +516,7 @@ void test_matmul(uint64_t seed) {
         Buffer<float> scratch((size_t)colsum_slices(rows) * OC);
         GradBuffer dbias(OC, F32);
         dbias.write(before);
+        matmul_state.gelu_fusion = 0;
         matmul_forward(x.p, a.p, w.p, b.p, rows, C, OC, 0);
         act_forward<0>(y.p, nullptr, x.p, nullptr, rows, OC, 0);
         matmul_backward_input(dx.p, g.p, w2.p, rows, OC, C, 0);
@@ -527,7 +528,8 @@ void test_matmul(uint64_t seed) {
             matmul_state.gelu_fusion = fusion;
             dbias.write(before);
             matmul_act_forward<0>(y.p, x.p, a.p, w.p, b.p, rows, C, OC, 0);
-            matmul_act_backward<0>(dx.p, dbias.grad(), scratch.p, g.p, w2.p, xs.p, true, rows, OC, C, 0);
+            matmul_backward_input(dx.p, g.p, w2.p, rows, OC, C, 0, fusion >= 2 ? xs.p : nullptr);
+            act_backward<0>(dx.p, dbias.grad(), scratch.p, xs.p, true, rows, OC, 0);
             const std::vector<floatX> x1 = x.read(), y1 = y.read(), dx1 = dx.read();
             const std::vector<float> dbias1 = dbias.read();
             if (fusion == 0)
@@ -590,8 +592,10 @@ void bench(const char* model, int rows, int C) {
     auto fused = [&](const char* name, int fusion, bool back) {
         matmul_state.gelu_fusion = fusion;
         u.row(name, 2.0 * C, [&] {
-            if (back) matmul_act_backward<0>(y.p, dbias.grad(), scratch.p, inp.p, weight.p, x.p, false, rows, OC, C, 0);
-            else matmul_act_forward<0>(y.p, x.p, inp.p, weight.p, bias.p, rows, C, OC, 0);
+            if (back) {
+                matmul_backward_input(y.p, inp.p, weight.p, rows, OC, C, 0, fusion >= 2 ? x.p : nullptr);
+                act_backward<0>(y.p, dbias.grad(), scratch.p, x.p, false, rows, OC, 0);
+            } else matmul_act_forward<0>(y.p, x.p, inp.p, weight.p, bias.p, rows, C, OC, 0);
         });
         matmul_state.gelu_fusion = 0;
     };

@@ -14,7 +14,7 @@ one that comes around the norm, and the sum is the gradient of x, hence of inp, 
 both terms as it is. The matmul that made add has a bias, and its gradient dbias is the sum of that over the rows. dgamma is the
 sum over the rows of dout * z, and dbeta is that of dout.
 
-SHARED: out is z itself, and the matmul has gamma and beta folded into its weight and bias; part two of this file.
+MS_LN: out is z itself, and the matmul has gamma and beta folded into its weight and bias; part two of this file.
 
 C is a multiple of 8, and forward needs a row in 48 KB of shared memory: 24576 channels in bf16, 12288 in fp32.
 */
@@ -78,7 +78,7 @@ void layernorm_forward_1(floatX* residual, floatX* out, float* mean, float* rstd
 // the slowest: at C = 768 a thread has 3 elements to add and 20 times to wait. The addition is as good as an addition gets.
 // What is wrong with it is that it is a kernel: its 6 bytes are more than the norm's own 4.
 //
-// Version 3, the trainer's layernorm_forward, gives a row to a warp. A warp's sum is five shuffles and no barrier. A lane takes
+// Version 3, the trainer's add_norm_forward, gives a row to a warp. A warp's sum is five shuffles and no barrier. A lane takes
 // 8 neighbours in one load of 16 bytes (in bf16), and what it will need again it leaves in shared memory, where no other lane
 // looks. And it adds while it reads: it reads 2 + 2 bytes and writes x and out, 8 bytes in all. What it normalises is the x
 // that it stores, rounded to bf16, and not the sum that it had in fp32: who computes the norm once more, from the x that was
@@ -203,7 +203,7 @@ void layernorm_backward_1(floatX* dinp, floatX* dadd, Grad dbias, Grad dgamma, G
 // add to it with atomics, in an order that nobody knows: no two runs would be the same.) And dout and x come from memory twice,
 // only because the two kinds of sums have different shapes.
 //
-// Version 3, the trainer's layernorm_backward, makes both kinds of one reading. A block goes down a slice of the rows, 8 at a
+// Version 3, the trainer's add_norm_backward, makes both kinds of one reading. A block goes down a slice of the rows, 8 at a
 // time: first one warp per row, for the sums along it; then, after the one barrier, one thread per 8 columns, down the same 8
 // rows, which lie in the cache by now (25 KB of dout and x at C = 768). A thread keeps its columns' sums in registers until the
 // slice ends. 512 slices are a few blocks for each multiprocessor of a large GPU. A second kernel adds the slices in their
@@ -354,32 +354,32 @@ using Layer = decltype(layernorm_forward_1);
 
 struct Forward {
     std::vector<floatX> x, out;      // x: empty if dropped
-    std::vector<float> mean, rstd;   // mean: empty if SHARED
+    std::vector<float> mean, rstd;   // mean: empty if MS_LN
     bool operator==(const Forward& f) const {
         return (x.empty() || f.x.empty() || same_bits(x, f.x)) && same_bits(out, f.out) && same_bits(mean, f.mean) &&
                same_bits(rstd, f.rstd);
     }
 };
 // only_read: where inp or add shares a tensor with nothing that is written, it has to be as before.
-template <bool SHARED>
-Forward forward(const Problem& p, const Way& way, bool with_add, Property& only_read, Layer* layer = layernorm_forward<SHARED>) {
+template <bool MS_LN>
+Forward forward(const Problem& p, const Way& way, bool with_add, Property& only_read, Layer* layer = add_norm_forward<MS_LN>) {
     Buffer<floatX> inp(p.inp), add(p.add), gamma(p.gamma), beta(p.beta), x(p.n), out(p.n);
     Buffer<float> mean(p.rows), rstd(p.rows);
     Buffer<floatX>* x_at = way.x == IN_INP ? &inp : way.x == IN_ADD ? &add : &x;
     Buffer<floatX>* out_at = way.out == IN_ADD ? &add : &out;
-    layer(way.x == DROPPED ? nullptr : x_at->p, out_at->p, SHARED ? nullptr : mean.p, rstd.p, inp.p,
-          !with_add ? nullptr : way.twice ? inp.p : add.p, SHARED ? nullptr : gamma.p, SHARED ? nullptr : beta.p, p.rows, p.C, 0);
+    layer(way.x == DROPPED ? nullptr : x_at->p, out_at->p, MS_LN ? nullptr : mean.p, rstd.p, inp.p,
+          !with_add ? nullptr : way.twice ? inp.p : add.p, MS_LN ? nullptr : gamma.p, MS_LN ? nullptr : beta.p, p.rows, p.C, 0);
     only_read.is(way.x == IN_INP || same_bits(inp.read(), p.inp), "inp has changed");
     only_read.is(way.x == IN_ADD || way.out == IN_ADD || same_bits(add.read(), p.add), "add has changed");
     return {way.x == DROPPED ? std::vector<floatX>() : x_at->read(), out_at->read(),
-            SHARED ? std::vector<float>() : mean.read(), rstd.read()};
+            MS_LN ? std::vector<float>() : mean.read(), rstd.read()};
 }
 
 // x is exact. An error of the mean shifts all z alike, and adds its square to the variance.
-template <bool SHARED>
+template <bool MS_LN>
 void test_forward(uint64_t seed) {
     Property x_is("x = inp + add, or inp where there is no add", "every bit"),
-        out[ROW_KINDS] = {{SHARED ? "z" : "out"}, {"the same of rows around 1e4", "in fp32 most of it is the mean's"},
+        out[ROW_KINDS] = {{MS_LN ? "z" : "out"}, {"the same of rows around 1e4", "in fp32 most of it is the mean's"},
                           {"the same of rows of equal values", "z is 0 but for the mean's roundings, times 316"}},
         stats("mean and rstd"), same("the same bits again, in place, with out in add, with x dropped"),
         once_more("the same bits where the norm is computed once more, from the x that was kept"),
@@ -394,13 +394,13 @@ void test_forward(uint64_t seed) {
                 const Doubles wide = doubles(x);
                 Forward first;
                 for (int version : {3, 2, 1}) {   // 3: the trainer's
-                    if (version < 3 && (SHARED || !with_add || leaves_out(shape, version))) continue;
+                    if (version < 3 && (MS_LN || !with_add || leaves_out(shape, version))) continue;
                     const char* of = with_add ? "inp + add" : "inp";
                     set_case("C %d, rows %d, %s, %s, version %d", C, rows, KIND_NAMES[kind], of, version);
-                    const Forward f = forward<SHARED>(p, ways[ALL_APART], with_add, only_read,
+                    const Forward f = forward<MS_LN>(p, ways[ALL_APART], with_add, only_read,
                                                       version == 1   ? layernorm_forward_1
                                                       : version == 2 ? layernorm_forward_2
-                                                                     : layernorm_forward<SHARED>);
+                                                                     : add_norm_forward<MS_LN>);
                     if (version == 3) first = f;
                     for (size_t i = 0; i < p.n; i++) (version < 3 ? simple : x_is).equal(i, (float)f.x[i], (float)x[i]);
                     const double deep = one_by_one(version, C);
@@ -408,10 +408,10 @@ void test_forward(uint64_t seed) {
                         const NormRow ref(&wide[(size_t)r * C], C);
                         const double shift = deep * ref.size * ref.rstd, square = 32 * EPS32 * shift * shift;
                         Property& s = version < 3 ? simple : stats;
-                        if (!SHARED) s.close(r, f.mean[r], ref.mean, deep * ref.size, EPS32);
+                        if (!MS_LN) s.close(r, f.mean[r], ref.mean, deep * ref.size, EPS32);
                         s.close(r, f.rstd[r], ref.rstd, ref.rstd * (deep + square), EPS32);
                         for (int c = 0; c < C; c++) {
-                            const double g = SHARED ? 1 : (float)p.gamma[c], b = SHARED ? 0 : (float)p.beta[c];
+                            const double g = MS_LN ? 1 : (float)p.gamma[c], b = MS_LN ? 0 : (float)p.beta[c];
                             (version < 3 ? simple : out[kind])
                                 .close(c, (float)f.out[(size_t)r * C + c], g * ref.z[c] + b,
                                        fabs(g) * (shift + fabs(ref.z[c]) * deep) + fabs(b));
@@ -420,44 +420,44 @@ void test_forward(uint64_t seed) {
                 }
                 Problem kept = p;
                 kept.inp = x;
-                once_more.is(first == forward<SHARED>(kept, ways[X_DROPPED], false, only_read), "other bits");
+                once_more.is(first == forward<MS_LN>(kept, ways[X_DROPPED], false, only_read), "other bits");
                 if (is_long(shape) && C < 4000) continue;
                 for (const Way& way : ways) {
                     if (kind != PLAIN || (!with_add && (way.x == IN_ADD || way.out == IN_ADD || way.twice))) continue;
                     set_case("C %d, rows %d, %s, %s", C, rows, with_add ? "inp + add" : "inp", way.name);
                     Problem twice = p;
                     twice.add = p.inp;
-                    same.is(forward<SHARED>(p, way, with_add, only_read) ==
-                                (way.twice ? forward<SHARED>(twice, ways[ALL_APART], true, only_read) : first),
+                    same.is(forward<MS_LN>(p, way, with_add, only_read) ==
+                                (way.twice ? forward<MS_LN>(twice, ways[ALL_APART], true, only_read) : first),
                             "other bits");
                 }
             }
         }
-    printf("forward, %s\n", SHARED ? "shared" : "exact");
+    printf("forward, %s\n", MS_LN ? "shared" : "exact");
     report({&x_is, &out[PLAIN], &out[OFFSET], &out[EQUAL], &stats, &same, &once_more, &only_read});
-    if (!SHARED) report({&simple});
+    if (!MS_LN) report({&simple});
 }
 
 struct Kept {   // of forward, for backward
-    std::vector<floatX> kept;   // x; SHARED: z
+    std::vector<floatX> kept;   // x; MS_LN: z
     std::vector<float> mean, rstd;
 };
 struct Backward {
     std::vector<floatX> dx;
-    std::vector<float> sums[3];   // dbias, dbeta, dgamma; SHARED: the first alone
+    std::vector<float> sums[3];   // dbias, dbeta, dgamma; MS_LN: the first alone
     bool operator==(const Backward& b) const {
         return same_bits(dx, b.dx) && std::equal(sums, sums + 3, b.sums, same_bits<float>);
     }
 };
 // version 3: the trainer's; 4: without dbias. around: whether the stream has a gradient there already, or NaN, and is written.
 // before: what the sums are added to.
-template <bool SHARED>
+template <bool MS_LN>
 Backward backward(const Problem& p, const Kept& k, int version, bool around, DType type, const std::vector<float>* before,
                   Property& only_read) {
     const int rows = p.rows, C = p.C;
     const bool accumulate = before != nullptr;
     Buffer<floatX> dout(p.dout), kept(k.kept), gamma(p.gamma), dx(p.n);
-    Buffer<float> mean(k.mean), rstd(k.rstd), scratch((size_t)(SHARED ? 1 : 3) * norm_slices(rows) * C);   // no more than is used
+    Buffer<float> mean(k.mean), rstd(k.rstd), scratch((size_t)(MS_LN ? 1 : 3) * norm_slices(rows) * C);   // no more than is used
     GradBuffer dbias(C, type), dbeta(C, type), dgamma(C, type);
     if (accumulate) dbias.write(before[0]), dbeta.write(before[1]), dgamma.write(before[2]);
     if (around) dx.write(p.around);
@@ -470,22 +470,22 @@ Backward backward(const Problem& p, const Kept& k, int version, bool around, DTy
         b.dx = dinp.read();
         only_read.is(same_bits(b.dx, dadd.read()) && same_bits(dx.read(), p.around), "dadd is not dinp, or around has changed");
     } else {
-        (version == 2 ? layernorm_backward_2 : layernorm_backward<SHARED>)(
-            dx.p, version == 4 ? Grad{} : dbias.grad(), SHARED ? Grad{} : dgamma.grad(), SHARED ? Grad{} : dbeta.grad(), scratch.p,
-            dout.p, kept.p, SHARED ? nullptr : mean.p, rstd.p, gamma.p, around, accumulate, rows, C, 0);
+        (version == 2 ? layernorm_backward_2 : add_norm_backward<MS_LN>)(
+            dx.p, version == 4 ? Grad{} : dbias.grad(), MS_LN ? Grad{} : dgamma.grad(), MS_LN ? Grad{} : dbeta.grad(), scratch.p,
+            dout.p, kept.p, MS_LN ? nullptr : mean.p, rstd.p, gamma.p, around, accumulate, rows, C, 0);
         b.dx = dx.read();
     }
     b.sums[0] = dbias.read();
-    if (!SHARED) b.sums[1] = dbeta.read(), b.sums[2] = dgamma.read();
+    if (!MS_LN) b.sums[1] = dbeta.read(), b.sums[2] = dgamma.read();
     only_read.is(same_bits(dout.read(), p.dout) && same_bits(kept.read(), k.kept), "dout or what was kept has changed");
     return b;
 }
 
 // All versions get the same mean and rstd, the reference's in fp32, and have to make of them what the formulas say.
-template <bool SHARED>
+template <bool MS_LN>
 void test_backward(uint64_t seed) {
     Property dx[ROW_KINDS] = {{"dx"}, {"dx of rows around 1e4"}, {"dx of rows of equal values"}},
-        sums32(SHARED ? "dbias in fp32" : "dbias, dbeta and dgamma in fp32"), sums16("the same in bf16"),
+        sums32(MS_LN ? "dbias in fp32" : "dbias, dbeta and dgamma in fp32"), sums16("the same in bf16"),
         again("the same bits in a second run"), unwanted("the same bits of the rest where dbias is not wanted"),
         only_read("what is only read has not changed"), simple("versions 1 and 2: dx, dbias, dbeta, dgamma");
     for (Shape shape : shapes())
@@ -502,8 +502,8 @@ void test_backward(uint64_t seed) {
                 k.mean.push_back((float)row.mean), k.rstd.push_back((float)row.rstd);
                 Doubles dz(C), zr(C);
                 for (int c = 0; c < C; c++) {
-                    if (SHARED) x[c] = (floatX)(((float)x[c] - k.mean[r]) * k.rstd[r]);
-                    zr[c] = SHARED ? (float)x[c] : ((double)(float)x[c] - k.mean[r]) * k.rstd[r];
+                    if (MS_LN) x[c] = (floatX)(((float)x[c] - k.mean[r]) * k.rstd[r]);
+                    zr[c] = MS_LN ? (float)x[c] : ((double)(float)x[c] - k.mean[r]) * k.rstd[r];
                     dz[c] = (double)(float)p.dout[(size_t)r * C + c] * (float)p.gamma[c];
                 }
                 ref.emplace_back(dz, zr, k.rstd[r]);
@@ -520,10 +520,10 @@ void test_backward(uint64_t seed) {
                     Backward first;
                     for (int version : {3, 0, 4, 2, 1}) {   // 3, 0 and 4 are the trainer's
                         const bool is_simple = version == 1 || version == 2;
-                        if (is_simple && (SHARED || leaves_out(shape, version) || (version == 1 && !around))) continue;
+                        if (is_simple && (MS_LN || leaves_out(shape, version) || (version == 1 && !around))) continue;
                         set_case("C %d, rows %d, %s, %s gradients %s, dx %s, version %d", C, rows, KIND_NAMES[kind],
                                  dtype_name(type), accumulate ? "added to" : "written", around ? "added" : "written", version);
-                        Backward b = backward<SHARED>(p, k, version, around, type, accumulate ? before : nullptr, only_read);
+                        Backward b = backward<MS_LN>(p, k, version, around, type, accumulate ? before : nullptr, only_read);
                         if (version == 3) first = b;
                         if (version == 0) again.is(b == first, "other bits");
                         if (version == 4) {
@@ -546,7 +546,7 @@ void test_backward(uint64_t seed) {
                                 sum[1][c] += d, terms[1][c] += fabs(d);
                                 sum[2][c] += d * z[r][c], terms[2][c] += fabs(d * z[r][c]);
                             }
-                        for (int i = 0; i < (SHARED ? 1 : 3); i++)
+                        for (int i = 0; i < (MS_LN ? 1 : 3); i++)
                             for (int c = 0; c < C; c++) {
                                 const double was = accumulate ? before[i][c] : 0;
                                 const double size = fabs(was) + terms[i][c] * (deep_columns + (is_simple && i == 0) * STORED);
@@ -556,9 +556,9 @@ void test_backward(uint64_t seed) {
                     }
                 }
         }
-    printf("backward, %s\n", SHARED ? "shared" : "exact");
+    printf("backward, %s\n", MS_LN ? "shared" : "exact");
     report({&dx[PLAIN], &dx[OFFSET], &dx[EQUAL], &sums32, &sums16, &again, &unwanted, &only_read});
-    if (!SHARED) report({&simple});
+    if (!MS_LN) report({&simple});
 }
 
 // Where a NaN or an infinity must go: nowhere, into its element, its row, its column, everything. For check_reach.
@@ -569,7 +569,7 @@ auto reach(Where where, int row, int column, int columns) {
         return where == ALL || (where == ROW ? in_row : where == COLUMN ? in_column : where == ONE && in_row && in_column);
     };
 }
-template <bool SHARED>
+template <bool MS_LN>
 void test_special(uint64_t seed) {
     Property p("a NaN or an infinity in any input reaches what it is part of, and only that"),
         only_read("what is only read has not changed");
@@ -579,8 +579,8 @@ void test_special(uint64_t seed) {
     clean.gamma[c] = (floatX)0.75f;
     struct Run { Forward f; Backward b; };
     auto run = [&](const Problem& q) {
-        Run a = {forward<SHARED>(q, ways[ALL_APART], true, only_read), {}};
-        a.b = backward<SHARED>(q, {SHARED ? a.f.out : a.f.x, a.f.mean, a.f.rstd}, 3, true, F32, nullptr, only_read);
+        Run a = {forward<MS_LN>(q, ways[ALL_APART], true, only_read), {}};
+        a.b = backward<MS_LN>(q, {MS_LN ? a.f.out : a.f.x, a.f.mean, a.f.rstd}, 3, true, F32, nullptr, only_read);
         return a;
     };
     const Run before = run(clean);
@@ -588,8 +588,8 @@ void test_special(uint64_t seed) {
     for (float odd : {NAN, -INFINITY})
         for (const Case& k : {Case{"inp", &Problem::inp, at, ONE, ROW, ONE, ROW, ALL, NO, ALL},
                               {"add", &Problem::add, at, ONE, ROW, ONE, ROW, ALL, NO, ALL},
-                              {"gamma", &Problem::gamma, c, NO, SHARED ? NO : COLUMN, NO, ALL, ALL, NO, NO},
-                              {"beta", &Problem::beta, c, NO, SHARED ? NO : COLUMN, NO, NO, NO, NO, NO},
+                              {"gamma", &Problem::gamma, c, NO, MS_LN ? NO : COLUMN, NO, ALL, ALL, NO, NO},
+                              {"beta", &Problem::beta, c, NO, MS_LN ? NO : COLUMN, NO, NO, NO, NO, NO},
                               {"dout", &Problem::dout, at, NO, NO, NO, ROW, ALL, ONE, ONE},
                               {"around", &Problem::around, at, NO, NO, NO, ONE, ONE, NO, NO}}) {
             set_case("%f in %s", odd, k.name);
@@ -604,26 +604,26 @@ void test_special(uint64_t seed) {
             const Where sums[] = {k.dbias, k.dbeta, k.dgamma};
             for (int i = 0; i < 3; i++) check_reach(p, a.b.sums[i], before.b.sums[i], reach(sums[i], 0, c, C), "a sum");
         }
-    printf("special values, %s\n", SHARED ? "shared" : "exact");
+    printf("special values, %s\n", MS_LN ? "shared" : "exact");
     report({&p, &only_read});
 }
 
 // Index arithmetic beyond 2^31 elements, in place as the trainer calls it, in the first and the last block. The trainer's
 // backward has 512 blocks at most, each with a long way to go; here it has one block per row, so that the partial sums are
 // beyond 2^31 too.
-template <bool SHARED>
+template <bool MS_LN>
 void test_far(uint64_t seed) {
     constexpr int C = 520, rows = (1 << 22) + 5, NEAR = 4, threads = (C + 32 * VEC - 1) / (32 * VEC) * 32;
     constexpr size_t n = (size_t)rows * C;
     static_assert(n > (size_t)1 << 31, "");
     Property forth("forward in place, out in add, beyond 2^31 elements, first and last block", "every bit"),
         back("backward in place beyond 2^31 elements, first and last block", "every bit");
-    set_case("%d rows of %d, %s", rows, C, SHARED ? "shared" : "exact");
+    set_case("%d rows of %d, %s", rows, C, MS_LN ? "shared" : "exact");
     const Problem p(seed, NEAR, C, PLAIN);
     Buffer<floatX> gamma(p.gamma), beta(p.beta);
     Far<floatX> x(n, p.inp, C, C), y(n, p.add, C, C);   // forward: inp and x, add and out; backward: dresidual, dout and kept
     Far<float> mean(rows, std::vector<float>(NEAR, 0.25f), 1, 1), rstd(rows, std::vector<float>(NEAR, 0.75f), 1, 1);
-    Far<float> partial((SHARED ? 1 : 3) * n, (size_t)(SHARED ? 1 : 3) * NEAR * C, C, C, SHARED ? 1 : 3, n);
+    Far<float> partial((MS_LN ? 1 : 3) * n, (size_t)(MS_LN ? 1 : 3) * NEAR * C, C, C, MS_LN ? 1 : 3, n);
     auto move = [&](int row, int seen) {
         x.at = y.at = partial.at = (size_t)row * C, mean.at = rstd.at = row;
         x.rows = y.rows = partial.rows = mean.rows = rstd.rows = seen;
@@ -631,7 +631,7 @@ void test_far(uint64_t seed) {
     for (int row : {0, (rows - 1) / NEAR * NEAR}) {   // 4 rows per block
         move(row, std::min(rows - row, NEAR));
         check_far(forth, {&x, &y, &mean, &rstd}, {row / NEAR}, [&](bool far) {
-            layernorm_forward<SHARED>(x.p(far), y.p(far), mean.p(far), rstd.p(far), x.p(far), y.p(far), gamma.p, beta.p,
+            add_norm_forward<MS_LN>(x.p(far), y.p(far), mean.p(far), rstd.p(far), x.p(far), y.p(far), gamma.p, beta.p,
                                       far ? rows : NEAR, C, 0);
         });
     }
@@ -639,12 +639,72 @@ void test_far(uint64_t seed) {
         move(row, 1);
         check_far(back, {&x, &y, &mean, &rstd, &partial}, {row}, [&](bool far) {
             const int blocks = far ? rows : NEAR;
-            layernorm_backward_kernel<SHARED><<<blocks, threads>>>(x.p(far), partial.p(far), y.p(far), y.p(far), mean.p(far),
+            add_norm_backward_kernel<MS_LN, false><<<blocks, threads>>>(x.p(far), partial.p(far), y.p(far), y.p(far), mean.p(far),
                                                                    rstd.p(far), gamma.p, true, blocks, C);
             cudaCheck(cudaGetLastError());
         });
     }
     report({&forth, &back});
+}
+
+// RMSNorm, which a second trainer has: no mean and no beta. In double precision from the x (or z) that was kept.
+template <bool MS_LN>
+void test_rms(uint64_t seed) {
+    Property out(MS_LN ? "RMSNorm, shared: z" : "RMSNorm: out"), dx("dresidual"), sums("dbias and dgamma", "in fp32");
+    for (int rows : {1, 9, 40})
+        for (int C : {8, 264, 4104}) {
+            set_case("%d rows of %d, RMSNorm, %s", rows, C, MS_LN ? "shared" : "exact");
+            const Problem p(seed, rows, C, PLAIN);
+            Buffer<floatX> inp(p.inp), add(p.add), gamma(p.gamma), dout(p.dout), x(p.n), y(p.n), dresidual(p.around);
+            Buffer<float> rstd(rows), scratch((size_t)(MS_LN ? 1 : 2) * norm_slices(rows) * C);   // no more than is used
+            GradBuffer dbias(C, F32), dgamma(C, F32);
+            add_norm_forward<MS_LN, true>(x.p, y.p, nullptr, rstd.p, inp.p, add.p, gamma.p, nullptr, rows, C, 0);
+            add_norm_backward<MS_LN, true>(dresidual.p, dbias.grad(), MS_LN ? Grad{} : dgamma.grad(), {}, scratch.p, dout.p,
+                                           MS_LN ? y.p : x.p, nullptr, rstd.p, gamma.p, true, false, rows, C, 0);
+            const std::vector<floatX> xs = x.read(), ys = y.read(), after = dresidual.read();
+            Doubles bias(C, 0), bias_terms(C, 0), scale(C, 0), scale_terms(C, 0);
+            for (int r = 0; r < rows; r++) {
+                const size_t at = (size_t)r * C;
+                double square = 0, mean = 0, mean_terms = 0;
+                for (int c = 0; c < C; c++) square += (double)(float)xs[at + c] * (float)xs[at + c];
+                const double rs = 1 / sqrt(square / C + 1e-5);
+                auto z = [&](int c) { return MS_LN ? (double)(float)ys[at + c] : (float)xs[at + c] * rs; };
+                auto dz = [&](int c) { return (double)(float)p.dout[at + c] * (float)p.gamma[c]; };
+                for (int c = 0; c < C; c++) mean += dz(c) * z(c) / C, mean_terms += fabs(dz(c) * z(c)) / C;
+                for (int c = 0; c < C; c++) {
+                    const double is = (float)xs[at + c] * rs * (MS_LN ? 1 : (float)p.gamma[c]), around = (float)p.around[at + c];
+                    const double d = around + rs * (dz(c) - z(c) * mean);
+                    const double terms = fabs(around) + rs * (fabs(dz(c)) + fabs(z(c)) * mean_terms);
+                    out.close(at + c, (float)ys[at + c], is, fabs(is));
+                    dx.close(at + c, (float)after[at + c], d, terms);
+                    bias[c] += d, bias_terms[c] += terms;
+                    scale[c] += (float)p.dout[at + c] * z(c), scale_terms[c] += fabs((float)p.dout[at + c] * z(c));
+                }
+            }
+            const std::vector<float> b = dbias.read(), g = dgamma.read();
+            for (int c = 0; c < C; c++) sums.close(c, b[c], bias[c], bias_terms[c], EPS32);
+            for (int c = 0; c < C && !MS_LN; c++) sums.close(c, g[c], scale[c], scale_terms[c], EPS32);
+        }
+    report({&out, &dx, &sums});
+}
+// And its matmul, which may have no bias: folding and unfolding without beta are those with a beta of 0.
+void test_rms_fold(uint64_t seed) {
+    Property same("folding and unfolding without beta and bias", "every bit, but for the sign of 0");
+    const int OC = 40, C = 264;
+    Random random(seed, 77);
+    const std::vector<floatX> W = random.normals((size_t)OC * C), g = random.normals(C), zeros(std::max(OC, C), (floatX)0.0f);
+    const std::vector<float> G = floats(random.normals((size_t)OC * C));
+    Buffer<floatX> weight(W), gamma(g), none(zeros), folded(W.size()), folded0(W.size()), bias(OC);
+    Buffer<float> scratch((size_t)2 * COLSUM_SLICES * C);
+    norm_fold(folded.p, nullptr, weight.p, nullptr, gamma.p, nullptr, OC, C, 0);
+    norm_fold(folded0.p, bias.p, weight.p, none.p, gamma.p, none.p, OC, C, 0);
+    same.is(same_bits(folded.read(), folded0.read()), "another folded weight");
+    GradBuffer dW(W.size(), F32), dW0(W.size(), F32), dgamma(C, F32), dgamma0(C, F32), dbeta(C, F32), db(OC, F32);
+    dW.write(G), dW0.write(G), db.write(floats(random.normals(OC)));
+    norm_unfold(dW.grad(), dgamma.grad(), {}, scratch.p, {}, weight.p, gamma.p, nullptr, OC, C, 0);
+    norm_unfold(dW0.grad(), dgamma0.grad(), dbeta.grad(), scratch.p, db.grad(), weight.p, gamma.p, none.p, OC, C, 0);
+    same.is(dW.read() == dW0.read() && dgamma.read() == dgamma0.read(), "another gradient");
+    report({&same});
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -705,10 +765,10 @@ void norm_unfold_1(Grad dweight, Grad dgamma, Grad dbeta, Grad dbias, const floa
 }
 
 // A norm and its matmul, over several micro-batches whose rows stand one after the other.
-struct Linear : Problem {
+struct NormAndMatmul : Problem {
     int OC;
     std::vector<floatX> weight, bias, dy;
-    Linear(uint64_t seed, int rows, int C, int OC) : Problem(seed, rows, C, PLAIN), OC(OC) {
+    NormAndMatmul(uint64_t seed, int rows, int C, int OC) : Problem(seed, rows, C, PLAIN), OC(OC) {
         Random random(seed, ((uint64_t)rows << 32) + C * 1000 + OC);
         weight = random.normals((size_t)OC * C, 0, 1 / sqrtf(C));
         bias = random.normals(OC);
@@ -725,7 +785,7 @@ void test_fold(uint64_t seed) {
     for (int C : {8, 24, 136, 264, 1000})
         for (int OC : {1, 7, 13, 40, 264}) shapes.push_back({OC, C});
     for (auto [OC, C] : shapes) {
-        const Linear p(seed, 1, C, OC);
+        const NormAndMatmul p(seed, 1, C, OC);
         const Doubles w = doubles(p.weight), gamma = doubles(p.gamma), beta = doubles(p.beta);
         Buffer<floatX> W(p.weight), b(p.bias), bgamma(p.gamma), bbeta(p.beta);
         for (int version : {2, 1}) {   // 2: the trainer's
@@ -782,12 +842,12 @@ void test_fold(uint64_t seed) {
     report({&weight, &bias, &unfolded, &sums, &again, &simple});
 }
 
-// The whole of it against LayerNorm and Linear as everybody writes them.
+// The whole of it against LayerNorm and NormAndMatmul as everybody writes them.
 enum { Y, DX, DGAMMA, DBETA, DWEIGHT, DBIAS, RESULTS };
 const char* const RESULT_NAMES[] = {"y", "dx", "dgamma", "dbeta", "dW", "db"};
 using Results = std::vector<Doubles>;
 
-Results reference(const Linear& p) {
+Results reference(const NormAndMatmul& p) {
     const int C = p.C, OC = p.OC;
     const Doubles gamma = doubles(p.gamma), beta = doubles(p.beta), W = doubles(p.weight), b = doubles(p.bias);
     const Doubles dy = doubles(p.dy), x = doubles(p.inp);
@@ -819,7 +879,7 @@ Results reference(const Linear& p) {
 }
 
 // The trainer's layers, called in the trainer's order.
-Results compute(const Linear& p, int micro_batches, DType type, bool unfold_each = false) {
+Results compute(const NormAndMatmul& p, int micro_batches, DType type, bool unfold_each = false) {
     const int rows = p.rows / micro_batches, C = p.C, OC = p.OC;
     Buffer<floatX> gamma(p.gamma), beta(p.beta), weight(p.weight), bias(p.bias), folded(p.weight.size()), folded_bias(OC);
     Buffer<floatX> x(p.inp), z(p.n), y(p.dy.size()), dy(p.dy), dln(p.n), dx(p.around);
@@ -829,13 +889,13 @@ Results compute(const Linear& p, int micro_batches, DType type, bool unfold_each
         const size_t at = (size_t)m * rows * C, at_y = (size_t)m * rows * OC;
         float* rs = rstd.p + m * rows;
         const Grad dW = dweight.grad(), db = dbias.grad();
-        layernorm_forward<true>(nullptr, z.p + at, nullptr, rs, x.p + at, nullptr, nullptr, nullptr, rows, C, 0);
+        add_norm_forward<true>(nullptr, z.p + at, nullptr, rs, x.p + at, nullptr, nullptr, nullptr, rows, C, 0);
         norm_fold(folded.p, folded_bias.p, weight.p, bias.p, gamma.p, beta.p, OC, C, 0);
         matmul_forward(y.p + at_y, z.p + at, folded.p, folded_bias.p, rows, C, OC, 0);
         bias_backward(db, scratch.p, dy.p + at_y, m > 0, rows, OC, 0);
         matmul_backward_weight(dW, dy.p + at_y, z.p + at, m > 0, rows, C, OC, 0);
         matmul_backward_input(dln.p + at, dy.p + at_y, weight.p, rows, C, OC, 0);
-        layernorm_backward<true>(dx.p + at, {}, {}, {}, scratch.p, dln.p + at, z.p + at, nullptr, rs, gamma.p, true, false, rows,
+        add_norm_backward<true>(dx.p + at, {}, {}, {}, scratch.p, dln.p + at, z.p + at, nullptr, rs, gamma.p, true, false, rows,
                                  C, 0);
         if (m == micro_batches - 1 || unfold_each)
             norm_unfold(dW, dgamma.grad(), dbeta.grad(), scratch.p, db, weight.p, gamma.p, beta.p, OC, C, 0);
@@ -858,26 +918,26 @@ void test_shared(uint64_t seed) {
     for (auto [rows, C, OC] : {Shape{1, 8, 8}, {7, 24, 40}, {7, 96, 264}, {65, 136, 40}, {65, 1000, 40}})
         for (int micro : {1, 3}) {   // gradients are fp32 when several micro-batches are added up, as in the trainer
             set_case("C %d, OC %d, rows %d, micro-batches %d", C, OC, rows, micro);
-            const Linear q(seed, micro * rows, C, OC);
+            const NormAndMatmul q(seed, micro * rows, C, OC);
             const Results ours = compute(q, micro, micro > 1 ? F32 : FLOATX), ref = reference(q);
             for (int i = 0; i < RESULTS; i++) p[i].within(i, distance(ours[i], ref[i]), 0, BAR);
         }
     const int rows = 7, C = 96, OC = 40, r = 3, c = 5, o = 11;
     set_case("unfolding after each");
-    const Linear three(seed, 3 * rows, C, OC), clean(seed, rows, C, OC);
+    const NormAndMatmul three(seed, 3 * rows, C, OC), clean(seed, rows, C, OC);
     const Results each = compute(three, 3, F32, true), ref = reference(three), before = compute(clean, 1, F32);
     for (int i : {DWEIGHT, DGAMMA}) wrong.is(distance(each[i], ref[i]) > 0.1, "it is right");
 
-    struct Case { const char* name; std::vector<floatX> Linear::*in; size_t at; Where where[RESULTS]; };   // as RESULT_NAMES
+    struct Case { const char* name; std::vector<floatX> NormAndMatmul::*in; size_t at; Where where[RESULTS]; };   // as RESULT_NAMES
     for (float odd : {NAN, INFINITY})
-        for (const Case& k : {Case{"x", &Linear::inp, r * C + c, {ROW, ROW, ALL, NO, ALL, NO}},
-                              {"gamma", &Linear::gamma, c, {ALL, ALL, NO, NO, COLUMN, NO}},
-                              {"beta", &Linear::beta, c, {ALL, NO, NO, NO, COLUMN, NO}},
-                              {"W", &Linear::weight, o * C + c, {COLUMN, ALL, ONE, ONE, NO, NO}},
-                              {"b", &Linear::bias, o, {COLUMN, NO, NO, NO, NO, NO}},
-                              {"dy", &Linear::dy, r * OC + o, {NO, ROW, ALL, ALL, ROW, ONE}}}) {
+        for (const Case& k : {Case{"x", &NormAndMatmul::inp, r * C + c, {ROW, ROW, ALL, NO, ALL, NO}},
+                              {"gamma", &NormAndMatmul::gamma, c, {ALL, ALL, NO, NO, COLUMN, NO}},
+                              {"beta", &NormAndMatmul::beta, c, {ALL, NO, NO, NO, COLUMN, NO}},
+                              {"W", &NormAndMatmul::weight, o * C + c, {COLUMN, ALL, ONE, ONE, NO, NO}},
+                              {"b", &NormAndMatmul::bias, o, {COLUMN, NO, NO, NO, NO, NO}},
+                              {"dy", &NormAndMatmul::dy, r * OC + o, {NO, ROW, ALL, ALL, ROW, ONE}}}) {
             set_case("%f in %s", odd, k.name);
-            Linear q = clean;
+            NormAndMatmul q = clean;
             (q.*k.in)[k.at] = (floatX)odd;
             const Results ours = compute(q, 1, F32);
             const int row[] = {r, r, 0, 0, o, 0}, column[] = {o, c, c, c, c, o}, columns[] = {OC, C, C, C, C, OC};
@@ -897,7 +957,7 @@ void test_far_fold(uint64_t seed) {
     Property fold("folding beyond 2^31 elements, first and last block", "every bit"),
         unfold("unfolding beyond 2^31 elements, first and last slice", "every bit");
     set_case("OC %d, C %d", OC, C);
-    const Linear p(seed, 1, C, NEAR);
+    const NormAndMatmul p(seed, 1, C, NEAR);
     Buffer<floatX> gamma(p.gamma), beta(p.beta);
     Far<floatX> weight(n, p.weight, C, C), folded(n, (size_t)NEAR * C, C, C), bias(OC, p.bias, 1, 1), folded_bias(OC, NEAR, 1, 1);
     Far<float> dweight(n, floats(Random(seed, 31).normals((size_t)NEAR * C)), C, C), dbias(OC, floats(p.bias), 1, 1);
@@ -955,15 +1015,15 @@ void bench(const char* model, int rows, int C) {
     };
     t.row("forward, version 1: one kernel per step", 7 * X, forward(layernorm_forward_1));
     t.row("forward, version 2: one block per row", 5 * X, forward(layernorm_forward_2));
-    t.row("forward, version 3: the trainer's, one warp per row", 4 * X, forward(layernorm_forward<false>));
-    t.row("forward, version 3, shared: keeps z alone", 4 * X, forward(layernorm_forward<true>));
+    t.row("forward, version 3: the trainer's, one warp per row", 4 * X, forward(add_norm_forward<false>));
+    t.row("forward, version 3, shared: keeps z alone", 4 * X, forward(add_norm_forward<true>));
     t.row("backward, version 1: one kernel per formula", 13 * X, [&] {
         layernorm_backward_1(out.p, dadd.p, db, dg, de, through.p, means.p, dx.p, dout.p, x.p, mean.p, rstd.p, gamma.p, false,
                              rows, C, 0);
     });
     t.row("backward, version 2: one pass along rows, one along columns", 7 * X, backward(layernorm_backward_2));
-    t.row("backward, version 3: the trainer's, one pass", 4 * X, backward(layernorm_backward<false>));
-    t.row("backward, version 3, shared: the bias alone", 4 * X, backward(layernorm_backward<true>));
+    t.row("backward, version 3: the trainer's, one pass", 4 * X, backward(add_norm_backward<false>));
+    t.row("backward, version 3, shared: the bias alone", 4 * X, backward(add_norm_backward<true>));
 
     BenchTable u((size_t)OC * C, BenchTable::BYTES, "GPT-2 %s: the matmul's weight, %d x %d, gradients in fp32", model, OC, C);
     auto fold = [&](auto layer) {
@@ -981,11 +1041,11 @@ int main(int argc, char** argv) {
     Arguments o = parse_arguments(argc, argv, "layernorm: the residual addition and LayerNorm, exact or shared with its matmul");
     if (o.bench) return bench_models(bench);
     floatX* none = nullptr;
-    auto forward = [=](int C) { layernorm_forward<false>(none, none, nullptr, nullptr, none, none, none, none, 1, C, 0); };
+    auto forward = [=](int C) { add_norm_forward<false>(none, none, nullptr, nullptr, none, none, none, none, 1, C, 0); };
     auto backward = [=] {
-        layernorm_backward<true>(none, {}, {}, {}, nullptr, none, none, nullptr, nullptr, none, false, false, 1, 12, 0);
+        add_norm_backward<true>(none, {}, {}, {}, nullptr, none, none, nullptr, nullptr, none, false, false, 1, 12, 0);
     };
-    test_misuse(o, {refuses_12("layernorm_forward: C", [=] { forward(12); }), refuses_12("layernorm_backward: C", backward),
+    test_misuse(o, {refuses_12("add_norm_forward: C", [=] { forward(12); }), refuses_12("add_norm_backward: C", backward),
                     refuses_12("norm_fold: C", [=] { norm_fold(none, none, none, none, none, none, 8, 12, 0); }),
                     refuses_12("norm_unfold: C", [=] { norm_unfold({}, {}, {}, nullptr, {}, none, none, none, 8, 12, 0); }),
                     {"a row beyond 48 KB", "because a row must fit 48 KB", [=] { forward(48 * 1024 / sizeof(floatX) + 8); }}});
@@ -1002,5 +1062,8 @@ int main(int argc, char** argv) {
     test_fold(o.seed);
     test_shared(o.seed);
     test_far_fold(o.seed);
+    test_rms<false>(o.seed);
+    test_rms<true>(o.seed);
+    test_rms_fold(o.seed);
     return finish(o);
 }

@@ -86,7 +86,7 @@ void square_sum_2(float* sum, float* partial, const OptTable& table, cudaStream_
     cudaCheck(cudaGetLastError());
 }
 
-// Version 3, the trainer's, launched as gpt2_update does: one launch over all tensors again, but in equal pieces. A block takes
+// Version 3, the trainer's, launched as model_update does: one launch over all tensors again, but in equal pieces. A block takes
 // 2048 elements of one tensor, whichever that is; it looks for its tensor among the 16 by their first blocks. At 124M that is
 // 60784 blocks, and the whole GPU reads until the end. A thread takes 8 neighbours at a time, 16 bytes in bf16, where it loaded
 // 2 before; so tensors are whole vectors of 8. It adds 8 squares, then there are trees, and 238 partial sums per thread in the
@@ -172,7 +172,7 @@ void adamw_2(const OptTable& table, const Verdict* verdict, AdamW a, cudaStream_
     }
 }
 
-// Version 3, the trainer's, launched as gpt2_update does: one launch for all tensors, in pieces of 2048 elements again, and 8
+// Version 3, the trainer's, launched as model_update does: one launch for all tensors, in pieces of 2048 elements again, and 8
 // elements per thread, in loads of 16 bytes. The bytes stay: g 2, m 4 + 4, v 4 + 4, x 2 + 2. What is new is the rounding. 16
 // random bits are added below those that bf16 keeps, and then it is cut: 1 - 0.0001 becomes 0.996 in one of 39 steps and 1 in
 // the others, which is right on average, for every value. The bits are a hash of seed, step, tensor and element: no state to
@@ -252,7 +252,7 @@ struct Device {
             memory.push_back(std::make_unique<Memory>(t));
             Memory& d = *memory.back();
             table.t[table.count++] = {d.param.p, d.grad.grad(), d.m.p, d.v.p, t.master ? d.master.p : nullptr, t.n, t.offset,
-                                      t.decay, t.norm_weight, table.blocks, 0};
+                                      t.decay, t.norm_weight, (unsigned)memory.size() - 1, table.blocks, 0};
             table.blocks += ceil_div(t.n, OPT_BLOCK) * t.shares;
         }
     }
@@ -333,7 +333,7 @@ void test_norm(uint64_t seed) {
             simple.close(2, total2.read()[0], reference, reference * (1 + largest / 256 / 32.0), EPS32);
         }
 
-        // as gpt2_update goes on: the sum is part of the state, and the verdict is made of it
+        // as model_update goes on: the sum is part of the state, and the verdict is made of it
         Buffer<StepState> state(1);
         StepState s = state.read()[0];
         s.loss_sum = 3;
@@ -402,10 +402,11 @@ void test_known() {
 // With --zero 1 a rank has its shares alone. What all ranks make together must have the bits that one makes who has the whole.
 void test_ranks(uint64_t seed) {
     Property same("shared out over 1 to 4 ranks: the partial sums of the whole gradient");
-    for (const GPT2Config& c :
-         {GPT2Config{32, 257, 384, 2, 2, 32}, GPT2Config{30, 50, 128, 3, 3, 48}, GPT2Config{64, 600, 640, 5, 1, 40}}) {
-        GPT2 g = {};
+    for (const Config& c :
+         {Config{32, 257, 384, 2, 2, 32}, Config{30, 50, 128, 3, 3, 48}, Config{64, 600, 640, 5, 1, 40}}) {
+        Model g = {};
         g.config = c;
+        g.plan.training = true;
         Random random(seed, 9000 + c.C);
         std::vector<std::unique_ptr<GradBuffer>> grads;
         for (int p = 0; p < NUM_PARAMS; p++) {
@@ -417,12 +418,12 @@ void test_ranks(uint64_t seed) {
         for (int ranks = 1; ranks <= 4; ranks++) {
             set_case("C %d, %d ranks", c.C, ranks);
             world = {0, ranks};
-            Buffer<float> squares(gpt2_opt_blocks(c));
+            Buffer<float> squares(model_opt_blocks(g));
             size_t blocks = 0;
             auto sums_of = [&](int rank, bool sharded) {
                 world = {rank, ranks};
                 world.sharded = sharded;
-                const OptTable table = gpt2_opt_table(g, 0);
+                const OptTable table = model_opt_table(g, 0);
                 blocks += table.blocks;
                 cudaCheck(cudaMemset(squares.p, 0, squares.bytes()));
                 square_sum_kernel<<<table.blocks, 256>>>(squares.p, table);
@@ -616,7 +617,7 @@ struct Comparison {
         } else if (kFP32) {
             weight.within(i, (float)after.param[i], r.x.x, r.x.error);
         } else {   // all that the fp32 number may be is rounded in the same direction, but for one element in a hundred at most
-            const uint32_t random = (uint32_t)hash64(a.seed, a.step * MAX_PARAMS + which, t.offset + i);
+            const uint32_t random = (uint32_t)hash64(a.seed, a.step * ROUNDING_STREAMS + which, t.offset + i);
             const float low = round_reference(nextafterf((float)(r.x.x - r.x.error), -INFINITY), version.rounding, random),
                         high = round_reference(nextafterf((float)(r.x.x + r.x.error), INFINITY), version.rounding, random),
                         ours = (float)after.param[i];
@@ -729,7 +730,7 @@ void test_far(uint64_t seed) {
             OptTable table = {};
             const Grad g = {grad.p(far), type};
             const size_t offset = ((size_t)3 << 33) + (far ? 0 : at);
-            table.t[1] = {param.p(far), g, m.p(far), v.p(far), nullptr, far ? n : count, offset, 0.1f, 1, 0, 0};
+            table.t[1] = {param.p(far), g, m.p(far), v.p(far), nullptr, far ? n : count, offset, 0.1f, 1, 1, 0, 0};
             table.count = 2;
             table.blocks = far ? blocks : 1;
             square_sum_kernel<<<table.blocks, 256>>>(partial.p(far), table);
@@ -843,7 +844,7 @@ void test_init(uint64_t seed) {
     for (auto& k : known) hash.is(hash64(k.seed, k.stream, k.index) == k.value, "another number");
     hash.equal(0, hash_uniform(0), 0x1p-24);                    // never 0, whose logarithm is infinite
     hash.equal(1, hash_uniform(~(uint64_t)0), 1 - 0x1p-24);     // nor 1
-    auto init_normal = [=](floatX* param, size_t n, int which) {   // as gpt2_init does
+    auto init_normal = [=](floatX* param, size_t n, int which) {   // as model_init does
         init_normal_kernel<<<ceil_div(n, 256), 256>>>(param, n, 0.02f, seed, which);
         cudaCheck(cudaGetLastError());
     };
@@ -878,7 +879,7 @@ void test_init(uint64_t seed) {
 // ---------------------------------------------------------------------------------------------------------------------
 // benchmark: a model's 16 tensors
 
-void bench(const char* model, const GPT2Config& config) {
+void bench(const char* model, const Config& config) {
     const double X = sizeof(floatX);
     const size_t n = param_count(config), bytes = n * (sizeof(floatX) + 4 * sizeof(float));
     if (!on_cpu_backend() && free_memory() < bytes + ((size_t)4 << 30)) {
@@ -900,7 +901,7 @@ void bench(const char* model, const GPT2Config& config) {
             ParamShape s = param_shape(config, p);
             size_t count = u.here(s.elements(), VEC);
             table.t[p] = {param.p + at, Grad{grad.p, grad_type} + at, mean.p + at, square.p + at,
-                          with_master ? master.p + at : nullptr, count, 0, s.cols ? 0.1f : 0.0f, 1, table.blocks, 0};
+                          with_master ? master.p + at : nullptr, count, 0, s.cols ? 0.1f : 0.0f, 1, (unsigned)p, table.blocks, 0};
             table.blocks += ceil_div(count, OPT_BLOCK);
             at += count;
         }

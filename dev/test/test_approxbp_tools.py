@@ -49,7 +49,7 @@ def test_two_bits_are_the_published_ones():
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 def test_the_trainer_has_the_table(bits):
     text = (ROOT / "train_gpt2.cu").read_text()
-    body = re.search(rf"Steps<{bits}> gelu_steps<{bits}>\(\) \{{.*?return \{{(.*?)\}};", text, re.S)[1]
+    body = re.search(rf"StepFunction<{bits}> gelu_steps<{bits}>\(\) \{{.*?return \{{(.*?)\}};", text, re.S)[1]
     found = [[float(x.rstrip("f")) for x in part.split(",")] for part in re.findall(r"\{([^{}]*)\}", body)]
     assert found == [list(part) for part in codes.CODES["gelu-tanh"][bits]]
 

@@ -86,7 +86,7 @@ def test_tensors_are_the_ledgers(mode, micro):
     rows = common.ledger(path, [*options, "-d", micro * B * T])
     shape = traffic.shape(TRY, B, T, total=micro * B * T)
     count = traffic.Count(shape, mode)
-    here = {"resid_mid": "stream", "resid_out": "stream", "stream0": "stream"}
+    here = {"resid_mid": "stream", "resid_out": "stream", "resid_in": "stream"}
     compared = 0
     for row in rows:
         name = here.get(row["name"], row["name"])
