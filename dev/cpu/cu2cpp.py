@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""cu2cpp.py IN.cu -o OUT.cpp [--depfile OUT.d]: make a CUDA source file digestible for g++.
+"""cu2cpp.py IN.cu -o OUT.cpp: make a CUDA source file digestible for g++.
 
 CUDA adds two forms to C++ that no header can supply. This rewrites them and nothing else:
 
@@ -47,6 +47,9 @@ CUDA_FORM = re.compile(r'<<<|\b__shared__\b')
 QUOTED = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*|/\*.*?\*/', re.S)
 
 CLOSING = {'(': ')', '[': ']', '{': '}'}
+KNOWN = ('cu2cpp knows  __shared__ T a[N][M], *b, c;  and  extern __shared__ T name[];  with alignas before the type or the '
+         'keyword')
+ALIGNMENT = re.compile(r'\b(?:alignas|__align__) \([^()]*\) ?')
 # What may stand in front of a launch: the end of the statement before it, or a place where an
 # expression begins. Anything else (an operator, a name) means that we misread the line.
 BEFORE_LAUNCH = {';', '{', '}', '(', ')', ',', ':', '?', 'else', 'do', 'return'}
@@ -86,7 +89,6 @@ def tokenize(text):
 
 class Translator:
     def __init__(self):
-        self.files = []          # every file read, for the dependency file
         self.once = set()        # files with #pragma once that have been inlined
         self.shared_count = 0    # numbers the structs made for __shared__
 
@@ -99,7 +101,6 @@ class Translator:
                 text = f.read()
         except OSError as e:
             raise CudaError(f'{path}:1: error: cannot read it: {e.strerror}')
-        self.files.append(path)
         return f'#line 1 "{path}"\n' + Source(self, path, text, stack + (real,)).translate()
 
 
@@ -183,20 +184,12 @@ class Source:
         while i >= 0:                                        # the kernel, from its end backwards
             if self.text(i) in ('>', '>>>'):
                 i = self.step(self.template_opening(i), -1)
-            while self.text(i) in (')', ']'):                # (*f)<<<, table[i]<<<, pick(x)<<<
-                first = self.opening(i)
-                i = self.step(first, -1)
-                if self.text(first) == '(' and self.tokens[i].kind != 'name' and self.text(i) not in (')', ']'):
-                    break
-            if i >= 0 and self.tokens[i].kind == 'name' and self.text(i) not in BEFORE_LAUNCH:
-                first = i
-                i = self.step(i, -1)
+            if i < 0 or self.tokens[i].kind != 'name' or self.text(i) in BEFORE_LAUNCH:
+                break
+            first, i = i, self.step(i, -1)
             if self.text(i) not in ('::', '.', '->'):
                 break
-            first = i                                        # a leading :: is part of the name
-            i = self.step(i, -1)
-            if i >= 0 and self.tokens[i].kind != 'name' and self.text(i) not in ('>', '>>>', ')', ']'):
-                break
+            first, i = i, self.step(i, -1)                   # a leading :: is part of the name
         if first < 0:
             self.error(index, 'this <<< is no kernel launch: there is no kernel name before it')
         if i >= 0 and self.text(i) not in BEFORE_LAUNCH:
@@ -307,67 +300,39 @@ class Source:
 
     def emit_shared(self, first):
         keyword, end = self.shared[first]
-        before = self.words(first, keyword).split()[:-1]      # extern, static, alignas(..), volatile
-        is_extern = 'extern' in before
-        prefix = ' '.join(w for w in before if w not in ('extern', 'static'))
-        i = self.step(keyword, 1)
-        specifiers = []                                       # the type, up to the first name declared
-        while self.tokens[i].kind == 'name' or self.text(i) in ('::', '<', '*', '&'):
-            start = i
-            if self.text(i) in ('alignas', '__align__') and self.text(self.step(i, 1)) == '(':
-                i = self.closing(self.step(i, 1))
-            elif self.text(i) == '<':                         # template arguments, brackets skipped
-                depth = 0
-                while True:
-                    if self.text(i) in ('(', '[', '{'):
-                        i = self.closing(i)
-                    depth += {'<': 1, '>': -1, '>>>': -3}.get(self.text(i), 0)
-                    if depth <= 0 or i == end:
-                        break
-                    i = self.step(i, 1)
-            specifiers.append(self.words(start, i))
-            i = self.step(i, 1)
-        known = ('cu2cpp knows  __shared__ T a[N][M], *b, c;  and  extern __shared__ T name[];  with alignas before the '
-                 'type or the keyword')
-        if len(specifiers) < 2 or not re.fullmatch(r'[A-Za-z_]\w*', specifiers[-1]):
-            self.error(keyword, f"'{self.words(first, end)}' is no form of __shared__ that cu2cpp knows: {known}")
-        declarators = []                                      # (stars, name, dimensions)
-        name = specifiers.pop()
-        stars = []
-        while specifiers and specifiers[-1] in ('*', '&'):
-            stars.insert(0, specifiers.pop())
-        if not [s for s in specifiers if not s.startswith(('alignas', '__align__', 'const', 'volatile'))]:
-            self.error(keyword, f"'{self.words(first, end)}' has no type: {known}")
-        while True:
-            dimensions = []
-            while self.text(i) == '[':
-                dimensions.append(self.words(i, self.closing(i)))
-                i = self.step(self.closing(i), 1)
-            declarators.append((''.join(stars), name, ''.join(dimensions)))
-            if self.text(i) == ';' or self.text(i) != ',':
-                break
-            i, stars = self.step(i, 1), []
-            while self.text(i) == '*':
-                stars.append('*')
-                i = self.step(i, 1)
-            name = self.text(i)
-            if self.tokens[i].kind != 'name':
-                break
-            i = self.step(i, 1)
-        if self.text(i) in ('=', '{'):
-            self.error(keyword, f"shared memory cannot be initialised where it is declared: '{self.words(first, end)}'")
-        if self.text(i) != ';' or '&' in ''.join(s for s, _, _ in declarators):
-            self.error(keyword, f"'{self.words(first, end)}' is no form of __shared__ that cu2cpp knows: {known}")
-        type_ = ' '.join([prefix] + specifiers).strip()
-        out = []
-        for stars, name, dimensions in declarators:
+        whole, qualifiers = self.words(first, end), self.words(first, keyword).split()[:-1]
+        is_extern = 'extern' in qualifiers
+        declarations, angle, i = [[]], 0, self.step(keyword, 1)   # the words of each, a bracket and what is in it as one
+        while i != end:
+            last = self.closing(i) if self.text(i) in CLOSING else i
+            angle += {'<': 1, '>': -1, '>>>': -3}.get(self.text(i), 0)
+            if self.text(i) == ',' and angle == 0:
+                declarations.append([])
+            else:
+                declarations[-1].append(self.words(i, last))
+            i = self.step(last, 1)
+        out, type_ = [], None
+        for words in declarations:
+            if any(w == '=' or w[0] == '{' for w in words):
+                self.error(keyword, f"shared memory cannot be initialised where it is declared: '{whole}'")
+            dimensions = ''
+            while words and words[-1][0] == '[':
+                dimensions = words.pop() + dimensions
+            name, stars = words.pop() if words else '', ''
+            while words and words[-1] == '*':
+                stars += words.pop()
+            if type_ is None:                                 # the first has the type in front
+                type_ = ' '.join([w for w in qualifiers if w not in ('extern', 'static')] + words)
+                words = [] if re.sub(r'\b(const|volatile)\b', '', ALIGNMENT.sub('', type_ + ' ')).strip() else ['no type']
+            if words or '&' in type_ or not re.fullmatch(r'[A-Za-z_]\w*', name):
+                self.error(keyword, f"'{whole}' is no form of __shared__ that cu2cpp knows: {KNOWN}")
             if is_extern:
-                if len(declarators) > 1 or stars or not re.fullmatch(r'\[ *\]', dimensions):
-                    self.error(keyword, f"extern __shared__ must be one array without a size: {known}")
-                type_ = re.sub(r'(alignas|__align__) ?\([^()]*\) ?', '', type_)      # the arena is aligned to 1024
+                if len(declarations) > 1 or stars or not re.fullmatch(r'\[ *\]', dimensions):
+                    self.error(keyword, f'extern __shared__ must be one array without a size: {KNOWN}')
+                type_ = ALIGNMENT.sub('', type_)              # the arena is aligned to 1024
                 out.append(f'{type_}* {name} = simt::dynamic_shared<{type_}>();')
                 continue
-            if re.fullmatch(r'\[ *\].*', dimensions):
+            if re.match(r'\[ *\]', dimensions):
                 self.error(keyword, f"__shared__ '{name}' has no size: write a size, or extern for dynamic shared memory")
             self.translator.shared_count += 1
             struct = f'simt_shared_{self.translator.shared_count}'
@@ -397,20 +362,14 @@ def main():
     parser = argparse.ArgumentParser(description='Rewrite kernel launches and __shared__ so that g++ can compile a CUDA file.')
     parser.add_argument('source', metavar='IN.cu')
     parser.add_argument('-o', dest='output', metavar='OUT.cpp', required=True)
-    parser.add_argument('--depfile', metavar='OUT.d', help='write the files read, as a make rule for OUT.cpp')
     arguments = parser.parse_args()
-    translator = Translator()
     try:
-        body = translator.file(arguments.source)
+        body = Translator().file(arguments.source)
     except CudaError as e:
         sys.exit(str(e))
     # nvcc includes cuda_runtime.h before the first line of every source; so do we
     with open(arguments.output, 'w', encoding='utf-8', errors='surrogateescape') as f:
         f.write('#include <cuda_runtime.h>\n' + body)
-    if arguments.depfile:
-        with open(arguments.depfile, 'w', encoding='utf-8') as f:
-            f.write(f'{arguments.output}: {" ".join(translator.files)}\n')
-            f.writelines(f'{name}:\n' for name in translator.files[1:])
 
 
 if __name__ == '__main__':

@@ -78,8 +78,6 @@ struct Worker {                        // what an OS thread needs to run a block
 
     int at_barrier = 0;                // threads waiting in __syncthreads
     Site barrier_site = {nullptr, 0};
-    unsigned barrier_generation = 0;
-    int votes = 0, vote_result[2] = {0, 0}, vote_count[2] = {0, 0};   // of __syncthreads_count, _and, _or
 
     uint8_t warp_order[kMaxWarps];     // priority order: warps, highest first
     uint32_t lane_xor = 0, lane_rotate = 0;   // and lanes: number in the warp -> rank
@@ -249,27 +247,20 @@ inline void after_release(Worker& w, const char* what, Site site) {
 // ---- the block barrier -----------------------------------------------------------------------------
 
 inline void release_barrier(Worker& w) {
-    unsigned set = w.barrier_generation++ & 1;
-    w.vote_result[set] = w.votes;
-    w.vote_count[set] = w.at_barrier;
-    w.votes = w.at_barrier = 0;
+    w.at_barrier = 0;
     for (int i = 0; i < w.warps_in_block; i++) {
         make_runnable(w, i, w.warps[i].at_barrier);
         w.warps[i].at_barrier = 0;
     }
 }
 
-struct Votes { int yes, all; };
-
 // Threads that have exited count as arrived, as in hardware.
-inline Votes block_barrier(const char* what, bool vote, Site site) {
+inline void block_barrier(const char* what, Site site) {
     Worker& w = *worker;
     if (w.at_barrier == 0) w.barrier_site = site;
     else if (__builtin_expect(!same_place(w.barrier_site, site), 0))
         die_in_kernel("divergent barrier: this thread is in %s at %s:%d while others wait in one at %s:%d", what,
                       site.file, site.line, w.barrier_site.file, w.barrier_site.line);
-    unsigned set = w.barrier_generation & 1;
-    w.votes += vote;
     if (++w.at_barrier == w.alive) {
         release_barrier(w);
         after_release(w, what, site);
@@ -278,7 +269,6 @@ inline Votes block_barrier(const char* what, bool vote, Site site) {
         w.warps[id / 32].at_barrier |= 1u << id % 32;
         suspend(what, site);
     }
-    return {w.vote_result[set], w.vote_count[set]};
 }
 
 // ---- warp collectives ------------------------------------------------------------------------------
@@ -388,7 +378,7 @@ inline void run_block(const Launch& launch, uint64_t number) {
     int n = launch.block.x * launch.block.y * launch.block.z;
     w.threads_in_block = w.alive = n;
     w.warps_in_block = (n + 31) / 32;
-    w.at_barrier = w.votes = 0;
+    w.at_barrier = 0;
     w.warp = options.order == kReverse ? w.warps_in_block - 1 : 0;
     w.work = kAllLanes >> (32 - w.warps_in_block);
     for (int i = 0; i < w.warps_in_block; i++) {

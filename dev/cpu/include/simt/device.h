@@ -11,13 +11,7 @@
 // arguments; nobody passes them.
 #define SIMT_SITE const char *file = __builtin_FILE(), int line = __builtin_LINE()
 
-inline void __syncthreads(SIMT_SITE) { simt::block_barrier("__syncthreads", false, {file, line}); }
-inline int __syncthreads_count(int p, SIMT_SITE) { return simt::block_barrier("__syncthreads_count", p != 0, {file, line}).yes; }
-inline int __syncthreads_or(int p, SIMT_SITE) { return simt::block_barrier("__syncthreads_or", p != 0, {file, line}).yes != 0; }
-inline int __syncthreads_and(int p, SIMT_SITE) {
-    simt::Votes v = simt::block_barrier("__syncthreads_and", p != 0, {file, line});
-    return v.yes == v.all;
-}
+inline void __syncthreads(SIMT_SITE) { simt::block_barrier("__syncthreads", {file, line}); }
 inline void __syncwarp(unsigned mask = simt::kAllLanes, SIMT_SITE) { simt::gather(mask, char(0), "__syncwarp", {file, line}); }
 inline void __threadfence_block() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
@@ -50,75 +44,32 @@ SIMT_SHUFFLE(__shfl_up_sync, unsigned delta, lane - (int)delta >= first ? lane -
 SIMT_SHUFFLE(__shfl_down_sync, unsigned delta, lane + (int)delta <= last ? lane + (int)delta : lane)
 #undef SIMT_SHUFFLE
 
-// ---- votes and reductions --------------------------------------------------------------------------
-// Computed once, by the lane that completes the collective, into the slot of the first participant.
+// ---- votes -----------------------------------------------------------------------------------------
 
 namespace simt {
-template <class T, class Op> inline T reduce_lanes(unsigned mask, T value, const char* what, Site site) {
-    Gathered<T> g = gather(mask, value, what, site, [](void* slots, uint32_t participants) {
-        T* s = (T*)slots;
-        int first = __builtin_ctz(participants);
-        T result = Op::start(s[first], first);
-        for (uint32_t rest = participants & (participants - 1); rest; rest &= rest - 1)
-            result = Op::add(result, s[__builtin_ctz(rest)], __builtin_ctz(rest));
-        s[first] = result;
-    });
-    return g.slots[__builtin_ctz(g.participants)];
+struct Ballot { unsigned yes, all; };
+inline Ballot vote(unsigned mask, int p, const char* what, Site site) {
+    Gathered<int> g = gather(mask, p, what, site);
+    Ballot b = {0, g.participants};
+    for (uint32_t rest = b.all; rest; rest &= rest - 1)
+        if (g.slots[__builtin_ctz(rest)]) b.yes |= rest & -rest;
+    return b;
 }
-struct Ballot {
-    static unsigned start(unsigned v, int lane) { return v << lane; }
-    static unsigned add(unsigned a, unsigned v, int lane) { return a | v << lane; }
-};
-#define SIMT_OP(NAME, EXPRESSION)                                                        \
-    struct NAME {                                                                        \
-        template <class T> static T start(T v, int) { return v; }                        \
-        template <class T> static T add(T a, T b, int) { return EXPRESSION; }            \
-    };
-SIMT_OP(Add, a + b)
-SIMT_OP(Min, a < b ? a : b)
-SIMT_OP(Max, a > b ? a : b)
-SIMT_OP(And, a & b)
-SIMT_OP(Or, a | b)
-SIMT_OP(Xor, a ^ b)
-#undef SIMT_OP
 }  // namespace simt
 
-inline unsigned __ballot_sync(unsigned mask, int p, SIMT_SITE) {
-    return simt::reduce_lanes<unsigned, simt::Ballot>(mask, p != 0, "__ballot_sync", {file, line});
-}
-inline int __any_sync(unsigned mask, int p, SIMT_SITE) {
-    return simt::reduce_lanes<int, simt::Or>(mask, p != 0, "__any_sync", {file, line});
-}
+inline unsigned __ballot_sync(unsigned mask, int p, SIMT_SITE) { return simt::vote(mask, p, "__ballot_sync", {file, line}).yes; }
+inline int __any_sync(unsigned mask, int p, SIMT_SITE) { return simt::vote(mask, p, "__any_sync", {file, line}).yes != 0; }
 inline int __all_sync(unsigned mask, int p, SIMT_SITE) {
-    return simt::reduce_lanes<int, simt::And>(mask, p != 0, "__all_sync", {file, line});
-}
-#define SIMT_REDUCE(T, NAME, OP) \
-    inline T NAME(unsigned mask, T value, SIMT_SITE) { return simt::reduce_lanes<T, simt::OP>(mask, value, #NAME, {file, line}); }
-SIMT_REDUCE(unsigned, __reduce_add_sync, Add)
-SIMT_REDUCE(unsigned, __reduce_min_sync, Min)
-SIMT_REDUCE(unsigned, __reduce_max_sync, Max)
-SIMT_REDUCE(int, __reduce_min_sync, Min)
-SIMT_REDUCE(int, __reduce_max_sync, Max)
-SIMT_REDUCE(unsigned, __reduce_and_sync, And)
-SIMT_REDUCE(unsigned, __reduce_or_sync, Or)
-SIMT_REDUCE(unsigned, __reduce_xor_sync, Xor)
-#undef SIMT_REDUCE
-inline int __reduce_add_sync(unsigned mask, int value, SIMT_SITE) {       // wraps around
-    return (int)__reduce_add_sync(mask, (unsigned)value, file, line);
+    simt::Ballot b = simt::vote(mask, p, "__all_sync", {file, line});
+    return b.yes == b.all;
 }
 
 // ---- memory ----------------------------------------------------------------------------------------
 
 template <class T> inline T __ldg(const T* p) { return *p; }
-template <class T> inline T __ldca(const T* p) { return *p; }
 template <class T> inline T __ldcg(const T* p) { return *p; }
 template <class T> inline T __ldcs(const T* p) { return *p; }
-template <class T> inline T __ldlu(const T* p) { return *p; }
-template <class T> inline T __ldcv(const T* p) { return *p; }
-template <class T> inline void __stwb(T* p, T v) { *p = v; }
-template <class T> inline void __stcg(T* p, T v) { *p = v; }
 template <class T> inline void __stcs(T* p, T v) { *p = v; }
-template <class T> inline void __stwt(T* p, T v) { *p = v; }
 
 // Shared addresses are offsets into the block's arena here, so that they fit 32 bits as on a GPU.
 inline size_t __cvta_generic_to_shared(const void* p) {
@@ -150,9 +101,6 @@ template <class T, class F> inline T read_modify_write(T* p, F f) {
 #define SIMT_ATOMICS(T)                             \
     SIMT_ATOMIC(T, atomicMin, old < v ? old : v)    \
     SIMT_ATOMIC(T, atomicMax, old > v ? old : v)    \
-    SIMT_ATOMIC(T, atomicAnd, old & v)              \
-    SIMT_ATOMIC(T, atomicOr, old | v)               \
-    SIMT_ATOMIC(T, atomicXor, old ^ v)              \
     SIMT_ATOMIC(T, atomicExch, ((void)old, v))      \
     inline T atomicCAS(T* p, T expected, T v) {     \
         return simt::read_modify_write(p, [=](T old) { return old == expected ? v : old; }); \
@@ -165,12 +113,6 @@ SIMT_ATOMIC(int, atomicAdd, (int)((unsigned)old + (unsigned)v))
 SIMT_ATOMIC(unsigned, atomicAdd, old + v)
 SIMT_ATOMIC(unsigned long long, atomicAdd, old + v)
 SIMT_ATOMIC(float, atomicAdd, old + v)
-SIMT_ATOMIC(double, atomicAdd, old + v)
-SIMT_ATOMIC(float, atomicExch, ((void)old, v))
-SIMT_ATOMIC(int, atomicSub, (int)((unsigned)old - (unsigned)v))
-SIMT_ATOMIC(unsigned, atomicSub, old - v)
-SIMT_ATOMIC(unsigned, atomicInc, old >= v ? 0 : old + 1)
-SIMT_ATOMIC(unsigned, atomicDec, old == 0 || old > v ? v : old - 1)
 #undef SIMT_ATOMIC
 
 // ---- arithmetic ------------------------------------------------------------------------------------
@@ -188,41 +130,14 @@ template <class A, class B> inline constexpr std::common_type_t<A, B> max(A a, B
 }
 
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
-inline double rsqrt(double x) { return 1.0 / sqrt(x); }
-inline float __saturatef(float x) { return x > 0 ? x < 1 ? x : 1.0f : 0.0f; }      // NaN gives 0, as in hardware
 inline float __fdividef(float a, float b) { return a / b; }
-inline float __frcp_rn(float x) { return 1.0f / x; }
-inline float __fsqrt_rn(float x) { return sqrtf(x); }
-inline float __frsqrt_rn(float x) { return 1.0f / sqrtf(x); }
-inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
-inline double __fma_rn(double a, double b, double c) { return fma(a, b, c); }
 // glibc declares functions of these names for itself, so they have to be macros
 #define __expf(x) expf(x)
-#define __exp10f(x) exp10f(x)
 #define __logf(x) logf(x)
-#define __log2f(x) log2f(x)
-#define __log10f(x) log10f(x)
 #define __powf(x, y) powf(x, y)
 #define __sinf(x) sinf(x)
 #define __cosf(x) cosf(x)
-#define __tanf(x) tanf(x)
 #define __sincosf(x, s, c) sincosf(x, s, c)
-
-// These promise one rounding each: the compiler must not fuse a product and a sum of them.
-namespace simt {
-inline float rounded(float x) {
-#if defined(__x86_64__)
-    asm("" : "+x"(x));
-#else
-    asm("" : "+w"(x));
-#endif
-    return x;
-}
-}  // namespace simt
-inline float __fmul_rn(float a, float b) { return simt::rounded(a * b); }
-inline float __fadd_rn(float a, float b) { return simt::rounded(a + b); }
-inline float __fsub_rn(float a, float b) { return simt::rounded(a - b); }
-inline float __fdiv_rn(float a, float b) { return a / b; }
 
 // Conversions saturate and take NaN to 0, where C++ leaves them undefined.
 namespace simt {
@@ -234,14 +149,6 @@ template <class I> inline I saturate(double x) {
 }  // namespace simt
 inline int __float2int_rn(float x) { return simt::saturate<int>(rintf(x)); }
 inline int __float2int_rz(float x) { return simt::saturate<int>(truncf(x)); }
-inline int __float2int_rd(float x) { return simt::saturate<int>(floorf(x)); }
-inline int __float2int_ru(float x) { return simt::saturate<int>(ceilf(x)); }
-inline unsigned __float2uint_rn(float x) { return simt::saturate<unsigned>(rintf(x)); }
-inline unsigned __float2uint_rz(float x) { return simt::saturate<unsigned>(truncf(x)); }
-inline float __int2float_rn(int x) { return (float)x; }
-inline float __uint2float_rn(unsigned x) { return (float)x; }
-inline float __ull2float_rn(unsigned long long x) { return (float)x; }
-inline float __double2float_rn(double x) { return (float)x; }
 
 namespace simt {
 template <class To, class From> inline To bits(From from) {
@@ -255,36 +162,10 @@ inline unsigned __float_as_uint(float x) { return simt::bits<unsigned>(x); }
 inline int __float_as_int(float x) { return simt::bits<int>(x); }
 inline float __uint_as_float(unsigned x) { return simt::bits<float>(x); }
 inline float __int_as_float(int x) { return simt::bits<float>(x); }
-inline long long __double_as_longlong(double x) { return simt::bits<long long>(x); }
-inline double __longlong_as_double(long long x) { return simt::bits<double>(x); }
 
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
-inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
-inline int __ffsll(long long x) { return __builtin_ffsll(x); }
 inline int __clz(int x) { return x ? __builtin_clz(x) : 32; }
-inline int __clzll(long long x) { return x ? __builtin_clzll(x) : 64; }
-inline unsigned __brev(unsigned x) {
-    x = (x >> 1 & 0x55555555u) | (x & 0x55555555u) << 1;
-    x = (x >> 2 & 0x33333333u) | (x & 0x33333333u) << 2;
-    x = (x >> 4 & 0x0f0f0f0fu) | (x & 0x0f0f0f0fu) << 4;
-    return __builtin_bswap32(x);
-}
-inline unsigned __funnelshift_l(unsigned low, unsigned high, unsigned n) { return ((uint64_t)high << 32 | low) << (n & 31) >> 32; }
-inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned n) { return ((uint64_t)high << 32 | low) >> (n & 31); }
-inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
-    uint64_t both = (uint64_t)b << 32 | a;
-    unsigned result = 0;
-    for (int i = 0; i < 4; i++) {
-        unsigned s = selector >> 4 * i & 0xf, byte = both >> 8 * (s & 7) & 0xff;
-        result |= (s & 8 ? (byte & 0x80 ? 0xffu : 0u) : byte) << 8 * i;
-    }
-    return result;
-}
 inline unsigned __umulhi(unsigned a, unsigned b) { return (uint64_t)a * b >> 32; }
-inline int __mulhi(int a, int b) { return (int64_t)a * b >> 32; }
-inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) { return (unsigned __int128)a * b >> 64; }
 
-inline long long clock64() { return (long long)(simt::seconds() * 1e9); }
-inline void __nanosleep(unsigned) {}
 [[noreturn]] inline void __trap() { simt::die_in_kernel("__trap()"); }

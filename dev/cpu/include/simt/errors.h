@@ -6,22 +6,10 @@
     E(cudaSuccess, 0, "no error")                                                             \
     E(cudaErrorInvalidValue, 1, "invalid argument")                                           \
     E(cudaErrorMemoryAllocation, 2, "out of memory")                                          \
-    E(cudaErrorInitializationError, 3, "initialization error")                                \
     E(cudaErrorInvalidConfiguration, 9, "invalid configuration argument")                     \
-    E(cudaErrorInvalidPitchValue, 12, "invalid pitch argument")                               \
-    E(cudaErrorInvalidSymbol, 13, "invalid device symbol")                                    \
-    E(cudaErrorInvalidDevicePointer, 17, "invalid device pointer")                            \
     E(cudaErrorInvalidMemcpyDirection, 21, "invalid copy direction for memcpy")               \
-    E(cudaErrorInvalidDeviceFunction, 98, "invalid device function")                          \
-    E(cudaErrorNoDevice, 100, "no CUDA-capable device is detected")                           \
     E(cudaErrorInvalidDevice, 101, "invalid device ordinal")                                  \
-    E(cudaErrorInvalidResourceHandle, 400, "invalid resource handle")                         \
-    E(cudaErrorNotReady, 600, "device not ready")                                             \
-    E(cudaErrorIllegalAddress, 700, "an illegal memory access was encountered")               \
-    E(cudaErrorLaunchOutOfResources, 701, "too many resources requested for launch")          \
-    E(cudaErrorLaunchFailure, 719, "unspecified launch failure")                              \
-    E(cudaErrorNotSupported, 801, "operation not supported")                                  \
-    E(cudaErrorUnknown, 999, "unknown error")
+    E(cudaErrorInvalidResourceHandle, 400, "invalid resource handle")
 
 #define SIMT_ENUM(name, value, text) name = value,
 enum cudaError { SIMT_ERRORS(SIMT_ENUM) };

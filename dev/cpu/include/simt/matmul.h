@@ -18,26 +18,19 @@ struct Matrix {
     void* data = nullptr;
     bool bf16 = false;             // or fp32
     int64_t rows = 0, cols = 0, ld = 0;
-    int64_t batch_stride = 0;      // elements
     size_t element() const { return bf16 ? 2 : 4; }
-    char* at(int64_t batch, int64_t row, int64_t col) const {
-        return (char*)data + (batch * batch_stride + col * ld + row) * (int64_t)element();
-    }
+    char* at(int64_t row, int64_t col) const { return (char*)data + (col * ld + row) * (int64_t)element(); }
 };
 
 struct Matmul {
-    int64_t m, n, k, batch;
+    int64_t m, n, k;
     bool transpose_a, transpose_b;
     float alpha, beta;
-    Matrix a, b, c, d;
+    Matrix a, b, c, d, bias, aux;
     // the epilogue, in this order
     bool add_bias = false;         // v += bias[row]
-    bool store_aux = false;        // aux = v
-    bool gelu = false;             // v = gelu(v)
+    bool gelu = false;             // aux = v, v = gelu(v)
     bool dgelu = false;            // v *= gelu'(aux)
-    bool sum_rows = false;         // bias[row] = sum over columns of v
-    bool sum_a = false, sum_b = false;   // bias = sum over k of op(A), of op(B)
-    Matrix aux, bias;
 };
 
 // n elements between memory of either type and floats
@@ -124,7 +117,7 @@ constexpr int64_t kTile = 256;     // at most, on a side
 // Few tiles would leave OS threads idle; many small ones would have OpenBLAS copy its inputs more often.
 inline void tile_size(const Matmul& p, int64_t* rows, int64_t* cols) {
     *rows = *cols = kTile;
-    auto tiles = [&] { return (p.m + *rows - 1) / *rows * ((p.n + *cols - 1) / *cols) * p.batch; };
+    auto tiles = [&] { return (p.m + *rows - 1) / *rows * ((p.n + *cols - 1) / *cols); };
     // The side that is longer in truth is halved, as long as that leaves it worth a call.
     while (tiles() < 16 && std::max(std::min(*rows, p.m), std::min(*cols, p.n)) > 64) {
         if (std::min(*rows, p.m) >= std::min(*cols, p.n)) *rows /= 2;
@@ -132,112 +125,72 @@ inline void tile_size(const Matmul& p, int64_t* rows, int64_t* cols) {
     }
 }
 
-// `tile` holds alpha op(A) op(B) for rows x cols elements of D from (row, col) of batch z on
-inline void tile_epilogue(const Matmul& p, int64_t z, int64_t row, int64_t col, int64_t rows, int64_t cols, float* tile,
-                          float* row_sums) {
+// `tile` holds alpha op(A) op(B) for rows x cols elements of D from (row, col) on
+inline void tile_epilogue(const Matmul& p, int64_t row, int64_t col, int64_t rows, int64_t cols, float* tile) {
     float other[kTile], bias[kTile];
-    if (p.add_bias) load(bias, p.bias.at(z, row, 0), p.bias.bf16, rows);
-    if (p.sum_rows) std::fill(row_sums, row_sums + rows, 0.0f);
+    const float off = 1 + options.gelu_error;      // as another implementation would be
+    if (p.add_bias) load(bias, p.bias.at(row, 0), p.bias.bf16, rows);
     for (int64_t j = 0; j < cols; j++) {
         float* v = tile + j * rows;
         if (p.beta != 0) {
-            load(other, p.c.at(z, row, col + j), p.c.bf16, rows);
+            load(other, p.c.at(row, col + j), p.c.bf16, rows);
             for (int64_t i = 0; i < rows; i++) v[i] += p.beta * other[i];
         }
         if (p.add_bias) for (int64_t i = 0; i < rows; i++) v[i] += bias[i];
-        if (p.store_aux) store(p.aux.at(z, row, col + j), v, p.aux.bf16, rows);
-        const float off = 1 + options.gelu_error;   // as another implementation would be
-        if (p.gelu) for (int64_t i = 0; i < rows; i++) v[i] = off * gelu(v[i]);
+        if (p.gelu) {
+            store(p.aux.at(row, col + j), v, p.aux.bf16, rows);
+            for (int64_t i = 0; i < rows; i++) v[i] = off * gelu(v[i]);
+        }
         if (p.dgelu) {
-            load(other, p.aux.at(z, row, col + j), p.aux.bf16, rows);
+            load(other, p.aux.at(row, col + j), p.aux.bf16, rows);
             for (int64_t i = 0; i < rows; i++) v[i] *= off * gelu_slope(other[i]);
         }
-        if (p.sum_rows) for (int64_t i = 0; i < rows; i++) row_sums[i] += v[i];
-        store(p.d.at(z, row, col + j), v, p.d.bf16, rows);
+        store(p.d.at(row, col + j), v, p.d.bf16, rows);
     }
-}
-
-// Sums over k of op(X), X with k along its columns (`along`) or across them; `first` to `last` of the other side
-inline void sum_over_k(const Matmul& p, const Matrix& x, bool along, int64_t first, int64_t last) {
-    float sums[kTile] = {};
-    if (along)
-        for (int64_t i = first; i < last; i++)
-            for (int64_t k = 0; k < p.k; k++) sums[i - first] += *(const float*)x.at(0, k, i);
-    else
-        for (int64_t k = 0; k < p.k; k++) {
-            const float* column = (const float*)x.at(0, first, k);
-            for (int64_t i = 0; i < last - first; i++) sums[i] += column[i];
-        }
-    store(p.bias.at(0, first, 0), sums, p.bias.bf16, last - first);
 }
 
 inline void matmul(const Matmul& p) {
     static const auto sgemm = openblas().sgemm;
-    static Scratch scratch_a, scratch_b, scratch_sums;
+    static Scratch scratch_a, scratch_b;
     static thread_local Scratch scratch_tile;
     double start = seconds();
 
+    const bool worth_sharing = 2.0 * p.m * p.n * p.k > 1e6;       // 10 microseconds
+    auto for_each = [&](int64_t n, const auto& f) {
+        if (worth_sharing) parallel(n, f);
+        else
+            for (int64_t i = 0; i < n; i++) f(i);
+    };
+    constexpr int64_t kColumns = 32;               // widened at a time
+    auto pieces = [](const Matrix& x) { return x.bf16 ? (x.cols + kColumns - 1) / kColumns : 0; };
+    auto widened = [](const Matrix& x, Scratch& scratch) {
+        return x.bf16 ? Matrix{scratch.get(x.rows * x.cols), false, x.rows, x.cols, x.rows} : x;
+    };
+    const Matrix a = widened(p.a, scratch_a), b = widened(p.b, scratch_b);       // as floats: the originals, or copies
+    for_each(pieces(p.a) + pieces(p.b), [&](int64_t i) {
+        const bool first = i < pieces(p.a);
+        const Matrix &from = first ? p.a : p.b, &to = first ? a : b;
+        int64_t begin = (first ? i : i - pieces(p.a)) * kColumns;
+        for (int64_t j = begin; j < std::min(begin + kColumns, from.cols); j++)
+            load((float*)to.at(0, j), from.at(0, j), true, to.rows);
+    });
+
     int64_t tile_rows, tile_cols;
     tile_size(p, &tile_rows, &tile_cols);
-    int64_t down = (p.m + tile_rows - 1) / tile_rows, across = (p.n + tile_cols - 1) / tile_cols, tiles = down * across * p.batch;
-    float* row_sums = p.sum_rows ? scratch_sums.get(across * p.m) : nullptr;
-
-    Matrix a = p.a, b = p.b;                       // as floats: the originals, or widened copies
-    auto widened = [&](Matrix x, Scratch& scratch) {
-        if (!x.bf16) return x;
-        Matrix w = x;
-        w.bf16 = false;
-        w.ld = x.rows;
-        w.batch_stride = x.batch_stride ? x.rows * x.cols : 0;
-        w.data = scratch.get(x.rows * x.cols * (x.batch_stride ? p.batch : 1));
-        return w;
-    };
-    a = widened(p.a, scratch_a), b = widened(p.b, scratch_b);
-    constexpr int64_t kColumns = 32;               // widened at a time
-    int64_t columns_a = p.a.bf16 ? a.cols * (a.batch_stride ? p.batch : 1) : 0;
-    int64_t columns_b = p.b.bf16 ? b.cols * (b.batch_stride ? p.batch : 1) : 0;
-    int64_t pieces_a = (columns_a + kColumns - 1) / kColumns, pieces_b = (columns_b + kColumns - 1) / kColumns;
-    auto widen = [&](int64_t i) {
-        const Matrix &from = i < pieces_a ? p.a : p.b, &to = i < pieces_a ? a : b;
-        int64_t first = (i < pieces_a ? i : i - pieces_a) * kColumns;
-        int64_t end = std::min(first + kColumns, i < pieces_a ? columns_a : columns_b);
-        for (int64_t j = first; j < end; j++)
-            load((float*)to.at(j / to.cols, 0, j % to.cols), from.at(j / to.cols, 0, j % to.cols), true, to.rows);
-    };
+    int64_t down = (p.m + tile_rows - 1) / tile_rows, across = (p.n + tile_cols - 1) / tile_cols;
     // With nothing to do per element, OpenBLAS writes straight into D
-    bool plain = !p.add_bias && !p.store_aux && !p.gelu && !p.dgelu && !p.sum_rows;
-    bool direct = plain && !p.d.bf16 && (p.beta == 0 || p.c.data == p.d.data);
-
-    auto tile = [&](int64_t t) {
-        int64_t z = t / (down * across), row = t % down * tile_rows, col = t / down % across * tile_cols;
+    bool plain = !p.add_bias && !p.gelu && !p.dgelu, direct = plain && !p.d.bf16 && (p.beta == 0 || p.c.data == p.d.data);
+    for_each(down * across, [&](int64_t t) {
+        int64_t row = t % down * tile_rows, col = t / down * tile_cols;
         int64_t rows = std::min(tile_rows, p.m - row), cols = std::min(tile_cols, p.n - col);
-        float* out = direct ? (float*)p.d.at(z, row, col) : scratch_tile.get(kTile * kTile);
+        float* out = direct ? (float*)p.d.at(row, col) : scratch_tile.get(kTile * kTile);
         sgemm(CblasColMajor, p.transpose_a ? CblasTrans : CblasNoTrans, p.transpose_b ? CblasTrans : CblasNoTrans,
               rows, cols, p.k, p.alpha,
-              (const float*)(p.transpose_a ? a.at(z, 0, row) : a.at(z, row, 0)), a.ld,
-              (const float*)(p.transpose_b ? b.at(z, col, 0) : b.at(z, 0, col)), b.ld,
+              (const float*)(p.transpose_a ? a.at(0, row) : a.at(row, 0)), a.ld,
+              (const float*)(p.transpose_b ? b.at(col, 0) : b.at(0, col)), b.ld,
               direct ? p.beta : 0.0f, out, direct ? p.d.ld : rows);
-        if (!direct) tile_epilogue(p, z, row, col, rows, cols, out, p.sum_rows ? row_sums + t / down * p.m + row : nullptr);
-    };
-    int64_t sums = p.sum_a ? (p.m + kTile - 1) / kTile : p.sum_b ? (p.n + kTile - 1) / kTile : 0;
-    auto tile_or_sum = [&](int64_t i) {
-        if (i < tiles) return tile(i);
-        int64_t first = (i - tiles) * kTile;
-        if (p.sum_a) sum_over_k(p, a, p.transpose_a, first, std::min(first + kTile, p.m));
-        else sum_over_k(p, b, !p.transpose_b, first, std::min(first + kTile, p.n));
-    };
-    if (2.0 * p.m * p.n * p.k * p.batch > 1e6) {   // 10 microseconds: worth sharing
-        parallel(pieces_a + pieces_b, widen);
-        parallel(tiles + sums, tile_or_sum);
-    } else {
-        for (int64_t i = 0; i < pieces_a + pieces_b; i++) widen(i);
-        for (int64_t i = 0; i < tiles + sums; i++) tile_or_sum(i);
-    }
-    if (p.sum_rows) {
-        for (int64_t j = 1; j < across; j++)
-            for (int64_t i = 0; i < p.m; i++) row_sums[i] += row_sums[j * p.m + i];
-        store(p.bias.at(0, 0, 0), row_sums, p.bias.bf16, p.m);
-    }
+        if (!direct) tile_epilogue(p, row, col, rows, cols, out);
+    });
     if (options.profile) add_to_profile("[matmul]", seconds() - start, 0, 0);
 }
 

@@ -14,8 +14,7 @@ inline const char* last_kernel = "none";      // named in the report of a broken
 struct Allocation {
     size_t bytes;
     Site site;                                // of the cudaMalloc
-    bool device;                              // or pinned host memory
-    bool guarded;                             // canaries around it: not for a __device__ variable
+    bool device;                              // with canaries around it; or pinned host memory
 };
 
 // Around each block of device memory lies a canary. With ASan it does not: there the block is exactly as
@@ -44,7 +43,7 @@ inline Memory& memory() {
 }
 
 inline void check_canary(const char* p, const Allocation& a, const char* found_by) {
-    if (!kGuard || !a.guarded) return;
+    if (!kGuard || !a.device) return;
     size_t after = broken_canary(p + a.bytes, kGuard);
     if (after < kGuard)
         die("write past the end of device memory: the %zu bytes from cudaMalloc at %s:%d were overrun, byte %zu was written\n"
@@ -85,7 +84,7 @@ inline cudaError_t allocate(void** result, size_t bytes, bool device, Site site)
         m.now += bytes;
         if (m.now > m.peak) m.peak = m.now;
     }
-    m.blocks[p] = {bytes, site, device, device};
+    m.blocks[p] = {bytes, site, device};
     *result = p;
     return cudaSuccess;
 }
@@ -95,7 +94,7 @@ inline cudaError_t release(void* p, bool device, const char* function, Site site
     std::lock_guard<std::mutex> lock(m.mutex);
     if (!p) return cudaSuccess;
     auto i = m.blocks.find((char*)p);
-    if (i == m.blocks.end() || i->second.device != device || i->second.guarded != device) {
+    if (i == m.blocks.end() || i->second.device != device) {
         fprintf(stderr, "simt: %s(%p) at %s:%d: this was not allocated, or is freed already (%s)\n", function, p, site.file,
                 site.line, cudaGetErrorName(cudaErrorInvalidValue));
         return set_error(cudaErrorInvalidValue);
