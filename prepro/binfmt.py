@@ -3,13 +3,14 @@
     python3 prepro/binfmt.py FILE...        says what each file is, after checking it
 
     import binfmt
-    binfmt.write_tokens("data/train.bin", ids, vocab=257)
+    ids = binfmt.read_tokens("data/train.bin")
     config, tensors = binfmt.read_model("model.bin")
 
 Everything is little-endian behind a header of 256 int32, in llm.c's format. A reader believes
 nothing before it is checked: magic, version, and each size against the size the file really has.
 A writer works under a temporary name, so that a file under its final name is always whole.
 """
+import contextlib
 import mmap
 import os
 import re
@@ -42,12 +43,21 @@ except ImportError as e:
 HEADER_BYTES = 256 * 4
 MODEL_MAGIC, STATE_MAGIC, TOKENIZER_MAGIC = 20240326, 20240327, 20240328
 TOKENS = {16: (20240520, 1, "<u2"), 32: (20240801, 7, "<u4")}  # bits: magic, version, dtype
+TOKEN_VERSIONS = {magic: {version} for magic, version, _ in TOKENS.values()}
 MODEL_VERSIONS = {3: "<f4", 5: "<u2"}  # fp32; bf16 as its upper 16 bits
 MAX_COUNT = 2**31 - 1  # counts stand in an int32
 
 
 class Error(Exception):
     """What went wrong, in a message for people: the file, what was expected, what was found."""
+
+
+@contextlib.contextmanager
+def writing(where):
+    try:
+        yield
+    except OSError as e:
+        raise Error(f"{where}: could not write there: {e.strerror}; no file of this run was left: make room, or name another place") from None
 
 
 # ----------------------------------------------------------------------------
@@ -111,42 +121,37 @@ def _header(*values):
 # ----------------------------------------------------------------------------
 # reading: checked before believed
 
+KINDS = {MODEL_MAGIC: "a GPT-2 model", STATE_MAGIC: "a debug state", TOKENIZER_MAGIC: "a tokenizer", 20240520: "16-bit tokens",
+         20240801: "32-bit tokens", 20240803: "a Llama model", 20240527: "a run's state"}
+
+
 def _read_header(path, kind, versions):
-    """versions: {magic: set of versions}. Returns the header as a list of int and the body's size."""
+    """versions: {magic: versions that we read}. Returns the header as a list of int and the body's size."""
     try:
         found = os.stat(path)
         if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):  # a pipe would be waited for, a device has no size
             raise Error(f"{path}: expected a {kind} in a regular file, found a pipe or a device")
-        size = found.st_size
         with open(path, "rb") as f:
             raw = f.read(HEADER_BYTES)
     except OSError as e:
         raise Error(f"{path}: cannot read it: {e.strerror}") from None
     if len(raw) < HEADER_BYTES:
-        raise Error(f"{path}: expected a {kind} with a header of {HEADER_BYTES} bytes, "
-                          f"found {size} bytes in all; write the file again")
+        raise Error(f"{path}: expected a {kind} with a header of {HEADER_BYTES} bytes, found {found.st_size} bytes in all; "
+                    "write the file again")
     header = [int(v) for v in np.frombuffer(raw, "<i4")]
-    if header[0] not in versions:
-        wanted = " or ".join(map(str, versions))
-        raise Error(f"{path}: expected a {kind} (magic {wanted}), found magic {header[0]}"
-                          f"{_guess(header[0])}; is it the right file?")
-    if header[1] not in versions[header[0]]:
-        wanted = " or ".join(map(str, sorted(versions[header[0]])))
-        raise Error(f"{path}: expected {kind} version {wanted}, found version {header[1]}")
-    return header, size - HEADER_BYTES
-
-
-def _guess(magic):
-    kinds = {MODEL_MAGIC: "a GPT-2 model", STATE_MAGIC: "a debug state", TOKENIZER_MAGIC: "a tokenizer",
-             20240520: "16-bit tokens", 20240801: "32-bit tokens", 20240803: "a Llama model",
-             20240527: "a run's state"}
-    return f", which is {kinds[magic]}" if magic in kinds else ""
+    magic, version = header[:2]
+    if magic not in versions:
+        raise Error(f"{path}: expected a {kind} (magic {' or '.join(map(str, versions))}), found magic {magic}"
+                    f"{', which is ' + KINDS[magic] if magic in KINDS else ''}; is it the right file?")
+    if version not in versions[magic]:
+        raise Error(f"{path}: expected {kind} version {' or '.join(map(str, sorted(versions[magic])))}, found version {version}")
+    return header, found.st_size - HEADER_BYTES
 
 
 def _check_body(path, what, expected, found):
     if expected != found:
         raise Error(f"{path}: expected {expected} bytes behind the header ({what}), found {found}; "
-                          "the file is damaged or cut short: write it again")
+                    "the file is damaged or cut short: write it again")
 
 
 # ----------------------------------------------------------------------------
@@ -156,7 +161,7 @@ def token_bits(vocab):
     return 16 if vocab <= 65536 else 32
 
 
-def put_token_pieces(f, count, pieces, vocab):
+def write_tokens(f, count, pieces, vocab):
     """Writes arrays of ids, `count` in all, to an open file, 16 bits each where the vocabulary fits."""
     magic, version, dtype = TOKENS[token_bits(vocab)]
     if not 0 < count <= MAX_COUNT:
@@ -168,31 +173,22 @@ def put_token_pieces(f, count, pieces, vocab):
         f.write(memoryview(np.ascontiguousarray(ids, dtype)).cast("B"))
 
 
-def write_tokens(path, ids, vocab):
-    with atomic(path) as (f,):
-        put_token_pieces(f, len(ids), [np.asarray(ids)], vocab)
-
-
-def read_tokens(path, vocab=None):
-    """The ids, mapped and not loaded; with vocab given, each id is checked against it."""
-    versions = {magic: {version} for magic, version, _ in TOKENS.values()}
-    header, body = _read_header(path, "token file", versions)
+def read_tokens(path):
+    """The ids, mapped and not loaded."""
+    header, body = _read_header(path, "token file", TOKEN_VERSIONS)
     dtype = np.dtype(next(d for magic, _, d in TOKENS.values() if magic == header[0]))
     count = header[2]
     if count <= 0:
         raise Error(f"{path}: expected at least one token, found a count of {count}")
     _check_body(path, f"{count} tokens of {dtype.itemsize} bytes", count * dtype.itemsize, body)
-    ids = np.memmap(path, dtype, "r", HEADER_BYTES, (count,))
-    if vocab is not None and int(ids.max()) >= vocab:
-        raise Error(f"{path}: expected ids below {vocab}, found {int(ids.max())} at position "
-                          f"{int(ids.argmax())}; the file was made with another tokenizer")
-    return ids
+    return np.memmap(path, dtype, "r", HEADER_BYTES, (count,))
 
 
 # ----------------------------------------------------------------------------
 # tokenizer: what each id prints
 
-def put_tokenizer(f, tokens, eot):
+def write_tokenizer(f, tokens, eot):
+    """To an open file."""
     if not 0 <= eot < len(tokens):
         raise Error(f"{f.name}: end-of-text id {eot} is outside of the vocabulary of {len(tokens)}")
     for i, token in enumerate(tokens):
@@ -200,11 +196,6 @@ def put_tokenizer(f, tokens, eot):
             raise Error(f"{f.name}: a token has 1 to 255 bytes, but token {i} has {len(token)}")
     f.write(_header(TOKENIZER_MAGIC, 2, len(tokens), eot))
     f.write(b"".join(bytes([len(token)]) + token for token in tokens))
-
-
-def write_tokenizer(path, tokens, eot):
-    with atomic(path) as (f,):
-        put_tokenizer(f, tokens, eot)
 
 
 def read_tokenizer(path):
@@ -221,9 +212,9 @@ def read_tokenizer(path):
     tokens, at = [], 0
     for i in range(count):
         end = at + 1 + (body[at] if at < len(body) else 0)
-        if at >= len(body) or end > len(body) or end == at + 1:
+        if not at + 1 < end <= len(body):
             raise Error(f"{path}: expected {count} tokens of 1 to 255 bytes, found a bad one at id {i}; "
-                              "the file is damaged or cut short: write it again")
+                        "the file is damaged or cut short: write it again")
         tokens.append(body[at + 1:end])
         at = end
     _check_body(path, f"{count} tokens", at, len(body))
@@ -294,6 +285,13 @@ def write_model(path, config, tensors, version=3):
             f.write((to_bf16(tensor) if version == 5 else tensor).tobytes())
 
 
+def _read_arrays(path, arrays):
+    """arrays: [(dtype, shape)], one after the other behind the header."""
+    with open(path, "rb") as f:
+        f.seek(HEADER_BYTES)
+        return [np.fromfile(f, dtype, int(np.prod(shape))).reshape(shape) for dtype, shape in arrays]
+
+
 def model_version(path):
     """3 for fp32, 5 for bf16."""
     return _read_header(path, "GPT-2 model", {MODEL_MAGIC: set(MODEL_VERSIONS)})[0][1]
@@ -308,30 +306,26 @@ def read_model(path):
         raise Error(f"{path}: expected positive sizes, Vp of at least V, and C a multiple of NH; found {config}")
     dtype = np.dtype(MODEL_VERSIONS[header[1]])
     _check_body(path, f"{config}", config.count() * dtype.itemsize, body)
-    tensors = {}
-    with open(path, "rb") as f:
-        f.seek(HEADER_BYTES)
-        for name, shape in config.shapes().items():
-            raw = np.fromfile(f, dtype, int(np.prod(shape))).reshape(shape)
-            tensors[name] = from_bf16(raw) if header[1] == 5 else raw
-    return config, tensors
+    arrays = _read_arrays(path, [(dtype, shape) for shape in config.shapes().values()])
+    return config, dict(zip(config.shapes(), map(from_bf16, arrays) if header[1] == 5 else arrays))
 
 
 # ----------------------------------------------------------------------------
 # debug states: what a model must compute
 
+def _state_arrays(config, B, T, n):
+    """What a state holds, in its order: ids, logits, the loss, all gradients, the losses of n steps."""
+    return [("<i4", (B, T)), ("<i4", (B, T)), ("<f4", (B, T, config.V)), ("<f4", ()),
+            *(("<f4", shape) for shape in config.shapes().values()), ("<f4", (n,))]
+
+
 def write_state(path, config, x, y, logits, loss, grads, losses):
     """x, y (B,T); logits (B,T,V); grads as a model's tensors; losses: one per AdamW step."""
-    B, T = x.shape
+    values = [x, y, logits, loss, *(grads[name] for name in config.shapes()), losses]
     with atomic(path) as (f,):
-        f.write(_header(STATE_MAGIC, 2, B, T, len(losses)))
-        for ids in (x, y):
-            f.write(np.asarray(ids, "<i4").tobytes())
-        f.write(np.asarray(logits, "<f4").reshape(B, T, config.V).tobytes())
-        f.write(np.asarray([loss], "<f4").tobytes())
-        for name, shape in config.shapes().items():
-            f.write(np.asarray(grads[name], "<f4").reshape(shape).tobytes())
-        f.write(np.asarray(losses, "<f4").tobytes())
+        f.write(_header(STATE_MAGIC, 2, *x.shape, len(losses)))
+        for value, (dtype, shape) in zip(values, _state_arrays(config, *x.shape, len(losses))):
+            f.write(np.asarray(value, dtype).reshape(shape).tobytes())
 
 
 def read_state(path, config):
@@ -339,33 +333,21 @@ def read_state(path, config):
     header, body = _read_header(path, "debug state", {STATE_MAGIC: {2}})
     B, T, n = header[2:5]
     if B <= 0 or not 0 < T <= config.maxT or n < 0:
-        raise Error(f"{path}: expected B > 0, T of 1 to {config.maxT} and a count of losses, "
-                          f"found B={B} T={T} n={n}; was it made for this model?")
-    BT = B * T
-    expected = 4 * (2 * BT + BT * config.V + 1 + config.count() + n)
-    _check_body(path, f"B={B} T={T} n={n} with {config}", expected, body)
-    state = {}
-    with open(path, "rb") as f:
-        f.seek(HEADER_BYTES)
-        for name in "xy":
-            state[name] = np.fromfile(f, "<i4", BT).reshape(B, T)
-            if state[name].min() < 0 or state[name].max() >= config.V:
-                raise Error(f"{path}: expected ids from 0 to {config.V - 1} in {name}, "
-                                  f"found {state[name].min()} to {state[name].max()}")
-        state["logits"] = np.fromfile(f, "<f4", BT * config.V).reshape(B, T, config.V)
-        state["loss"] = np.fromfile(f, "<f4", 1)[0]
-        state["grads"] = {name: np.fromfile(f, "<f4", int(np.prod(shape))).reshape(shape)
-                          for name, shape in config.shapes().items()}
-        state["losses"] = np.fromfile(f, "<f4", n)
-    return state
+        raise Error(f"{path}: expected B > 0, T of 1 to {config.maxT} and a count of losses, found B={B} T={T} n={n}; "
+                    "was it made for this model?")
+    _check_body(path, f"B={B} T={T} n={n} with {config}", 4 * (B * T * (2 + config.V) + 1 + config.count() + n), body)
+    x, y, logits, loss, *grads, losses = _read_arrays(path, _state_arrays(config, B, T, n))
+    for name, ids in (("x", x), ("y", y)):
+        if ids.min() < 0 or ids.max() >= config.V:
+            raise Error(f"{path}: expected ids from 0 to {config.V - 1} in {name}, found {ids.min()} to {ids.max()}")
+    return {"x": x, "y": y, "logits": logits, "loss": loss, "grads": dict(zip(config.shapes(), grads)), "losses": losses}
 
 
 # ----------------------------------------------------------------------------
 
 def describe(path):
-    header, body = _read_header(path, "file of ours", {
-        **{magic: {version} for magic, version, _ in TOKENS.values()},
-        MODEL_MAGIC: set(MODEL_VERSIONS), TOKENIZER_MAGIC: {2}, STATE_MAGIC: {2}})
+    versions = {**TOKEN_VERSIONS, MODEL_MAGIC: set(MODEL_VERSIONS), TOKENIZER_MAGIC: {2}, STATE_MAGIC: {2}}
+    header, body = _read_header(path, "file of ours", versions)
     if header[0] == MODEL_MAGIC:
         config, _ = read_model(path)
         return f"GPT-2 model, {'bf16' if header[1] == 5 else 'fp32'}, {config.count()} parameters, {config}"

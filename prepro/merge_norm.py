@@ -6,13 +6,11 @@ With z the normalised x, a block computes (gamma z + beta) W^T + b. That is z W'
 W' = W gamma (column by column) and b' = b + W beta. For ln1 into qkvw and qkvb, and ln2 into fcw
 and fcb, this writes W' and b', computed in float64, and sets gamma to 1 and beta to 0: the model of
 the published MS-LayerNorm (Yang et al., ICML 2024, arXiv 2406.16282). OUT computes what IN computes,
-within rounding, but training it trains other parameters. A trainer built with MS_NORM=1 does not
-need it: it folds gamma and beta at use and leaves them parameters of their own.
+within the rounding of its precision, which is IN's; but training it trains other parameters. A
+trainer built with MS_NORM=1 does not need it: it folds gamma and beta at use.
 
 The final norm keeps its gamma and beta. The matrix behind it is the embedding, so scaling its
 columns would also change what enters the first block, and the head has no bias to take beta.
-
-OUT has IN's precision. In bf16 the merged weights are rounded once more, to 8 bits.
 """
 import argparse
 import os
@@ -44,14 +42,11 @@ def work(a):
     with np.errstate(all="ignore"):  # infinities are said below
         merged = merge(tensors)
     limit = np.finfo(np.float32).max
-    for _, matmul in PAIRS:
-        for name in (matmul + "w", matmul + "b"):
-            if not (np.abs(merged[name]) <= limit).all():  # a NaN is not, either
-                raise Error(f"{a.model}: {name} is not finite after merging; check the model for NaN and infinities")
-    try:
+    for name in ("qkvw", "qkvb", "fcw", "fcb"):
+        if not (np.abs(merged[name]) <= limit).all():  # a NaN is not, either
+            raise Error(f"{a.model}: {name} is not finite after merging; check the model for NaN and infinities")
+    with binfmt.writing(a.out):
         binfmt.write_model(a.out, config, merged, version)
-    except OSError as e:
-        raise Error(f"{a.out}: could not write there: {e.strerror}") from None
     binfmt.say(f"{a.model}: {config}, {'bf16' if version == 5 else 'fp32'}")
     for norm, matmul in PAIRS:
         gamma, beta = tensors[norm + "w"], tensors[norm + "b"]

@@ -213,13 +213,11 @@ def work(a):
     else:
         raise Error(f"--margin {a.margin:g}: no seed from {a.seed} to {seed} keeps every pre-activation that "
                     "far from a threshold; take a smaller batch, fewer steps or a smaller margin")
-    try:
+    with binfmt.writing(a.out):
         if not a.model:
             os.makedirs(os.path.dirname(os.path.abspath(a.out)), exist_ok=True)
             binfmt.write_model(f"{a.out}.bin", config, tensors)
         binfmt.write_state(f"{a.out}_state.bin", config, x, y, logits, loss, grads, losses)
-    except OSError as e:
-        raise Error(f"{a.out}: could not write there: {e.strerror}") from None
     binfmt.say(f"{config}, {config.count()} parameters, B={a.batch} T={a.seq}")
     if a.approxbp:
         first, later = activation.calls[:config.L], activation.calls[2 * config.L:]  # step 1 computes the first again

@@ -35,7 +35,6 @@ import stat
 import sys
 import tempfile
 import time
-from collections import Counter
 from dataclasses import dataclass
 from typing import Callable
 from unittest import mock
@@ -53,12 +52,12 @@ LONGEST = 1 << 20  # characters of a piece, where a tokenizer allows a cut anywh
 
 @dataclass
 class Tokenizer:
-    encode: Callable    # a piece of a document -> its ids; of the bytes tokenizer bytes, of the others str
-    tokens: list        # the bytes that each id prints
-    eot: int            # the id that stands between documents
-    cut: object = None  # a pattern that ends at the last place where a cut changes no id; None: there is none
+    encode: Callable     # a piece of a document -> its ids; of the bytes tokenizer bytes, of the others str
+    tokens: list         # the bytes that each id prints
+    eot: int             # the id that stands between documents
+    cut: object = None   # a pattern that ends at the last place where a cut changes no id; None: there is none
     force: bool = False  # a cut anywhere may change ids, but not the text that they spell
-    raw: bool = False   # encode takes bytes
+    raw: bool = False    # encode takes bytes
 
 
 # ----------------------------------------------------------------------------
@@ -83,8 +82,8 @@ GPT2_FILES = {name: hashlib.sha1(b"https://openaipublic.blob.core.windows.net/gp
 
 
 def gpt2_is_cached():
-    cache = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR") or \
-        os.path.join(tempfile.gettempdir(), "data-gym-cache")
+    cache = (os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR")
+             or os.path.join(tempfile.gettempdir(), "data-gym-cache"))
     return all(os.path.exists(os.path.join(cache, name)) for name in GPT2_FILES.values())
 
 
@@ -142,21 +141,21 @@ def json_tokenizer(path, eot_name=None):
         tok.encode_special_tokens = True  # a text that mentions </s> has not ended
 
     vocab = tok.get_vocab(with_added_tokens=True)
+    eot_name = eot_name or next((name for name in EOT_NAMES if name in vocab), None)
     if eot_name is None:
-        eot_name = next((name for name in EOT_NAMES if name in vocab), None)
-        if eot_name is None:
-            raise Error(f"{path}: has none of {' '.join(EOT_NAMES)}; name the token that ends a text with --eot TOKEN")
+        raise Error(f"{path}: has none of {' '.join(EOT_NAMES)}; name the token that ends a text with --eot TOKEN")
     if eot_name not in vocab:
         raise Error(f"--eot {eot_name}: is not in the vocabulary of {path}")
+    spec = json.loads(tok.to_str())
     tokens = [b"<unused %d>" % i for i in range(max(vocab.values()) + 1)]  # a vocabulary may have holes
-    spell = speller(tok)
+    spell = speller(tok, spec)
     for name, i in vocab.items():
         tokens[i] = spell(name, i) or name.encode()
         if len(tokens[i]) > 255:
             raise Error(f"{path}: token {i} has {len(tokens[i])} bytes, and tokenizer.bin has room for 255; "
                         "train a tokenizer with shorter tokens")
     return Tokenizer(lambda text: tok.encode(text, add_special_tokens=False).ids, tokens, vocab[eot_name],
-                     *where_to_cut(json.loads(tok.to_str()), getattr(tok, "encode_special_tokens", False)))
+                     *where_to_cut(spec, getattr(tok, "encode_special_tokens", False)))
 
 
 # Patterns of GPT-2, of GPT-4 and Llama 3, of Qwen, of GPT-4o. All of them cut between a letter or digit and a space or line end.
@@ -209,12 +208,11 @@ def byte_alphabet():
     return {**{chr(b): b for b in printable}, **{chr(256 + i): b for i, b in enumerate(others)}}
 
 
-def speller(tok):
+def speller(tok, spec):
     """The function from a token's name in the vocabulary (and id) to the bytes that it prints.
 
     decode() of a single id will not do: it drops a leading space and garbles part of a character.
     """
-    spec = json.loads(tok.to_str())
     kinds = json.dumps([spec.get("decoder"), spec.get("pre_tokenizer")], ensure_ascii=False)
     added = {t["content"] for t in spec.get("added_tokens") or []}
     alphabet = byte_alphabet() if '"ByteLevel"' in kinds else None
@@ -247,38 +245,30 @@ def make_tokenizer(name, eot_name=None):
 # documents
 
 class Progress:
-    """On stderr: on a terminal a line that is written over, elsewhere one now and then; nothing for what is over soon."""
+    """On stderr: on a terminal a line that is written over, elsewhere one every ten seconds; nothing for what is over soon."""
 
     def __init__(self, what, total):
-        self.what, self.total, self.done = what, total, 0
+        self.what, self.total, self.done, self.width = what, total or 0, 0, 0
         self.start = self.said = time.monotonic()
         self.live = sys.stderr.isatty()
-        self.every = 0.2 if self.live else 10
-        self.width = 0
 
     def add(self, n):
         self.done += n
         now = time.monotonic()
-        if now - self.said < self.every:
+        if now - self.said < (0.2 if self.live else 10):
             return
-        self.said = now
-        rate = self.done / (now - self.start)
-        of, left = "", ""
-        if self.done < (self.total or 0):
-            seconds = round((self.total - self.done) / rate)
+        self.said, rate, of = now, self.done / (now - self.start), ""
+        if self.done < self.total:
             of = f" of {self.total / 1e6:,.0f}"
-            if self.done * 50 > self.total:  # before that it is no estimate
-                left = f", {seconds // 60}:{seconds % 60:02d} left"
-        self.show(f"{self.what} {self.done / 1e6:,.0f}{of} MB, {rate / 1e6:.1f} MB/s{left}")
+        line = f"{self.what} {self.done / 1e6:,.0f}{of} MB, {rate / 1e6:.1f} MB/s"
+        if of and self.done * 50 > self.total:  # before that it is no estimate
+            seconds = round((self.total - self.done) / rate)
+            line += f", {seconds // 60}:{seconds % 60:02d} left"
+        self.show(line)
 
     def show(self, line):
         print(f"\r{line:{self.width}}" if self.live else line, end="" if self.live else "\n", file=sys.stderr, flush=True)
         self.width = len(line)
-
-    def pass_on(self, parts):
-        for part in parts:
-            yield part
-            self.add(len(part))
 
     def __enter__(self):
         return self
@@ -323,19 +313,19 @@ class Notes:
 
     def look(self, path, parts):
         """Passes a document's bytes on, and notes what is odd about them."""
-        counts, start = Counter(), b""
+        lf = cr = crlf = nul = 0
+        start = b""
         for block in parts:
             start = start or block[:4]
-            counts.update(lf=block.count(b"\n"), nul=block.count(b"\0"))
-            if b"\r" in block:
-                counts.update(cr=block.count(b"\r"), crlf=block.count(b"\r\n"))
+            lf, cr = lf + block.count(b"\n"), cr + block.count(b"\r")
+            crlf, nul = crlf + block.count(b"\r\n"), nul + block.count(b"\0")
             yield block
-        if counts["cr"]:
-            ends = "CR alone" if not counts["lf"] else "CR LF" if counts["crlf"] else "CR and LF, mixed"
+        if cr:
+            ends = "CR alone" if not lf else "CR LF" if crlf else "CR and LF, mixed"
             self.add(path, f"lines end in {ends}; kept as it is (--newlines lf makes LF of it)")
         if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             self.add(path, "looks like UTF-16, whose bytes make a poor text; convert it (iconv -f UTF-16 -t UTF-8)")
-        elif counts["nul"]:
+        elif nul:
             self.add(path, "has NUL bytes, kept as they are; is it text?")
         if start.startswith(codecs.BOM_UTF8):
             self.add(path, "begins with a byte order mark, kept as part of the text")
@@ -393,7 +383,7 @@ def encode_documents(paths, tokenizer, spool, newlines, most):
     dtype, lengths, notes, total = ids_type(tokenizer), [], Notes(), 0
     with Progress("read", total_bytes(paths)) as progress:
         for path in paths:
-            parts = notes.look(path, progress.pass_on(blocks(path)))
+            parts = notes.look(path, (block for block in blocks(path) if not progress.add(len(block))))
             if newlines == "lf":
                 parts = with_newlines(parts)
             length = begin = 0
@@ -406,12 +396,12 @@ def encode_documents(paths, tokenizer, spool, newlines, most):
                     raise Error(f"{path}: the tokenizer failed between characters {begin} and {begin + len(piece)}: "
                                 f"{type(e).__name__}: {str(e)[:200]}") from None
                 begin += len(piece)
-                if len(ids):
-                    spool.write((b"" if length else np.array([tokenizer.eot], dtype).tobytes()) + ids.tobytes())
-                    total += len(ids) + (length == 0)
-                    length += len(ids) + (length == 0)
-                    if total > most:
-                        too_many(total)
+                if len(ids) and not length:
+                    ids = np.append(np.array([tokenizer.eot], dtype), ids)
+                spool.write(ids.tobytes())
+                length, total = length + len(ids), total + len(ids)
+                if total > most:
+                    too_many(total)
             if length:
                 lengths.append(length)
             else:
@@ -433,25 +423,15 @@ def ids_type(tokenizer):
     return np.dtype(binfmt.TOKENS[binfmt.token_bits(len(tokenizer.tokens))][2])
 
 
-class Spool:
-    """The ids of all documents, read in pieces."""
-
-    def __init__(self, file, dtype):
-        self.file, self.dtype = file, dtype
-
-    def read(self, start, count):
-        raw = os.pread(self.file.fileno(), count * self.dtype.itemsize, start * self.dtype.itemsize)
-        return np.frombuffer(raw, self.dtype)
-
-    def take(self, segments, count):
-        """Yields the next `count` ids of [(start, length)], whose first comes last, and drops what it has yielded."""
-        while count:
-            start, length = segments.pop()
-            n = min(length, count, BLOCK)
-            yield self.read(start, n)
-            count -= n
-            if n < length:
-                segments.append((start + n, length - n))
+def take(read, segments, count):
+    """Yields the next `count` ids of [(start, length)], whose first comes last, and drops what it has yielded."""
+    while count:
+        start, length = segments.pop()
+        n = min(length, count, BLOCK)
+        yield read(start, n)
+        count -= n
+        if n < length:
+            segments.append((start + n, length - n))
 
 
 def split(lengths, fraction, begins_a_document):
@@ -510,21 +490,21 @@ def shards(folder, stem, count, limit):
 
 
 def write_all(folder, outputs, pieces, tokenizer):
-    """All files or none; then drops what an earlier run left under the same names. pieces(path, count) are a file's ids."""
+    """All files or none; then drops what an earlier run left under the same names. pieces(count) are the next file's ids."""
     paths = [path for path, _ in outputs] + [os.path.join(folder, "tokenizer.bin")]
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # all of them are open until all are whole
     need = len(paths) + 64
+    if need > hard != resource.RLIM_INFINITY:
+        raise Error(f"--shard-tokens: makes {len(paths)} files, and this process may open {hard} (ulimit -Hn); "
+                    "take more tokens a file")
     if need > soft != resource.RLIM_INFINITY:
-        if need > hard != resource.RLIM_INFINITY:
-            raise Error(f"--shard-tokens: makes {len(paths)} files, and this process may open {hard} (ulimit -Hn); "
-                        "take more tokens a file")
         resource.setrlimit(resource.RLIMIT_NOFILE, (need, hard))
     size = ids_type(tokenizer).itemsize
     with Progress("wrote", sum(count for _, count in outputs) * size) as progress, binfmt.atomic(*paths) as files:
-        for f, (path, count) in zip(files, outputs):
-            counted = (ids for ids in pieces(path, count) if not progress.add(ids.nbytes))
-            binfmt.put_token_pieces(f, count, counted, len(tokenizer.tokens))
-        binfmt.put_tokenizer(files[-1], tokenizer.tokens, tokenizer.eot)
+        for f, (_, count) in zip(files, outputs):
+            counted = (ids for ids in pieces(count) if not progress.add(ids.nbytes))
+            binfmt.write_tokens(f, count, counted, len(tokenizer.tokens))
+        binfmt.write_tokenizer(files[-1], tokenizer.tokens, tokenizer.eot)
     for name in sorted(os.listdir(folder)):
         path = os.path.join(folder, name)
         if re.fullmatch(OURS, name) and path not in paths:
@@ -535,12 +515,8 @@ def write_all(folder, outputs, pieces, tokenizer):
 def batch_that_fits(tokens):
     """-b and -t for the command that we print: 16 x 64, or less where the shortest file is short.
     A batch reads one token more than it has, the last one's target."""
-    T = 64
-    while T > 1 and T + 1 > tokens:
-        T //= 2
-    B = 16
-    while B > 1 and B * T + 1 > tokens:
-        B //= 2
+    T = next(T for T in (64, 32, 16, 8, 4, 2, 1) if T < tokens or T == 1)
+    B = next(B for B in (16, 8, 4, 2, 1) if B * T < tokens or B == 1)
     return B, T
 
 
@@ -548,23 +524,18 @@ def check_paths(paths, out):
     """What can fail at once fails before the long part."""
     seen = {}
     for path in paths:
-        if path == "-":
-            if sys.stdin is not None and sys.stdin.isatty():
-                print("reading from this terminal: end the text with Ctrl-D", file=sys.stderr)
-            key = "-"
-        else:
-            try:
-                found = os.stat(path)
-            except OSError as e:
-                raise Error(f"{path}: no such file" if isinstance(e, FileNotFoundError) else
-                            f"{path}: cannot read it: {e.strerror}") from None
+        key = path
+        if path != "-":
+            found = os.stat(path)
+            key = (found.st_dev, found.st_ino)
             if stat.S_ISDIR(found.st_mode):
                 raise Error(f"{path}: is a folder; name its files, as in {path.rstrip('/')}/*.txt")
             if not os.access(path, os.R_OK):
                 raise Error(f"{path}: cannot read it: Permission denied")
             if stat.S_ISFIFO(found.st_mode):
                 print(f"{path} is a pipe: reading until its writer closes it", file=sys.stderr)
-            key = (found.st_dev, found.st_ino)
+        elif sys.stdin is not None and sys.stdin.isatty():
+            print("reading from this terminal: end the text with Ctrl-D", file=sys.stderr)
         if key in seen:
             say(f"{path}: is {seen[key]} again; it counts as two documents, one of which may teach what the other examines")
         seen.setdefault(key, path)
@@ -588,8 +559,11 @@ def prepare(paths, out="data", tokenizer="bytes", eot=None, val_fraction=0.1, sh
     if not out:
         raise Error("--out: expected a folder, found an empty name")
     for path in paths:  # before a tokenizer is looked for, and a folder made
-        if path != "-" and not os.path.exists(path):
-            raise Error(f"{path or 'FILE'}: no such file")
+        try:
+            path == "-" or os.stat(path)
+        except OSError as e:
+            why = "no such file" if isinstance(e, FileNotFoundError) else f"cannot read it: {e.strerror}"
+            raise Error(f"{path or 'FILE'}: {why}") from None
     tok = make_tokenizer(tokenizer, eot)
     try:
         os.makedirs(out, exist_ok=True)
@@ -599,33 +573,27 @@ def prepare(paths, out="data", tokenizer="bytes", eot=None, val_fraction=0.1, sh
         raise Error(f"{out}: cannot write into this folder; choose another with --out")
     check_paths(paths, out)
 
-    try:
-        with tempfile.TemporaryFile(dir=out) as file:
-            most = (binfmt.MAX_COUNT + 1) / (1 - val_fraction) if shard_tokens is None else float("inf")  # that fit into train.bin
-            lengths = encode_documents(paths, tok, file, newlines, most)
-            spool = Spool(file, ids_type(tok))
-            segments = dict(zip(("train", "val"), split(lengths, val_fraction, lambda at: spool.read(at, 1)[0] == tok.eot)))
-            counts = {stem: sum(n for _, n in segments[stem]) for stem in segments}
-            outputs = {stem: shards(out, stem, counts[stem], shard_tokens) for stem in segments}
-            for s in segments.values():
-                s.reverse()
-            stem_of = {path: stem for stem, files in outputs.items() for path, _ in files}
-            outputs = outputs["train"] + outputs["val"]
-            write_all(out, outputs, lambda path, count: spool.take(segments[stem_of[path]], count), tok)
-    except OSError as e:
-        raise Error(f"{out}: could not write there: {e.strerror}; no file of this run was left") from None
+    dtype = ids_type(tok)
+    with binfmt.writing(out), tempfile.TemporaryFile(dir=out) as spool:
+        def read(start, count):
+            return np.frombuffer(os.pread(spool.fileno(), count * dtype.itemsize, start * dtype.itemsize), dtype)
+        most = (binfmt.MAX_COUNT + 1) / (1 - val_fraction) if shard_tokens is None else float("inf")  # that fit into train.bin
+        lengths = encode_documents(paths, tok, spool, newlines, most)
+        parts = split(lengths, val_fraction, lambda at: read(at, 1)[0] == tok.eot)
+        train, val = (shards(out, stem, sum(n for _, n in part), shard_tokens) for stem, part in zip(("train", "val"), parts))
+        segments = [*parts[0], *parts[1]][::-1]
+        write_all(out, train + val, lambda count: take(read, segments, count), tok)
 
-    V = len(tok.tokens)
-    say(f"{len(lengths)} document{'s' * (len(lengths) > 1)}, {sum(counts.values())} tokens, "
-        f"vocabulary {V} ({os.path.basename(tokenizer)}), end of text {tok.eot}")
-    for path, count in outputs:
+    V, total, examined = len(tok.tokens), sum(n for _, n in train + val), sum(n for _, n in val) > 1
+    say(f"{len(lengths)} document{'s' * (len(lengths) > 1)}, {total} tokens, vocabulary {V} ({os.path.basename(tokenizer)}), "
+        f"end of text {tok.eot}")
+    for path, count in train + val:
         say(f"wrote {path}: {count} tokens of {binfmt.token_bits(V)} bits")
     say(f"wrote {os.path.join(out, 'tokenizer.bin')}")
-    shortest = min(count for path, count in outputs if stem_of[path] == "train" or count > 1)
+    shortest = min([n for _, n in train] + [n for _, n in val if n > 1])
     if shortest < 2:
         say("too few tokens to train on: a file of one token has none that follows it")
         return
-    examined = counts["val"] > 1
     B, T = batch_that_fits(shortest)
     pattern = "{}.bin" if shard_tokens is None else "{}_*.bin"
     flags = [f"{flag} {shlex.quote(os.path.join(out, pattern.format(stem)))}"
@@ -639,6 +607,7 @@ def prepare(paths, out="data", tokenizer="bytes", eot=None, val_fraction=0.1, sh
 
 
 def add_options(parser, out):
+    """Options that have the names of prepare()'s parameters."""
     parser.add_argument("--out", default=out, metavar="DIR", help=f"folder to write to ({out})")
     parser.add_argument("--tokenizer", default="bytes", metavar="NAME",
                         help="bytes (default), gpt2, or the path of a tokenizer.json")
@@ -649,18 +618,13 @@ def add_options(parser, out):
                         help="keep line ends (default), or make LF of CR LF and CR")
 
 
-def options(a):
-    """The values of what add_options added, by the names that prepare() has for them."""
-    return {name: getattr(a, name) for name in ("out", "tokenizer", "eot", "val_fraction", "shard_tokens", "newlines")}
-
-
 def main():
     parser = argparse.ArgumentParser(description="Text files to token files.", epilog=__doc__.split("\n\n", 2)[2],
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="+", metavar="FILE", help="a text, one document; - is standard input")
+    parser.add_argument("paths", nargs="+", metavar="FILE", help="a text, one document; - is standard input")
     add_options(parser, "data")
     a = parser.parse_args()
-    binfmt.run("text.py", lambda: prepare(a.files, **options(a)))
+    binfmt.run("text.py", lambda: prepare(**vars(a)))
 
 
 if __name__ == "__main__":

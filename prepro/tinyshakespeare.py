@@ -36,23 +36,21 @@ def download(path):
     except (OSError, ValueError) as e:  # URLError and time-outs are OSErrors
         raise Error(f"{URL}: could not get it ({e}); without a network, bring a copy and use --file COPY") from None
     check([data], URL)
-    try:
+    with binfmt.writing(path):
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with binfmt.atomic(path) as (f,):
             f.write(data)
-    except OSError as e:
-        raise Error(f"{path}: cannot write it: {e.strerror}; choose another folder with --out") from None
     text.say(f"wrote {path}, from {URL}")
 
 
-def prepare(a):
-    path = a.file or os.path.join(a.out, "input.txt")
-    if not a.file and not os.path.exists(path):
+def prepare(file, out, **options):
+    path = file or os.path.join(out, "input.txt")
+    if not file and not os.path.exists(path):
         download(path)
     if os.path.exists(path) and not os.path.isfile(path):  # it is read twice
         raise Error(f"{path}: expected a file, found a folder, pipe or device")
     check(text.blocks(path), path)
-    text.prepare([path], **text.options(a))
+    text.prepare([path], out, **options)
 
 
 def main():
@@ -60,7 +58,7 @@ def main():
     parser.add_argument("--file", metavar="COPY", help="the text, where there is no network")
     text.add_options(parser, "data/tinyshakespeare")
     a = parser.parse_args()
-    binfmt.run("tinyshakespeare.py", lambda: prepare(a))
+    binfmt.run("tinyshakespeare.py", lambda: prepare(**vars(a)))
 
 
 if __name__ == "__main__":

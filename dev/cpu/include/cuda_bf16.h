@@ -36,14 +36,10 @@ struct __nv_bfloat16 {
 #define SIMT_INTEGER(T)                                     \
     __nv_bfloat16(T i) : __nv_bfloat16((double)i) {}        \
     operator T() const { return simt::saturate<T>(simt::bf16_widen(__x)); }
-    SIMT_INTEGER(short)
-    SIMT_INTEGER(unsigned short)
-    SIMT_INTEGER(int)
-    SIMT_INTEGER(unsigned int)
-    SIMT_INTEGER(long)
-    SIMT_INTEGER(unsigned long)
-    SIMT_INTEGER(long long)
-    SIMT_INTEGER(unsigned long long)
+    SIMT_INTEGER(short) SIMT_INTEGER(unsigned short)
+    SIMT_INTEGER(int) SIMT_INTEGER(unsigned int)
+    SIMT_INTEGER(long) SIMT_INTEGER(unsigned long)
+    SIMT_INTEGER(long long) SIMT_INTEGER(unsigned long long)
 #undef SIMT_INTEGER
     operator bool() const { return (__x & 0x7fff) != 0; }
     operator float() const { return simt::bf16_widen(__x); }
@@ -71,19 +67,11 @@ inline float2 __bfloat1622float2(__nv_bfloat162 b) { return {(float)b.x, (float)
 #define SIMT_BF16_OPERATOR(OP)                                                                                           \
     inline __nv_bfloat16 operator OP(const __nv_bfloat16& a, const __nv_bfloat16& b) { return (float)a OP (float)b; }    \
     inline __nv_bfloat16& operator OP##=(__nv_bfloat16& a, const __nv_bfloat16& b) { return a = a OP b; }
-SIMT_BF16_OPERATOR(+)
-SIMT_BF16_OPERATOR(-)
-SIMT_BF16_OPERATOR(*)
-SIMT_BF16_OPERATOR(/)
+SIMT_BF16_OPERATOR(+) SIMT_BF16_OPERATOR(-) SIMT_BF16_OPERATOR(*) SIMT_BF16_OPERATOR(/)
 #undef SIMT_BF16_OPERATOR
 inline __nv_bfloat16 operator-(const __nv_bfloat16& a) { return __nv_bfloat16_raw{(unsigned short)(a.__x ^ 0x8000)}; }
 
 #define SIMT_BF16_COMPARE(OP) \
     inline bool operator OP(const __nv_bfloat16& a, const __nv_bfloat16& b) { return (float)a OP (float)b; }
-SIMT_BF16_COMPARE(==)
-SIMT_BF16_COMPARE(!=)
-SIMT_BF16_COMPARE(<)
-SIMT_BF16_COMPARE(>)
-SIMT_BF16_COMPARE(<=)
-SIMT_BF16_COMPARE(>=)
+SIMT_BF16_COMPARE(==) SIMT_BF16_COMPARE(!=) SIMT_BF16_COMPARE(<) SIMT_BF16_COMPARE(>) SIMT_BF16_COMPARE(<=) SIMT_BF16_COMPARE(>=)
 #undef SIMT_BF16_COMPARE

@@ -66,15 +66,15 @@ __global__ void null_kernel(float* p) { p[threadIdx.x] = 1; }
 __global__ void before_kernel(float* p) { p[-1] = (float)threadIdx.x; }
 
 int main(int argc, char** argv) {
-    const char* names[] = {"own_mask", "exited_lane", "different_collectives", "shared_overflow", "trap", "deadlock", "outside_mask", "assert", "shared_total", "before_start", "null_pointer", "stack_overflow"};
-    int which = 0;
-    while (which < 12 && strcmp(argc > 1 ? argv[1] : "", names[which])) which++;
+    const char* names[] = {"own_mask", "exited_lane", "different_collectives", "shared_overflow", "trap", "deadlock", "outside_mask", "assert"};
+    auto is = [&](const char* name) { return argc > 1 && !strcmp(argv[1], name); };
     float zeros[64] = {0}, *p = to_device(zeros, 64);
-    if (which < 8) wrong_kernel<<<1, 64>>>(Params{which, p});
-    if (which == 8) big_kernel<<<1, 32, 8192>>>(p);
-    if (which == 9) before_kernel<<<1, 32>>>(p);
-    if (which == 10) null_kernel<<<1, 32>>>(NULL);
-    if (which == 11) deep_kernel<<<1, 32>>>(p, 1000);
+    for (int i = 0; i < 8; i++)
+        if (is(names[i])) wrong_kernel<<<1, 64>>>(Params{i, p});
+    if (is("shared_total")) big_kernel<<<1, 32, 8192>>>(p);
+    if (is("before_start")) before_kernel<<<1, 32>>>(p);
+    if (is("null_pointer")) null_kernel<<<1, 32>>>(NULL);
+    if (is("stack_overflow")) deep_kernel<<<1, 32>>>(p, 1000);
     cudaCheck(cudaGetLastError());
     cudaCheck(cudaDeviceSynchronize());
     printf("nothing reported\n");

@@ -27,13 +27,24 @@ static inline int finish() {
     return failures != 0;
 }
 
-template <class T> static T* to_device(const T* host, size_t n) {
+template <class T> static T* device_array(size_t n) {
     T* device;
     cudaCheck(cudaMalloc(&device, n * sizeof(T)));
+    return device;
+}
+template <class T> static T* to_device(const T* host, size_t n) {
+    T* device = device_array<T>(n);
     cudaCheck(cudaMemcpy(device, host, n * sizeof(T), cudaMemcpyHostToDevice));
     return device;
 }
 template <class T> static void to_host(T* host, const T* device, size_t n) {
     cudaCheck(cudaGetLastError());
     cudaCheck(cudaMemcpy(host, device, n * sizeof(T), cudaMemcpyDeviceToHost));
+}
+
+// -1 to 1, the same numbers in every run
+static inline float uniform() {
+    static uint32_t state = 1;
+    state = state * 1664525u + 1013904223u;
+    return (float)(state >> 8) / (1 << 23) - 1.0f;
 }

@@ -2,53 +2,37 @@
 #include <cublasLt.h>
 #include <cuda_bf16.h>
 
+#include <vector>
+
 #include "expect.h"
 
 typedef __nv_bfloat16 bf16;
 
-static uint32_t random_state = 1;
-static float uniform() {
-    random_state = random_state * 1664525u + 1013904223u;
-    return (float)(random_state >> 8) / (1 << 23) - 1.0f;
-}
-
 // A matrix (or a vector) on both sides; values are such that its type holds them exactly.
 struct Values {
     bool is_bf16;
-    size_t n;
-    float* host;
+    std::vector<float> host;
     void* device;
-    Values(bool is_bf16, size_t n) : is_bf16(is_bf16), n(n), host((float*)malloc(n * sizeof(float))) {
-        for (size_t i = 0; i < n; i++) host[i] = (float)(bf16)uniform();
-        cudaCheck(cudaMalloc(&device, n * size()));
-        unsigned short* narrow = (unsigned short*)malloc(n * 2);
-        for (size_t i = 0; i < n; i++) narrow[i] = __bfloat16_as_ushort((bf16)host[i]);
-        cudaCheck(cudaMemcpy(device, is_bf16 ? (void*)narrow : (void*)host, n * size(), cudaMemcpyHostToDevice));
-        free(narrow);
+    Values(bool is_bf16, size_t n) : is_bf16(is_bf16), host(n) {
+        std::vector<bf16> narrow(n);
+        for (size_t i = 0; i < n; i++) host[i] = (float)(narrow[i] = uniform());
+        device = is_bf16 ? (void*)to_device(narrow.data(), n) : (void*)to_device(host.data(), n);
     }
-    ~Values() {
-        cudaCheck(cudaFree(device));
-        free(host);
-    }
+    ~Values() { cudaCheck(cudaFree(device)); }
     Values(const Values&) = delete;
-    size_t size() const { return is_bf16 ? 2 : 4; }
     cudaDataType_t type() const { return is_bf16 ? CUDA_R_16BF : CUDA_R_32F; }
-    float* result() const {                        // what is on the device now
-        float* out = (float*)malloc(n * sizeof(float));
-        if (!is_bf16) {
-            to_host(out, (float*)device, n);
-            return out;
-        }
-        unsigned short* narrow = (unsigned short*)malloc(n * 2);
-        to_host(narrow, (unsigned short*)device, n);
-        for (size_t i = 0; i < n; i++) out[i] = __bfloat162float(__ushort_as_bfloat16(narrow[i]));
-        free(narrow);
+    std::vector<float> result() const {            // what is on the device now
+        std::vector<float> out(host.size());
+        std::vector<bf16> narrow(host.size());
+        if (!is_bf16) to_host(out.data(), (float*)device, out.size());
+        else to_host(narrow.data(), (bf16*)device, out.size());
+        for (size_t i = 0; i < out.size() && is_bf16; i++) out[i] = (float)narrow[i];
         return out;
     }
 };
 
 struct Problem {
-    int m, n, k, batch;
+    int m, n, k;
     bool ta, tb, in_bf16, out_bf16;
     float alpha, beta;
     uint32_t epilogue;
@@ -56,6 +40,7 @@ struct Problem {
 };
 
 static cublasLtHandle_t handle;
+static uint32_t digest;                            // of all results, to compare them between runs
 
 template <class T> static void set(cublasLtMatmulDesc_t d, cublasLtMatmulDescAttributes_t a, T value) { EXPECT(cublasLtMatmulDescSetAttribute(d, a, &value, sizeof value) == CUBLAS_STATUS_SUCCESS); }
 
@@ -63,12 +48,9 @@ template <class T> static void set(cublasLtMatmulDesc_t d, cublasLtMatmulDescAtt
 struct Plan {
     cublasLtMatmulDesc_t desc;
     cublasLtMatrixLayout_t a, b, d;
-    static cublasLtMatrixLayout_t layout(cudaDataType_t type, int rows, int cols, int ld, int batch) {
+    static cublasLtMatrixLayout_t layout(cudaDataType_t type, int rows, int cols, int ld) {
         cublasLtMatrixLayout_t l;
         EXPECT(cublasLtMatrixLayoutCreate(&l, type, rows, cols, ld) == CUBLAS_STATUS_SUCCESS);
-        int64_t stride = (int64_t)ld * cols;
-        EXPECT(cublasLtMatrixLayoutSetAttribute(l, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &batch, sizeof batch) == CUBLAS_STATUS_SUCCESS);
-        EXPECT(cublasLtMatrixLayoutSetAttribute(l, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, &stride, sizeof stride) == CUBLAS_STATUS_SUCCESS);
         return l;
     }
     Plan(const Problem& p, int lda, int ldb, int ldd) {
@@ -77,9 +59,9 @@ struct Plan {
         set(desc, CUBLASLT_MATMUL_DESC_TRANSB, (int32_t)(p.tb ? CUBLAS_OP_T : CUBLAS_OP_N));
         set(desc, CUBLASLT_MATMUL_DESC_EPILOGUE, p.epilogue);
         cudaDataType_t in = p.in_bf16 ? CUDA_R_16BF : CUDA_R_32F, out = p.out_bf16 ? CUDA_R_16BF : CUDA_R_32F;
-        a = layout(in, p.ta ? p.k : p.m, p.ta ? p.m : p.k, lda, p.batch);
-        b = layout(in, p.tb ? p.n : p.k, p.tb ? p.k : p.n, ldb, p.batch);
-        d = layout(out, p.m, p.n, ldd, p.batch);
+        a = layout(in, p.ta ? p.k : p.m, p.ta ? p.m : p.k, lda);
+        b = layout(in, p.tb ? p.n : p.k, p.tb ? p.k : p.n, ldb);
+        d = layout(out, p.m, p.n, ldd);
     }
     ~Plan() {
         cublasLtMatmulDescDestroy(desc);
@@ -111,65 +93,54 @@ static bool close_to(float got, double expected, double size, bool is_bf16) { re
 static void check(const Problem& p) {
     auto up = [](int n) { return (n + 7) & ~7; };
     int lda = up(p.ta ? p.k : p.m), ldb = up(p.tb ? p.n : p.k), ldd = up(p.m) + 8;       // D is wider than it has to be
-    size_t sa = (size_t)lda * (p.ta ? p.m : p.k), sb = (size_t)ldb * (p.tb ? p.k : p.n), sd = (size_t)ldd * p.n;
-    Values a(p.in_bf16, sa * p.batch), b(p.in_bf16, sb * p.batch), c(p.out_bf16, sd * p.batch), d(p.out_bf16, sd * p.batch), aux(p.out_bf16, sd * p.batch);
-    Values bias(p.out_bf16, p.m + p.n + 16);
+    size_t sd = (size_t)ldd * p.n;
+    Values a(p.in_bf16, (size_t)lda * (p.ta ? p.m : p.k)), b(p.in_bf16, (size_t)ldb * (p.tb ? p.k : p.n));
+    Values c(p.out_bf16, sd), d(p.out_bf16, sd), aux(p.out_bf16, sd), bias(p.out_bf16, p.m);
     Plan plan(p, lda, ldb, ldd);
     set(plan.desc, CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias.device);
     set(plan.desc, CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, (int32_t)bias.type());
     set(plan.desc, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, aux.device);
     set(plan.desc, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, (int64_t)ldd);
-    set(plan.desc, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_BATCH_STRIDE, (int64_t)sd);
     cublasLtMatmulAlgo_t algo;
     EXPECT(plan.heuristic(&algo) == CUBLAS_STATUS_SUCCESS);
-    cublasStatus_t status = cublasLtMatmul(handle, plan.desc, &p.alpha, a.device, plan.a, b.device, plan.b, &p.beta, p.own_c ? c.device : d.device, plan.d,
-                                           d.device, plan.d, &algo, NULL, 0, 0);
+    cublasStatus_t status = cublasLtMatmul(handle, plan.desc, &p.alpha, a.device, plan.a, b.device, plan.b, &p.beta,
+                                           p.own_c ? c.device : d.device, plan.d, d.device, plan.d, &algo, NULL, 0, 0);
     EXPECT(status == CUBLAS_STATUS_SUCCESS);
-    float *got = d.result(), *got_aux = aux.result(), *got_bias = bias.result();
-    double *row_sums = (double*)calloc(p.m, sizeof(double));
+    const std::vector<float> got = d.result(), got_aux = aux.result();
     int before = failures;
-    bool adds_bias = p.epilogue & CUBLASLT_EPILOGUE_BIAS, has_gelu = p.epilogue & CUBLASLT_EPILOGUE_GELU;
-    for (int z = 0; z < p.batch; z++)
-        for (int j = 0; j < p.n; j++)
-            for (int i = 0; i < ldd; i++) {
-                size_t at = z * sd + (size_t)j * ldd + i;
-                if (i >= p.m) {                                    // what lies between columns is not touched
-                    EXPECT(got[at] == d.host[at]);
-                    continue;
-                }
-                double v = 0, size = 1;
-                for (int k = 0; k < p.k; k++) {
-                    double x = a.host[z * sa + (p.ta ? (size_t)i * lda + k : (size_t)k * lda + i)], y = b.host[z * sb + (p.tb ? (size_t)k * ldb + j : (size_t)j * ldb + k)];
-                    v += x * y;
-                    size += fabs(x * y);
-                }
-                v = p.alpha * v + p.beta * (p.own_c ? c : d).host[at];
-                if (adds_bias) v += bias.host[i];
-                if (has_gelu && p.epilogue & 128) EXPECT(close_to(got_aux[at], v, size, p.out_bf16));
-                if (has_gelu) v = gelu(v);
-                if ((p.epilogue & ~16u) == CUBLASLT_EPILOGUE_DGELU) v *= gelu_slope(aux.host[at]);
-                row_sums[i] += v;
-                EXPECT(close_to(got[at], v, size, p.out_bf16));
+    bool keeps = p.epilogue == CUBLASLT_EPILOGUE_GELU_AUX_BIAS;
+    for (int j = 0; j < p.n; j++)
+        for (int i = 0; i < ldd; i++) {
+            size_t at = (size_t)j * ldd + i;
+            uint32_t bits;
+            memcpy(&bits, &got[at], 4);
+            digest = digest * 31 + bits;
+            if (i >= p.m) {                                        // what lies between columns is not touched
+                EXPECT(got[at] == d.host[at]);
+                continue;
             }
-    if (p.epilogue == CUBLASLT_EPILOGUE_DGELU_BGRAD)
-        for (int i = 0; i < p.m; i++) EXPECT(close_to(got_bias[i], row_sums[i], 10 * p.n, p.out_bf16));
-    for (int side = 0; side < 2; side++)                           // sums of op(A) and op(B) over k
-        if (p.epilogue == (uint32_t)(side ? CUBLASLT_EPILOGUE_BGRADB : CUBLASLT_EPILOGUE_BGRADA))
-            for (int i = 0; i < (side ? p.n : p.m); i++) {
-                double sum = 0;
-                for (int k = 0; k < p.k; k++) sum += side ? b.host[p.tb ? (size_t)k * ldb + i : (size_t)i * ldb + k] : a.host[p.ta ? (size_t)i * lda + k : (size_t)k * lda + i];
-                EXPECT(close_to(got_bias[i], sum, p.k, p.out_bf16));
+            double v = 0, size = 1;
+            for (int k = 0; k < p.k; k++) {
+                double x = a.host[p.ta ? (size_t)i * lda + k : (size_t)k * lda + i], y = b.host[p.tb ? (size_t)k * ldb + j : (size_t)j * ldb + k];
+                v += x * y;
+                size += fabs(x * y);
             }
+            v = p.alpha * v + p.beta * (p.own_c ? c : d).host[at];
+            if (p.epilogue & CUBLASLT_EPILOGUE_BIAS) v += bias.host[i];
+            EXPECT(keeps ? close_to(got_aux[at], v, size, p.out_bf16) : got_aux[at] == aux.host[at]);
+            if (keeps) v = gelu(v);
+            if (p.epilogue == CUBLASLT_EPILOGUE_DGELU) v *= gelu_slope(aux.host[at]);
+            EXPECT(close_to(got[at], v, size, p.out_bf16));
+        }
     if (failures > before)
-        printf("  m %d n %d k %d batch %d, %c%c, %s to %s, alpha %g beta %g, epilogue %u\n", p.m, p.n, p.k, p.batch, "NT"[p.ta], "NT"[p.tb], p.in_bf16 ? "bf16" : "fp32",
-               p.out_bf16 ? "bf16" : "fp32", p.alpha, p.beta, p.epilogue);
-    free(got), free(got_aux), free(got_bias), free(row_sums);
+        printf("  m %d n %d k %d, %c%c, %s to %s, alpha %g beta %g, epilogue %u\n", p.m, p.n, p.k, "NT"[p.ta], "NT"[p.tb],
+               p.in_bf16 ? "bf16" : "fp32", p.out_bf16 ? "bf16" : "fp32", p.alpha, p.beta, p.epilogue);
 }
 
 #ifndef __CUDACC__
 // Mistakes that the real library answers with a status, or worse.
 static void refusals() {
-    Problem p = {64, 64, 64, 1, false, false, true, true, 1, 0, CUBLASLT_EPILOGUE_DEFAULT, false};
+    Problem p = {64, 64, 64, false, false, true, true, 1, 0, CUBLASLT_EPILOGUE_DEFAULT, false};
     Values a(true, 4096 + 8), b(true, 4096), d(true, 4096);
     float one = 1, zero = 0;
     auto run = [&](Plan& plan, const void* a_pointer, const cublasLtMatmulAlgo_t* algo) {
@@ -178,12 +149,10 @@ static void refusals() {
     Plan good(p, 64, 64, 64);
     cublasLtMatmulAlgo_t algo, other;
     EXPECT(good.heuristic(&algo) == CUBLAS_STATUS_SUCCESS);
-    uint64_t asked = simt::heuristic_calls;
-    EXPECT(run(good, a.device, &algo) == CUBLAS_STATUS_SUCCESS && simt::heuristic_calls == asked);
-    EXPECT(run(good, a.device, NULL) == CUBLAS_STATUS_SUCCESS && simt::heuristic_calls == asked + 1);
+    EXPECT(run(good, a.device, &algo) == CUBLAS_STATUS_SUCCESS && run(good, a.device, NULL) == CUBLAS_STATUS_SUCCESS);
     EXPECT(run(good, (char*)a.device + 2, &algo) == CUBLAS_STATUS_NOT_SUPPORTED);            // alignment
     EXPECT(run(good, NULL, &algo) == CUBLAS_STATUS_INVALID_VALUE);
-    EXPECT(run(good, a.host, &algo) == CUBLAS_STATUS_EXECUTION_FAILED || (uintptr_t)a.host % 16);   // host memory
+    EXPECT(run(good, a.host.data(), &algo) == CUBLAS_STATUS_EXECUTION_FAILED || (uintptr_t)a.host.data() % 16);   // host memory
     EXPECT(run(good, (char*)a.device + 32, &algo) == CUBLAS_STATUS_EXECUTION_FAILED);        // runs past the allocation
     Plan odd_ld(p, 68, 64, 64);
     EXPECT(odd_ld.heuristic(&other) == CUBLAS_STATUS_NOT_SUPPORTED);
@@ -192,13 +161,11 @@ static void refusals() {
     p.ta = true;
     Plan turned(p, 64, 64, 64);
     EXPECT(run(turned, a.device, &algo) == CUBLAS_STATUS_INVALID_VALUE);                     // an algorithm for another problem
-    p.k = 32;
-    Plan other_shape(p, 64, 64, 64);
-    p.k = 64, p.ta = false;
-    cublasLtMatrixLayout_t wrong = Plan::layout(CUDA_R_16BF, 32, 64, 32, 1);
+    p.ta = false;
+    cublasLtMatrixLayout_t wrong = Plan::layout(CUDA_R_16BF, 32, 64, 32);
     EXPECT(cublasLtMatmul(handle, good.desc, &one, a.device, good.a, b.device, wrong, &zero, d.device, good.d, d.device, good.d, NULL, NULL, 0, 0) == CUBLAS_STATUS_INVALID_VALUE);
     cublasLtMatrixLayoutDestroy(wrong);
-    p.epilogue = CUBLASLT_EPILOGUE_GELU_AUX;
+    p.epilogue = CUBLASLT_EPILOGUE_DGELU;
     Plan no_aux(p, 64, 64, 64);
     EXPECT(no_aux.heuristic(&other) == CUBLAS_STATUS_INVALID_VALUE);                         // no leading dimension of aux
     p.epilogue = CUBLASLT_EPILOGUE_BIAS;
@@ -222,21 +189,19 @@ int main() {
         bool in = types < 2, out = types < 1;
         for (int ta = 0; ta < 2; ta++)
             for (int tb = 0; tb < 2; tb++) {
-                check({40, 24, 56, 1, ta > 0, tb > 0, in, out, 1, 0, CUBLASLT_EPILOGUE_DEFAULT, false});
-                check({37, 19, 31, 3, ta > 0, tb > 0, in, out, 0.5f, 1, CUBLASLT_EPILOGUE_DEFAULT, false});
-                check({300, 130, 90, 1, ta > 0, tb > 0, in, out, 1, 0.25f, CUBLASLT_EPILOGUE_DEFAULT, true});
-                for (uint32_t epilogue : {CUBLASLT_EPILOGUE_BGRADA, CUBLASLT_EPILOGUE_BGRADB}) check({300, 40, 48, 1, ta > 0, tb > 0, in, out, 1, 1, epilogue, false});
+                check({40, 24, 56, ta > 0, tb > 0, in, out, 1, 0, CUBLASLT_EPILOGUE_DEFAULT, false});
+                check({37, 19, 31, ta > 0, tb > 0, in, out, 0.5f, 1, CUBLASLT_EPILOGUE_DEFAULT, false});
+                check({300, 130, 90, ta > 0, tb > 0, in, out, 1, 0.25f, CUBLASLT_EPILOGUE_DEFAULT, true});
             }
-        for (uint32_t epilogue : {CUBLASLT_EPILOGUE_BIAS, CUBLASLT_EPILOGUE_GELU, CUBLASLT_EPILOGUE_GELU_BIAS, CUBLASLT_EPILOGUE_GELU_AUX, CUBLASLT_EPILOGUE_GELU_AUX_BIAS,
-                                  CUBLASLT_EPILOGUE_DGELU, CUBLASLT_EPILOGUE_DGELU_BGRAD}) {
-            check({64, 300, 32, 1, true, false, in, out, 1, 0, epilogue, false});
-            check({280, 33, 16, 1, true, false, in, out, 0.7f, 0.5f, epilogue, true});
-            if (epilogue != CUBLASLT_EPILOGUE_DGELU_BGRAD) check({24, 16, 16, 2, false, false, in, out, 1, 0, epilogue, false});
+        for (uint32_t epilogue : {CUBLASLT_EPILOGUE_BIAS, CUBLASLT_EPILOGUE_GELU_AUX_BIAS, CUBLASLT_EPILOGUE_DGELU}) {
+            check({64, 300, 32, true, false, in, out, 1, 0, epilogue, false});
+            check({280, 33, 16, true, false, in, out, 0.7f, 0.5f, epilogue, true});
         }
     }
 #ifndef __CUDACC__
     refusals();
 #endif
     EXPECT(cublasLtDestroy(handle) == CUBLAS_STATUS_SUCCESS);
+    printf("digest %08x\n", digest);
     return finish();
 }

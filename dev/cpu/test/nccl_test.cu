@@ -24,10 +24,10 @@ int main(int argc, char** argv) {
     auto value = [](int rank, int i) { return (float)(((unsigned)i * 2654435761u + (unsigned)rank * 40503u) >> 8) * 0x1p-20f; };     // exact
     for (int i = 0; i < n; i++) host[i] = value(rank, i);
     float *in = to_device(host, n), *out;
-    cudaCheck(cudaMalloc(&out, n * sizeof(float) * ranks));
+    cudaCheck(cudaMalloc(&out, n * sizeof(float)));
     if (argc > 1) {                                            // mistakes that NCCL answers by hanging, or not at all
         if (!strcmp(argv[1], "count")) ncclAllReduce(in, out, n - rank, ncclFloat, ncclSum, comm, 0);
-        if (!strcmp(argv[1], "kind")) rank ? ncclAllGather(in, out, 100, ncclFloat, comm, 0) : ncclBroadcast(in, out, 100, ncclFloat, 0, comm, 0);
+        if (!strcmp(argv[1], "kind")) rank ? ncclAllGather(in, out, 100, ncclFloat, comm, 0) : ncclAllReduce(in, out, 100, ncclFloat, ncclSum, comm, 0);
         printf("nothing reported\n");
         MPI_Finalize();
         return 0;
@@ -42,12 +42,6 @@ int main(int argc, char** argv) {
         for (int r = 1; r < ranks; r++) sum += value(r, i);
         EXPECT(host[i] == sum);
     }
-    ncclCheck(ncclAllReduce(in, out, n, ncclFloat, ncclAvg, comm, 0));
-    to_host(host, out, 10);
-    for (int i = 0; i < 10; i++) EXPECT(fabs(host[i] - (value(0, i) + value(ranks - 1, i)) / 2) < 1e-5);
-    ncclCheck(ncclAllReduce(in, out, n, ncclFloat, ncclMax, comm, 0));
-    to_host(host, out, 10);
-    for (int i = 0; i < 10; i++) EXPECT(host[i] == fmaxf(value(0, i), value(ranks - 1, i)));
 
     int part = n / ranks;
     ncclCheck(ncclReduceScatter(in, out, part, ncclFloat, ncclSum, comm, 0));
@@ -60,29 +54,16 @@ int main(int argc, char** argv) {
     to_host(host, in, n);
     for (int i = 0; i < part * ranks; i += 997) EXPECT(fabs(host[i] - (value(0, i) + value(1, i))) < 1e-3);
 
-    for (int i = 0; i < n; i++) host[i] = (float)rank;
-    cudaCheck(cudaMemcpy(in, host, n * sizeof(float), cudaMemcpyHostToDevice));
-    ncclCheck(ncclBroadcast(in, in, n, ncclFloat, 1, comm, 0));
-    to_host(host, in, n);
-    EXPECT(host[0] == 1 && host[n - 1] == 1);
-
     __nv_bfloat16 narrow[4], *device;
     for (int i = 0; i < 4; i++) narrow[i] = __float2bfloat16(1.0f + (float)rank * 0.0078125f);
     device = to_device(narrow, 4);
     ncclCheck(ncclAllReduce(device, device, 4, ncclBfloat16, ncclSum, comm, 0));
     to_host(narrow, device, 4);
     EXPECT(__bfloat162float(narrow[3]) == 2.0f);               // 2.0078125 is half way between two: to even
-    long long counts[2] = {1ll << 40, rank}, *dcounts = to_device(counts, 2);
-    ncclCheck(ncclAllReduce(dcounts, dcounts, 2, ncclInt64, ncclSum, comm, 0));
-    to_host(counts, dcounts, 2);
-    EXPECT(counts[0] == 2ll << 40 && counts[1] == 1);
-
-    EXPECT(!strcmp(ncclGetErrorString(ncclInvalidArgument), "invalid argument"));
     ncclCheck(ncclCommDestroy(comm));
     cudaCheck(cudaFree(in));
     cudaCheck(cudaFree(out));
     cudaCheck(cudaFree(device));
-    cudaCheck(cudaFree(dcounts));
     free(host);
     int status = finish();
     MPI_Finalize();

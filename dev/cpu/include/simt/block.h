@@ -7,6 +7,7 @@
 // Where a thread waits is known by its source line (__builtin_LINE as a default argument of the
 // intrinsics). Return addresses would not do: the compiler inlines and unrolls.
 #pragma once
+#include <map>
 #include <string>
 #include <vector>
 
@@ -107,32 +108,26 @@ inline std::string describe(const Thread& t) {
 
 // Who is where, threads in the same state on one line.
 inline std::string who_waits(const Worker& w) {
-    struct Group { std::string state, members; int count; };
-    std::vector<Group> groups;
+    std::map<std::string, std::pair<int, std::string>> groups;     // state: how many, and the first of them
     for (int i = 0; i < w.threads_in_block; i++) {
         const Thread& t = w.threads[i];
         const Warp& warp = w.warps[i / 32];
         uint32_t bit = 1u << i % 32;
-        std::string state;
+        std::string state = "running";
         if (!(warp.alive & bit)) state = "exited";
         else if (warp.unstarted & bit) state = "not started yet";
-        else if (&t == w.current) state = "running";
-        else {
-            state = warp.runnable & bit ? "ready to go on after " : "waiting in ";
-            state += std::string(t.waits_in) + " at " + t.site.file + ":" + std::to_string(t.site.line);
-        }
-        Group* g = nullptr;
-        for (auto& known : groups) if (known.state == state) g = &known;
-        if (!g) { groups.push_back({state, "", 0}); g = &groups.back(); }
+        else if (&t != w.current)
+            state = std::string(warp.runnable & bit ? "ready to go on after " : "waiting in ") + t.waits_in + " at " + t.site.file + ":" +
+                    std::to_string(t.site.line);
+        auto& [count, members] = groups[state];
         bool known_index = (warp.alive & bit) && !(warp.unstarted & bit);
-        if (known_index && g->count < 4) g->members += " " + describe(t);
-        if (known_index && g->count == 4) g->members += " ...";
-        g->count++;
+        if (known_index && count < 5) members += count < 4 ? " " + describe(t) : " ...";
+        count++;
     }
     std::string out;
-    for (auto& g : groups)
-        out += "\n    " + std::to_string(g.count) + (g.count == 1 ? " thread " : " threads ") + g.state +
-               (g.members.empty() ? "" : ":" + g.members);
+    for (auto& [state, group] : groups)
+        out += "\n    " + std::to_string(group.first) + (group.first == 1 ? " thread " : " threads ") + state +
+               (group.second.empty() ? "" : ":" + group.second);
     return out;
 }
 

@@ -105,9 +105,7 @@ template <class T, class F> inline T read_modify_write(T* p, F f) {
     inline T atomicCAS(T* p, T expected, T v) {     \
         return simt::read_modify_write(p, [=](T old) { return old == expected ? v : old; }); \
     }
-SIMT_ATOMICS(int)
-SIMT_ATOMICS(unsigned)
-SIMT_ATOMICS(unsigned long long)
+SIMT_ATOMICS(int) SIMT_ATOMICS(unsigned) SIMT_ATOMICS(unsigned long long)
 #undef SIMT_ATOMICS
 SIMT_ATOMIC(int, atomicAdd, (int)((unsigned)old + (unsigned)v))
 SIMT_ATOMIC(unsigned, atomicAdd, old + v)

@@ -24,9 +24,8 @@ inline void print_profile() {
     fprintf(stderr, "simt: profile, %.3f s in kernels\n", total);
     fprintf(stderr, "%10s %7s %9s %13s %13s %6s %7s  %s\n", "ms", "%", "calls", "threads", "switches", "block", "shared", "kernel");
     for (auto& [name, p] : rows)
-        fprintf(stderr, "%10.2f %6.1f%% %9lu %13lu %13lu %6lu %7lu  %s\n", p.seconds * 1e3, 100 * p.seconds / total,
-                (unsigned long)p.calls, (unsigned long)p.threads, (unsigned long)p.switches, (unsigned long)p.block, (unsigned long)p.shared,
-                name.c_str());
+        fprintf(stderr, "%10.2f %6.1f%% %9lu %13lu %13lu %6lu %7lu  %s\n", p.seconds * 1e3, 100 * p.seconds / total, p.calls, p.threads,
+                p.switches, p.block, p.shared, name.c_str());
 }
 // block and shared: threads and bytes of dynamic shared memory of a block, at their most
 inline void add_to_profile(const std::string& name, double seconds, uint64_t threads, uint64_t switches, uint64_t block = 0, uint64_t shared = 0) {

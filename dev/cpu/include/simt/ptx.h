@@ -1,5 +1,5 @@
 // Tensor-core and asynchronous-copy instructions, emulated: what a wrapper of a PTX instruction calls where
-// there is no PTX (#ifndef __CUDACC__). dev/cpu/test/tensor_core.cu has the wrappers and checks them.
+// there is no PTX (#ifndef __CUDACC__), as in train_gpt2.cu. dev/cpu/test/ptx_test.cu checks them.
 //
 // mma and ldmatrix are warp collectives: each lane leaves its registers in its slot, and the lane that comes
 // last computes for all. Shared addresses are those of __cvta_generic_to_shared.
