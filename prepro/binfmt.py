@@ -57,7 +57,8 @@ def writing(where):
     try:
         yield
     except OSError as e:
-        raise Error(f"{where}: could not write there: {e.strerror}; no file of this run was left: make room, or name another place") from None
+        raise Error(f"{where}: could not write there: {e.strerror}; no file of this run was left: "
+                    "make room, or name another place") from None
 
 
 # ----------------------------------------------------------------------------

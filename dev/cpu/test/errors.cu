@@ -66,7 +66,8 @@ __global__ void null_kernel(float* p) { p[threadIdx.x] = 1; }
 __global__ void before_kernel(float* p) { p[-1] = (float)threadIdx.x; }
 
 int main(int argc, char** argv) {
-    const char* names[] = {"own_mask", "exited_lane", "different_collectives", "shared_overflow", "trap", "deadlock", "outside_mask", "assert"};
+    const char* names[] = {"own_mask", "exited_lane", "different_collectives", "shared_overflow", "trap", "deadlock", "outside_mask",
+                           "assert"};
     auto is = [&](const char* name) { return argc > 1 && !strcmp(argv[1], name); };
     float zeros[64] = {0}, *p = to_device(zeros, 64);
     for (int i = 0; i < 8; i++)

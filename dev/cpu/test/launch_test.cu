@@ -26,7 +26,8 @@ int main(int argc, char** argv) {
     float *p = NULL, *q = NULL, host[4] = {1, 2, 3, 4};
 
     const struct { dim3 grid, block; bool good; } launches[] = {
-        {1, 1025, false}, {0, 32, false}, {1, 0, false}, {dim3(1, 65536), 32, false}, {1, dim3(1, 1, 65), false}, {dim3(1, 65535), 1024, true}};
+        {1, 1025, false}, {0, 32, false}, {1, 0, false}, {dim3(1, 65536), 32, false}, {1, dim3(1, 1, 65), false},
+        {dim3(1, 65535), 1024, true}};
     for (auto& l : launches) {
         nothing_kernel<<<l.grid, l.block>>>(p);
         EXPECT(pending() == (l.good ? cudaSuccess : cudaErrorInvalidConfiguration) && pending() == cudaSuccess);
@@ -55,7 +56,7 @@ int main(int argc, char** argv) {
 #endif
 
     // dynamic shared memory: 48 KB, more with the attribute, and that per kernel
-    int *no_ints = NULL, most;
+    int *no_ints = NULL, most = 0;
     auto dynamic = [&](size_t bytes) { dynamic_kernel<float><<<1, 32, bytes>>>(p); return pending(); };
     EXPECT(dynamic(48 * 1024) == cudaSuccess && dynamic(48 * 1024 + 1) == cudaErrorInvalidValue);
     cudaCheck(cudaFuncSetAttribute(dynamic_kernel<float>, cudaFuncAttributeMaxDynamicSharedMemorySize, 80 * 1024));
@@ -110,7 +111,7 @@ int main(int argc, char** argv) {
 
     // events, texts, properties
     cudaEvent_t a, b;
-    float ms;
+    float ms = -1;
     cudaCheck(cudaEventCreate(&a));
     cudaCheck(cudaEventCreate(&b));
     cudaCheck(cudaEventRecord(a));

@@ -121,7 +121,8 @@ static void check(const Problem& p) {
             }
             double v = 0, size = 1;
             for (int k = 0; k < p.k; k++) {
-                double x = a.host[p.ta ? (size_t)i * lda + k : (size_t)k * lda + i], y = b.host[p.tb ? (size_t)k * ldb + j : (size_t)j * ldb + k];
+                double x = a.host[p.ta ? (size_t)i * lda + k : (size_t)k * lda + i];
+                double y = b.host[p.tb ? (size_t)k * ldb + j : (size_t)j * ldb + k];
                 v += x * y;
                 size += fabs(x * y);
             }

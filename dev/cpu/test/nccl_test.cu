@@ -27,7 +27,8 @@ int main(int argc, char** argv) {
     cudaCheck(cudaMalloc(&out, n * sizeof(float)));
     if (argc > 1) {                                            // mistakes that NCCL answers by hanging, or not at all
         if (!strcmp(argv[1], "count")) ncclAllReduce(in, out, n - rank, ncclFloat, ncclSum, comm, 0);
-        if (!strcmp(argv[1], "kind")) rank ? ncclAllGather(in, out, 100, ncclFloat, comm, 0) : ncclAllReduce(in, out, 100, ncclFloat, ncclSum, comm, 0);
+        if (!strcmp(argv[1], "kind") && rank) ncclAllGather(in, out, 100, ncclFloat, comm, 0);
+        if (!strcmp(argv[1], "kind") && !rank) ncclAllReduce(in, out, 100, ncclFloat, ncclSum, comm, 0);
         printf("nothing reported\n");
         MPI_Finalize();
         return 0;

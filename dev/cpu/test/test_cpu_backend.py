@@ -3,7 +3,6 @@
 Needs g++ and OpenBLAS; nvcc and MPI where they are there. Programs are built into $BUILD/dev_cpu (default: build).
 """
 import concurrent.futures
-import itertools
 import os
 import re
 import shutil
@@ -175,7 +174,7 @@ ERRORS = {
 }
 
 
-@pytest.mark.parametrize('order', itertools.islice(ORDERS, 3))
+@pytest.mark.parametrize('order', list(ORDERS)[:3])
 @pytest.mark.parametrize('name', ERRORS)
 def test_error_is_named(programs, name, order):
     result = run([programs['errors'], name], **ORDERS[order])

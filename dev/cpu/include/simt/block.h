@@ -117,8 +117,8 @@ inline std::string who_waits(const Worker& w) {
         if (!(warp.alive & bit)) state = "exited";
         else if (warp.unstarted & bit) state = "not started yet";
         else if (&t != w.current)
-            state = std::string(warp.runnable & bit ? "ready to go on after " : "waiting in ") + t.waits_in + " at " + t.site.file + ":" +
-                    std::to_string(t.site.line);
+            state = std::string(warp.runnable & bit ? "ready to go on after " : "waiting in ") + t.waits_in + " at " + t.site.file +
+                    ":" + std::to_string(t.site.line);
         auto& [count, members] = groups[state];
         bool known_index = (warp.alive & bit) && !(warp.unstarted & bit);
         if (known_index && count < 5) members += count < 4 ? " " + describe(t) : " ...";

@@ -13,9 +13,7 @@
 
 inline void __syncthreads(SIMT_SITE) { simt::block_barrier("__syncthreads", {file, line}); }
 inline void __syncwarp(unsigned mask = simt::kAllLanes, SIMT_SITE) { simt::gather(mask, char(0), "__syncwarp", {file, line}); }
-inline void __threadfence_block() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
-inline void __threadfence_system() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 
 // ---- shuffles --------------------------------------------------------------------------------------
 

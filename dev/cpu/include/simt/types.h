@@ -2,11 +2,9 @@
 #pragma once
 
 #define SIMT_VECTORS(T, base, align2, align4)                                       \
-    struct base##1 { T x; };                                                        \
     struct alignas(align2) base##2 { T x, y; };                                     \
     struct base##3 { T x, y, z; };                                                  \
     struct alignas(align4) base##4 { T x, y, z, w; };                               \
-    inline base##1 make_##base##1(T x) { return {x}; }                              \
     inline base##2 make_##base##2(T x, T y) { return {x, y}; }                      \
     inline base##3 make_##base##3(T x, T y, T z) { return {x, y, z}; }              \
     inline base##4 make_##base##4(T x, T y, T z, T w) { return {x, y, z, w}; }
