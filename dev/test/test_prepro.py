@@ -168,6 +168,7 @@ def test_full_disk(tmp_path):
             assert str(out) in said and "File too large" in said and contents(out) == before
             run(*command)
             before = contents(out)
+    assert names(out) == ["m.bin", "tokenizer.bin", "train.bin", "val.bin"]
 
 
 # ---- text.py, bytes --------------------------------------------------------------------------------
