@@ -31,7 +31,7 @@ Flags of a build, as in  make train_gpt2 CPU=1 PRECISION=FP32:
   NVCCFLAGS=        more flags for nvcc
   CXXFLAGS=         more flags for g++
 Others:
-  TEXT="a.txt ..."  make demo: the text to learn (default: two plays by Shakespeare, dev/bench/shakespeare.txt)
+  TEXT="a.txt ..."  make demo: the text to learn (default: two plays by Shakespeare, dev/bench/fixtures/shakespeare.txt)
   TESTS=path        make test: only these, as in TESTS=dev/test/test_cli.py
   VARIANTS="a b"    make variants: only these, as in VARIANTS="cpu-bf16 cpu-fp32"
   SYNC=file.cu      make twins: copies that file's shared sections into the other trainer

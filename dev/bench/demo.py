@@ -3,14 +3,13 @@
     python3 dev/bench/demo.py EXACT_PROGRAM APPROXBP_PROGRAM [--gpu] [FILE...]
     python3 dev/bench/demo.py --check [FILE...]       # only: are there such files?
 
-The second program is a build with USE_APPROXBP=1; both learn the same tokens from the same weights. Without FILEs they learn what the
-environment's DEMO_TEXT names (make demo TEXT=...), and without that two of Shakespeare's plays, dev/bench/shakespeare.txt.
-Leaves everything in build/demo; exact.jsonl and approxbp.jsonl are the logs of the runs.
+The second program is a build with USE_APPROXBP=1; both learn the same tokens from the same weights. Without FILEs they learn
+what the environment's DEMO_TEXT names (make demo TEXT=...), and without that two of Shakespeare's plays,
+dev/bench/fixtures/shakespeare.txt. Leaves everything in build/demo; exact.jsonl and approxbp.jsonl are the logs of the runs.
 """
 import argparse
 import contextlib
 import glob
-import json
 import os
 import re
 import shlex
@@ -20,8 +19,7 @@ import subprocess
 import sys
 import time
 
-ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..")
-sys.path.insert(0, os.path.join(ROOT, "prepro"))
+from common import ROOT, kept, ledger, read_log
 
 DIR = "build/demo"
 ALL = rb""
@@ -33,27 +31,26 @@ def title(words):
 
 
 def find_texts(typed):
-    """The files that TEXT names: one whose name it is, spaces and all, or several, with patterns and quotes as a shell has them."""
+    """The files that TEXT names: one whose name it is, spaces and all, or several, with a shell's patterns and quotes."""
     if os.path.exists(typed):
         return [typed]
     try:
         words = typed.split() if all(map(os.path.exists, typed.split())) else shlex.split(typed)
     except ValueError as e:  # a quote that is not closed
         sys.exit(f"demo: TEXT={typed}: expected names of files, found {e}".replace("No closing", "no closing"))
-    files = [path for word in words for path in ([word] if os.path.exists(word) else sorted(glob.glob(os.path.expanduser(word))) or [word])]
-    return files or [os.path.relpath(os.path.join(ROOT, "dev/bench/shakespeare.txt"))]
+    found = [[word] if os.path.exists(word) else sorted(glob.glob(os.path.expanduser(word))) or [word] for word in words]
+    return sum(found, []) or [os.path.relpath(os.path.join(ROOT, "dev/bench/fixtures/shakespeare.txt"))]
 
 
 def check(files):
     """Ends with the first that cannot be read, before anything is built."""
     for path in files:
+        wrong = "is a folder" if os.path.isdir(path) else "" if os.path.exists(path) else "no such file"
+        if wrong:
+            sys.exit(f"demo: {path}: {wrong}; expected a text, as in: make demo TEXT=my.txt, or TEXT=\"'my text.txt' b.txt\"")
         try:
-            if os.path.isdir(path):
-                sys.exit(f"demo: {path}: is a folder; expected a text, as in: make demo TEXT=my.txt")
             if os.path.isfile(path):  # a pipe would lose what is read here
                 open(path, "rb").close()
-            elif not os.path.exists(path):
-                sys.exit(f"demo: {path}: no such file; expected a text, as in: make demo TEXT=my.txt, or TEXT=\"'my text.txt' b.txt\"")
         except OSError as e:
             sys.exit(f"demo: {path}: {e.strerror}")
 
@@ -84,12 +81,11 @@ def sizes(gpu, shortest):
 
 
 def train(command, every, lines=ALL):
-    """Runs the trainer and passes on the lines that begin so, but of its steps only some; a terminal shows the others for a moment.
-    Returns the seconds it took. Ctrl-C goes to the trainer too, which ends with its step; a second one does not wait for that."""
+    """Runs the trainer and passes on the lines that begin so, but of its steps only some; a terminal shows the others for a
+    moment. Returns the seconds it took. Ctrl-C goes to the trainer too, which ends with its step; a second one ends it at once."""
     print(" ".join(map(shlex.quote, command)) + "\n", flush=True)
     begin, out, terminal = time.time(), sys.stdout.buffer, sys.stdout.isatty()
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True)
-
     caught = []
 
     def stop(number, _):
@@ -122,28 +118,15 @@ def go_on(command, more):
     return [*command[:at], "-x", str(more), *command[at + 2:], "-y", "1"]
 
 
-def ledger(program, options):
-    """(bytes that the model keeps for its backward, what a layer keeps of them in units of B*T*C elements)."""
-    done = subprocess.run([program, *options, "--estimate=json"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, check=True)
-    rows = [row for row in json.loads(done.stdout)["rows"] if row["kind"] == "saved"]
-    unit = next(row["bytes"] for row in rows if row["name"] == "atty")  # (L, B, T, C)
-    return sum(row["bytes"] for row in rows), sum(row["bytes"] for row in rows if row["scope"] == "layer") / unit
-
-
-def read_log(path):
-    with open(path) as f:
-        return [json.loads(line) for line in f]
-
-
 def result_table(exact, approxbp):
-    """Lines that set two runs beside each other; a run is (the lines of its log, its ledger)."""
-    def column(run):
-        log, (kept, units) = run
+    """Lines that set two runs beside each other; a run is (the lines of its log, what it keeps)."""
+    def column(log, saved):
         val = [line["val_loss"] for line in log if "val_loss" in line]
-        return [f"{val[0]:.3f}", f"{val[-1]:.3f}", f"{100 * val[-1] / val[0]:.0f} %", f"{log[-1]['peak_bytes']:,}", f"{kept:,}", f"{units:.2f}"]
-    rows = ["validation loss at first", "validation loss at last", "  of the first", "device memory, peak bytes", "  of them kept for backward",
-            "kept per layer, units of B*T*C"]
-    columns = [["exact", *column(exact)], ["USE_APPROXBP=1", *column(approxbp)]]
+        return [f"{val[0]:.3f}", f"{val[-1]:.3f}", f"{100 * val[-1] / val[0]:.0f} %", f"{log[-1]['peak_bytes']:,}",
+                f"{saved[0]:,}", f"{saved[1]:.2f}"]
+    rows = ["validation loss at first", "validation loss at last", "  of the first", "device memory, peak bytes",
+            "  of them kept for backward", "kept per layer, units of B*T*C"]
+    columns = [["exact", *column(*exact)], ["USE_APPROXBP=1", *column(*approxbp)]]
     return [f"{row:30s} {left:>16s} {right:>16s}" for row, left, right in zip(["", *rows], *columns)]
 
 
@@ -155,7 +138,8 @@ def main():
     parser = argparse.ArgumentParser(description="The demo behind make demo.")
     parser.add_argument("--check", action="store_true", help="only look whether the files are there")
     parser.add_argument("--gpu", action="store_true", help="the trainers run on a GPU: take a larger model")
-    parser.add_argument("names", nargs="*", metavar="EXACT_PROGRAM APPROXBP_PROGRAM FILE", help="the second program is one with USE_APPROXBP=1")
+    parser.add_argument("names", nargs="*", metavar="EXACT_PROGRAM APPROXBP_PROGRAM FILE",
+                        help="the second program is one with USE_APPROXBP=1")
     a = parser.parse_args()
     programs, files = ([], a.names) if a.check else (a.names[:2], a.names[2:])
     files = files or find_texts(os.environ.get("DEMO_TEXT", ""))
@@ -170,33 +154,32 @@ def main():
     shutil.rmtree(f"{DIR}/checkpoint", ignore_errors=True)
     model, B, T, steps, lr = sizes(a.gpu, min(tokens(files)))
     shape = ["-e", model, "-b", str(B), "-t", str(T)]
-    how = [*shape, "-i", f"{DIR}/train.bin", "-j", f"{DIR}/val.bin", "-x", str(steps), "-l", lr, "-u", "30", "-q", "0.05", "-c", "0.1", "-v", "100"]
+    how = [*shape, "-i", f"{DIR}/train.bin", "-j", f"{DIR}/val.bin", "-x", str(steps), "-l", lr,
+           *"-u 30 -q 0.05 -c 0.1 -v 100".split()]
     first = [exact, *how, "-s", "150", "-g", "200", "-o", f"{DIR}/checkpoint", "--log", f"{DIR}/exact.jsonl"]
 
     title("Training")
     seconds = train(first, every=25)
-    title("Training again, with USE_APPROXBP=1: backward has 2 bits of an activation, and one tensor for a norm and its matmul")
+    title("Training again, with USE_APPROXBP=1: backward has 2 bits per activation, and one tensor for a norm and its matmul")
     seconds_approxbp = train([approxbp, *how, "-s", "0", "--log", f"{DIR}/approxbp.jsonl"], every=100, lines=SHORT)
 
     title("What is where, and what to try next")
-    rows = [
-        (f"{DIR}/exact.jsonl, approxbp.jsonl", "loss, gradient norm, rate and time of each step"),
-        (f"{DIR}/checkpoint/", "the model, and what a run needs to go on"),
-        (f"{DIR}/*.bin", "tokens and tokenizer"),
-        ("make demo TEXT=my.txt", "learns another text"),
-        ("make train_gpt2 USE_APPROXBP=1", "builds the second of the two as ./train_gpt2"),
-        (f"{exact} --help", "all options"),
-        (f"{exact} --estimate -e d12 -b 8", "what GPT-2 124M would take, tensor by tensor"),
-        ("make test", "tests everything"),
-    ]
-    for left, right in rows:
+    for left, right in ((f"{DIR}/exact.jsonl, approxbp.jsonl", "loss, gradient norm, rate and time of each step"),
+                        (f"{DIR}/checkpoint/", "the model, and what a run needs to go on"),
+                        (f"{DIR}/*.bin", "tokens and tokenizer"),
+                        ("make demo TEXT=my.txt", "learns another text"),
+                        ("make train_gpt2 USE_APPROXBP=1", "builds the second of the two as ./train_gpt2"),
+                        (f"{exact} --help", "all options"),
+                        (f"{exact} --estimate -e d12 -b 8", "what GPT-2 124M would take, tensor by tensor"),
+                        ("make test", "tests everything")):
         print(f"  {left:40s} {right}")
     print(f"To go on with the first run to step {4 * steps}:\n  {' '.join(go_on(first, 4 * steps))}")
 
     title(f"Result: {steps} steps each, {seconds:.0f} and {seconds_approxbp:.0f} seconds")
     print(f"The exact run computes GELU a second time in backward (--recompute 1, the default), the other has no need to;\n"
-          f"with --recompute 0 the exact one keeps {ledger(exact, [*shape, '-r', '0'])[1]:.2f} units a layer.\n")
-    print("\n".join(result_table(*((read_log(f"{DIR}/{name}.jsonl"), ledger(program, shape)) for name, program in (("exact", exact), ("approxbp", approxbp))))))
+          f"with --recompute 0 the exact one keeps {kept(ledger(exact, [*shape, '-r', '0']))[1]:.2f} units a layer.\n")
+    print("\n".join(result_table(*((read_log(f"{DIR}/{name}.jsonl"), kept(ledger(program, shape)))
+                                  for name, program in (("exact", exact), ("approxbp", approxbp))))))
 
 
 if __name__ == "__main__":

@@ -15,10 +15,10 @@ import os
 import random
 import re
 import subprocess
-import sys
 from collections import OrderedDict, namedtuple
 
-ROOT = os.path.abspath(os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
+from common import ROOT
+
 TILE = 64       # rows
 BETWEEN = 1.5   # tiles
 JITTER = 0.05   # of a tile's time, so that blocks do not march in step

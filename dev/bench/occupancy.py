@@ -12,7 +12,9 @@ import re
 import sys
 from collections import namedtuple
 
-ROOT = os.path.abspath(os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
+import report
+from common import ROOT
+
 sys.path.insert(0, os.path.join(ROOT, "dev/test"))
 from ptx import template  # noqa: E402
 
@@ -112,10 +114,8 @@ def main():
     path = os.path.join(ROOT, "dev/cuda/README.md")
     with open(path, encoding="utf-8") as f:
         text = f.read()
-    text = re.sub(r"(<!-- occupancy:begin -->\n).*?(<!-- occupancy:end -->)", lambda m: m[1] + "\n".join(lines) + "\n" + m[2], text, flags=re.S)
-    with open(path + ".tmp", "w", encoding="utf-8") as f:
-        f.write(text)
-    os.replace(path + ".tmp", path)
+    with open(path, "w", encoding="utf-8") as f:
+        f.write(report.between(text, "occupancy", lines, path))
 
 
 if __name__ == "__main__":

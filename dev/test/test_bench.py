@@ -1,4 +1,4 @@
-"""The scripts of dev/bench: traffic.py against the program it describes, loss.py and demo.py on runs of a second.
+"""The scripts of dev/bench: traffic.py against the program that it describes, loss.py, demo.py and memory.py on runs of a second.
 
 What traffic.py says of a step is compared with the CPU build's profile (kernels, calls) and its ledger (tensors).
 """
@@ -17,8 +17,10 @@ import pytest
 from helpers import ROOT, environment, execute, library, program, words
 
 sys.path.insert(0, str(ROOT / "dev/bench"))
+import common  # noqa: E402
 import demo  # noqa: E402
 import loss  # noqa: E402
+import memory  # noqa: E402
 import traffic  # noqa: E402
 
 VARIANT = {(0, False): "cpu-bf16", (2, False): "cpu-act-bf16", (0, True): "cpu-norm-bf16", (2, True): "cpu-approxbp-bf16"}  # (bits, norm)
@@ -27,7 +29,7 @@ B, T = 2, 32
 
 
 def run_script(name, *arguments, status=0, cwd=None):
-    done = execute(sys.executable, ROOT / "dev/bench" / name, *arguments, cwd=cwd or ROOT)
+    done = execute(sys.executable, "-B", ROOT / "dev/bench" / name, *arguments, cwd=cwd or ROOT)
     assert done.status == status, f"{name} ended with status {done.status}\n{done.out[-1500:]}\n{done.err[-1500:]}"
     assert "Traceback" not in done.err
     return done
@@ -51,7 +53,8 @@ def case(mode):
 def calls_of_a_step(lab, mode, *options, steps=2):
     """{kernel: calls} as the program makes them; a kernel's name without its template arguments."""
     path, shape = case(mode)
-    done = execute(path, *shape, "-i", "train.bin", "-x", steps, "-v", 0, "-s", 0, *options, cwd=lab.folder, env={"SIMT_PROFILE": 1, "OMP_NUM_THREADS": 1})
+    done = execute(path, *shape, "-i", "train.bin", "-x", steps, "-v", 0, "-s", 0, *options, cwd=lab.folder,
+                   env={"SIMT_PROFILE": 1, "OMP_NUM_THREADS": 1})
     assert done.status == 0, done.err
     table = re.findall(r"^ +[\d.]+ +[\d.]+% +(\d+) +\d+ +\d+ +\d+ +\d+  (\S+)$", done.err, re.M)
     assert table, done.err
@@ -80,49 +83,67 @@ def test_calls_with_micro_batches_and_chunks(shared_lab, mode):
 def test_tensors_are_the_ledgers(mode, micro):
     """Every tensor of a layer, every gradient and every statistic has the bytes that the ledger gives it."""
     path, options = case(mode)
-    done = execute(path, *options, "-d", micro * B * T, "--estimate=json", cwd=ROOT)
-    rows = json.loads(done.out)["rows"]
+    rows = common.ledger(path, [*options, "-d", micro * B * T])
     shape = traffic.shape(TRY, B, T, total=micro * B * T)
     count = traffic.Count(shape, mode)
-    counted = count.tensors
     here = {"resid_mid": "stream", "resid_out": "stream", "stream0": "stream"}
     compared = 0
     for row in rows:
         name = here.get(row["name"], row["name"])
-        layers = shape.L if row["scope"] == "layer" else 1
-        if name in counted and "alias_of" not in row and row["kind"] != "optimizer":
-            assert counted[name] * layers == row["bytes"], row
+        if name in count.tensors and "alias_of" not in row and row["kind"] != "optimizer":
+            assert count.tensors[name] * (shape.L if row["scope"] == "layer" else 1) == row["bytes"], row
             compared += 1
         elif row["kind"] in ("saved", "param", "grad"):
             pytest.fail(f"{row['name']} is not in traffic.py")
     assert compared >= 40
-    kept = sum(row["bytes"] for row in rows if row["kind"] == "saved" and row["scope"] == "layer") / (shape.L * B * T * shape.C * shape.element)
-    assert count.kept() == pytest.approx(kept, rel=1e-12)
+    assert count.kept() == pytest.approx(common.kept(rows)[1], rel=1e-12)
     for what, prefix in (("m", "m_"), ("master", "master_"), ("grads", "d_")):
-        assert counted[what] == sum(row["bytes"] for row in rows if row["name"].startswith(prefix)), what
+        assert count.tensors[what] == sum(row["bytes"] for row in rows if row["name"].startswith(prefix)), what
 
 
 def test_what_the_flag_promises():
-    """No matmul more, no more passes over (B,T,4C) tensors and less traffic than with a separate GELU kernel."""
-    for precision, size in (("BF16", "d12"), ("FP32", "d12"), ("BF16", "d48")):
-        shape = traffic.shape(size, 64, 1024, precision=precision)
-        counts = [traffic.Count(shape, m) for m in traffic.MODES]
-        holds, lines = traffic.verdict(counts)
-        assert len(holds) == 3 and all(holds.values()), lines
-        assert sum("-ge 1" in line or "-ge 2" in line for line in lines) == 2
-    base, act = counts[0], next(c for c in counts if c.mode.name == "APPROX_ACT=2")
-    assert base.units() - act.units() == pytest.approx(3.0)  # 4 of fch written once and read twice, against 0.5 of codes and one pass in place
+    """No matmul more, no more passes over (B,T,4C) tensors and less traffic than with a separate GELU kernel; what README.md says."""
+    for precision, size in (("BF16", "d48"), ("FP32", "d12"), ("BF16", "d12")):
+        of = {m.name: traffic.Count(traffic.shape(size, 64, 1024, precision=precision), m) for m in traffic.MODES}
+        base, approx = of[traffic.BASE], of["USE_APPROXBP=1"]
+        assert all(a <= b for a, b in zip(approx.wide(), base.wide())) and approx.units() < base.units()
+        assert approx.calls()[traffic.MATMUL] <= base.calls()[traffic.MATMUL]
+    # 4 of fch written once and read twice, against 0.5 of codes and one pass in place
+    assert base.units() - of["APPROX_ACT=2"].units() == pytest.approx(3.0)
+    said = [f"{base.units() - approx.units():.1f} B·T·C", f"costs {of['MS_NORM=1'].units() - base.units():.1f}",
+            *(f"{approx.units() - of[f'exact, -ge {ge}'].units():.1f} more" for ge in (1, 2))]
+    said += [f"saves {of[traffic.BASE].units() - of['USE_APPROXBP=1'].units():.1f}" for of in
+             [{m.name: traffic.Count(traffic.shape("d12", 8, 1024), m) for m in traffic.MODES}]]
+    assert said == ["2.7 B·T·C", "costs 0.3", "1.3 more", "5.3 more", "saves 0.6"]  # if these change, README.md does
 
 
 def test_traffic_prints():
     text = run_script("traffic.py").out
-    assert "reads and writes of (B,T,4C) tensors" in text and "  less traffic: yes" in text
-    found = json.loads(run_script("traffic.py", "-e", TRY, "-b", B, "-t", T, "-d", 2 * B * T, "--json").out)
-    assert [m["mode"] for m in found["modes"]] == [m.name for m in traffic.MODES]
-    for m in found["modes"]:
-        assert abs(m["bytes_per_step"] - sum(x["read"] + x["written"] for x in m["launches"])) < 100
-    for wrong in (["-e", "d13"], ["-t", "2048"], ["-d", "1000"]):
-        assert wrong[0] in run_script("traffic.py", *wrong, status=2).err
+    assert re.search(r"^  against exact -r 0 -ge 0 +\+0.00 .* -2.71$", text, re.M)
+    assert len(re.findall(r"^(?:forward|backward) ", text, re.M)) == 39 and re.search(r"^sum +163.33  339", text, re.M)
+    for wrong in (["-e", "d13"], ["-e", "gpt2:L2,H2"], ["-e", "gpt2:L2,H3,C32"], ["-t", "2048"], ["-d", "1000"]):
+        assert wrong[1] in run_script("traffic.py", *wrong, status=2).err
+
+
+# ----------------------------------------------------------------------------
+# memory.py
+
+def test_memory_is_the_estimates(tmp_path, monkeypatch):
+    """The bars add up to what --estimate says is the total, and that is what README.md has; nothing is drawn that is not in it."""
+    library("matplotlib", "python3-matplotlib")
+    drawn = {}
+    monkeypatch.setattr(memory, "draw", lambda bars, title, path: drawn.update(bars))
+    monkeypatch.setattr(sys, "argv", ["memory.py"])
+    memory.main()
+    for name, variant, options in memory.MODES:
+        done = execute(program(variant), "-e", "d12", "-b", 64, "-t", 1024, *options.split(), "--estimate=json", cwd=ROOT)
+        estimate = json.loads(done.out)
+        assert sum(drawn[name].values()) == estimate["total_bytes"] and list(drawn[name]) == memory.PARTS
+        assert drawn[name]["activations kept for backward"] == common.kept(estimate["rows"])[0]
+    assert (ROOT / "dev/bench/results/cpu/memory.png").read_bytes()[:4] == b"\x89PNG"
+    monkeypatch.undo()
+    memory.draw(drawn, "title", str(tmp_path / "x.png"))
+    assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
 
 
 # ----------------------------------------------------------------------------
@@ -130,74 +151,64 @@ def test_traffic_prints():
 
 def test_loss_trains_and_resumes(tmp_path):
     (tmp_path / "text.txt").write_bytes(bytes(words(6000)))
-    arguments = ["--text", "text.txt", "--seeds", 1, "--steps", 4, "--modes", "exact,both", "--model", "gpt2:L2,H2,C32,T32,V257", "-b", 2, "-t", 32,
-                 "--val-every", 2, "--val-batches", 2, "--out", "out", "--write", "results",
-                 *[f"--program={mode}={program(variant)}" for mode, variant in (("exact", "cpu-bf16"), ("both", "cpu-approxbp-bf16"))]]
-    first = run_script("loss.py", *arguments, cwd=tmp_path)
-    assert "ms a step" not in first.out and "that was the last" in first.out
+    programs = [f"--program={mode}={program(variant)}" for mode, variant in (("exact", "cpu-bf16"), ("both", "cpu-approxbp-bf16"))]
+    arguments = ["--text", "text.txt", "--seeds", 1, "--steps", 4, "--modes", "exact,both", "--model", "gpt2:L2,H2,C32,T32,V257", "-b", 2,
+                 "-t", 32, "--val-every", 2, "--val-batches", 2, "--out", "out", "--write", "results", *programs]
+    run_script("loss.py", *arguments, cwd=tmp_path)
     result = json.loads((tmp_path / "results/loss.json").read_text())
     assert [(r["mode"], r["seed"]) for r in result["runs"]] == [("exact", 1), ("both", 1)]
     for r in result["runs"]:
-        assert [step for step, _ in r["val"]] == [0, 2, 4]
-        assert r["peak_bytes"] == r["estimate_bytes"] > 0
+        assert [step for step, _ in r["val"]] == [0, 2, 4] and r["peak_bytes"] == r["estimate_bytes"] > 0
     start = [r["val"][0][1] for r in result["runs"]]
     assert abs(start[0] - start[1]) < 0.01  # the same weights, but for rounding
     assert 12 < result["runs"][0]["units_per_layer"] < 12.6 and 10.5 < result["runs"][1]["units_per_layer"] < 11
     table = (tmp_path / "results/loss.md").read_text()
     assert table.count("\n| ") == 2 and "not known (that takes exact and two seeds)" in table
-    assert str(tmp_path) not in json.dumps(result["text"])
 
-    # what is complete is not run again; what was cut off is
-    again = run_script("loss.py", *arguments, cwd=tmp_path)
-    assert again.out.count("from before") == 2
+    # what is complete is not run again; what was cut off is; and other options make another run
+    assert run_script("loss.py", *arguments, cwd=tmp_path).out.count("from before") == 2
     log = tmp_path / "out/both-seed1.jsonl"
-    whole = log.read_text()
-    log.write_text("".join(whole.splitlines(True)[:-1]))
-    again = run_script("loss.py", *arguments, cwd=tmp_path)
-    assert again.out.count("from before") == 1 and "run 2/2: USE_APPROXBP=1, seed 1" in again.out
-    assert json.loads(log.read_text().splitlines()[-1])["done"]
-    # and other options make another run
-    again = run_script("loss.py", *arguments, "--lr", "2e-3", cwd=tmp_path)
-    assert "from before" not in again.out
+    log.write_text("".join(log.read_text().splitlines(True)[:-1]))
+    assert run_script("loss.py", *arguments, cwd=tmp_path).out.count("from before") == 1
+    assert common.read_log(log)[-1]["done"]
+    assert "from before" not in run_script("loss.py", *arguments, "--lr", "2e-3", cwd=tmp_path).out
 
 
 def made_up(mode, *finals):
-    return [{"mode": mode, "seed": seed, "val": [[0, 5.5], [10, final]], "peak_bytes": 100, "units_per_layer": 12.0} for seed, final in enumerate(finals, 1)]
+    return [{"mode": mode, "seed": seed, "val": [[0, 5.5], [10, final]], "peak_bytes": 100, "units_per_layer": 12.0}
+            for seed, final in enumerate(finals, 1)]
 
 
-def test_loss_judges_by_the_spread():
-    of = loss.summary(made_up("exact", 2.0, 2.1, 2.05) + made_up("act", 2.1, 2.2, 2.1) + made_up("norm", 2.2, 2.2, 2.2) + made_up("both", 1.9, 1.8, 1.9))
+def test_loss_judges_by_the_spread(tmp_path):
+    finals = {"exact": (2.0, 2.1, 2.05), "act": (2.1, 2.2, 2.1), "norm": (2.2, 2.2, 2.2), "both": (1.9, 1.8, 1.9)}
+    runs = [run for mode in finals for run in made_up(mode, *finals[mode])]
+    of = loss.summary(runs)
     assert of["exact"]["mean"] == pytest.approx(2.05) and of["exact"]["spread"] == pytest.approx(0.1)
     assert of["act"]["difference"] == pytest.approx(0.25 / 3)
-    assert [of[mode]["no_worse"] for mode in loss.MODES] == [None, True, False, True]
-    lines = loss.verdict(of)
-    assert [("yes" in line, "NO" in line) for line in lines] == [(True, False), (False, True), (True, False)]
-    table = loss.markdown(SimpleNamespace(seeds=3, steps=10, batch=2, seq_len=32, model="m"), {"files": ["x"], "train_tokens": 9, "val_tokens": 1}, of)
-    assert "| exact | 2.0000 | 2.1000 | 2.0500 | 2.0500 | 0.1000 |  | 100 | 12.00 |" in table
-    nan = loss.summary(made_up("exact", 2.0, 2.1) + made_up("both", 2.0, float("nan")))
-    assert nan["both"]["no_worse"] is False
+    assert [of[mode]["no_worse"] for mode in loss.NAMES] == [None, True, False, True]
+    assert [("yes" in line, "NO" in line) for line in loss.verdict(of)] == [(True, False), (False, True), (True, False)]
+    a = SimpleNamespace(seeds=3, steps=10, batch=2, seq_len=32, model="m")
+    assert "| exact | 2.0000 | 2.1000 | 2.0500 | 2.0500 | 0.1000 |  | 100 | 12.00 |" in loss.markdown(
+        a, {"files": ["x"], "train_tokens": 9, "val_tokens": 1}, of)
+    assert loss.summary(made_up("exact", 2.0, 2.1) + made_up("both", 2.0, float("nan")))["both"]["no_worse"] is False
+    library("matplotlib", "python3-matplotlib")
+    assert loss.plot(a, runs, str(tmp_path / "x.png")) and (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_loss_builds_what_it_says(tmp_path):
     """make, asked what it would do, compiles each mode with that mode's flags."""
-    for mode, defines in (("exact", set()), ("act", {"-DAPPROX_ACT=2"}), ("norm", {"-DMS_NORM=1"}), ("both", {"-DAPPROX_ACT=2", "-DMS_NORM=1"})):
+    act, norm = "-DAPPROX_ACT=2", "-DMS_NORM=1"
+    for mode, defines in (("exact", set()), ("act", {act}), ("norm", {norm}), ("both", {act, norm})):
         command = loss.build_command(mode, str(tmp_path), ["CPU=1"])
         done = subprocess.run([*command, "-n"], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr
         assert set(re.findall(r"-D(?:APPROX_ACT|MS_NORM)=\w+", done.stdout)) == defines
 
 
-def test_loss_plots(tmp_path):
-    library("matplotlib", "python3-matplotlib")
-    a = SimpleNamespace(model="m", seeds=2)
-    assert loss.plot(a, made_up("exact", 2.0, 2.1) + made_up("both", 2.0, 2.05), str(tmp_path / "x.png"))
-    assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
-
-
 def test_loss_says_what_is_wrong(tmp_path):
-    assert "--modes fast" in run_script("loss.py", "--modes", "fast", status=2, cwd=tmp_path).err
-    assert "--steps 0" in run_script("loss.py", "--steps", 0, status=2, cwd=tmp_path).err
-    assert "nowhere.txt: no such file" in run_script("loss.py", "--text", "nowhere.txt", "--out", "out", status=1, cwd=tmp_path).err
+    for wrong, status, said in ((["--modes", "fast"], 2, "--modes fast"), (["--steps", 0], 2, "--steps 0"),
+                                (["--text", "nowhere.txt", "--out", "out"], 1, "nowhere.txt: no such file")):
+        assert said in run_script("loss.py", *wrong, status=status, cwd=tmp_path).err
 
 
 # ----------------------------------------------------------------------------
@@ -205,8 +216,8 @@ def test_loss_says_what_is_wrong(tmp_path):
 
 @pytest.mark.parametrize("typed, found", [("my text.txt", ["my text.txt"]), ("a.txt b.txt", ["a.txt", "b.txt"]),
                                           ("'my text.txt' a.txt", ["my text.txt", "a.txt"]), ("*.txt", ["a.txt", "b.txt", "my text.txt"]),
-                                          ("it's $5 #1 [v2] \\ \"x\".txt", ["it's $5 #1 [v2] \\ \"x\".txt"]), ("it's.txt a.txt", ["it's.txt", "a.txt"]),
-                                          ("gone.txt a.txt", ["gone.txt", "a.txt"])])
+                                          ("it's $5 #1 [v2] \\ \"x\".txt", ["it's $5 #1 [v2] \\ \"x\".txt"]),
+                                          ("it's.txt a.txt", ["it's.txt", "a.txt"]), ("gone.txt a.txt", ["gone.txt", "a.txt"])])
 def test_demo_finds_texts(tmp_path, monkeypatch, typed, found):
     monkeypatch.chdir(tmp_path)
     for name in {"a.txt", "b.txt", "my text.txt", *(found if typed != "*.txt" else [])} - {"gone.txt"}:
@@ -219,19 +230,20 @@ def test_the_text_of_the_demo_is_fixed():
     (path,) = demo.find_texts("")
     with open(path, "rb") as f:
         text = f.read()
-    model, B, T, *_ = demo.sizes(False, len(text) // 10)
-    shape = ["-e", model, "-b", str(B), "-t", str(T)]
+    model, batch, seq_len, *_ = demo.sizes(False, len(text) // 10)
     columns = []
     for variant in ("cpu-bf16", "cpu-approxbp-bf16"):
-        kept, units = demo.ledger(program(variant), shape)
-        total = json.loads(execute(program(variant), *shape, "--estimate=json", cwd=ROOT).out)["total_bytes"]
-        columns.append([f"{total:,}", f"{kept:,}", f"{units:.2f}"])
-    shown = re.search(r"^device memory, peak bytes +(\S+) +(\S+)\n.*backward +(\S+) +(\S+)\n.*C +(\S+) +(\S+)$", (ROOT / "README.md").read_text(), re.M)
+        rows = common.ledger(program(variant), ["-e", model, "-b", batch, "-t", seq_len])
+        kept, units = common.kept(rows)
+        columns.append([f"{sum(row['bytes'] for row in rows):,}", f"{kept:,}", f"{units:.2f}"])
+    shown = re.search(r"^device memory, peak bytes +(\S+) +(\S+)\n.*backward +(\S+) +(\S+)\n.*C +(\S+) +(\S+)$",
+                      (ROOT / "README.md").read_text(), re.M)
     assert [list(shown.groups())[i::2] for i in (0, 1)] == columns, "take the table of make demo into README.md"
     assert hashlib.sha256(text).hexdigest() == "2443e759d5c264434fae34891cf12cd9116876bdac5a66d46e77bfbf8fea8f99"
 
 
-SMALL_DEMO = ["-i", "build/demo/train.bin", "-j", "build/demo/val.bin", "-e", TRY, "-b", "2", "-t", "32", "-l", "2e-3", "-u", "2", "-q", "0.05", "-c", "0.1"]
+SMALL_DEMO = ["-i", "build/demo/train.bin", "-j", "build/demo/val.bin", "-e", TRY,
+              *"-b 2 -t 32 -l 2e-3 -u 2 -q 0.05 -c 0.1 -s 0 -o out".split()]
 
 
 @pytest.fixture
@@ -243,24 +255,25 @@ def demo_folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_the_demo_goes_on(demo_folder, capfd):
+def test_the_demo_goes_on(demo_folder):
     """Its last hint is the same run with more steps: every option is there again, and the trainer has nothing to say against it."""
-    first = [str(program("cpu-bf16")), *SMALL_DEMO, "-x", "4", "-s", "0", "-o", "out", "--log", "log.jsonl"]
+    first = [str(program("cpu-bf16")), *SMALL_DEMO, "-x", "4", "--log", "log.jsonl"]
     more = demo.go_on(first, 12)
     assert [x for x in more if x not in first] == ["12", "-y", "1"] and [x for x in first if x not in more] == ["4"]
     demo.train(first, every=25)
     done = execute(*more, cwd=demo_folder)
     assert done.status == 0 and (demo_folder / "out/DONE_00000012").exists(), done.err
     assert not re.search("other|differ|change", done.err, re.I), done.err
-    assert [line["step"] for line in demo.read_log("log.jsonl") if "train_loss" in line] == list(range(1, 13))
+    assert [line["step"] for line in common.read_log("log.jsonl") if "train_loss" in line] == list(range(1, 13))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_demo_is_interrupted(demo_folder, number):
     """At once, without a traceback, and with the checkpoint of the step that it was at."""
-    options = [*SMALL_DEMO, "-x", "1000000", "-s", "0", "-v", "0", "-o", "out"]
-    code = f"import sys; sys.path.insert(0, {str(ROOT / 'dev/bench')!r}); import demo; demo.train({[str(program('cpu-bf16')), *options]!r}, every=1)"
-    process = subprocess.Popen([sys.executable, "-B", "-c", code], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [str(program("cpu-bf16")), *SMALL_DEMO, "-x", "1000000", "-v", "0"]
+    code = f"import sys; sys.path.insert(0, {str(ROOT / 'dev/bench')!r}); import demo; demo.train({command!r}, every=1)"
+    process = subprocess.Popen([sys.executable, "-B", "-c", code], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               text=True)
     for line in process.stdout:
         if re.match(r"step +\d+/", line):
             break
@@ -274,8 +287,8 @@ def test_the_demo_is_interrupted(demo_folder, number):
 def test_the_demo_of_make_is_interrupted(tmp_path):
     """While it reads the text, too."""
     os.mkfifo(tmp_path / "text")
-    process = subprocess.Popen([sys.executable, "-B", ROOT / "dev/bench/demo.py", "exact", "approxbp", "text"], cwd=tmp_path, env=environment(),
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-B", ROOT / "dev/bench/demo.py", "exact", "approxbp", "text"], cwd=tmp_path,
+                               env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.readline() and process.stdout.readline()
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
@@ -285,9 +298,10 @@ def test_the_demo_of_make_is_interrupted(tmp_path):
 
 def test_demo_table():
     def log(last, peak):
-        return [{"step": 0, "val_loss": 5.556}, {"step": 1, "train_loss": 5.5}, {"step": 9, "val_loss": last}, {"done": True, "peak_bytes": peak}]
+        return [{"step": 0, "val_loss": 5.556}, {"step": 1, "train_loss": 5.5}, {"step": 9, "val_loss": last},
+                {"done": True, "peak_bytes": peak}]
     lines = demo.result_table((log(2.5, 48123456), (12000000, 12.125)), (log(2.25, 46000000), (9000000, 10.56)))
-    assert [line.split()[-2:] for line in lines[1:3] + lines[4:]] == [["5.556", "5.556"], ["2.500", "2.250"], ["48,123,456", "46,000,000"],
-                                                                         ["12,000,000", "9,000,000"], ["12.12", "10.56"]]
+    assert [line.split()[-2:] for line in lines[1:3] + lines[4:]] == [
+        ["5.556", "5.556"], ["2.500", "2.250"], ["48,123,456", "46,000,000"], ["12,000,000", "9,000,000"], ["12.12", "10.56"]]
     assert lines[0].split() == ["exact", "USE_APPROXBP=1"] and lines[3].split() == ["of", "the", "first", "45", "%", "40", "%"]
     assert len({len(line) for line in lines}) == 1
