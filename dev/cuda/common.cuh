@@ -1,5 +1,5 @@
-// What the files of this folder share: device memory that tells when it was not written, or written beside; comparison
-// with bounds; a digest of every result; the clock. Include it after the trainer.
+// What the files of this folder share: device memory that tells when it was not written, or written beside; comparison with
+// tolerances; tests that are the same for every kernel; a digest of every result; the benchmark. Include it after the trainer.
 #pragma once
 
 #include <inttypes.h>
@@ -15,9 +15,9 @@ struct Arguments {
     bool bench = false, large = false;
     std::string misuse;   // see test_misuse
 };
-bool small_only = false;      // no tensors of more than 2^31 elements
-bool bench_json = false;      // a line of JSON for each row of the benchmark, instead of tables
-size_t guard_bytes = 256;     // on either side of a tensor (a multiple of cudaMalloc's alignment)
+bool small_only = false;    // no tensors of more than 2^31 elements
+bool bench_json = false;    // a line of JSON for each row of the benchmark, instead of tables
+size_t guard_bytes = 256;   // on either side of a tensor (cudaMalloc's alignment)
 Arguments parse_arguments(int argc, char** argv, const char* what) {
     Arguments o;
     program_name = argv[0];
@@ -33,14 +33,12 @@ Arguments parse_arguments(int argc, char** argv, const char* what) {
         else if (a == "--small") small_only = true;
         else if (a == "--tight") guard_bytes = 0;
         else if (a == "--misuse" && i + 1 < argc) o.misuse = argv[++i];   // by test_misuse alone
-        else if (a == "--seed" && i + 1 < argc && (o.seed = strtoull(argv[++i], &end, 10), end != argv[i] && *end == 0))
-            continue;
+        else if (a == "--seed" && i + 1 < argc && (o.seed = strtoull(argv[++i], &end, 10), end != argv[i] && *end == 0)) continue;
         else if (a == "--help" || a == "-h") {
             printf("%s\n  without arguments it tests, and exits with 0 or 1\n"
-                   "  --bench     bytes moved, time and bandwidth of each version instead\n"
-                   "  --json      the same, a line of JSON a row\n"
+                   "  --bench     bytes moved, time and bandwidth of each version instead; --json: one line of JSON per row\n"
                    "  --seed N    of the test's random numbers (1337)\n"
-                   "  --large     what is slow too: 2^31 elements for real, attention over 1000 positions\n"
+                   "  --large     what is slow too: attention over 1000 positions\n"
                    "  --small     leaves out index arithmetic beyond 2^31, which takes much memory on a GPU\n"
                    "  --tight     no guards around tensors, so that compute-sanitizer sees their ends\n", what);
             exit(0);
@@ -64,13 +62,17 @@ size_t free_memory() {
 
 int failures = 0;
 uint64_t digest_state = 0xcbf29ce484222325ull;   // of every bit of every result, so that two runs can be compared by one number
-void digest(const void* p, size_t bytes) {      // FNV-1a, over words of 8 bytes
+void digest(const void* p, size_t bytes) {       // FNV-1a, over words of 8 bytes
     for (size_t i = 0; i < bytes; i += 8) {
         uint64_t word = 0;
         memcpy(&word, (const uint8_t*)p + i, std::min(bytes - i, (size_t)8));
         digest_state = (digest_state ^ word) * 0x100000001b3ull;
         digest_state ^= digest_state >> 29;
     }
+}
+int finish(const Arguments& o) {
+    printf("checksum %016" PRIx64 " (seed %" PRIu64 ")\n%s\n", digest_state, o.seed, failures ? "FAILED" : "all is well");
+    return failures != 0;
 }
 
 std::string case_name;   // which case a failure belongs to
@@ -81,6 +83,15 @@ __attribute__((format(printf, 1, 2))) void set_case(const char* format, ...) {
     vsnprintf(text, sizeof text, format, args);
     va_end(args);
     case_name = text;
+}
+
+constexpr double EPS32 = 0x1p-24;                // half a unit in the last place of fp32, relative
+constexpr double EPS16 = 0x1p-8;                 // and of bf16, which has 8 bits, the first of them implied
+constexpr double EPSX = kFP32 ? EPS32 : EPS16;   // what storing a result may cost
+// How far a result may be from its reference: twice what storing it may cost, and 32 roundings of the sum of the absolute values
+// of all that is added up on the way, which is more than the result where they cancel.
+inline double tolerance(double reference, double terms, double store = EPSX) {
+    return 2 * store * fabs(reference) + 32 * EPS32 * terms + 0x1p-126;
 }
 
 // A statement about many numbers, and the first cases that contradict it.
@@ -101,15 +112,18 @@ struct Property {
         if (error > largest_error) largest_error = error;
         if (bound > 0 && error / bound > largest_share) largest_share = error / bound;
     }
+    void close(size_t i, double ours, double reference, double terms, double store = EPSX) {
+        within(i, ours, reference, tolerance(reference, terms, store));
+    }
     void equal(size_t i, double ours, double reference) {   // any NaN equals any other; zeros have signs
         compared++;
         bool same =
             std::isnan(reference) ? std::isnan(ours) : ours == reference && std::signbit(ours) == std::signbit(reference);
         if (!same) contradict(i, ours, reference, 0);
     }
-    void is(bool fine, const char* otherwise) {
+    void is(bool fine, const std::string& otherwise) {
         compared++;
-        if (!fine && ++wrong <= 3) printf("       %s: %s\n", case_name.c_str(), otherwise);
+        if (!fine && ++wrong <= 3) printf("       %s: %s\n", case_name.c_str(), otherwise.c_str());
     }
 };
 void report(std::initializer_list<Property*> properties) {
@@ -122,12 +136,30 @@ void report(std::initializer_list<Property*> properties) {
     }
 }
 
+// Where a number that is none goes: `reach` tells for each element whether it must become none, may become none, or has to keep
+// the bits that it has without.
+enum Reach : char { NOT, MUST, MAY };   // a bool will do for the first two
+template <class T, class F>
+void check_reach(Property& p, const std::vector<T>& ours, const std::vector<T>& clean, F&& reach, const char* what) {
+    bool fine = ours.size() == clean.size();
+    for (size_t i = 0; i < ours.size() && fine; i++) {
+        const Reach r = (Reach)reach(i);
+        const bool none = !std::isfinite((float)ours[i]), same = memcmp(&ours[i], &clean[i], sizeof(T)) == 0;
+        fine = r == MUST ? none : r == MAY ? none || same : same;
+    }
+    p.is(fine, std::string(what) + ": a NaN too many or too few, or other bits");
+}
+
 // Calls that a launcher must refuse: the program runs itself again for each, because refusing ends it. `call` must fail before
 // it touches the GPU. Call this first in main.
 struct Misuse {
-    const char *name, *expected;   // without apostrophes: it passes through a shell; a part of the message
+    std::string name, expected;   // without apostrophes: it passes through a shell; a part of the message
     std::function<void()> call;
 };
+// Of launchers whose threads take 8 neighbours: `what` is as check_vec has it, "act_forward: OC", and `call` makes it 12.
+inline Misuse refuses_12(const std::string& what, std::function<void()> call) {
+    return {what, what + " is 12: expected a multiple of 8", call};
+}
 void test_misuse(const Arguments& o, const std::vector<Misuse>& cases) {
     if (!o.misuse.empty()) {
         for (const Misuse& m : cases)
@@ -136,40 +168,19 @@ void test_misuse(const Arguments& o, const std::vector<Misuse>& cases) {
     }
     Property p("what the kernels cannot do is refused, with a message and status 1");
     for (const Misuse& m : cases) {
-        set_case("%s", m.name);
+        set_case("%s", m.name.c_str());
         std::string said, command = "'" + std::string(program_name) + "' --misuse '" + m.name + "' 2>&1";
         FILE* f = popen(command.c_str(), "r");
         if (f == nullptr) fail("could not run %s", command.c_str());
         for (int c; (c = fgetc(f)) != EOF;) said += (char)c;
         int status = pclose(f);
         p.is(WIFEXITED(status) && WEXITSTATUS(status) == 1, "expected exit status 1");
-        p.is(said.find(m.expected) != std::string::npos, ("expected \"" + std::string(m.expected) + "\", it said: " + said).c_str());
+        p.is(said.find(m.expected) != std::string::npos, "expected \"" + m.expected + "\", it said: " + said);
     }
     report({&p});
 }
 
-constexpr double EPS32 = 0x1p-24;                       // half a unit in the last place of fp32, relative
-constexpr double EPS16 = 0x1p-8;                        // and of bf16, which has 8 bits, the first of them implied
-constexpr double EPSX = kFP32 ? EPS32 : EPS16;          // what storing a result may cost
-// How many additions stand one behind the other in a column sum: a warp's rows, the 8 warps, then the slices over the warps of
-// the block that finishes, these warps, and the gradient that was there. Each rounds the sum so far, which is at most the sum of
-// absolute values.
-inline double finish_depth(int slices) {
-    int warps = std::clamp(slices / 8, 1, 32);
-    return ceil_div(slices, warps) + warps + 1;
-}
-inline double colsum_depth(int rows) {
-    return ceil_div(rows, colsum_slices(rows) * 8) + 8 + finish_depth(colsum_slices(rows));
-}
-// The same for the norm's backward, where a thread goes down all rows of a slice.
-inline double norm_colsum_depth(int rows) { return ceil_div(rows, norm_slices(rows)) + finish_depth(norm_slices(rows)); }
-
-int finish(const Arguments& o) {
-    printf("checksum %016" PRIx64 " (seed %" PRIu64 ")\n%s\n", digest_state, o.seed, failures ? "FAILED" : "all is well");
-    return failures != 0;
-}
-
-// ---- random numbers
+// ---- numbers
 
 struct Random {
     uint64_t seed, stream, i = 0;
@@ -195,14 +206,17 @@ Doubles doubles(const std::vector<T>& v) {
     for (size_t i = 0; i < v.size(); i++) d[i] = (float)v[i];
     return d;
 }
-// ||ours - reference|| / ||reference||
-inline double distance(const Doubles& ours, const Doubles& reference) {
+inline double distance(const Doubles& ours, const Doubles& reference) {   // ||ours - reference|| / ||reference||
     double diff = 0, size = 0;
     for (size_t i = 0; i < ours.size(); i++) {
         diff += (ours[i] - reference[i]) * (ours[i] - reference[i]);
         size += reference[i] * reference[i];
     }
     return sqrt(diff / size);
+}
+template <class T>
+bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
+    return a.size() == b.size() && (a.empty() || memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
 }
 
 // ---- device memory
@@ -243,13 +257,13 @@ struct Buffer {
     void write(const std::vector<T>& v) { cudaCheck(cudaMemcpy(p, v.data(), v.size() * sizeof(T), cudaMemcpyHostToDevice)); }
     std::vector<T> read() const {   // waits for what runs; looks at the guards; adds to the digest
         std::vector<T> v(n);
+        std::vector<uint8_t> all(bytes() + 2 * guard);
         cudaCheck(cudaDeviceSynchronize());
-        cudaCheck(cudaMemcpy(v.data(), p, bytes(), cudaMemcpyDeviceToHost));
-        std::vector<uint8_t> beside(2 * guard);
-        cudaCheck(cudaMemcpy(beside.data(), base, guard, cudaMemcpyDeviceToHost));
-        cudaCheck(cudaMemcpy(beside.data() + guard, (uint8_t*)p + bytes(), guard, cudaMemcpyDeviceToHost));
-        for (uint8_t b : beside)
-            if (b != 0xa5) fail("%s: something was written beside a tensor of %zu elements", case_name.c_str(), n);
+        cudaCheck(cudaMemcpy(all.data(), base, all.size(), cudaMemcpyDeviceToHost));
+        for (size_t i = 0; i < guard; i++)
+            if (all[i] != 0xa5 || all[all.size() - 1 - i] != 0xa5)
+                fail("%s: something was written beside a tensor of %zu elements", case_name.c_str(), n);
+        if (n > 0) memcpy((void*)v.data(), all.data() + guard, bytes());
         digest(v.data(), bytes());
         return v;
     }
@@ -279,13 +293,10 @@ struct GradBuffer {
     }
 };
 
-template <class T>
-bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
-    return a.size() == b.size() && (a.empty() || memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
-}
+// ---- index arithmetic beyond 2^31
 
-// Index arithmetic beyond 2^31: a tensor of n elements of which a test touches a few. On the CPU it is address space that
-// nobody has filled (and reads as 0); on a GPU it is memory, if there is so much.
+// A tensor of n elements of which a test touches a few. On the CPU it is address space that nobody has filled (and reads as 0);
+// on a GPU it is memory, if there is so much.
 template <class T>
 struct FarBuffer {
     T* p = nullptr;   // null: no room
@@ -309,41 +320,93 @@ struct FarBuffer {
         else cudaFree(p);
     }
     size_t bytes() const { return n * sizeof(T); }
-    void write(size_t at, const std::vector<T>& v) {
-        if (on_cpu_backend()) memcpy(p + at, v.data(), v.size() * sizeof(T));
-        else cudaCheck(cudaMemcpy(p + at, v.data(), v.size() * sizeof(T), cudaMemcpyHostToDevice));
+    static void copy(void* to, const void* from, size_t bytes) {
+        if (on_cpu_backend()) memcpy(to, from, bytes);
+        else cudaCheck(cudaMemcpy(to, from, bytes, cudaMemcpyDefault));
     }
+    void write(size_t at, const std::vector<T>& v) { copy(p + at, v.data(), v.size() * sizeof(T)); }
     std::vector<T> read(size_t at, size_t count) const {   // waits for what runs; adds to the digest
         std::vector<T> v(count);
         cudaCheck(cudaDeviceSynchronize());
-        if (on_cpu_backend()) memcpy(v.data(), p + at, count * sizeof(T));
-        else cudaCheck(cudaMemcpy(v.data(), p + at, count * sizeof(T), cudaMemcpyDeviceToHost));
+        copy((void*)v.data(), p + at, count * sizeof(T));
         digest(v.data(), count * sizeof(T));
         return v;
     }
 };
-// Launches what `launch` launches; on the CPU only the blocks first to last of each grid run (numbered x fastest, then y, z).
+// Launches what `launch` launches: a GPU all of it, once; the CPU, one after the other, only these blocks of each grid (numbered
+// x fastest, then y, z).
 template <class F>
-void launch_blocks(int64_t first, int64_t last, F&& launch) {
+void run_blocks(const std::vector<int64_t>& blocks, F&& launch) {
 #ifdef __CUDACC__
-    (void)first, (void)last;
+    (void)blocks;
     launch();
 #else
-    simt::run_only_blocks(first, last);
-    launch();
+    for (int64_t b : blocks) {
+        simt::run_only_blocks(b, b);
+        launch();
+    }
     simt::run_all_blocks();
 #endif
 }
 
-// The same for blocks here and there, one after the other on the CPU; on a GPU one launch runs them all.
+// The test: a launch over large tensors, in each of which a window holds numbers, must make of them the bits that it makes of the
+// same numbers alone, in small tensors. A window is (planes, rows, columns); its columns are neighbours.
+struct FarTensor {
+    virtual bool there() const = 0;
+    virtual void write() = 0;
+    virtual bool same() const = 0;
+};
+template <class T>
+struct Far : FarTensor {
+    std::vector<T> values;   // what it holds before the launch: NaN if nothing is said
+    FarBuffer<T> far;
+    Buffer<T> near;
+    size_t columns, row_step, plane_rows, plane_step;   // of the large tensor: elements from row to row, and plane to plane
+    size_t at = 0;                                      // of the large tensor: where the window begins,
+    size_t rows;                                        // and how many of each plane's rows it has, from the first
+
+    Far(size_t n, std::vector<T> v, size_t columns, size_t row_step, size_t planes = 1, size_t plane_step = 0)
+        : values(v), far(n), near(v), columns(columns), row_step(row_step), plane_rows(v.size() / columns / planes),
+          plane_step(plane_step), rows(plane_rows) {}
+    Far(size_t n, size_t count, size_t columns, size_t row_step, size_t planes = 1, size_t plane_step = 0)
+        : Far(n, Buffer<T>(count).read(), columns, row_step, planes, plane_step) {}
+    T* p(bool is_far) const { return is_far ? far.p : near.p; }
+    bool there() const override { return far.p != nullptr; }
+    template <class F>
+    void each_row(F&& f) const {   // f(where it is far, and near)
+        for (size_t i = 0; i < values.size() / columns; i++)
+            if (i % plane_rows < rows) f(at + i / plane_rows * plane_step + i % plane_rows * row_step, i * columns);
+    }
+    void write() override {
+        near.write(values);
+        each_row([&](size_t to, size_t i) { far.write(to, {values.begin() + i, values.begin() + i + columns}); });
+    }
+    bool same() const override {
+        const std::vector<T> v = near.read();
+        bool same = true;
+        each_row([&](size_t from, size_t i) {
+            same &= same_bits(far.read(from, columns), {v.begin() + i, v.begin() + i + columns});
+        });
+        return same;
+    }
+};
+// launch(false) takes the small tensors, launch(true) the large ones; `blocks` are those of the latter that have to do with the
+// windows. False if there is no room.
 template <class F>
-void run_blocks(const std::vector<int64_t>& blocks, F&& launch) {
-    if (!on_cpu_backend()) return launch();
-    for (int64_t b : blocks) launch_blocks(b, b, launch);
+bool check_far(Property& p, const std::vector<FarTensor*>& tensors, const std::vector<int64_t>& blocks, F&& launch) {
+    for (FarTensor* t : tensors)
+        if (!t->there()) return false;
+    for (FarTensor* t : tensors) t->write();
+    launch(false);
+    run_blocks(blocks, [&] { launch(true); });
+    for (size_t i = 0; i < tensors.size(); i++)
+        p.is(tensors[i]->same(), "tensor " + std::to_string(i) + " of the list has other bits");
+    return true;
 }
 
-// cuBLASLt, for the files that multiply.
-struct MatmulSession {
+// ---- what several files call
+
+struct MatmulSession {   // cuBLASLt
     MatmulSession() {
         cublasCheck(cublasLtCreate(&matmul_state.handle));
         matmul_state.workspace_bytes = MATMUL_WORKSPACE;
@@ -354,6 +417,19 @@ struct MatmulSession {
         cublasLtDestroy(matmul_state.handle);
     }
 };
+
+// The bias gradient as one writes it first: one thread per column. matmul.cu says what is wrong with that.
+__global__ void bias_backward_1_kernel(Grad dbias, const floatX* dout, bool accumulate, int rows, int OC) {
+    int c = blockIdx.x * blockDim.x + threadIdx.x;
+    if (c >= OC) return;
+    float sum = 0;
+    for (int r = 0; r < rows; r++) sum += (float)dout[(size_t)r * OC + c];
+    grad_store(dbias, c, sum, accumulate);
+}
+inline void bias_backward_1(Grad dbias, const floatX* dout, bool accumulate, int rows, int OC, cudaStream_t stream) {
+    bias_backward_1_kernel<<<ceil_div(OC, 128), 128, 0, stream>>>(dbias, dout, accumulate, rows, OC);
+    cudaCheck(cudaGetLastError());
+}
 
 // ---- the benchmark
 
@@ -368,20 +444,18 @@ float measure_ms(F&& run) {
     cudaEvent_t from, to;
     cudaCheck(cudaEventCreate(&from));
     cudaCheck(cudaEventCreate(&to));
-    std::vector<float> times;
-    for (int i = 0; i < 25; i++) {
+    std::vector<float> times(25);
+    for (float& ms : times) {
         cudaCheck(cudaEventRecord(from, 0));
         run();
         cudaCheck(cudaEventRecord(to, 0));
         cudaCheck(cudaEventSynchronize(to));
-        float ms;
         cudaCheck(cudaEventElapsedTime(&ms, from, to));
-        if (i >= 5) times.push_back(ms);
     }
     cudaCheck(cudaEventDestroy(from));
     cudaCheck(cudaEventDestroy(to));
-    std::nth_element(times.begin(), times.begin() + 10, times.end());
-    return times[10];
+    std::nth_element(times.begin() + 5, times.begin() + 15, times.end());
+    return times[15];
 }
 
 // Tables of versions. A kernel that moves memory is held against a copy on the same GPU, one that multiplies against cuBLASLt's
@@ -389,59 +463,64 @@ float measure_ms(F&& run) {
 // writes it: what a kernel reads twice in a row, a cache holds. On the CPU backend that is all that is printed.
 struct BenchTable {
     enum Unit { BYTES, FLOPS };
-    const char* title;
+    char title[200];
     Unit unit;
     size_t n;            // elements that bytes and flops are given per
     bool timed;
     double best = 0;     // the device's: GB/s of a copy, or TFLOP/s of a matmul
 
-    BenchTable(const char* title, size_t n, Unit unit = BYTES) : title(title), unit(unit), n(n), timed(!on_cpu_backend()) {
-        if (timed) best = unit == BYTES ? copy_rate() : matmul_rate();
+    __attribute__((format(printf, 4, 5))) BenchTable(size_t n, Unit unit, const char* format, ...)
+        : unit(unit), n(n), timed(!on_cpu_backend()) {
+        va_list args;
+        va_start(args, format);
+        vsnprintf(title, sizeof title, format, args);
+        va_end(args);
+        const bool bytes = unit == BYTES;
+        if (timed) best = bytes ? copy_rate() : matmul_rate();
         if (bench_json) return;
-        printf("\n%s\n  %-62s %11s", title, "", unit == BYTES ? "B/element" : "flop/element");
-        if (timed) printf(" %9s %8s %9s", "ms", unit == BYTES ? "GB/s" : "TFLOP/s", unit == BYTES ? "of copy" : "of matmul");
+        printf("\n%s\n  %-62s %11s", title, "", bytes ? "B/element" : "flop/element");
+        if (timed) {
+            printf(" %9s %8s %9s\n", "ms", bytes ? "GB/s" : "TFLOP/s", bytes ? "of copy" : "of matmul");
+            printf("  %-62s %11s %9s %8.0f %8.0f%%", bytes ? "a copy, 16 bytes per thread" : "cuBLASLt, 8192 x 8192 x 8192", "",
+                   "", best, 100.0);
+        }
         printf("\n");
-        if (timed) printf("  %-62s %11s %9s %8.0f %8.0f%%\n", unit == BYTES ? "a copy, 16 bytes a thread" : "cuBLASLt, 8192 x 8192 x 8192", "", "", best, 100.0);
     }
+    // of a tensor of `all` elements, those that there are: without a GPU nothing runs, and one row is enough
+    size_t here(size_t all, size_t row) const { return timed ? all : row; }
     static double copy_rate() {
         static double rate = 0;
         const size_t n = (size_t)1 << 28;   // beyond any cache
-        if (rate == 0) {
-            Buffer<floatX> a(n), b(n);
-            b.fill();
-            rate =
-                2.0 * sizeof(floatX) * n / 1e6 / measure_ms([&] { copy_kernel<<<ceil_div(n, 256 * VEC), 256>>>(a.p, b.p, n); });
-        }
-        return rate;
+        if (rate > 0) return rate;
+        Buffer<floatX> a(n), b(n);
+        b.fill();
+        const double ms = measure_ms([&] { copy_kernel<<<ceil_div(n, 256 * VEC), 256>>>(a.p, b.p, n); });
+        return rate = 2.0 * sizeof(floatX) * n / 1e6 / ms;
     }
     static double matmul_rate() {
         static double rate = 0;
         const int N = 8192;
-        if (rate == 0) {
-            Buffer<floatX> a((size_t)N * N), b((size_t)N * N), d((size_t)N * N);
-            for (Buffer<floatX>* x : {&a, &b}) x->fill();
-            rate = 2.0 * N * N * N / 1e9 / measure_ms([&] { matmul_forward(d.p, a.p, b.p, nullptr, N, N, N, 0); });
-        }
-        return rate;
+        if (rate > 0) return rate;
+        Buffer<floatX> a((size_t)N * N), b((size_t)N * N), d((size_t)N * N);
+        for (Buffer<floatX>* x : {&a, &b}) x->fill();
+        return rate = 2.0 * N * N * N / 1e9 / measure_ms([&] { matmul_forward(d.p, a.p, b.p, nullptr, N, N, N, 0); });
     }
     // One version: bytes it moves (or flops it makes) for an element, and how to run it.
     template <class F>
-    void row(const char* name, double per_element, F&& run) {
-        double ms = timed ? measure_ms(run) : 0, rate = timed ? per_element * n / ms / (unit == BYTES ? 1e6 : 1e9) : 0;
+    void row(const std::string& name, double per_element, F&& run) {
+        const double ms = timed ? measure_ms(run) : 0, rate = timed ? per_element * n / ms / (unit == BYTES ? 1e6 : 1e9) : 0;
         if (bench_json) {
-            printf("{\"program\": \"%s\", \"case\": \"%s\", \"version\": \"%s\", \"%s_per_element\": %.4g", base_name(), title, name,
-                   unit == BYTES ? "bytes" : "flops", per_element);
-            if (timed) printf(", \"ms\": %.4f, \"%s\": %.1f, \"share\": %.4f", ms, unit == BYTES ? "gb_s" : "tflop_s", rate, rate / best);
-            printf("}\n");
-            return;
+            const char* slash = strrchr(program_name, '/');
+            printf("{\"program\": \"%s\", \"case\": \"%s\", \"version\": \"%s\", \"%s_per_element\": %.4g",
+                   slash ? slash + 1 : program_name, title, name.c_str(), unit == BYTES ? "bytes" : "flops", per_element);
+            if (timed)
+                printf(", \"ms\": %.4f, \"%s\": %.1f, \"share\": %.4f", ms, unit == BYTES ? "gb_s" : "tflop_s", rate,
+                       rate / best);
+        } else {
+            printf("  %-62s %11.2f", name.c_str(), per_element);
+            if (timed) printf(" %9.3f %8.0f %8.0f%%", ms, rate, 100 * rate / best);
         }
-        printf("  %-62s %11.2f", name, per_element);
-        if (timed) printf(" %9.3f %8.0f %8.0f%%", ms, rate, 100 * rate / best);
-        printf("\n");
-    }
-    static const char* base_name() {
-        const char* slash = strrchr(program_name, '/');
-        return slash ? slash + 1 : program_name;
+        printf(bench_json ? "}\n" : "\n");
     }
 };
 
@@ -453,4 +532,12 @@ void bench_device() {
     if (on_cpu_backend())
         printf("Times mean nothing on the CPU backend: here are the bytes that each version moves, or the flops that it makes,\n"
                "counted from the shapes.\n");
+}
+// bench(model, positions, C) for both models.
+template <class F>
+int bench_models(F&& bench) {
+    bench_device();
+    bench("124M, B 64, T 1024", 64 * 1024, 768);
+    bench("1558M, B 8, T 1024", 8 * 1024, 1600);
+    return 0;
 }

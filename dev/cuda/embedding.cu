@@ -18,10 +18,11 @@ owns 8 neighbouring channels, so C has to be a multiple of 8.
 // ---------------------------------------------------------------------------------------------------------------------
 // versions of the forward pass
 
-// Version 1: a step a kernel, an element a thread. The first copies rows of wte, the second adds wpe to them: out is written,
-// read and written again, 6 bytes an element in bf16 where 2 have to be. What is read besides is little: the rows of tokens
-// that occur twice come from the cache the second time (a quarter of the 65536 positions of a text have a token that none
-// before them had: half a byte), and so does wpe after the first of B texts (2/64 of a byte). 6.5 bytes, 2.5 of them needed.
+// Version 1: one kernel per step, one element per thread. The first copies rows of wte, the second adds wpe to them: out is
+// written, read and written again, 6 bytes per element in bf16 where 2 have to be. What is read besides is little: the rows of
+// tokens that occur twice come from the cache the second time (a quarter of the 65536 positions of a text have a token that
+// none before them had: half a byte), and so does wpe after the first of B texts (2/64 of a byte). 6.5 bytes, 2.5 of them
+// needed.
 __global__ void gather_1_kernel(floatX* out, const int* tokens, const floatX* wte, size_t n, int C) {
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i < n) out[i] = wte[(size_t)tokens[i / C] * C + i % C];
@@ -38,7 +39,7 @@ void embedding_forward_1(floatX* out, const int* tokens, const floatX* wte, cons
     cudaCheck(cudaGetLastError());
 }
 
-// Version 2: one kernel, still an element a thread: 2.5 bytes, all that there is to move. What it wastes is instructions. A
+// Version 2: one kernel, still one element per thread: 2.5 bytes, all that there is to move. What it wastes is instructions. A
 // thread finds its place by divisions of 64-bit numbers, which the hardware does not have: each is some dozens of instructions,
 // to move 2 bytes. And a position's token is fetched C times, once for each element of its row.
 // Version 3, the trainer's embedding_forward, gives a thread 8 elements: one search for the place, one token, and loads and
@@ -61,8 +62,8 @@ void embedding_forward_2(floatX* out, const int* tokens, const floatX* wte, cons
 // versions of the backward pass
 
 // Backward is forward with its arrows turned around: rows are not fetched but thrown, and several may be thrown at one place.
-// An element a thread, as in forward, would have to add with atomics, in the order of arrival: float addition is not
-// associative, so no two runs would have the same bits.
+// With one element per thread, as in forward, one would have to add with atomics, in the order of arrival: float addition is
+// not associative, so no two runs would have the same bits.
 //
 // Version 1 needs no atomics, because a channel has one thread. It walks down all positions and adds what it finds to both
 // gradients. In bytes that is less than all that follows: dout is read once, and a row of dwte or dwpe that comes back soon
@@ -95,9 +96,9 @@ void embedding_backward_1(Grad dwte, Grad dwpe, const floatX* dout, const int* t
 // more than version 1, for 16,000 warps instead of 24.
 // What it wastes: few tokens make up much of a text. A warp that has one of 4000 positions goes down them for each 32 of its
 // channels again, 24 times: 100,000 loads of 64 bytes, almost one after the other, while all the others have long been done.
-// Version 3, the trainer's, takes 8 warps for 256 channels of a token, and 16 bytes a lane. Each warp goes down every eighth
+// Version 3, the trainer's, takes 8 warps for 256 channels of a token, and 16 bytes per lane. Each warp goes down every eighth
 // position, and thread by thread their 8 sums are added in a fixed order: 500 loads one after the other instead of 100,000.
-// dwpe gets 16 bytes a thread, as in forward.
+// dwpe gets 16 bytes per thread, as in forward.
 __global__ void embedding_backward_2_wte_kernel(Grad dwte, const floatX* dout, const int* positions, const int* bucket_token,
                                                 const int* bucket_start, int C) {
     size_t row = (size_t)bucket_token[blockIdx.x] * C;
@@ -123,14 +124,6 @@ void embedding_backward_2(Grad dwte, Grad dwpe, const floatX* dout, const int* p
     cudaCheck(cudaGetLastError());
 }
 
-// What n roundings, one behind the other, can make of a sum, relative to the sum of the absolute values of its terms. A result
-// of a few bits is rounded so often here that (1 + e)^n is not 1 + n e any more.
-double compound(double n, double e) { return expm1(n * log1p(e)); }
-
-// How many additions stand one behind the other where a token occurs k times, counting neither the first to an empty sum (it is
-// exact) nor the last, to the gradient that was there.
-double token_depth(int version, int k) { return version == 2 ? k - 1 : ceil_div(k, 8) - 1 + std::min(k, 8) - 1; }
-
 // ---------------------------------------------------------------------------------------------------------------------
 // tests
 
@@ -150,16 +143,10 @@ struct Batch {
         bucket_token = positions + BT;
         bucket_start = bucket_token + token_cap(BT, V);
     }
-    std::vector<int> counts() const {
-        std::vector<int> count(V, 0);
-        for (int token : tokens) count[token]++;
-        return count;
-    }
     void backward(int version, Grad dwte, Grad dwpe, const floatX* dout, bool accumulate, int C) const {   // 3: the trainer's
-        if (version == 1) embedding_backward_1(dwte, dwpe, dout, device.p, accumulate, B, T, C, 0);
-        else
-            (version == 2 ? embedding_backward_2 : embedding_backward)(dwte, dwpe, dout, positions, bucket_token, bucket_start,
-                                                                       buckets, accumulate, B, T, C, 0);
+        if (version == 1) return embedding_backward_1(dwte, dwpe, dout, device.p, accumulate, B, T, C, 0);
+        auto layer = version == 2 ? embedding_backward_2 : embedding_backward;
+        layer(dwte, dwpe, dout, positions, bucket_token, bucket_start, buckets, accumulate, B, T, C, 0);
     }
 };
 
@@ -184,70 +171,57 @@ floatX odd_number(Random& random) {
 }
 
 // Each of the two elements has 8 bits (24 in fp32) and their sum is rounded twice, to fp32 and to bf16, as the reference does:
-// all versions have to make the same bits. Rows of wte whose token does not occur are NaN, and so is a row of wpe behind the
-// last position. Channels and texts are around what a thread, a warp's load and a block take: 8, 256, 2048 elements.
+// all versions have to make the same bits. Rows of wte whose token does not occur are NaN, and so is a row of wpe after the
+// last position. Channels and texts are around what a thread, a warp's load and a block take: 8, 256, 2048 elements. Then every
+// number that bf16 has, in a text of all different tokens; in fp32, one number for each.
 void test_forward(uint64_t seed) {
     Property value("forward: wte + wpe", "every bit"), again("forward: the same bits in a second run"),
-        two("forward, version 2", "every bit"), one("forward, version 1", "every bit");
+        simple("forward, versions 1 and 2", "every bit");
     struct Shape { int B, T, V, C; };
     for (auto [B, T, V, C] :
          {Shape{1, 1, 1, 8}, {1, 7, 3, 8}, {3, 5, 50, 24}, {3, 85, 100, 8}, {2, 128, 100, 8}, {1, 257, 300, 8}, {2, 31, 7, 136},
-          {4, 2, 11, 256}, {3, 33, 64, 264}, {1, 3, 2, 1000}, {5, 1, 3, 4104}})
-        for (Text kind : {EVEN, SKEWED, REPEATED}) {
+          {4, 2, 11, 256}, {3, 33, 64, 264}, {1, 3, 2, 1000}, {5, 1, 3, 4104}, {1, 64, 64, 1024}})
+        for (Text kind : {EVEN, SKEWED, REPEATED, DISTINCT}) {
+            const bool every = V == 64 && T == 64;
+            if ((kind == DISTINCT) != every) continue;
             set_case("B %d, T %d, V %d, C %d, %s", B, T, V, C, TEXT_NAMES[kind]);
             const size_t n = (size_t)B * T * C;
             Random random(seed, n * 10 + kind);
-            std::vector<int> ids = text(kind, B * T, V, random);
+            const std::vector<int> ids = text(kind, B * T, V, random);
             std::vector<floatX> wte((size_t)V * C, (floatX)NAN), wpe = random.normals((size_t)(T + B % 2) * C);
             for (int token : ids)
                 for (int c = 0; c < C; c++) wte[(size_t)token * C + c] = (floatX)random.normal();
-            for (size_t i = 0; i < n / 8; i++) {
-                size_t row = ids[random.bits() % ids.size()], c = random.bits() % C;
-                wte[row * C + c] = odd_number(random);
+            for (size_t i = 0; i < n / 8; i++) wte[ids[random.bits() % ids.size()] * C + random.bits() % C] = odd_number(random);
+            for (uint32_t i = 0; every && i < 65536; i++) {
+                const uint32_t bits = i << 16 | (kFP32 ? (uint32_t)random.bits() & 0xffff : 0);
+                float x;
+                memcpy(&x, &bits, 4);
+                wte[i] = (floatX)x;
             }
-            for (size_t i = 0; i < (size_t)T * C; i += 11) wpe[i] = odd_number(random);
+            for (size_t i = 0; i < (size_t)T * C; i += every ? 2 : 11) wpe[i] = odd_number(random);
             std::fill(wpe.begin() + (size_t)T * C, wpe.end(), (floatX)NAN);
             Buffer<int> tokens(ids);
-            Buffer<floatX> te(wte), pe(wpe), out(n), out2(n), out1(n), out0(n);
-            embedding_forward(out.p, tokens.p, te.p, pe.p, B, T, C, 0);
-            embedding_forward(out0.p, tokens.p, te.p, pe.p, B, T, C, 0);
-            embedding_forward_2(out2.p, tokens.p, te.p, pe.p, B, T, C, 0);
-            embedding_forward_1(out1.p, tokens.p, te.p, pe.p, B, T, C, 0);
-            std::vector<floatX> got = out.read(), got2 = out2.read(), got1 = out1.read();
-            again.is(same_bits(got, out0.read()), "other bits");
-            for (size_t i = 0; i < n; i++) {
-                size_t bt = i / C, c = i % C;
-                float expected = (float)(floatX)((float)wte[(size_t)ids[bt] * C + c] + (float)wpe[bt % T * C + c]);
-                value.equal(i, (float)got[i], expected);
-                two.equal(i, (float)got2[i], expected);
-                one.equal(i, (float)got1[i], expected);
+            Buffer<floatX> te(wte), pe(wpe), out(n);
+            std::vector<floatX> first;
+            for (int version : {3, 0, 2, 1}) {   // 3 and 0 are the trainer's
+                auto layer = version == 1 ? embedding_forward_1 : version == 2 ? embedding_forward_2 : embedding_forward;
+                layer(out.p, tokens.p, te.p, pe.p, B, T, C, 0);
+                const std::vector<floatX> got = out.read();
+                if (version == 3) first = got;
+                if (version == 0) again.is(same_bits(got, first), "other bits");
+                for (size_t i = 0; i < n; i++) {
+                    const floatX token = wte[(size_t)ids[i / C] * C + i % C], position = wpe[i / C % T * C + i % C];
+                    const floatX expected = (floatX)((float)token + (float)position);
+                    (version == 1 || version == 2 ? simple : value).equal(i, (float)got[i], (float)expected);
+                }
             }
         }
-    // Every number that bf16 has; in fp32, one for each.
-    set_case("every bf16");
-    const int T = 64, C = 1024;
-    Random random(seed, 1);
-    std::vector<floatX> wte(T * C), wpe(T * C);
-    std::vector<int> ids(T);
-    for (int i = 0; i < T * C; i++) {
-        uint32_t bits = (uint32_t)i << 16 | (kFP32 ? (uint32_t)random.bits() & 0xffff : 0);
-        float x;
-        memcpy(&x, &bits, 4);
-        wte[i] = (floatX)x;
-        wpe[i] = random.bits() % 2 ? odd_number(random) : (floatX)(std::isfinite(x) ? x * random.normal() : 1.0f);
-    }
-    for (int t = 0; t < T; t++) ids[t] = t;
-    Buffer<int> tokens(ids);
-    Buffer<floatX> te(wte), pe(wpe), out(T * C);
-    embedding_forward(out.p, tokens.p, te.p, pe.p, 1, T, C, 0);
-    std::vector<floatX> got = out.read();
-    for (int i = 0; i < T * C; i++) value.equal(i, (float)got[i], (float)(floatX)((float)wte[i] + (float)wpe[i]));
     printf("forward\n");
-    report({&value, &again, &two, &one});
+    report({&value, &again, &simple});
 }
 
 // What tokens_upload makes of a micro-batch: buckets in the order of tokens, and in each all positions of its token, in their
-// order. Nothing is copied behind the last bucket's end.
+// order. Nothing is copied after the last bucket's end.
 void test_buckets(uint64_t seed) {
     Property p("buckets: each position once, sorted by token, ascending within one");
     struct Shape { int B, T, V; };
@@ -256,44 +230,32 @@ void test_buckets(uint64_t seed) {
             if (kind == DISTINCT && V < B * T) continue;
             set_case("B %d, T %d, V %d, %s", B, T, V, TEXT_NAMES[kind]);
             Random random(seed, kind);
-            Batch batch(text((Text)kind, B * T, V, random), B, T, V);
-            std::vector<int> all = batch.device.read(), count = batch.counts();
-            const int BT = B * T, *positions = &all[2 * BT], *token = positions + BT, *start = token + token_cap(BT, V);
-            int bucket = 0, begin = 0;
-            for (int v = 0; v < V; v++) {
-                if (count[v] == 0) continue;
-                p.is(token[bucket] == v && start[bucket] == begin, "a bucket is missing, or begins elsewhere");
-                for (int i = begin; i < begin + count[v]; i++) {
-                    p.is(batch.tokens[positions[i]] == v, "a position is in the wrong bucket");
-                    if (i > begin) p.is(positions[i] > positions[i - 1], "positions do not ascend");
+            const Batch batch(text((Text)kind, B * T, V, random), B, T, V);
+            const std::vector<int> all = batch.device.read();
+            const int BT = B * T;
+            std::vector<int> positions, token, start;   // as they should be
+            for (int v = 0; v < V; v++)
+                for (int i = 0; i < BT; i++) {
+                    if (batch.tokens[i] != v) continue;
+                    if (token.empty() || token.back() != v) token.push_back(v), start.push_back((int)positions.size());
+                    positions.push_back(i);
                 }
-                begin += count[v];
-                bucket++;
-            }
-            p.is(bucket == batch.buckets && start[bucket] == BT, "the last bucket does not end with the last position");
-            for (const int* i = start + bucket + 1; i < &all[0] + all.size(); i++)
-                p.is(*i == -1, "something was copied behind the last bucket's end");
+            start.push_back(BT);
+            auto is = [&](const std::vector<int>& v, size_t at) { return std::equal(v.begin(), v.end(), &all[at]); };
+            const size_t starts = 3 * BT + token_cap(BT, V);
+            start.resize(all.size() - starts, -1);   // nothing else is copied
+            p.is(batch.buckets == (int)token.size(), "another number of buckets");
+            p.is(is(positions, 2 * BT) && is(token, 3 * BT) && is(start, starts), "other buckets");
         }
-    printf("tokens_upload\n");
     report({&p});
 }
 
-std::vector<float> random_gradient(Random& random, size_t n, DType type) {
-    std::vector<float> v(n);
-    for (float& x : v) x = type == F32 ? 3 * random.normal() : (float)(__nv_bfloat16)(3 * random.normal());
-    return v;
-}
-
 // Channels around a lane's 8, a block's 256, and more than two blocks; a token's occurrences on both sides of 8 and 16, and of
-// several hundred; positions times channels around wpe's 2048 a block. dwpe has a row more than there are positions.
+// several hundred; positions times channels around wpe's 2048 per block. dwpe has a row more than there are positions.
 void test_backward(uint64_t seed) {
-    Property wte32("dwte in fp32", "a rounding for each addition in a row, and one for what was there"),
-        wte16("dwte in bf16", "and one of storing"), wpe32("dwpe in fp32", "a rounding for each text"),
-        wpe16("dwpe in bf16", "and one of storing"),
-        untouched("rows whose token does not occur, or behind the last position, keep every bit"),
-        again("the same bits in a second run"),
-        two("version 2: dwte and dwpe", "a rounding for each occurrence or text, one of storing"),
-        one("version 1: dwte and dwpe", "a rounding to the gradient's type for each occurrence or text");
+    Property sums32("dwte and dwpe in fp32"), sums16("dwte and dwpe in bf16"),
+        untouched("rows whose token does not occur, or after the last position, keep every bit"),
+        again("the same bits in a second run"), simple("versions 1 and 2: dwte and dwpe");
     struct Shape { int B, T, V, C; };
     for (auto [B, T, V, C] :
          {Shape{1, 1, 1, 8}, {1, 9, 3, 24}, {3, 5, 20, 8}, {2, 8, 5, 136}, {4, 33, 9, 264}, {3, 43, 150, 248},
@@ -301,74 +263,48 @@ void test_backward(uint64_t seed) {
           {17, 2, 3, 16}})
         for (int kind = 0; kind < TEXTS; kind++) {
             if (kind == DISTINCT && V < B * T) continue;
-            const size_t n = (size_t)B * T * C, te = (size_t)V * C, pe = (size_t)(T + 1) * C;
+            const size_t n = (size_t)B * T * C, te = (size_t)V * C, all = te + (size_t)(T + 1) * C;   // dwte, then dwpe
             Random random(seed, n * 10 + kind);
             const Batch batch(text((Text)kind, B * T, V, random), B, T, V);
-            const std::vector<int> count = batch.counts();
+            std::vector<int> count(V, 0);
+            for (int token : batch.tokens) count[token]++;
             const std::vector<floatX> d = random.normals(n);
             Buffer<floatX> dout(d);
-            Doubles sum_te(te, 0), terms_te(te, 0), sum_pe(pe, 0), terms_pe(pe, 0);
-            for (size_t i = 0; i < n; i++) {
-                size_t bt = i / C, c = i % C, at_te = (size_t)batch.tokens[bt] * C + c, at_pe = bt % T * C + c;
-                sum_te[at_te] += (float)d[i], terms_te[at_te] += fabs((float)d[i]);
-                sum_pe[at_pe] += (float)d[i], terms_pe[at_pe] += fabs((float)d[i]);
-            }
+            Doubles sum(all, 0), terms(all, 0);
+            for (size_t i = 0; i < n; i++)
+                for (size_t at : {batch.tokens[i / C] * (size_t)C + i % C, te + i / C % T * C + i % C})
+                    sum[at] += (float)d[i], terms[at] += fabs((float)d[i]);
             for (DType type : {F32, BF16})
                 for (bool accumulate : {false, true}) {
-                    const double e = type == F32 ? EPS32 : EPS16;
-                    std::vector<float> before_te = random_gradient(random, te, type);
-                    std::vector<float> before_pe = random_gradient(random, pe, type);
+                    GradBuffer dwte(te, type), dwpe(all - te, type);
+                    std::vector<float> before = floats(random.normals(all, 0, 3));
+                    for (float& x : before) x = (float)(__nv_bfloat16)x;
                     for (int v = 0; v < V; v++)   // zeros whose sign adding 0 to them would change
-                        if (count[v] == 0) before_te[(size_t)v * C] = -0.0f, before_te[(size_t)v * C + C - 1] = NAN;
-                    if (!accumulate) std::fill(before_pe.begin(), before_pe.end(), NAN);
-                    GradBuffer dwte(te, type), dwpe(pe, type);
-                    std::vector<float> first_te, first_pe;
+                        if (count[v] == 0) before[(size_t)v * C] = -0.0f, before[(size_t)v * C + C - 1] = NAN;
+                    if (!accumulate) std::fill(before.begin() + te, before.end(), NAN);
+                    std::vector<float> first;
                     for (int version : {3, 0, 2, 1}) {   // 3 and 0 are the trainer's
+                        if (version == 1 && type == BF16) continue;   // rounds too often to say much; see test_many_terms
                         set_case("B %d, T %d, V %d, C %d, %s, %s gradients, dwpe %s, version %d", B, T, V, C, TEXT_NAMES[kind],
                                  dtype_name(type), accumulate ? "added to" : "written", version);
-                        dwte.write(before_te);
-                        dwpe.write(before_pe);
+                        dwte.write({before.begin(), before.begin() + te});
+                        dwpe.write({before.begin() + te, before.end()});
                         batch.backward(version, dwte.grad(), dwpe.grad(), dout.p, accumulate, C);
-                        std::vector<float> got_te = dwte.read(), got_pe = dwpe.read();
-                        if (version == 0) {
-                            again.is(same_bits(got_te, first_te) && same_bits(got_pe, first_pe), "other bits");
-                            continue;
-                        }
-                        if (version == 3) first_te = got_te, first_pe = got_pe;
-                        const double storing = type == BF16 ? EPS16 : 0;
-                        for (size_t i = 0; i < te; i++) {
-                            const int k = count[i / C];
-                            if (k == 0) {
-                                untouched.equal(i, got_te[i], before_te[i]);
-                                continue;
-                            }
-                            double was = before_te[i], reference = sum_te[i] + was;
-                            double bound = terms_te[i] * compound(token_depth(version, k), EPS32) + fabs(reference) * EPS32;
-                            bound = (bound + (fabs(reference) + bound) * storing) * 1.01;
-                            if (version == 1) bound = (terms_te[i] + fabs(was)) * compound(k, e) * 1.01;
-                            (version == 1 ? one : version == 2 ? two : type == F32 ? wte32 : wte16)
-                                .within(i, got_te[i], reference, bound);
-                        }
-                        for (size_t i = 0; i < pe; i++) {
-                            if (i >= (size_t)T * C) {
-                                untouched.equal(i, got_pe[i], before_pe[i]);
-                                continue;
-                            }
-                            // B texts and what was there, one behind the other; the first to an empty sum is exact, unless an
-                            // fp32 number is stored in bf16
-                            double was = accumulate ? before_pe[i] : 0;
-                            double reference = sum_pe[i] + was, size = terms_pe[i] + fabs(was);
-                            double bound = size * compound(accumulate ? B : B - 1, EPS32);
-                            bound = (bound + (fabs(reference) + bound) * storing) * 1.01;
-                            if (version == 1) bound = size * compound(B, e) * 1.01;
-                            (version == 1 ? one : version == 2 ? two : type == F32 ? wpe32 : wpe16)
-                                .within(i, got_pe[i], reference, bound);
+                        std::vector<float> got = dwte.read(), got_pe = dwpe.read();
+                        got.insert(got.end(), got_pe.begin(), got_pe.end());
+                        if (version == 3) first = got;
+                        if (version == 0) again.is(same_bits(got, first), "other bits");
+                        Property& sums = version == 1 || version == 2 ? simple : type == F32 ? sums32 : sums16;
+                        for (size_t i = 0; i < all; i++) {
+                            const double was = i < te || accumulate ? before[i] : 0;
+                            if (i < te ? count[i / C] == 0 : i >= te + (size_t)T * C) untouched.equal(i, got[i], before[i]);
+                            else sums.close(i, got[i], sum[i] + was, terms[i] + fabs(was), type == F32 ? EPS32 : EPS16);
                         }
                     }
                 }
         }
     printf("backward\n");
-    report({&wte32, &wte16, &wpe32, &wpe16, &untouched, &again, &two, &one});
+    report({&sums32, &sums16, &untouched, &again, &simple});
 }
 
 // Why sums are made in fp32 even where the gradient is bf16: 4096 terms of 1.
@@ -385,19 +321,15 @@ void test_many_terms() {
             dwte.write(std::vector<float>(C, 0.0f));
             batch.backward(version, dwte.grad(), dwpe.grad(), dout.p, false, C);
             const bool stops = version == 1 && type == BF16;
-            std::vector<float> got = dwte.read();
-            for (int c = 0; c < C; c++) (stops ? wrong : right).equal(c, got[c], stops ? 256 : 4096);
+            for (float x : dwte.read()) (stops ? wrong : right).equal(0, x, stops ? 256 : 4096);
             for (float x : dwpe.read()) right.is(x == B, "dwpe is not the number of texts");
         }
     printf("many terms\n");
     report({&right, &wrong});
 }
 
-// A NaN or an infinity reaches the one element of each gradient that it is a term of, and all others keep their bits. Denormal
-// numbers are multiples of the smallest, and their sums are exact.
 void test_special(uint64_t seed) {
-    Property p("a NaN or an infinity reaches its token's row and its position's, in its channel, and only these"),
-        tiny("sums of denormal numbers", "every bit");
+    Property p("a NaN or an infinity reaches its token's row and its position's, in its channel, and only these");
     const int B = 3, T = 43, V = 20, C = 264;
     const size_t n = (size_t)B * T * C;
     Random random(seed, 3);
@@ -410,98 +342,60 @@ void test_special(uint64_t seed) {
         batch.backward(3, dwte.grad(), dwpe.grad(), dout.p, false, C);
         return std::make_pair(dwte.read(), dwpe.read());
     };
-    for (DType type : {F32, BF16}) {
-        const auto [te, pe] = run(clean, type);
-        for (float odd : {NAN, INFINITY, -INFINITY})
-            for (int c : {0, 100, C - 1}) {
-                set_case("%f in channel %d, %s gradients", odd, c, dtype_name(type));
-                const int bt = (int)(random.bits() % (B * T));
-                std::vector<floatX> broken = clean;
-                broken[(size_t)bt * C + c] = (floatX)odd;
-                const auto [odd_te, odd_pe] = run(broken, type);
-                const size_t at_te = (size_t)batch.tokens[bt] * C + c, at_pe = (size_t)(bt % T) * C + c;
-                for (size_t i = 0; i < te.size(); i++) p.equal(i, odd_te[i], i == at_te ? odd : te[i]);
-                for (size_t i = 0; i < pe.size(); i++) p.equal(i, odd_pe[i], i == at_pe ? odd : pe[i]);
-            }
-    }
-    set_case("denormal numbers");
-    std::vector<floatX> d(n);
-    for (floatX& x : d) x = (floatX)(1e-40f * random.normal());
-    Doubles sum_te((size_t)V * C, 0), sum_pe((size_t)T * C, 0);
-    for (size_t i = 0; i < n; i++) {
-        sum_te[(size_t)batch.tokens[i / C] * C + i % C] += (float)d[i];
-        sum_pe[i % sum_pe.size()] += (float)d[i];
-    }
-    const auto [te, pe] = run(d, F32);
-    for (size_t i = 0; i < te.size(); i++) tiny.is(te[i] == sum_te[i], "dwte is another number");
-    for (size_t i = 0; i < pe.size(); i++) tiny.is(pe[i] == sum_pe[i], "dwpe is another number");
+    for (DType type : {F32, BF16})
+        for (float odd : {NAN, -INFINITY}) {
+            const size_t bt = random.bits() % (B * T), c = random.bits() % C;
+            set_case("%f in channel %zu, %s gradients", odd, c, dtype_name(type));
+            std::vector<floatX> broken = clean;
+            broken[bt * C + c] = (floatX)odd;
+            const auto [te, pe] = run(clean, type);
+            const auto [odd_te, odd_pe] = run(broken, type);
+            check_reach(p, odd_te, te, [&](size_t i) { return i == (size_t)batch.tokens[bt] * C + c; }, "dwte");
+            check_reach(p, odd_pe, pe, [&](size_t i) { return i == bt % T * C + c; }, "dwpe");
+        }
     printf("special values\n");
-    report({&p, &tiny});
+    report({&p});
 }
 
 // Index arithmetic beyond 2^31 elements in each of the tensors, and beyond 2^32 in one: first and last blocks alone. Two texts;
 // their first and last positions have the last token, in backward the first and the last.
 void test_far(uint64_t seed) {
     constexpr int B = 2, T = (1 << 18) + 3, V = T, C = 8200, BT = B * T;
-    constexpr size_t TC = (size_t)T * C, n = B * TC, VEC_BLOCK = 256 * VEC;
+    constexpr size_t TC = (size_t)T * C, n = B * TC, BLOCK = 256 * VEC;
     static_assert(TC > (size_t)1 << 31 && n > (size_t)1 << 32, "");
     set_case("B %d, T %d, V %d, C %d", B, T, V, C);
     Property forward("forward beyond 2^32 elements, first and last block", "every bit"),
         backward("dwte and dwpe beyond 2^31 elements, first and last block", "every bit");
-    FarBuffer<floatX> x(n), te(TC), pe(TC);   // gradients, too
-    FarBuffer<int> tokens(BT);
-    if (!x.p || !te.p || !pe.p || !tokens.p) return;
     Random random(seed, 4);
-    const std::vector<floatX> last_te = random.normals(C), first_pe = random.normals(C), last_pe = random.normals(C);
-
-    te.write(TC - C, last_te);
-    pe.write(0, first_pe);
-    pe.write(TC - C, last_pe);
+    Buffer<int> one(std::vector<int>{0});
+    FarBuffer<int> tokens(BT);
+    if (!tokens.p) return;
     for (int i : {0, BT - 1}) tokens.write(i, {V - 1});
-    for (size_t block : {(size_t)0, (n - 1) / VEC_BLOCK}) {
-        const size_t at = block * VEC_BLOCK, count = std::min(VEC_BLOCK, n - at), c = at % C;
-        launch_blocks(block, block, [&] { embedding_forward(x.p, tokens.p, te.p, pe.p, B, T, C, 0); });
-        std::vector<floatX> got = x.read(at, count);
-        for (size_t i = 0; i < count; i++)
-            forward.equal(at + i, (float)got[i],
-                          (float)(floatX)((float)last_te[c + i] + (float)(block ? last_pe : first_pe)[c + i]));
-    }
-
-    std::vector<floatX> d[4], before_te[2], before_pe[2];
-    for (auto& v : d) v = random.normals(C);
-    for (auto* v : {before_te, before_pe}) v[0] = random.normals(C), v[1] = random.normals(C);
-    Buffer<int> positions({0, T, T - 1, BT - 1}), bucket_token({0, V - 1}), bucket_start({0, 2, 4});
-    const int wte_last = 2 * ceil_div(C, 256) - 1, wpe_last = (int)((TC - 1) / VEC_BLOCK);
-    for (int block : {0, wte_last, wpe_last}) {
-        for (int i : {0, 1}) {   // a text's first and last position; a gradient's first and last row
-            for (int b : {0, 1}) x.write(b * TC + i * (TC - C), d[2 * b + i]);
-            te.write(i * (TC - C), before_te[i]);
-            pe.write(i * (TC - C), before_pe[i]);
-        }
-        launch_blocks(block, block, [&] {
-            Grad dwte = {te.p, FLOATX}, dwpe = {pe.p, FLOATX};
-            embedding_backward(dwte, dwpe, x.p, positions.p, bucket_token.p, bucket_start.p, 2, true, B, T, C, 0);
+    for (size_t block : {(size_t)0, (n - 1) / BLOCK}) {
+        const size_t at = block * BLOCK, count = std::min(BLOCK, n - at), row = block ? T - 1 : 0;
+        Far<floatX> out(n, count, count, C), te(TC, random.normals(count), count, C), pe(TC, random.normals(count), count, C);
+        out.at = at, te.at = TC - C + at % C, pe.at = row * C + at % C;
+        check_far(forward, {&out, &te, &pe}, {(int64_t)block}, [&](bool far) {
+            if (far) embedding_forward(out.p(far), tokens.p, te.p(far), pe.p(far), B, T, C, 0);
+            else embedding_forward(out.p(far), one.p, te.p(far), pe.p(far), 1, 1, (int)count, 0);
         });
-        const int i = block > 0;
-        const std::vector<floatX>&one = d[i], &two = d[2 + i];
-        if (block != wpe_last) {
-            const size_t c = block ? C / 256 * 256 : 0, count = block ? C % 256 : 256, at = i * (TC - C) + c;
-            std::vector<floatX> got = te.read(at, count);
-            for (size_t k = 0; k < count; k++) {
-                float sum = (float)one[c + k] + (float)two[c + k];
-                backward.equal(at + k, (float)got[k], (float)(floatX)(sum + (float)before_te[i][c + k]));
-            }
-        }
-        if (block != wte_last) {
-            const size_t at = block * VEC_BLOCK, count = std::min(VEC_BLOCK, TC - at), c = at % C;
-            std::vector<floatX> got = pe.read(at, count);
-            for (size_t k = 0; k < count; k++) {
-                float sum = (float)before_pe[i][c + k] + (float)one[c + k];
-                backward.equal(at + k, (float)got[k], (float)(floatX)(sum + (float)two[c + k]));
-            }
-        }
     }
-    printf("far\n");
+    Buffer<int> positions({0, T, T - 1, BT - 1}), bucket_token({0, V - 1}), bucket_start({0, 2, 4}), near_positions({0, 1});
+    for (bool last : {false, true}) {   // the last block of dwte has 8 channels
+        const size_t count = last ? 8 : 256, at = last ? TC - count : 0;
+        Far<floatX> dout(n, random.normals(2 * count), count, C, 2, TC), te(TC, random.normals(count), count, C),
+            pe(TC, random.normals(count), count, C);
+        dout.at = te.at = pe.at = at;
+        std::vector<int64_t> blocks = {0};
+        if (last) blocks = {2 * ceil_div(C, 256) - 1, (int64_t)((TC - 1) / BLOCK)};
+        check_far(backward, {&dout, &te, &pe}, blocks, [&](bool far) {
+            const Grad dwte = {te.p(far), FLOATX}, dwpe = {pe.p(far), FLOATX};
+            if (far)
+                embedding_backward(dwte, dwpe, dout.p(far), positions.p, bucket_token.p, bucket_start.p, 2, true, B, T, C, 0);
+            else
+                embedding_backward(dwte, dwpe, dout.p(far), near_positions.p, one.p, bucket_start.p, 1, true, 2, 1, (int)count, 0);
+        });
+    }
     report({&forward, &backward});
 }
 
@@ -510,48 +404,34 @@ void test_far(uint64_t seed) {
 
 // Bytes: a row of wte or dwte counts once for all positions that have its token. The tokens' own 4 bytes are left out: they are
 // 4 / C of an element's.
-void bench(const char* model, int B, int T, int C) {
-    const int V = 50257;
+void bench(const char* model, int BT, int C) {
+    const int V = 50257, T = 1024, B = BT / T;
     const double X = sizeof(floatX), G = sizeof(float);
-    const size_t n = (size_t)B * T * C;
     Random random(1337, 1);
-    const Batch batch(text(SKEWED, B * T, V, random), B, T, V);
-    const double rows = (double)batch.buckets / (B * T);
-    char title[200];
-    snprintf(title, sizeof title, "GPT-2 %s: C %d, %d different tokens, gradients in fp32", model, C, batch.buckets);
-    BenchTable t(title, n);
-    // without a GPU nothing runs, and the tensors have one row
-    const size_t m = t.timed ? n : C, te = t.timed ? (size_t)V * C : C, pe = t.timed ? (size_t)T * C : C;
-    Buffer<floatX> wte(te), wpe(pe), out(m);
+    const Batch batch(text(SKEWED, BT, V, random), B, T, V);
+    const double rows = (double)batch.buckets / BT, once = X * (1 + rows + 1.0 / B), gradients = G * (2 * rows + 1.0 / B);
+    BenchTable t((size_t)BT * C, BenchTable::BYTES, "GPT-2 %s: C %d, %d tokens, gradients in fp32", model, C, batch.buckets);
+    Buffer<floatX> wte(t.here((size_t)V * C, C)), wpe(t.here((size_t)T * C, C)), out(t.here(t.n, C));
     for (Buffer<floatX>* b : {&wte, &wpe, &out}) b->fill();
-    GradBuffer dwte(te, F32), dwpe(pe, F32);
+    GradBuffer dwte(wte.n, F32), dwpe(wpe.n, F32);
     for (GradBuffer* g : {&dwte, &dwpe}) g->fill();
-    t.row("forward, version 1: a step a kernel", X * (3 + rows + 1.0 / B),
-          [&] { embedding_forward_1(out.p, batch.device.p, wte.p, wpe.p, B, T, C, 0); });
-    t.row("forward, version 2: one kernel, an element a thread", X * (1 + rows + 1.0 / B),
-          [&] { embedding_forward_2(out.p, batch.device.p, wte.p, wpe.p, B, T, C, 0); });
-    t.row("forward, version 3: the trainer's, 8 elements a thread", X * (1 + rows + 1.0 / B),
-          [&] { embedding_forward(out.p, batch.device.p, wte.p, wpe.p, B, T, C, 0); });
-    t.row("backward, version 1: a channel a thread, down all positions", X + G * (2 * rows + 1.0 / B),
-          [&] { batch.backward(1, dwte.grad(), dwpe.grad(), out.p, false, C); });
-    t.row("backward, version 2: sorted positions, a token a warp", 2 * X + G * (2 * rows + 1.0 / B),
-          [&] { batch.backward(2, dwte.grad(), dwpe.grad(), out.p, false, C); });
-    t.row("backward, version 3: the trainer's, 8 warps a token", 2 * X + G * (2 * rows + 1.0 / B),
-          [&] { batch.backward(3, dwte.grad(), dwpe.grad(), out.p, false, C); });
+    auto forward = [&](auto layer) { return [&, layer] { layer(out.p, batch.device.p, wte.p, wpe.p, B, T, C, 0); }; };
+    const Grad te = dwte.grad(), pe = dwpe.grad();
+    auto backward = [&](int version) { return [&, version] { batch.backward(version, te, pe, out.p, false, C); }; };
+    t.row("forward, version 1: one kernel per step", once + 2 * X, forward(embedding_forward_1));
+    t.row("forward, version 2: one kernel, one element per thread", once, forward(embedding_forward_2));
+    t.row("forward, version 3: the trainer's, 8 elements per thread", once, forward(embedding_forward));
+    t.row("backward, version 1: one thread per channel, down all positions", X + gradients, backward(1));
+    t.row("backward, version 2: sorted positions, one warp per token", 2 * X + gradients, backward(2));
+    t.row("backward, version 3: the trainer's, 8 warps per token", 2 * X + gradients, backward(3));
 }
 
 int main(int argc, char** argv) {
     Arguments o = parse_arguments(argc, argv, "embedding: rows of two tables, added, and the gradients of the tables");
-    if (o.bench) {
-        bench_device();
-        bench("124M, B 64, T 1024", 64, 1024, 768);
-        bench("1558M, B 8, T 1024", 8, 1024, 1600);
-        return 0;
-    }
-    test_misuse(o, {{"C of 12", "embedding_forward: C is 12: expected a multiple of 8",
-                     [] { embedding_forward(nullptr, nullptr, nullptr, nullptr, 1, 1, 12, 0); }},
-                    {"C of 12, backward", "embedding_backward: C is 12: expected a multiple of 8",
-                     [] { embedding_backward({}, {}, nullptr, nullptr, nullptr, nullptr, 1, false, 1, 1, 12, 0); }}});
+    if (o.bench) return bench_models(bench);
+    auto forward = [] { embedding_forward(nullptr, nullptr, nullptr, nullptr, 1, 1, 12, 0); };
+    auto backward = [] { embedding_backward({}, {}, nullptr, nullptr, nullptr, nullptr, 1, false, 1, 1, 12, 0); };
+    test_misuse(o, {refuses_12("embedding_forward: C", forward), refuses_12("embedding_backward: C", backward)});
     printf("embedding, %s\n", dtype_name(FLOATX));
     test_forward(o.seed);
     test_buckets(o.seed);
