@@ -294,11 +294,12 @@ void test_backward(uint64_t seed) {
                         got.insert(got.end(), got_pe.begin(), got_pe.end());
                         if (version == 3) first = got;
                         if (version == 0) again.is(same_bits(got, first), "other bits");
+                        const double store = type == F32 ? EPS32 : EPS16 / 2;   // close() doubles it: a sum that is cut must fail
                         Property& sums = version == 1 || version == 2 ? simple : type == F32 ? sums32 : sums16;
                         for (size_t i = 0; i < all; i++) {
                             const double was = i < te || accumulate ? before[i] : 0;
                             if (i < te ? count[i / C] == 0 : i >= te + (size_t)T * C) untouched.equal(i, got[i], before[i]);
-                            else sums.close(i, got[i], sum[i] + was, terms[i] + fabs(was), type == F32 ? EPS32 : EPS16);
+                            else sums.close(i, got[i], sum[i] + was, terms[i] + fabs(was), store);
                         }
                     }
                 }
@@ -324,7 +325,6 @@ void test_many_terms() {
             for (float x : dwte.read()) (stops ? wrong : right).equal(0, x, stops ? 256 : 4096);
             for (float x : dwpe.read()) right.is(x == B, "dwpe is not the number of texts");
         }
-    printf("many terms\n");
     report({&right, &wrong});
 }
 
@@ -353,7 +353,6 @@ void test_special(uint64_t seed) {
             check_reach(p, odd_te, te, [&](size_t i) { return i == (size_t)batch.tokens[bt] * C + c; }, "dwte");
             check_reach(p, odd_pe, pe, [&](size_t i) { return i == bt % T * C + c; }, "dwpe");
         }
-    printf("special values\n");
     report({&p});
 }
 
