@@ -1,11 +1,11 @@
 """Twins: what the trainers share is the same in both, and dev/test/twins.py notices when not."""
+import os
 import stat
-import subprocess
-import sys
 
 import pytest
 
-from helpers import ROOT
+import twins
+from helpers import ROOT, execute
 
 A = """top of a
 // ==== twin: sums
@@ -32,82 +32,77 @@ the end of b
 """
 
 
-def twins(*args, cwd):
-    done = subprocess.run([sys.executable, ROOT / "dev/test/twins.py", *args], cwd=cwd, capture_output=True, text=True, timeout=20)
-    return done.returncode, done.stdout + done.stderr
-
-
 @pytest.fixture
-def pair(tmp_path):
-    def write(a, b):
+def run(tmp_path, monkeypatch):
+    """run(a, b): what twins.py says of two files with these texts, or of how they differ."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(a, b, *arguments, files=("a.cu", "b.cu")):
         (tmp_path / "a.cu").write_text(a)
-        (tmp_path / "b.cu").write_text(b)
-        return tmp_path
-    return write
+        if not (tmp_path / "b.cu").exists() or b is not None:
+            (tmp_path / "b.cu").write_text(b)
+        try:
+            return twins.main([*arguments, *files], ["sums", "files", "only a has this"], ["only a has this"])
+        except twins.TwinError as e:
+            return f"error: {e}"
+    call.folder = tmp_path
+    return call
 
 
 def test_the_trainers():
-    files = [f for f in ("train_gpt2.cu", "train_llama.cu") if (ROOT / f).exists()]
-    status, output = twins(*files, cwd=ROOT)
-    assert status == 0, output
+    done = execute("make", "-s", "twins", cwd=ROOT)
+    assert done.status == 0 and f"{len(twins.SECTIONS)} sections" in done.out, done.out + done.err
 
 
-def test_same_in_any_place_and_order(pair):
-    status, output = twins("a.cu", "b.cu", cwd=pair(A, B))
-    assert status == 0 and "2 sections" in output
+def test_same_in_any_place_and_order(run):
+    assert run(A, B) == "twins: 2 sections are the same in both"
+    assert run(A, B, files=["a.cu"]).startswith("twins: 3 sections in a.cu")
 
 
 @pytest.mark.parametrize("old, new, line_a, line_b", [
     ("int sum;\n", "int  sum;\n", "a.cu:3: int sum;", "b.cu:6: int  sum;"),
-    ("int more;\n", "int less;\n", "a.cu:4: int more;", "b.cu:7: int less;"),
+    ("int sum;\n", "int sum; \n", "a.cu:3: int sum;", "b.cu:6: int sum; "),
     ("int more;\n", "", "a.cu:4: int more;", "b.cu:7: (the section ends)"),
     ("int more;\n", "int more;\nint most;\n", "a.cu:5: (the section ends)", "b.cu:8: int most;"),
 ])
-def test_a_difference_is_named(pair, old, new, line_a, line_b):
-    status, output = twins("a.cu", "b.cu", cwd=pair(A, B.replace(old, new)))
-    assert status != 0
-    assert "'sums'" in output and line_a in output and line_b in output
+def test_a_difference_is_named(run, old, new, line_a, line_b):
+    output = run(A, B.replace(old, new))
+    assert output.startswith("error: twin 'sums' differs") and f"{line_a}\n" in output and f"{line_b}\n" in output
 
 
-def test_white_space_at_the_end_of_a_line_is_a_difference(pair):
-    assert twins("a.cu", "b.cu", cwd=pair(A, B.replace("int sum;", "int sum; ")))[0] != 0
-
-
-@pytest.mark.parametrize("name, text, message", [
-    ("unclosed", A + "// ==== twin: open\n", "'open' has no end"),
-    ("nested", A.replace("int sum;", "// ==== twin: inner"), "'inner' begins inside of 'sums'"),
-    ("twice", A + A.replace("only a", "b"), "a second twin 'sums'"),
-    ("end alone", "// ==== end twin\n" + A, "an end without a twin"),
-    ("no name", A + "// ==== twin:\n", "found '// ==== twin:'"),
-    ("mistyped", A.replace("// ==== twin: sums", "// === twin: sums"), "found '// === twin: sums'"),
+@pytest.mark.parametrize("text, message", [
+    (A + "// ==== twin: open\n", "'open' has no end"),
+    (A.replace("int sum;", "// ==== twin: inner"), "'inner' begins inside of 'sums'"),
+    (A + A.replace("only a", "b"), "a second twin 'sums'"),
+    ("// ==== end twin\n" + A, "an end without a twin"),
+    (A.replace("// ==== twin: sums", "// === twin: sums"), "found '// === twin: sums'"),
+    (A.replace("// ==== twin: sums", "// ==== twin:"), "found '// ==== twin:'"),
+    (A.replace("sums", "sum"), "twin 'sum' is not in the list"),
+    (A[A.index("only in a"):], "it has no twin 'sums'"),
+    (A[:A.index("// ==== twin: only")], "it has no twin 'only a has this'"),
 ])
-def test_bad_marks(pair, name, text, message):
+def test_bad_marks(run, text, message):
     for files in (["a.cu", "b.cu"], ["a.cu"]):
-        status, output = twins(*files, cwd=pair(text, B))
-        assert status != 0 and "a.cu:" in output and message in output, name
+        output = run(text, B, files=files)
+        assert output.startswith("error: a.cu") and message in output
 
 
-def test_sync_copies_into_the_other(pair):
+def test_a_mark_that_only_one_file_has_lost(run):
+    assert run(A, B[B.index("between"):]) == "error: b.cu: it has no twin 'files', which the list of dev/test/twins.py has"
+
+
+def test_sync_copies_into_the_other(run):
     changed = A.replace("int more;", "int much;\nint more;").replace("open();", "close();")
-    folder = pair(changed, B)
-    (folder / "b.cu").chmod(0o640)
-    status, output = twins("--sync", "a.cu", "a.cu", "b.cu", cwd=folder)
-    assert status == 0 and "2 sections of b.cu changed" in output
-    assert (folder / "a.cu").read_text() == changed
-    assert (folder / "b.cu").read_text() == B.replace("int more;", "int much;\nint more;").replace("open();", "close();")
-    assert stat.S_IMODE((folder / "b.cu").stat().st_mode) == 0o640
-    assert sorted(p.name for p in folder.iterdir()) == ["a.cu", "b.cu"]
-    assert twins("a.cu", "b.cu", cwd=folder)[0] == 0
+    run(A, B)
+    (run.folder / "b.cu").chmod(0o640)
+    assert "2 sections of b.cu changed" in run(changed, None, "--sync", "a.cu")
+    assert (run.folder / "a.cu").read_text() == changed
+    assert (run.folder / "b.cu").read_text() == B.replace("int more;", "int much;\nint more;").replace("open();", "close();")
+    assert stat.S_IMODE((run.folder / "b.cu").stat().st_mode) == 0o640 and sorted(os.listdir(run.folder)) == ["a.cu", "b.cu"]
+    run(A, B.replace("int sum;", "long sum;"), "--sync", "b.cu")   # and the other way
+    assert (run.folder / "a.cu").read_text() == A.replace("int sum;", "long sum;")
 
 
-def test_sync_goes_both_ways(pair):
-    folder = pair(A, B.replace("int sum;", "long sum;"))
-    assert twins("--sync", "b.cu", "a.cu", "b.cu", cwd=folder)[0] == 0
-    assert (folder / "a.cu").read_text() == A.replace("int sum;", "long sum;")
-
-
-def test_sync_writes_nothing_when_a_mark_is_bad(pair):
-    folder = pair(A, B + "// ==== twin: open\n")
-    status, _ = twins("--sync", "a.cu", "a.cu", "b.cu", cwd=folder)
-    assert status != 0
-    assert (folder / "b.cu").read_text() == B + "// ==== twin: open\n"
+def test_sync_writes_nothing_when_a_mark_is_bad(run):
+    assert "has no end" in run(A, B + "// ==== twin: open\n", "--sync", "a.cu")
+    assert (run.folder / "b.cu").read_text() == B + "// ==== twin: open\n"

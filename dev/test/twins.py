@@ -3,17 +3,21 @@
     python3 dev/test/twins.py FILE FILE              compares
     python3 dev/test/twins.py --sync FROM FILE FILE  copies FROM's sections into the other file
 
-A section runs from the line `// ==== twin: NAME` to the line `// ==== end twin`. One that is in
-only one of the files is no twin, and neither compared nor copied.
+A section runs from the line `// ==== twin: NAME` to the line `// ==== end twin`. SECTIONS lists them all, so that a mark that was
+deleted is noticed; with one file alone, that file has them all.
 """
 import argparse
 import itertools
-import os
 import re
 import sys
+from pathlib import Path
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "../../prepro"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "prepro"))
 from atomic import atomic  # noqa: E402
+
+SECTIONS = ["numbers and errors", "column sums", "norm shared with its matmul", "matmul", "attention", "loss", "optimizer", "many GPUs",
+            "tensor table", "files", "device and schedule"]
+IN_ONE_FILE = []   # those of SECTIONS that the other trainer does without
 
 BEGIN = re.compile(r"// ==== twin: (\S.*?)\s*")
 END = re.compile(r"// ==== end twin\s*")
@@ -25,8 +29,7 @@ class TwinError(Exception):
 
 
 def read(path):
-    """The lines of a file, with their ends, and its sections: {name: (first, last)}, the lines
-    between the marks as a range."""
+    """The lines of a file, with their ends, and its sections: {name: (first, last)}, the lines between the marks as a range."""
     with open(path, newline="") as f:
         lines = f.readlines()
     sections, name, start = {}, None, 0
@@ -51,34 +54,37 @@ def read(path):
     return lines, sections
 
 
-def shared(a, b):
-    return [name for name in a if name in b]
+def check_names(files, listed, in_one_file):
+    """files: {path: its sections}. Every section is in the list, and every name of the list where it should be."""
+    for path, sections in files.items():
+        for name in sections:
+            if name not in listed:
+                raise TwinError(f"{path}: twin '{name}' is not in the list of dev/test/twins.py")
+        for name in listed:
+            if name not in sections and (name not in in_one_file or not any(name in other for other in files.values())):
+                raise TwinError(f"{path}: it has no twin '{name}', which the list of dev/test/twins.py has")
 
 
 def compare(path_a, path_b):
     """Raises for the first section that differs; returns how many there are."""
-    lines_a, a = read(path_a)
-    lines_b, b = read(path_b)
-    for name in shared(a, b):
-        pairs = itertools.zip_longest(lines_a[slice(*a[name])], lines_b[slice(*b[name])])
-        for i, (one, two) in enumerate(pairs):
+    (lines_a, a), (lines_b, b) = read(path_a), read(path_b)
+    both = [name for name in a if name in b]
+    for name in both:
+        for i, (one, two) in enumerate(itertools.zip_longest(lines_a[slice(*a[name])], lines_b[slice(*b[name])])):
             if one != two:
-                def show(line):
-                    return "(the section ends)" if line is None else line.rstrip("\n")
+                show = ["(the section ends)" if line is None else line.rstrip("\n") for line in (one, two)]
                 raise TwinError(f"twin '{name}' differs, first at\n"
-                                f"  {path_a}:{a[name][0] + i + 1}: {show(one)}\n"
-                                f"  {path_b}:{b[name][0] + i + 1}: {show(two)}\n"
+                                f"  {path_a}:{a[name][0] + i + 1}: {show[0]}\n"
+                                f"  {path_b}:{b[name][0] + i + 1}: {show[1]}\n"
                                 f"make twins SYNC={path_a} copies all of {path_a}'s into the other")
-    return len(shared(a, b))
+    return len(both)
 
 
 def sync(source, target):
     """Copies the source's sections over the target's of the same name; all of them, or none."""
-    from_lines, a = read(source)
-    lines, b = read(target)
-    names = sorted(shared(a, b), key=lambda name: b[name], reverse=True)  # from the end: line numbers stay right
+    (from_lines, a), (lines, b) = read(source), read(target)
     changed = 0
-    for name in names:
+    for name in sorted(a.keys() & b.keys(), key=b.get, reverse=True):  # from the end: line numbers stay right
         new = from_lines[slice(*a[name])]
         changed += lines[slice(*b[name])] != new
         lines[slice(*b[name])] = new
@@ -87,26 +93,27 @@ def sync(source, target):
     return changed
 
 
-def main():
+def main(arguments, listed=SECTIONS, in_one_file=IN_ONE_FILE):
     parser = argparse.ArgumentParser(description="Compares the sections that two files share.")
     parser.add_argument("files", nargs="+", metavar="FILE")
     parser.add_argument("--sync", metavar="FROM", help="copy the sections of this one into the other")
-    a = parser.parse_args()
+    a = parser.parse_args(arguments)
     if len(a.files) > 2:
         raise TwinError(f"expected two files, found {len(a.files)}")
     if a.sync and a.sync not in a.files:
         raise TwinError(f"--sync {a.sync}: expected one of {' '.join(a.files)}")
+    check_names({path: read(path)[1] for path in a.files}, listed, in_one_file)
     if len(a.files) == 1:
-        print(f"twins: {len(read(a.files[0])[1])} sections in {a.files[0]}, and no other file to compare with")
-        return
+        return f"twins: {len(listed)} sections in {a.files[0]}, and no other file to compare with"
+    said = ""
     if a.sync:
         target = a.files[a.files[0] == a.sync]
-        print(f"twins: {sync(a.sync, target)} sections of {target} changed")
-    print(f"twins: {compare(*a.files)} sections are the same in both")
+        said = f"twins: {sync(a.sync, target)} sections of {target} changed\n"
+    return f"{said}twins: {compare(*a.files)} sections are the same in both"
 
 
 if __name__ == "__main__":
     try:
-        main()
+        print(main(sys.argv[1:]))
     except (TwinError, OSError) as e:
         sys.exit(f"twins: {e}")
