@@ -1,19 +1,14 @@
-"""The command line: each option and its alias, what is refused and how, --estimate, memory, Ctrl-C, the log."""
+"""The command line: options and their aliases, what is refused and how, names of files, the log, --estimate, memory."""
 import json
 import os
-import pty
 import re
 import resource
-import signal
 import socket
 import subprocess
-import time
 
 import pytest
 
-from helpers import LONG, SMALL, Lab, Shape, environment, learned, options, program, random_model, read_model, says, write_model, write_tokens, words
-
-NAN = float("nan")
+from helpers import LONG, SMALL, Lab, environment, learned, names, options, program, says, write_tokens, words
 
 
 @pytest.fixture(scope="module")
@@ -24,40 +19,30 @@ def base(shared_lab):
 # ----------------------------------------------------------------------------
 # options
 
-# alias, a value, and whether this value changes what the log says of a run of four steps
-ALIASES = [
-    ("-i", "other.bin", True), ("-j", "other.bin", True), ("-e", "gpt2:L1,H2,C32,T32,V257", True), ("-b", 1, True), ("-t", 16, True),
-    ("-d", 128, True), ("-x", 2, True), ("-k", "wsd", True), ("-l", 3e-3, True), ("-u", 3, True), ("-q", 0.5, True), ("-c", 0.5, True),
-    ("-sl", 3.0, False), ("-sg", 3.0, False), ("-v", 2, True), ("-m", 1, True), ("-s", 2, False), ("-g", 5, False), ("-a", 1, True),
-    ("-f", 0, False), ("-w", 0, True), ("-ge", 2, False), ("-z", 0, False), ("-r", 2, False), ("-n", 2, False), ("-nk", 1, False),
-    ("-y", 0, False), ("-o", "out", False)]
-NEEDS = {"-j": ["-v", 2], "-m": ["-v", 2], "-q": ["-x", 4], "-k": ["-q", 0.0], "-g": ["-s", 2], "-n": ["-o", "out"], "-nk": ["-o", "out", "-n", 1],
-         "-y": ["-o", "out"]}
+# a value for each alias: no default, and no two numbers of a kind that could be taken for each other
+VALUES = {"-i": "other.bin", "-j": "other.bin", "-e": "gpt2:L1,H2,C32,T32,V257", "-o": "out", "-b": 1, "-t": 16, "-d": 32, "-x": 8, "-k": "wsd",
+          "-l": 3e-3, "-u": 3, "-q": 0.5, "-c": 0.25, "-sl": 5, "-sg": 6, "-v": 4, "-m": 2, "-s": 7, "-g": 9, "-a": 1, "-f": 0, "-w": 0, "-ge": 2,
+          "-z": 0, "-r": 2, "-n": 3, "-nk": 1, "-y": 0}
 
 
-def test_every_alias_is_tried():
-    assert {alias for alias, _, _ in ALIASES} == set(LONG)
-
-
-@pytest.mark.parametrize("alias, value, changes", ALIASES, ids=[a[0] for a in ALIASES])
-def test_alias_means_the_same(tmp_path, alias, value, changes):
+def test_aliases(tmp_path):
+    """A run of all aliases is the run of all long options; gone on with from its checkpoint, no setting has changed."""
+    assert set(VALUES) == set(LONG)
     seen = []
-    for name in (alias, LONG[alias], None):
-        folder = tmp_path / str(name)
+    for name in (str, LONG.get, None):
+        folder = tmp_path / f"lab{len(seen)}"
         folder.mkdir()
         lab = Lab(folder)
         write_tokens(folder / "other.bin", words(3000, seed=5))
-        result = lab.train(*NEEDS.get(alias, []), *([name, value] if name else []))
+        result = lab.train(*[x for alias, value in VALUES.items() for x in (name(alias), value)] if name else ["-o", "out"])
         text = [line for line in result.out.splitlines() if not re.search(r"\bms\b|\bfree\b", line)]  # no clock, nor what others use
         seen.append((learned(result), lab.files("out"), text))
-    by_alias, by_name, without = seen
-    assert by_alias == by_name
-    if changes:
-        assert by_alias[0] != without[0]
-    if alias in ("-o", "-n", "-nk"):
-        assert by_alias[1].keys() != without[1].keys()
-    if alias in ("-s", "-g"):
-        assert by_alias[2] != without[2]
+        if name == LONG.get:
+            again = lab.train(*[x for alias, value in VALUES.items() for x in (alias, {"-x": 9, "-y": 1}.get(alias, value))])
+            assert re.findall(r"^note: (.*)", again.out, re.M) == ["--steps was 8, is 9"]
+    assert seen[0] == seen[1]
+    assert all(a != b for a, b in zip(seen[0], seen[2]))
+    assert [(line["step"], "val_loss" in line) for line in seen[0][0][:-1]].count((4, True)) == 1 and sorted(seen[0][1]) == sorted(names(8))
 
 
 @pytest.mark.parametrize("given", [["--seed", 8], ["--seed", 7, "--grad-clip", 1e-9]], ids=["seed", "grad-clip"])
@@ -68,84 +53,63 @@ def test_options_without_alias(shared_lab, base, given):
 def test_help(lab):
     for option in ("-h", "--help"):
         text = lab.run(option).out
-        for long in [*LONG.values(), "--seed", "--loss-chunks", "--workspace", "--grad-clip", "--log", "--estimate", "--top-k", "--temperature", "--tokenizer"]:
-            assert re.search(rf"{long}\b", text), f"{option} does not mention {long}"
-        for alias in LONG:
-            assert re.search(rf"(?<![\w-]){alias}\b", text), f"{option} does not mention {alias}"
+        for name in [*LONG, *LONG.values(), "--seed", "--loss-chunks", "--workspace", "--grad-clip", "--log", "--estimate", "--top-k", "--temperature", "--tokenizer"]:
+            assert re.search(rf"(?<![\w-]){name}\b", text), f"{option} does not mention {name}"
 
 
 def test_hellaswag_switch(shared_lab, base):
     assert learned(shared_lab.train("--seed", 7, "-h", "0")) == base
-    done = shared_lab.run(*options(), "-h", "1", status=2)
-    says(done.err, "-h 1")
+    says(shared_lab.run(*options(), "-h", "1", status=2).err, "-h 1")
 
 
 # ----------------------------------------------------------------------------
 # what is refused
 
-BAD = [
-    ("--bogus", "1"), ("-Q", "1"), ("--batches", "2"), ("nonsense",), ("-",), ("--",), ("-bb", "2"),
-    ("-b",), ("--steps",), ("--log",),
-    ("-b", "0"), ("-b", "-1"), ("--batch", "two"), ("-b", "1.5"), ("-b", "2x"), ("-b", ""), ("-b", "99999999999999999999"), ("-b", "1e3"),
-    ("-t", "0"), ("-t", "-32"), ("--seq-len", "x"), ("-d", "0"), ("-d", "-64"), ("-x", "-1"), ("--steps", "ten"),
-    ("-l", "-1e-3"), ("--lr", "nan"), ("-l", "inf"), ("-l", "fast"), ("-l", "1e999"), ("-l", "0x"),
-    ("-k", "cosinus"), ("--schedule", ""), ("-u", "-1"), ("--warmup", "0.5"), ("-q", "-0.1"), ("-q", "x"), ("--final-lr-fraction", "nan"),
-    ("-c", "-0.1"), ("--weight-decay", "nan"), ("-sl", "-1"), ("--skip-loss-z", "x"), ("-sg", "-1"), ("--skip-grad-z", "nan"),
-    ("-v", "-1"), ("--val-every", "x"), ("-m", "-1"), ("--val-batches", "x"), ("-s", "-1"), ("-g", "-1"), ("--sample-tokens", "x"),
-    ("-a", "2"), ("--overfit", "yes"), ("-f", "2"), ("--tf32", "-1"), ("-w", "2"), ("--master-weights", "on"), ("-ge", "3"), ("--gelu-fusion", "-1"),
-    ("-z", "2"), ("--zero", "-1"), ("-r", "3"), ("--recompute", "-1"), ("-n", "-1"), ("--checkpoint-every", "x"), ("-nk", "-1"), ("--keep", "x"),
-    ("-y", "2"), ("--resume", "x"), ("--seed", "x"), ("--seed", "1.5"), ("--loss-chunks", "0"), ("--loss-chunks", "-1"), ("--loss-chunks", "many"), ("--workspace", "0"), ("--workspace", "x"),
-    ("--grad-clip", "-1"), ("--grad-clip", "nan"), ("--top-k", "-1"), ("--top-k", "x"), ("--temperature", "-1"), ("--temperature", "nan"),
-    ("-e", "gpt2:d13"), ("-e", "gpt2:H2,C32,T32,V257"), ("-e", "gpt2:L0,H2,C32,T32,V257"), ("-e", "gpt2:L2,H3,C32,T32,V257"),
-    ("-e", "gpt2:L2,H2,C32,T32,V257,X1"), ("-e", "gpt2:L2,H2,C32,T32,Vx"), ("-e", "gpt2:L2,L2,H2,C32,T32,V257"), ("-e", "gpt2:"),
-    ("-e", "gpt2:L-2,H2,C32,T32,V257"), ("-e", "gpt2:L99999999999,H2,C32,T32,V257"), ("--estimate=xml",), ("--estimate=",),
-    ("-b", " 2"), ("-b", "2 "), ("-b", "0x2"), ("-l", " 1e-3"), ("-l", "0x1p-9"), ("-l", "1e"), ("--lr", "infinity"), ("-o", "-n"), ("--log", "--resume"),
-    *[(option, "") for option in (*LONG, *LONG.values(), "--log", "--tokenizer", "--seed", "--top-k")],
-    *[(f"{option}=",) for option in (*LONG.values(), "--log", "--tokenizer", "--loss-chunks")],
-]
+WRONG = {  # options: values that none of them takes
+    "-b --batch -t -d --total-batch --loss-chunks --workspace": ["0", "-1", "many"],
+    "-x --steps -u --warmup -v -m --val-batches -s -g -n --checkpoint-every -nk --top-k": ["-1", "x", "0.5"],
+    "-l --lr -q --final-lr-fraction -c -sl --skip-loss-z -sg --grad-clip --temperature": ["-0.1", "nan", "x"],
+    "-a --overfit -f --tf32 -w --master-weights -z --zero -y --resume": ["2", "-1", "on"],
+    "-ge --gelu-fusion -r --recompute": ["3", "-1"],
+    "-b": ["1.5", "2x", "", "99999999999999999999", "1e3", " 2", "2 ", "0x2"],
+    "-l": ["inf", "1e999", "0x", " 1e-3", "0x1p-9", "1e", "infinity"],
+    "--seed": ["x", "1.5"], "-k --schedule": ["cosinus"], "-o": ["-n"], "--log": ["--resume"],
+    "-e --model": ["gpt2:d13", "gpt2:"] + [f"gpt2:{size},C32,T32,V257" for size in ("H2", "L0,H2", "L2,H3", "L2,L2,H2", "L-2,H2", "L99999999999,H2")] +
+                  ["gpt2:L2,H2,C32,T32,V257,X1", "gpt2:L2,H2,C32,T32,Vx"],
+    " ".join([*LONG, *LONG.values(), "--log", "--tokenizer", "--seed", "--top-k"]): [""]}
+BAD = [("--bogus", "1"), ("-Q", "1"), ("--batches", "2"), ("nonsense",), ("-",), ("--",), ("-bb", "2"), ("-b",), ("--steps",), ("--log",),
+       ("--estimate=xml",), ("--estimate=",), *[(name, value) for group, values in WRONG.items() for name in group.split() for value in values],
+       *[(f"{name}=",) for name in (*LONG.values(), "--log", "--tokenizer", "--loss-chunks")],
+       *[(f"{name}={value}",) for name, value in (("--recompute", 3), ("--schedule", "cosinus"), ("--model", "gpt2:L2,H3,C32,T32,V257"), ("--lr", "x"))]]
 
 
 @pytest.mark.parametrize("arguments", BAD, ids=["_".join(a) for a in BAD])
 def test_refused(shared_lab, arguments):
-    name = arguments[0].rstrip("=")
+    """In one line, which quotes the option as it was typed."""
+    name = arguments[0].split("=")[0]
     usual = options(name, None) if name in LONG or name in SMALL else options()
-    done = shared_lab.run(*usual, *arguments, status=2)
-    message = done.err.strip()
+    message = shared_lab.run(*usual, *arguments, status=2).err.strip()
     assert "\n" not in message, f"expected one line, found {message}"
-    says(message, arguments[0])
-    if len(arguments) > 1 and arguments[0] in [*LONG, *LONG.values()]:
-        says(message, arguments[1])
+    says(message, name, *arguments[0].split("=")[1:])
+    if len(arguments) > 1 and (name in LONG or name in LONG.values()):
+        says(message, " ".join(" ".join(arguments).split()))
 
 
-CONTRADICTIONS = [  # options by their alias, and what else the message must name
-    (["-d", "100"], ["64"]),       # not a multiple of batch times sequence
-    (["-d", "32"], ["64"]),        # less than one batch
-    (["-t", "64"], ["32"]),        # the model has 32 positions
-    (["-y", "1"], ["--out"]),
-    (["-n", "2"], ["--out"]),
-    (["-nk", "2"], ["--out"]),
-    (["-u", "5"], ["4"]),          # a warmup longer than the run
-    (["--loss-chunks", "65"], ["64"]),
-]
+CONTRADICTIONS = [  # options, and what else the message must name
+    ("-d", 100, [64]),       # not a multiple of batch times sequence
+    ("-d", 32, [64]),        # less than one batch
+    ("-t", 64, [32]),        # the model has 32 positions
+    ("-y", 1, ["--out"]), ("-n", 2, ["--out"]), ("-nk", 2, ["--out"]),
+    ("-u", 5, [4]),          # a warmup longer than the run
+    ("--loss-chunks", 65, [64])]
 
 
-@pytest.mark.parametrize("long", [False, True], ids=["alias", "long"])
-@pytest.mark.parametrize("given, named", CONTRADICTIONS, ids=[" ".join(g) for g, _ in CONTRADICTIONS])
-def test_contradiction(shared_lab, given, named, long):
-    name, value = given
-    typed = LONG.get(name, name) if long else name
-    done = shared_lab.run(*options(name, None), typed, value, status=2)
-    assert "\n" not in done.err.strip()
-    says(done.err, f"{typed} {value}", *named)
-
-
-@pytest.mark.parametrize("name, value", [("-r", "3"), ("-k", "cosinus"), ("-e", "gpt2:d13"), ("-e", "gpt2:L2,H3,C32,T32,V257"), ("-l", "x")])
-def test_messages_quote_the_option_as_typed(shared_lab, name, value):
-    for typed in (name, LONG[name]):
+@pytest.mark.parametrize("name, value, named", CONTRADICTIONS, ids=[f"{c[0]} {c[1]}" for c in CONTRADICTIONS])
+def test_contradiction(shared_lab, name, value, named):
+    for typed in {name, LONG.get(name, name)}:
         done = shared_lab.run(*options(name, None), typed, value, status=2)
-        says(done.err, f"{typed} {value}")
-    done = shared_lab.run(*options(name, None), f"{LONG[name]}={value}", status=2)
-    says(done.err, LONG[name], value)
+        assert "\n" not in done.err.strip()
+        says(done.err, f"{typed} {value}", *named)
 
 
 def test_the_last_one_counts_and_is_said(shared_lab):
