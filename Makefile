@@ -1,6 +1,5 @@
 # approxbp.c: builds the trainers, shows them (make demo), tests them (make test).
-# One .cu file is one program. nvcc compiles it for a GPU; without a GPU, g++ compiles the same
-# file against the stand-in CUDA headers in dev/cpu.
+# One .cu file is one program. nvcc compiles it for a GPU; without a GPU, g++ compiles the same file against the headers in dev/cpu.
 
 define HELP
 make demo           from nothing to a trained GPT-2: installs, builds, trains, prints samples
@@ -19,7 +18,7 @@ make clean          removes what was built
 Flags of a build, as in  make train_gpt2 CPU=1 PRECISION=FP32:
   USE_APPROXBP=1    the backward pass that remembers less: APPROX_ACT=2 and MS_NORM=1
   APPROX_ACT=2      bits that GELU keeps of an element, 1 to 4; 0: the element itself
-  MS_NORM=1         a norm and the matmul behind it keep one tensor
+  MS_NORM=1         a norm and the matmul after it keep one tensor
   PRECISION=BF16    or FP32: what weights and activations are stored in
   CPU=0             builds for a GPU with nvcc, CPU=1 for the CPU with g++ (default: is a GPU visible?)
   ARCH=90           compute capabilities to build for, as in ARCH="80 90" (default: the visible GPU's)
@@ -38,14 +37,6 @@ Others:
   PYTHON=path       which Python (default: /usr/bin/python3, where apt-get's numpy and pytest are)
 endef
 
-PROGRAMS := train_gpt2 test_gpt2
-KERNELS  := $(basename $(wildcard dev/cuda/*.cu))
-ALL      := $(PROGRAMS) $(KERNELS)
-TRAINERS := train_gpt2.cu train_llama.cu
-
-# ----------------------------------------------------------------------------
-# the shell and make itself
-
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
 MAKEFLAGS += --no-print-directory
@@ -54,8 +45,7 @@ MAKEFLAGS += --no-print-directory
 .SUFFIXES:
 
 # ----------------------------------------------------------------------------
-# flags: a value or a name that we do not know is an error, because a build that silently ignores
-# PRECISON=FP32 is a measurement of something else
+# flags: what we do not know is an error, because a build that silently ignores PRECISON=FP32 is a measurement of something else
 
 PRECISION ?= BF16
 USE_APPROXBP ?= 0
@@ -77,12 +67,8 @@ endif
 one-of = $(if $(and $(filter 1,$(words $($(1)))),$(filter $(2),$($(1)))),,\
          $(error $(1)=$($(1)): expected $(if $(word 3,$(2)),one of $(2),$(firstword $(2)) or $(lastword $(2)))))
 $(call one-of,PRECISION,BF16 FP32)
-$(call one-of,USE_APPROXBP,0 1)
 $(call one-of,APPROX_ACT,0 1 2 3 4)
-$(call one-of,MS_NORM,0 1)
-$(call one-of,SAN,0 1)
-$(call one-of,MULTI_GPU,0 1)
-$(call one-of,PTXAS,0 1)
+$(foreach flag,USE_APPROXBP MS_NORM SAN MULTI_GPU PTXAS,$(call one-of,$(flag),0 1))
 # A target of make's cannot have a space, nor a character that means something to make or to a shell.
 hash := \#
 odd := $(strip $(foreach c,$$ $(hash) % : ; = ' " \ * ? [ ] & | < > ` ( ),$(findstring $(c),$(value BUILD))) $(filter -% ~%,$(value BUILD)))
@@ -103,30 +89,25 @@ override CPU := $(if $(filter 1,$(SAN)),1,$(if $(filter 0,$(gpus)),1,0))
 CPU_CHOSEN := $(filter 10,$(CPU)$(SAN))# by us, so we say it
 endif
 $(call one-of,CPU,0 1)
-ifeq ($(SAN)$(CPU),10)
-$(error SAN=1: expected CPU=1, found CPU=0; on a GPU there is compute-sanitizer)
-endif
-ifeq ($(PTXAS)$(CPU),11)
-$(error PTXAS=1: expected CPU=0, found CPU=1; only nvcc has a ptxas)
-endif
+$(if $(filter 10,$(SAN)$(CPU)),$(error SAN=1: expected CPU=1, found CPU=0; on a GPU there is compute-sanitizer))
+$(if $(filter 11,$(PTXAS)$(CPU)),$(error PTXAS=1: expected CPU=0, found CPU=1; only nvcc has a ptxas))
 
 DEFINES := $(if $(filter FP32,$(PRECISION)),-DFP32=1) $(if $(filter-out 0,$(APPROX_ACT)),-DAPPROX_ACT=$(APPROX_ACT)) \
            $(if $(filter 1,$(MS_NORM)),-DMS_NORM=1)
 ifeq ($(MULTI_GPU),1)
 mpi = $(filter -I% -D% -L% -l%,$(shell mpicxx --showme:$(1) 2>/dev/null))# those that nvcc takes too
 LIBS    := $(call mpi,link)
-ifeq ($(LIBS),)
-$(error MULTI_GPU=1: expected Open MPI, found no mpicxx. Try: apt-get install libopenmpi-dev openmpi-bin)
-endif
+$(if $(LIBS),,$(error MULTI_GPU=1: expected Open MPI, found no mpicxx. Try: apt-get install libopenmpi-dev openmpi-bin))
 DEFINES += -DMULTI_GPU=1 $(call mpi,compile)
 endif
 
 # ----------------------------------------------------------------------------
 # programs: ./train_gpt2 with its intermediate files in build/, or all of it in BUILD
 
-INTO := $(or $(BUILD:%/=%),build)
-OUT  := $(if $(BUILD),$(INTO)/)
-
+PROGRAMS := train_gpt2 test_gpt2
+ALL      := $(PROGRAMS) $(basename $(wildcard dev/cuda/*.cu))
+INTO     := $(or $(BUILD:%/=%),build)
+OUT      := $(if $(BUILD),$(INTO)/)
 ifneq ($(BUILD),)
 .PHONY: $(ALL)
 $(ALL): %: $(OUT)%
@@ -134,23 +115,18 @@ endif
 
 include dev/cpu/cpu.mk
 
+# $(call need,packages that are missing); $(call lacks,command,package): the package, if the command fails
+need  = $(if $(1),echo "Not found: $(1). Try: make setup   (or: apt-get install $(1))" >&2; exit 1)
+lacks = $(if $(shell { $(1); } >/dev/null 2>&1 && echo yes),,$(2))
+
 ifeq ($(CPU),1)
 
+# The translated source keeps its line numbers, and takes in what the file includes of ours.
 COMPILE := $(CPU_CXX) $(CPU_CXXFLAGS) $(if $(filter 1,$(SAN)),$(CPU_SANFLAGS)) $(DEFINES) $(CXXFLAGS)
 LIBS    += $(CPU_LDLIBS)
-
-# The translated source keeps its line numbers, and takes in what the file includes of ours.
-$(ALL:%=$(INTO)/%.cpp): $(INTO)/%.cpp: %.cu $(CPU_DEPS) $(INTO)/flags
-	@$(call need,$(missing_cpu))
-	@mkdir -p $(@D)
-	$(CPU_TRANSLATE) $< -o $@
-
-# The old program goes first: a build that fails must not leave one behind that still runs. One that cannot begin removes nothing.
-$(ALL:%=$(OUT)%): $(OUT)%: $(INTO)/%.cpp
-	@$(call need,$(missing_cpu))
-	@rm -f $@
-	@$(if $(CPU_CHOSEN),$(say_cpu))
-	$(COMPILE) $< -o $@ $(LIBS)
+NEEDS    = $(call need,$(missing_cpu))
+PROGRAM  = $(CPU_TRANSLATE) $< -o $(INTO)/$*.cpp && $(COMPILE) $(INTO)/$*.cpp -o $@ $(LIBS)
+NOTE    := No GPU is visible (nvidia-smi lists none), so this builds for the CPU: right, but slow.$(if $(NVCC), CPU=0 builds for a GPU.)
 
 else
 
@@ -159,30 +135,31 @@ ARCHS := $(ARCH)
 ifeq ($(ARCHS),)
 ARCHS := $(sort $(subst .,,$(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep '^[0-9.]*$$')))
 endif
-ifeq ($(ARCHS),)
-ARCHS := 80 89 90 PTX
-endif
-bad_archs := $(shell printf '%s\n' $(ARCHS) | grep -vxE '[1-9][0-9]+[af]?|PTX')
-ifneq ($(bad_archs),)
-$(error ARCH=$(ARCH): expected compute capabilities without the dot, as in ARCH=90 or ARCH="80 89 90")
-endif
-GENCODE := $(foreach a,$(ARCHS),-gencode arch=compute_$(a:PTX=90),code=$(if $(filter PTX,$(a)),compute_90,sm_$(a)))
+ARCHS := $(or $(ARCHS),80 89 90 PTX)
+$(if $(shell printf '%s\n' $(ARCHS) | grep -vxE '[1-9][0-9]+[af]?|PTX'),\
+  $(error ARCH=$(ARCH): expected compute capabilities without the dot, as in ARCH=90 or ARCH="80 89 90"))
 
-COMPILE := $(NVCC) -O3 -std=c++17 -lineinfo $(if $(word 2,$(ARCHS)),--threads 0) $(GENCODE) \
+COMPILE := $(NVCC) -O3 -std=c++17 -lineinfo $(if $(word 2,$(ARCHS)),--threads 0) \
+           $(foreach a,$(ARCHS),-gencode arch=compute_$(a:PTX=90),code=$(if $(filter PTX,$(a)),compute_90,sm_$(a))) \
            $(if $(filter 1,$(PTXAS)),-Xptxas -v) $(DEFINES) $(NVCCFLAGS)
 LIBS    += -lcublasLt $(if $(filter 1,$(MULTI_GPU)),-lnccl)
-
-$(ALL:%=$(OUT)%): $(OUT)%: %.cu $(INTO)/flags
-	@$(if $(shell command -v $(firstword $(NVCC))),,$(no_nvcc))
-	@$(call need,$(missing_gpu))
-	@mkdir -p $(@D)
-	@rm -f $@
-	$(COMPILE) $< -o $@ $(LIBS) $(if $(filter 1,$(PTXAS)),2>&1 | tee $(INTO)/$(@F).log)
+PROGRAM  = $(COMPILE) $< -o $@ $(LIBS) $(if $(filter 1,$(PTXAS)),2>&1 | tee $(INTO)/$(@F).log)
+NEEDS    = $(if $(shell command -v $(firstword $(NVCC))),$(call need,$(missing_gpu)),\
+  echo "CPU=0 needs nvcc, and it is $(if $(NVCC),not $(NVCC),neither on PATH nor in /usr/local/cuda/bin). Install the CUDA Toolkit 12 \
+or 13 (https://developer.nvidia.com/cuda-downloads), say NVCC=/path/to/nvcc, or build for the CPU with CPU=1." >&2; exit 1)
 
 endif
 
+# The old program goes first: a build that fails must not leave one behind that still runs. One that cannot begin removes nothing.
+$(ALL:%=$(OUT)%): $(OUT)%: %.cu $(INTO)/flags $(if $(filter 1,$(CPU)),$(CPU_DEPS))
+	@$(NEEDS)
+	@$(if $(CPU_CHOSEN),echo "$(NOTE)")
+	@mkdir -p $(INTO)/$(dir $*)
+	@rm -f $@
+	$(PROGRAM)
+
 # All but the trainer include the trainer.
-$(filter-out %train_gpt2 %train_gpt2.cpp,$(ALL:%=$(OUT)%) $(if $(filter 1,$(CPU)),$(ALL:%=$(INTO)/%.cpp))): train_gpt2.cu $(wildcard dev/cuda/*.cuh)
+$(filter-out %train_gpt2,$(ALL:%=$(OUT)%)): train_gpt2.cu $(wildcard dev/cuda/*.cuh)
 
 # The flags of the last build; where they differ from this one's the programs are out of date.
 FLAGS := $(strip $(COMPILE) $(LIBS))
@@ -194,10 +171,7 @@ $(INTO)/flags:
 	@printf '%s\n' '$(subst ','\'',$(FLAGS))' >$@
 
 # ----------------------------------------------------------------------------
-# what a build needs, and setting it up
-
-# $(call lacks,command,package): the package, if the command fails
-lacks = $(if $(shell { $(1); } >/dev/null 2>&1 && echo yes),,$(2))
+# what is needed, and setting it up
 
 blas_links = printf '\#include <cblas.h>\nint main() {}\n' | $(CPU_CXX) $(CPU_CXXFLAGS) -x c++ - $(CPU_LDLIBS) -o /dev/null
 imports    = $(call lacks,$(PYTHON) -c "import importlib.util as u; exit(u.find_spec('$(1)') is None)",python3-$(2))# without its seconds
@@ -207,40 +181,24 @@ missing_gpu  = $(call lacks,command -v g++,g++)# nvcc calls it
 missing_demo = $(if $(filter 1,$(CPU)),$(missing_cpu),$(missing_gpu)) $(call imports,numpy,numpy)
 missing_test = $(missing_cpu) $(call imports,numpy,numpy) $(call imports,pytest,pytest)
 # what some tests want, which are skipped where it is not to be had
-wanted_test  = $(call imports,ensurepip,venv) $(call imports,scipy,scipy) $(call imports,matplotlib,matplotlib) $(call imports,torch,torch) \
-               $(call imports,xdist,pytest-xdist) \
-               $(call lacks,command -v mpicxx,libopenmpi-dev) $(call lacks,command -v mpirun,openmpi-bin) \
-               $(call lacks,command -v shellcheck,shellcheck)
+wanted_test  = $(call imports,ensurepip,venv) $(foreach p,scipy matplotlib torch,$(call imports,$(p),$(p))) $(call imports,xdist,pytest-xdist) \
+               $(call lacks,command -v mpicxx,libopenmpi-dev) $(call lacks,command -v mpirun,openmpi-bin) $(call lacks,command -v shellcheck,shellcheck)
 
-need = $(if $(1),echo "Not found: $(1). Try: make setup   (or: apt-get install $(1))" >&2; exit 1)
-no_nvcc = echo "CPU=0 needs nvcc, and it is $(if $(NVCC),not $(NVCC),neither on PATH nor in /usr/local/cuda/bin). Install the CUDA Toolkit 12 \
-or 13 (https://developer.nvidia.com/cuda-downloads), say NVCC=/path/to/nvcc, or build for the CPU with CPU=1." >&2; exit 1
-
-define say_cpu
-echo "----------------------------------------------------------------------"; \
-echo "No GPU is visible (nvidia-smi lists none), so this builds for the CPU: right, but slow."; \
-$(if $(NVCC),echo "nvcc is here: make $(@F) CPU=0 builds for a GPU all the same.";) \
-echo "----------------------------------------------------------------------"
-endef
-
-# $(call install,packages,further ones that we can do without). What cannot be installed is said in one line. sudo may ask for a password
-# where there is somebody to ask.
+# $(call install,packages,further ones that we can do without). What cannot be installed is said in one line. sudo may ask for a
+# password where there is somebody to ask.
 define install
-@required="$(strip $(1))"; wanted="$(strip $(2))"; failed=""; \
-[ -z "$$required$$wanted" ] && exit 0; \
-as_root() { if [ "$$(id -u)" = 0 ]; then "$$@"; else sudo "$$@"; fi; }; \
-get() { as_root env DEBIAN_FRONTEND=noninteractive apt-get -qq -y --no-install-recommends -o DPkg::Lock::Timeout=120 "$$@"; }; \
-if ! command -v apt-get >/dev/null; then failed="no apt-get here; please install what Debian calls:"; \
-elif [ "$$(id -u)" != 0 ] && ! sudo $$([ -t 0 ] || echo -n) -v 2>/dev/null; then failed="no sudo here; root must run: apt-get install"; \
+@required="$(strip $(1))"; wanted="$(strip $(2))"; root=$$([ "$$(id -u)" = 0 ] || echo sudo); \
+get() { $$root env DEBIAN_FRONTEND=noninteractive apt-get -qq -y --no-install-recommends -o DPkg::Lock::Timeout=120 "$$@"; }; \
+if [ -z "$$required$$wanted" ]; then exit 0; \
+elif ! command -v apt-get >/dev/null; then failed="no apt-get here; please install what Debian calls:"; \
+elif [ "$$root" ] && ! sudo $$([ -t 0 ] || echo -n) -v 2>/dev/null; then failed="no sudo here; root must run: apt-get install"; \
 else \
-  echo "Installing with apt-get: $$required $$wanted"; \
-  get update; \
+  echo "Installing with apt-get: $$required $$wanted"; get update; \
   for package in $$wanted; do get -s install $$package >/dev/null 2>&1 || wanted=$$(sed "s/\b$$package\b//" <<<"$$wanted"); done; \
   get install $$required $$wanted >/dev/null && exit 0; \
-  [ -n "$$required" ] && { [ -z "$$wanted" ] || ! get install $$required >/dev/null; } && failed="apt-get could not install:"; \
+  [ "$$required" ] && [ "$$wanted" ] && get install $$required >/dev/null && exit 0; failed="apt-get could not install:"; \
 fi; \
-[ -z "$$failed" ] && exit 0; \
-[ -n "$$required" ] || { echo "Tests that need these are skipped: $$failed $$wanted"; exit 0; }; \
+[ "$$required" ] || { echo "Tests that need these are skipped: $$failed $$wanted"; exit 0; }; \
 echo "Needed are $$required: $$failed $$required $$wanted" >&2; exit 1
 endef
 
@@ -248,8 +206,8 @@ endef
 setup:
 	$(call install,$(missing_demo))
 
-# What Debian does not package goes into an environment of its own: vocabularies for the tests of prepro. pytest-xdist, which Debian may
-# have, runs two files of tests at a time. Without a network the tests that need them are skipped, and files run one after the other.
+# What Debian does not package goes into an environment of its own: vocabularies for the tests of prepro, and pytest-xdist, which runs
+# two files of tests at a time. Without a network the tests that need them are skipped, and files run one after the other.
 VENV := build/venv
 setup-test:
 	$(call install,$(missing_test),$(wanted_test))
@@ -261,9 +219,6 @@ setup-test:
 	   echo "pip could not install $$library, so $$([ $$library = pytest-xdist ] && echo the tests take longer || echo the tests that need it are \
 	   skipped): $$(grep -o 'ERROR: .*' <<<"$$said" | head -1 | cut -c 8-200)"; \
 	 done
-
-# ----------------------------------------------------------------------------
-# demo
 
 # TEXT goes to demo.py as it was typed: what is a file's name and what are several is for it to say, before anything is built.
 .PHONY: demo
@@ -281,56 +236,51 @@ demo:
 # ----------------------------------------------------------------------------
 # test
 
-# Side by side in build/: a variant that does not build fails the tests that want it.
-# A name's parts are its flags: where it is built, the mode (none is exact), the precision.
-CPU_VARIANTS  := san-bf16 san-fp32 san-approxbp-bf16 cpu-bf16 cpu-fp32 cpu-approxbp-bf16 cpu-approxbp-fp32 cpu-norm-bf16 cpu-norm-fp32 cpu-act-bf16
-NVCC_VARIANTS := nvcc-bf16 nvcc-fp32 nvcc-approxbp-bf16
-GPU_VARIANTS  := gpu-bf16 gpu-fp32 gpu-approxbp-bf16 gpu-approxbp-fp32
-MPI_VARIANTS  := cpu-multi-fp32
-flags_approxbp := USE_APPROXBP=1
-flags_norm := MS_NORM=1
-flags_act  := APPROX_ACT=2
-flags_multi := MULTI_GPU=1
+# Variants lie side by side in build/, and one that does not build fails the tests that want it. A name's parts are its flags: where
+# it runs, the mode (none is exact), the precision. Compiling is most of the time of make test, so a variant has the programs that its
+# tests run, and but for cpu-bf16, which is tested as it ships, g++ optimises little.
+GPU_VARIANTS := gpu-bf16 gpu-fp32 gpu-approxbp-bf16 gpu-approxbp-fp32
+KNOWN := cpu-bf16 cpu-fp32 cpu-approxbp-bf16 cpu-approxbp-fp32 cpu-norm-bf16 cpu-act-bf16 cpu-multi-fp32 san-bf16 san-fp32 san-approxbp-bf16 \
+         nvcc-bf16 nvcc-approxbp-bf16 $(GPU_VARIANTS)
+TRAIN_ALONE := cpu-multi-fp32 san-bf16 nvcc-%
+TEST_ALONE  := cpu-approxbp-fp32 san-fp32 san-approxbp-bf16
 flags_cpu  := CPU=1
 flags_san  := CPU=1 SAN=1
-flags_nvcc := CPU=0 ARCH="80 86 89 90 100 120" PTXAS=1
+flags_nvcc  = CPU=0 ARCH="80 86 89 90 100 120" PTXAS=1 NVCCFLAGS="--keep --keep-dir build/$(1)"# the PTX, which is looked at
 flags_gpu  := CPU=0
-VARIANTS   := $(CPU_VARIANTS) $(if $(shell command -v mpicxx),$(MPI_VARIANTS)) $(if $(NVCC),$(NVCC_VARIANTS) $(if $(filter 0,$(gpus)),,$(GPU_VARIANTS)))
-flags_of    = $(foreach part,$(subst -, ,$(1)),$(flags_$(part))) PRECISION=$(if $(filter %fp32,$(1)),FP32,BF16) $(if $(filter $(AS_SHIPPED),$(1)),,CXXFLAGS="-O1 $(CXXFLAGS)")
-
-# Compiling is most of the time of make test. So a variant has the program that its tests run; and but for the exact builds and
-# USE_APPROXBP=1, which are tested as they ship, g++ optimises little.
-AS_SHIPPED := cpu-bf16 cpu-fp32 cpu-approxbp-bf16 gpu-% nvcc-%
-programs_of = $(if $(filter $(MPI_VARIANTS) $(NVCC_VARIANTS),$(1)),train_gpt2,$(if $(filter cpu-norm-fp32 san-approxbp-bf16,$(1)),test_gpt2,$(PROGRAMS)))
+flags_approxbp := USE_APPROXBP=1
+flags_norm  := MS_NORM=1
+flags_act   := APPROX_ACT=2
+flags_multi := MULTI_GPU=1
+flags_bf16  := PRECISION=BF16
+flags_fp32  := PRECISION=FP32
+flags_of    = $(foreach part,$(subst -, ,$(1)),$(flags_$(part))) $(if $(filter cpu-bf16 nvcc-% gpu-%,$(1)),,CXXFLAGS="-O1 $(CXXFLAGS)")
+programs_of = $(if $(filter $(TRAIN_ALONE),$(1)),train_gpt2,$(if $(filter $(TEST_ALONE),$(1)),test_gpt2,$(PROGRAMS)))
+VARIANTS   := $(filter-out $(if $(shell command -v mpicxx),,%-multi-fp32) $(if $(NVCC),,nvcc-% gpu-%) $(if $(filter 0,$(gpus)),gpu-%),$(KNOWN))
 
 QUICK_VARIANTS := cpu-bf16 cpu-fp32
-QUICK_TESTS    := $(addprefix dev/test/test_,$(addsuffix .py,approxbp_tools cli files gpt2_numbers mutate prepro report resume train twins))
+QUICK_TESTS    := $(patsubst %,dev/test/test_%.py,approxbp_tools cli ends files gpt2_numbers mutate prepro report resume train twins)
 
 test_python = $$([ -x $(VENV)/bin/python ] && echo $(VENV)/bin/python || echo $(PYTHON))
 PYTEST = $(test_python) -B -m pytest -q --tb=short -p no:cacheprovider </dev/null
 tests  = $(or $(TESTS),$(if $(filter quick,$@),$(QUICK_TESTS),dev/test dev/cpu/test))
 only   = $(if $(filter quick,$@),VARIANTS="$(QUICK_VARIANTS)")
 
-.PHONY: test quick variants twins
+.PHONY: test quick variants twins $(KNOWN)
 test quick: setup-test
 	@said=$$($(PYTEST) --collect-only $(tests) 2>&1) || { echo "make $@ TESTS=\"$(TESTS)\": pytest cannot take that" >&2; tail -20 <<<"$$said" >&2; exit 2; }
 	-@$(MAKE) $(if $(findstring jobserver,$(MAKEFLAGS)),,-j$$(nproc)) -k variants $(only)
 	@$(only) $(PYTEST) $$($(test_python) -c "import xdist" 2>/dev/null && echo "-n 2 --dist loadfile") $(tests)
 
-ifneq ($(filter variants,$(MAKECMDGOALS)),)
-variants: $(VARIANTS)
-endif
-.PHONY: $(CPU_VARIANTS) $(MPI_VARIANTS) $(NVCC_VARIANTS) $(GPU_VARIANTS)
-$(CPU_VARIANTS) $(MPI_VARIANTS) $(NVCC_VARIANTS) $(GPU_VARIANTS):
+variants: $(if $(filter variants,$(MAKECMDGOALS)),$(VARIANTS))
+$(KNOWN):
 	@n=0; for v in $(VARIANTS); do n=$$((n + 1)); [ $$v = $@ ] && echo "building build/$@ ($$n of $(words $(VARIANTS)))"; done; mkdir -p build/$@; \
 	 if $(MAKE) -s $(call programs_of,$@) BUILD=build/$@ $(call flags_of,$@) >build/$@/make.log 2>&1; \
 	 then grep -i -A5 "warning" build/$@/make.log || true; \
 	 else cat build/$@/make.log; exit 1; fi
 
 twins:
-	@$(PYTHON) dev/test/twins.py $(if $(SYNC),--sync $(SYNC)) $(wildcard $(TRAINERS))
-
-# ----------------------------------------------------------------------------
+	@$(PYTHON) -B dev/test/twins.py $(if $(SYNC),--sync $(SYNC)) $(wildcard train_gpt2.cu train_llama.cu)
 
 .PHONY: help clean
 help:

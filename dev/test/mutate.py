@@ -20,7 +20,6 @@ sanitizers, and what is left in fp32. It is killed by an exit status other than 
 between orders. EQUIVALENT lists the mutants that no test can kill, each with the reason.
 """
 import argparse
-import collections
 import concurrent.futures
 import datetime
 import hashlib

@@ -1,8 +1,10 @@
-"""How runs end: by a signal, without a reader, on a full disk, beside another run, with a model that is no good. What was good before stays."""
+"""How runs end: by a signal, without a reader, on a full disk, beside another run, with numbers that are not finite. What was good stays."""
 import contextlib
 import json
 import math
 import os
+import pty
+import re
 import resource
 import signal
 import stat
@@ -18,15 +20,14 @@ LONG = ["-x", 100000, "-o", "out"]
 
 
 @contextlib.contextmanager
-def started(lab, *given, steps=3, variant="cpu-bf16", **how):
-    """A long run whose log has so many steps; it is killed in the end."""
-    log = lab.path("log.jsonl")
-    how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **how}
-    process = subprocess.Popen([str(program(variant)), *options("--log", "log.jsonl", *given)], cwd=lab.folder, env=environment(),
-                               stdin=subprocess.DEVNULL, **how)
+def started(lab, *given, when=b"train_loss", times=3, where="log.jsonl", **how):
+    """A long run whose log (or output, out.txt) has these words so many times; it is killed in the end."""
+    out = lab.path("out.txt").open("wb") if where == "out.txt" else subprocess.PIPE
+    process = subprocess.Popen([str(program("cpu-bf16")), *options("--log", "log.jsonl", *given)], cwd=lab.folder, env=environment(),
+                               stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.PIPE, **how)
     try:
         for _ in range(6000):
-            if log.exists() and log.read_bytes().count(b"train_loss") >= steps:
+            if lab.path(where).exists() and lab.path(where).read_bytes().count(when) >= times:
                 break
             assert process.poll() is None, process.communicate()
             time.sleep(0.01)
@@ -39,8 +40,10 @@ def started(lab, *given, steps=3, variant="cpu-bf16", **how):
 def ended(lab, process):
     """(exit status, stderr, last step) of a run that was told to end; it has left a whole checkpoint of that step, and no more."""
     out, err = process.communicate(timeout=60)
-    step = [line["step"] for line in read_log(lab.path("log.jsonl")) if "train_loss" in line][-1]
+    log = read_log(lab.path("log.jsonl"))
+    step = [line["step"] for line in log if "train_loss" in line][-1]
     assert set(lab.files("out")) == set(names(step)), err
+    assert log[-1]["done"] is False and log[-1]["steps"] == step
     return process.returncode, err.decode(), step
 
 
@@ -51,6 +54,42 @@ def test_a_signal_saves(lab, number):
         status, err, step = ended(lab, process)
     assert status == 128 + number
     assert len(lab.train("-o", "out", "-y", 1, "-x", step + 1).losses) == 1
+
+
+def interrupted(lab, *given, **how):
+    """(stderr, stdout, log) of a long run without --out that is ended by Ctrl-C when its output has these words."""
+    with started(lab, "-x", 100000, *given, where="out.txt", times=1, **how) as process:
+        process.send_signal(signal.SIGINT)
+        err = process.communicate(timeout=60)[1].decode()
+    assert process.returncode == 130, err
+    return err, lab.path("out.txt").read_text(errors="replace"), read_log(lab.path("log.jsonl"))
+
+
+def test_ctrl_c_without_a_folder(lab):
+    err, out, log = interrupted(lab, "-b", 64, "-e", "gpt2:L4,H2,C32,T32,V257", when=b"step     3")
+    step = log[-1]["steps"]
+    assert f"stopping after step {step}; a second Ctrl-C ends at once" in err and f"interrupted after step {step}; without --out" in out
+    assert re.search(r"steps of about \d+\.\d s are to come: 0?\d+:\d\d:\d\d", out), "a long run says how long"
+
+
+@pytest.mark.parametrize("given, when", [
+    (["-v", 1, "-m", 10**6], b"start "), (["-s", 1, "-g", 10**6], b"---- sample"), (["-x", 0, "-v", 1, "-m", 10**6], b"start ")])
+def test_ctrl_c_ends_what_takes_long(lab, given, when):
+    """A validation or a sample that would go on for minutes; what it has so far is no result."""
+    write_tokens(lab.path("val.bin"), words(10**6, seed=2))
+    err, out, log = interrupted(lab, "-o", "out", *given, when=when)
+    assert "stopping after step" in err
+    assert not any("val_loss" in line for line in log) and "val loss" not in out and log[-1]["done"] is False
+    assert ("DONE_00000001" in lab.files("out")) == ("-s" in given)
+
+
+def test_a_terminal_sees_a_validation_go_on(lab):
+    ours, theirs = pty.openpty()
+    done = subprocess.run([program("cpu-bf16"), *options("-x", 0, "-v", 1, "-m", 3)], cwd=lab.folder, env=environment(), stdin=subprocess.DEVNULL,
+                          stdout=theirs, stderr=subprocess.PIPE, timeout=60)
+    assert done.returncode == 0 and b"\rvalidating 1/3\rvalidating 2/3\rvalidating 3/3" in os.read(ours, 1 << 16)
+    os.close(theirs)
+    os.close(ours)
 
 
 def test_a_signal_that_comes_twice_is_one(lab):
@@ -303,16 +342,37 @@ def test_bad_news_do_not_push_out_good_news(lab, rate, every, keep, variant):
     assert lab.train("-x", 8, "-o", "out", "-y", 1, variant=variant).losses[-1] < 6
 
 
-def test_a_model_that_is_not_finite(lab):
+def with_nan(lab, tensor):
+    """nan.bin: a model with one number that is not finite."""
     tensors = random_model(Shape())
-    tensors["lnfb"][3] = float("nan")
+    tensors[tensor][3] = math.nan
     write_model(lab.path("nan.bin"), Shape(), tensors)
+
+
+@pytest.mark.parametrize("variant, w", [("cpu-fp32", 1), ("cpu-bf16", 1), ("cpu-bf16", 0)])
+def test_a_step_that_is_not_finite_changes_nothing(lab, variant, w):
+    """The loss is finite, so that each step's validation shows the weights, but the gradient's squares are not."""
+    tensors = random_model(Shape())
+    tensors["lnfw"] = [1e25] * 32
+    tensors["wte"] = [x * 1e-25 for x in tensors["wte"]]
+    write_model(lab.path("steep.bin"), Shape(), tensors)
+    result = lab.train("-e", "steep.bin", "-x", 5, "-c", 0.1, "-w", w, "-v", 1, "-m", 2, "-o", "out", variant=variant, status=3)
+    assert [line["grad_norm"] for line in result.steps] == [None] * 5
+    assert len(result.vals) == 6 and len(set(result.vals)) == 1 and result.vals[0] > 1
+    assert lab.files("out") == {}
+
+
+def test_a_model_that_is_not_finite(lab):
+    with_nan(lab, "lnfb")
     done = lab.run(*options("-e", "nan.bin", "-x", 0, "-v", 1), status=3)
     says(done.out, "val loss nan")
     says(done.err, "not finite")
     lab.run(*options("-e", "nan.bin", "-x", 0, "-s", 1), status=3)
     result = lab.train("-e", "nan.bin", "-x", 5, "-n", 1, "-o", "out", status=3)
     assert len(result.steps) == 5 and lab.files("out") == {}
+    result = lab.train("-e", "nan.bin", "-x", 50, status=3)
+    assert len(result.steps) == 10, "ten in a row end the run"
+    assert "rate" in result.err and "resume" in result.err
 
 
 def test_a_validation_that_is_not_finite_keeps_checkpoints_out(lab):
@@ -330,10 +390,7 @@ def test_a_validation_that_is_not_finite_keeps_checkpoints_out(lab):
 
 @pytest.mark.parametrize("given", [[], ["-o", "out", "-n", 0], ["-v", 1]])
 def test_a_run_that_ends_with_bad_news_says_so(lab, given):
-    shape = Shape()
-    model = random_model(shape)
-    model["qkvw"][3] = math.nan
-    write_model(lab.path("nan.bin"), shape, model)
+    with_nan(lab, "qkvw")
     lab.train("-e", "nan.bin", "-x", 2, *given, status=3)
 
 

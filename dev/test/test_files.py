@@ -17,20 +17,8 @@ VERSIONS = {"cpu-fp32": 3, "cpu-bf16": 5}  # what each build writes
 # ----------------------------------------------------------------------------
 # models that the trainer writes
 
-def crc32c(data):
-    table = []
-    for i in range(256):
-        for _ in range(8):
-            i = i >> 1 ^ (0x82F63B78 if i & 1 else 0)
-        table.append(i)
-    crc = 0xFFFFFFFF
-    for byte in data:
-        crc = crc >> 8 ^ table[(crc ^ byte) & 0xFF]
-    return crc ^ 0xFFFFFFFF
-
-
-@pytest.mark.parametrize("variant", VERSIONS)
 @pytest.mark.parametrize("V", [257, 300, 384])
+@pytest.mark.parametrize("variant", VERSIONS)
 def test_written_model_has_the_layout(lab, variant, V):
     shape = Shape(L=2, H=2, C=32, T=32, V=V)
     lab.train("-e", shape.size(), "-x", 1, "-c", 0.1, "-o", "out", variant=variant)
@@ -38,11 +26,7 @@ def test_written_model_has_the_layout(lab, variant, V):
     C, L, width = 32, 2, {3: 4, 5: 2}[VERSIONS[variant]]
     elements = padded(V) * C + 32 * C + L * (2 * C + 3 * C * C + 3 * C + C * C + C + 2 * C + 4 * C * C + 4 * C + 4 * C * C + C) + 2 * C
     assert len(data) == 1024 + elements * width
-    head = struct.unpack("<256i", data[:1024])
-    assert head[:8] == (20240326, VERSIONS[variant], 32, V, L, 2, C, padded(V))
-    assert [i for i in range(8, 256) if head[i] and i not in (200, 201)] == []
-    if head[201]:
-        assert head[200] & 0xFFFFFFFF == crc32c(data[1024:])
+    assert struct.unpack("<256i", data[:1024]) == (20240326, VERSIONS[variant], 32, V, L, 2, C, padded(V), *[0] * 248)
     wte = read_model(lab.path("out/model_00000001.bin"), shape)["wte"]
     assert not any(wte[V * C:]), "rows of the padding are 0, after a step with weight decay too"
 
@@ -156,25 +140,23 @@ def test_ids_beyond_16_bits(lab):
     assert lab.train("-i", "high.bin", *size).losses != lab.train("-i", "low.bin", *size).losses
 
 
-def epochs(lab, pattern, seed, steps, **how):
-    """Losses with weights that stay as they are, one sequence a step: each window of the data shows as its own loss."""
-    return lab.train("-i", pattern, "-e", "still.bin", "-l", 0, "-b", 1, "-x", steps, "--seed", seed, **how).losses
-
-
 def test_shards(lab):
-    """An epoch sees each window of each shard once; the order depends on the seed and changes with the epoch."""
+    """An epoch sees each window of each shard once; the order depends on the seed and changes with the epoch. The weights stay as
+    they are and a step is one sequence, so that each window shows as its own loss."""
     shape = Shape()
     write_model(lab.path("still.bin"), shape, random_model(shape, std=0.3))
+
+    def epochs(pattern, seed, steps):
+        return lab.train("-i", pattern, "-e", "still.bin", "-l", 0, "-b", 1, "-x", steps, "--seed", seed).losses
     alone = []
     for i in range(3):
         write_tokens(lab.path(f"shard_{i}.bin"), words(4 * 32 + 1, seed=20 + i))
-        alone += epochs(lab, f"shard_{i}.bin", 1, None)
+        alone += epochs(f"shard_{i}.bin", 1, None)
     assert len(set(alone)) == 12
-    one = epochs(lab, "shard_*.bin", 1, 24)
+    one = epochs("shard_*.bin", 1, 24)
     assert sorted(one[:12]) == sorted(alone) and sorted(one[12:]) == sorted(alone)
     assert one[:12] != one[12:]
-    assert len(epochs(lab, "shard_*.bin", 1, None)) == 12
-    orders = {tuple(epochs(lab, "shard_*.bin", seed, 12)) for seed in range(1, 6)}
+    orders = {tuple(epochs("shard_*.bin", seed, None)) for seed in range(1, 6)}
     assert len(orders) > 1 and all(sorted(order) == sorted(alone) for order in orders)
 
 
@@ -254,22 +236,14 @@ def test_bad_tokens(lab, name, option):
     says(done.err, "bad.bin", "expected", "found", "prepro/", *named)
 
 
-@pytest.mark.parametrize("bits", [16, 32])
-@pytest.mark.parametrize("option", ["-i", "-j"])
-@pytest.mark.parametrize("where", [0, 40, 2000, 3999])
-def test_id_beyond_the_vocabulary(lab, option, bits, where):
+@pytest.mark.parametrize("option, bits, where, wrong", [("-i", 16, 0, 257), ("-i", 16, 3999, 257), ("-i", 32, 40, 257), ("-i", 32, 7, 2**32 - 1),
+                                                        ("-j", 16, 2000, 257), ("-j", 32, 3999, 257)])
+def test_id_beyond_the_vocabulary(lab, option, bits, where, wrong):
     ids = words(4000)
-    ids[where] = 257
+    ids[where] = wrong
     write_tokens(lab.path("bad.bin"), ids, bits=bits)
     done = lab.run(*options(option, "bad.bin", "-v", 1, "-x", None), status=1)
-    says(done.err, "bad.bin", "257", "256", "prepro/")
-
-
-def test_32_bit_id_that_is_negative_as_an_int(lab):
-    ids = words(4000)
-    ids[7] = 2**32 - 1
-    write_tokens(lab.path("bad.bin"), ids, bits=32)
-    says(lab.run(*options("-i", "bad.bin"), status=1).err, "bad.bin", "4294967295")
+    says(done.err, "bad.bin", wrong, "256", "prepro/")
 
 
 @pytest.mark.parametrize("option", ["-i", "-j"])
@@ -277,9 +251,8 @@ def test_32_bit_id_that_is_negative_as_an_int(lab):
 def test_missing_data(lab, option, pattern):
     lab.path("empty").mkdir()
     done = lab.run(*options(option, pattern, "-v", 1), status=1)
-    says(done.err, pattern)
-    if pattern != "empty":
-        says(done.err, "prepro/text.py")
+    says(done.err, pattern, *["prepro/text.py"] * (pattern != "empty"))
+    says(lab.run(*options("-e", pattern), status=1).err, pattern)
 
 
 @pytest.mark.parametrize("option", ["-i", "-j"])
@@ -297,12 +270,6 @@ def test_a_bad_shard_among_good_ones(lab):
     says(lab.run(*options("-i", "shard_*.bin", "-x", 1), status=1).err, "shard_2.bin")
 
 
-@pytest.mark.parametrize("model", ["none.bin", "no/model.bin", "empty"])
-def test_missing_model(lab, model):
-    lab.path("empty").mkdir()
-    assert model in lab.run(*options("-e", model), status=1).err
-
-
 def test_damaged_tokenizer(lab):
     good = lab.path("tokenizer.bin").read_bytes()
     for bad in (good[:-3], header(20240328, 9, 257, 256) + good[1024:], header(1, 2, 257, 256) + good[1024:], good[:100]):
@@ -313,47 +280,41 @@ def test_damaged_tokenizer(lab):
 
 def test_without_a_tokenizer_ids_are_printed(lab):
     lab.path("tokenizer.bin").unlink()
-    assert len(lab.train("-s", 2).losses) == 4
+    assert "printed as ids" in lab.train("-s", 2).out
 
 
 # ----------------------------------------------------------------------------
 # places that cannot be written to. Tests may run as root, for whom every folder is writable, so: not a folder.
 
-@pytest.mark.parametrize("place", ["train.bin/out", "train.bin", "/proc/none/out", "/dev/null/out"])
-def test_a_folder_that_cannot_be(lab, place):
-    done = lab.run(*options("-o", place, "--log", "log.jsonl"), status=1)
+@pytest.mark.parametrize("option, place", [("-o", "train.bin/out"), ("-o", "/proc/none/out"), ("-o", "/dev/null/out"),
+                                           ("--log", "train.bin/log"), ("--log", "none/log.jsonl")])
+def test_a_place_that_cannot_be(lab, option, place):
+    """It is said before the first step."""
+    done = lab.run(*options(option, place), status=1)
     says(done.err, place)
-    log = lab.path("log.jsonl")
-    assert not log.exists() or b"train_loss" not in log.read_bytes(), "it is said before the first step"
+    assert "step     1" not in done.out
 
 
-@pytest.mark.parametrize("place", ["train.bin/log", "none/log.jsonl"])
-def test_a_log_that_cannot_be(lab, place):
-    says(lab.run(*options("--log", place), status=1).err, place)
-
-
-class SmallDisk:
-    """train() in which a file can grow to so many bytes and no further, as on a full disk, but only after the run has begun:
-    what is known to be too small at the start is refused."""
-
-    def __init__(self, lab, size, *given):
-        process = subprocess.Popen([str(program("cpu-bf16")), *options("-v", 1, *given)], cwd=lab.folder, env=environment(),
-                                   stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def small_disk(lab, size, *given):
+    """(exit status, stderr) of a run whose files can grow to so many bytes, as on a full disk; the limit comes after the run has
+    begun, because what is known to be too small at the start is refused."""
+    with subprocess.Popen([str(program("cpu-bf16")), *options("-v", 1, *given)], cwd=lab.folder, env=environment(), stdin=subprocess.DEVNULL,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         while "val loss" not in process.stdout.readline():
             assert process.poll() is None, process.stderr.read()
         resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, size))
-        _, self.err = process.communicate(timeout=60)
-        self.status = process.returncode
+        err = process.communicate(timeout=60)[1]
+    return process.returncode, err
 
 
-@pytest.mark.parametrize("culprit, fraction", [("model", 0), ("model", 0.5), ("model", 0.999), ("state", 0.5), ("state", 0.999)])
+@pytest.mark.parametrize("culprit, fraction", [("model", 0), ("model", 0.999), ("state", 0.5), ("state", 0.999)])
 def test_full_disk(lab, culprit, fraction):
     """The limit strikes in the model, or in the state, which is larger."""
     lab.train("-x", 10, "-o", "whole")
     name = {"model": "model_00000010.bin", "state": "state_00000010_00000.bin"}[culprit]
-    done = SmallDisk(lab, int(len(lab.files("whole")[name]) * fraction), "-x", 10, "-o", "out")
-    assert done.status == 1
-    says(done.err, name, "no checkpoint of step 10")
+    status, err = small_disk(lab, int(len(lab.files("whole")[name]) * fraction), "-x", 10, "-o", "out")
+    assert status == 1
+    says(err, name, "no checkpoint of step 10")
     assert lab.files("out") == {}, "nothing is left of what is not whole"
 
 
@@ -362,7 +323,7 @@ def test_full_disk_loses_nothing(lab):
     straight = lab.train("-x", 16, "-k", "constant", "-o", "straight")
     lab.train("-x", 2, "-k", "constant", "-o", "out")
     before = lab.files("out")
-    assert SmallDisk(lab, 20000, "-x", 16, "-k", "constant", "-n", 8, "-nk", 1, "-o", "out", "-y", 1).status == 1
+    assert small_disk(lab, 20000, "-x", 16, "-k", "constant", "-n", 8, "-nk", 1, "-o", "out", "-y", 1)[0] == 1
     assert lab.files("out") == before
     assert learned(lab.train("-x", 16, "-k", "constant", "-o", "out", "-y", 1))[:14] == learned(straight)[2:16]
     assert lab.files("out")["model_00000016.bin"] == lab.files("straight")["model_00000016.bin"]

@@ -13,38 +13,48 @@ import l2  # noqa: E402
 import occupancy  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not nvcc(), reason=NO_NVCC)
-DEFINES = {"nvcc-bf16": [], "nvcc-fp32": ["-DFP32=1"], "nvcc-approxbp-bf16": ["-DAPPROX_ACT=2", "-DMS_NORM=1"]}
-each_variant = pytest.mark.parametrize("variant", DEFINES)
+each_variant = pytest.mark.parametrize("variant", ["nvcc-bf16", "nvcc-approxbp-bf16", "fp32"])
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory):
+    """build(variant): what nvcc said, and its PTX for sm_80. The first two are built by `make variants`, for all architectures; fp32
+    here, for one: test_gpt2, which has all of the trainer, so that nvcc has seen the test too."""
+    @functools.lru_cache(None)
+    def of(variant):
+        if variant != "fp32":
+            program(variant)
+            folder = ROOT / f"build/{variant}"
+            return (folder / "train_gpt2.log").read_text(), (folder / "train_gpt2.compute_80.ptx").read_text()
+        folder = tmp_path_factory.mktemp("fp32")
+        done = execute(nvcc(), "-cubin", "-O3", "-std=c++17", "-arch=sm_80", "-DFP32=1", "-Xptxas", "-v", "--keep", "--keep-dir", folder, "test_gpt2.cu",
+                       "-o", folder / "x.cubin", cwd=ROOT, timeout=600)
+        assert done.status == 0, done.err
+        return done.out + done.err, next(folder.glob("*.ptx")).read_text()
+    return of
 
 
 # ----------------------------------------------------------------------------
 # registers
 
-def build_log(variant):
-    program(variant)
-    return (ROOT / f"build/{variant}/train_gpt2.log").read_text()
-
-
 @each_variant
-def test_no_kernel_spills(variant):
-    used = occupancy.read_log(build_log(variant))
-    entries = len(re.findall(r"__global__", (ROOT / "train_gpt2.cu").read_text()))
-    assert {target for _, target in used} == set(occupancy.LIMITS)
-    for target in occupancy.LIMITS:
+def test_no_kernel_spills(build, variant):
+    """And nvcc has no warning."""
+    log = build(variant)[0]
+    assert [line for line in log.splitlines() if re.search(r"warning|error", line, re.I)] == []
+    used = occupancy.read_log(log)
+    entries = len(re.findall(r"__global__", trainer()))
+    assert {target for _, target in used} == ({"sm_80"} if variant == "fp32" else set(occupancy.LIMITS))
+    for target in {target for _, target in used}:
         assert sum(t == target for _, t in used) >= 0.8 * entries, "fewer kernels than the source has: is this log whole?"
     # sines of large numbers, before the first step, have an array of their own
     spills = [f"{kernel} on {target}: {u.spills} bytes" for (kernel, target), u in sorted(used.items()) if u.spills and kernel != "init_normal_kernel"]
     assert not spills, "registers are spilled to memory, or arrays lie there, in\n" + "\n".join(spills)
 
 
-@each_variant
-def test_no_warning(variant):
-    assert [line for line in build_log(variant).splitlines() if re.search(r"warning|error", line, re.I)] == []
-
-
-def test_the_table_of_occupancy():
+def test_the_table_of_occupancy(build):
     """It is the README's, and the simulation of the L2 cache has its blocks."""
-    used = {**occupancy.read_log(build_log("nvcc-approxbp-bf16")), **occupancy.read_log(build_log("nvcc-bf16"))}
+    used = {**occupancy.read_log(build("nvcc-approxbp-bf16")[0]), **occupancy.read_log(build("nvcc-bf16")[0])}
     kernels = {kernel for kernel, _ in used}
     assert all(occupancy.launch_of(kernel) or kernel in occupancy.ALONE for kernel in kernels), "a kernel is missing in occupancy.py"
     for (kernel, target), u in used.items():
@@ -84,28 +94,19 @@ def test_launches_of_the_table(tmp_path):
 # ----------------------------------------------------------------------------
 # loads
 
-@functools.lru_cache(None)
-def ptx_of(variant):
-    """test_gpt2's: it has all kernels of the trainer, and so nvcc has seen the test too."""
-    done = execute(nvcc(), "-ptx", "-O3", "-std=c++17", "-arch=compute_80", *DEFINES[variant], "test_gpt2.cu", "-o", "/dev/stdout", cwd=ROOT, timeout=300)
-    assert (done.status, done.err) == (0, ""), done.err
-    return done.out
-
-
 def trainer():
     return (ROOT / "train_gpt2.cu").read_text()
 
 
 @each_variant
-def test_loads_are_16_bytes(variant):
-    found = ptx.flags(ptx_of(variant), trainer())
+def test_loads_are_16_bytes(build, variant):
+    found = ptx.flags(build(variant)[1], trainer())
     assert not found, "narrow loads of global memory:\n" + "\n".join(found)
 
 
-@each_variant
-def test_a_kernel_that_reads_narrowly_is_named(variant):
+def test_a_kernel_that_reads_narrowly_is_named(build):
     """Each kernel in turn, with its 16-byte loads made narrow."""
-    whole, changed = ptx_of(variant), 0
+    whole, changed = build("nvcc-approxbp-bf16")[1], 0
     for (kernel, numbers), read in ptx.widths(whole, trainer()).items():
         wide = {tensor for tensor, sizes in read.items() if sizes[16]}
         if not wide:
@@ -132,9 +133,9 @@ __global__ void NAME_kernel(float* out, const NAME_vec* inp, size_t n) { if (thr
     assert ptx.flags((tmp_path / "x.ptx").read_text(), source) == ["reference_kernel: inp is read by 8 of 2 bytes; expected 16 bytes a load"]
 
 
-def test_attention_runs_on_tensor_cores():
+def test_attention_runs_on_tensor_cores(build):
     """Heads of 64 and 128 channels: products by mma.sync from ldmatrix, tiles by cp.async, nothing in local memory."""
-    found = [(name + numbers, body) for name, numbers, body in ptx.kernels(ptx_of("nvcc-bf16")) if re.match(r"attention_\w+_tc_kernel", name)]
+    found = [(name + numbers, body) for name, numbers, body in ptx.kernels(build("nvcc-bf16")[1]) if re.match(r"attention_\w+_tc_kernel", name)]
     assert len(found) == 6, [name for name, _ in found]
     for name, body in found:
         for instruction in ("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32", "ldmatrix.sync.aligned.m8n8.x4.shared",
@@ -143,9 +144,9 @@ def test_attention_runs_on_tensor_cores():
         assert ".local" not in body, name
 
 
-def test_the_plain_command(tmp_path):
-    """The file alone, in an empty folder, with the command that its first lines and the README give."""
-    (tmp_path / "train_gpt2.cu").write_bytes((ROOT / "train_gpt2.cu").read_bytes())
-    done = execute(nvcc(), "-O3", "-std=c++17", "-arch=sm_90", "train_gpt2.cu", "-lcublasLt", "-o", "train_gpt2", cwd=tmp_path, timeout=300)
-    assert (done.status, done.out, done.err) == (0, "", "")
-    assert (tmp_path / "train_gpt2").exists()
+def test_the_plain_command():
+    """The command of the trainer's first lines and of the README is what make calls. (That the file needs no other: test_makefile.py.)"""
+    made = execute("make", "-n", "train_gpt2", "CPU=0", "ARCH=90", "NVCC=nvcc", cwd=ROOT).out.splitlines()[-1].split()
+    for path in ("train_gpt2.cu", "README.md"):
+        command = re.search(r"^ *(nvcc .*train_gpt2\.cu.*)", (ROOT / path).read_text(), re.M)[1]
+        assert sorted(command.replace("-arch=sm_90", "-gencode arch=compute_90,code=sm_90").split()) == sorted(set(made) - {"-lineinfo"})
