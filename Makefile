@@ -47,21 +47,18 @@ MAKEFLAGS += --no-print-directory
 # ----------------------------------------------------------------------------
 # flags: what we do not know is an error, because a build that silently ignores PRECISON=FP32 is a measurement of something else
 
-PRECISION ?= BF16
 USE_APPROXBP ?= 0
-APPROX_ACT ?= $(if $(filter 1,$(USE_APPROXBP)),2,0)
-MS_NORM   ?= $(USE_APPROXBP)
-SAN       ?= 0
-MULTI_GPU ?= 0
-PTXAS     ?= 0
-PYTHON    ?= $(or $(wildcard /usr/bin/python3),python3)
+APPROX_ACT   ?= $(if $(filter 1,$(USE_APPROXBP)),2,0)
+MS_NORM      ?= $(USE_APPROXBP)
+PRECISION    ?= BF16
+SAN          ?= 0
+MULTI_GPU    ?= 0
+PTXAS        ?= 0
+PYTHON       ?= $(or $(wildcard /usr/bin/python3),python3)
 
 FLAG_NAMES := USE_APPROXBP APPROX_ACT MS_NORM PRECISION CPU ARCH BUILD SAN MULTI_GPU PTXAS NVCC NVCCFLAGS CXXFLAGS TEXT TESTS SYNC PYTHON VARIANTS
-given := $(foreach v,$(.VARIABLES),$(if $(filter command,$(origin $(v))),$(v)))
-unknown := $(filter-out $(FLAG_NAMES) MAKEFLAGS SHELL -*-%,$(given))
-ifneq ($(unknown),)
-$(error unknown flag $(firstword $(unknown)): expected one of $(FLAG_NAMES))
-endif
+unknown := $(filter-out $(FLAG_NAMES) MAKEFLAGS SHELL -*-%,$(foreach v,$(.VARIABLES),$(if $(filter command,$(origin $(v))),$(v))))
+$(if $(unknown),$(error unknown flag $(firstword $(unknown)): expected one of $(FLAG_NAMES)))
 
 # $(call one-of,FLAG,allowed values)
 one-of = $(if $(and $(filter 1,$(words $($(1)))),$(filter $(2),$($(1)))),,\
@@ -72,16 +69,12 @@ $(foreach flag,USE_APPROXBP MS_NORM SAN MULTI_GPU PTXAS,$(call one-of,$(flag),0 
 # A target of make's cannot have a space, nor a character that means something to make or to a shell.
 hash := \#
 odd := $(strip $(foreach c,$$ $(hash) % : ; = ' " \ * ? [ ] & | < > ` ( ),$(findstring $(c),$(value BUILD))) $(filter -% ~%,$(value BUILD)))
-ifneq ($(odd)$(word 2,$(value BUILD)),)
-$(error BUILD=$(value BUILD): expected the name of a folder without spaces and without characters that mean something to a shell)
-endif
-ifneq ($(filter . ./ .. ../ /,$(BUILD)),)
-$(error BUILD=$(BUILD): expected a folder of its own; leave it out to get ./train_gpt2)
-endif
+$(if $(odd)$(word 2,$(value BUILD)),\
+  $(error BUILD=$(value BUILD): expected the name of a folder without spaces and without characters that mean something to a shell))
+$(if $(filter . ./ .. ../ /,$(BUILD)),$(error BUILD=$(BUILD): expected a folder of its own; leave it out to get ./train_gpt2))
 
-ifeq ($(origin NVCC),undefined)
-NVCC := $(firstword $(shell command -v nvcc) $(wildcard /usr/local/cuda/bin/nvcc))
-endif
+NVCC ?= $(firstword $(shell command -v nvcc) $(wildcard /usr/local/cuda/bin/nvcc))
+NVCC := $(NVCC)
 gpus = $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
 
 ifeq ($(CPU),)
@@ -131,11 +124,8 @@ NOTE    := No GPU is visible (nvidia-smi lists none), so this builds for the CPU
 else
 
 # One program for several architectures has the code of each, and PTX for what comes after them.
-ARCHS := $(ARCH)
-ifeq ($(ARCHS),)
-ARCHS := $(sort $(subst .,,$(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep '^[0-9.]*$$')))
-endif
-ARCHS := $(or $(ARCHS),80 89 90 PTX)
+ARCHS := $(or $(strip $(ARCH)),\
+           $(sort $(subst .,,$(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep '^[0-9.]*$$'))),80 89 90 PTX)
 $(if $(shell printf '%s\n' $(ARCHS) | grep -vxE '[1-9][0-9]+[af]?|PTX'),\
   $(error ARCH=$(ARCH): expected compute capabilities without the dot, as in ARCH=90 or ARCH="80 89 90"))
 
@@ -239,32 +229,30 @@ demo:
 # Variants lie side by side in build/, and one that does not build fails the tests that want it. A name's parts are its flags: where
 # it runs, the mode (none is exact), the precision. Compiling is most of the time of make test, so a variant has the programs that its
 # tests run, and but for cpu-bf16, which is tested as it ships, g++ optimises little.
-GPU_VARIANTS := gpu-bf16 gpu-fp32 gpu-approxbp-bf16 gpu-approxbp-fp32
 KNOWN := cpu-bf16 cpu-fp32 cpu-approxbp-bf16 cpu-approxbp-fp32 cpu-norm-bf16 cpu-act-bf16 cpu-multi-fp32 san-bf16 san-fp32 san-approxbp-bf16 \
-         nvcc-bf16 nvcc-approxbp-bf16 $(GPU_VARIANTS)
+         nvcc-bf16 nvcc-approxbp-bf16 gpu-bf16 gpu-fp32 gpu-approxbp-bf16 gpu-approxbp-fp32
 TRAIN_ALONE := cpu-multi-fp32 san-bf16 nvcc-%
 TEST_ALONE  := cpu-approxbp-fp32 san-fp32 san-approxbp-bf16
-flags_cpu  := CPU=1
-flags_san  := CPU=1 SAN=1
+flags_cpu   := CPU=1
+flags_san   := CPU=1 SAN=1
 flags_nvcc  = CPU=0 ARCH="80 86 89 90 100 120" PTXAS=1 NVCCFLAGS="--keep --keep-dir build/$(1)"# the PTX, which is looked at
-flags_gpu  := CPU=0
+flags_gpu   := CPU=0
 flags_approxbp := USE_APPROXBP=1
 flags_norm  := MS_NORM=1
 flags_act   := APPROX_ACT=2
 flags_multi := MULTI_GPU=1
 flags_bf16  := PRECISION=BF16
 flags_fp32  := PRECISION=FP32
-flags_of    = $(foreach part,$(subst -, ,$(1)),$(flags_$(part))) $(if $(filter cpu-bf16 nvcc-% gpu-%,$(1)),,CXXFLAGS="-O1 $(CXXFLAGS)")
+flags_of    = $(foreach part,$(subst -, ,$(1)),$(flags_$(part))) $(if $(filter cpu-bf16 nvcc-% gpu-%,$(1)),,CXXFLAGS="$(if $(filter san-%,$(1)),-Og,-O1) $(CXXFLAGS)")
 programs_of = $(if $(filter $(TRAIN_ALONE),$(1)),train_gpt2,$(if $(filter $(TEST_ALONE),$(1)),test_gpt2,$(PROGRAMS)))
 VARIANTS   := $(filter-out $(if $(shell command -v mpicxx),,%-multi-fp32) $(if $(NVCC),,nvcc-% gpu-%) $(if $(filter 0,$(gpus)),gpu-%),$(KNOWN))
 
-QUICK_VARIANTS := cpu-bf16 cpu-fp32
-QUICK_TESTS    := $(patsubst %,dev/test/test_%.py,approxbp_tools cli ends files gpt2_numbers mutate prepro report resume train twins)
+QUICK_TESTS := $(patsubst %,dev/test/test_%.py,approxbp_tools cli ends files gpt2_numbers mutate prepro report resume train twins)
 
 test_python = $$([ -x $(VENV)/bin/python ] && echo $(VENV)/bin/python || echo $(PYTHON))
 PYTEST = $(test_python) -B -m pytest -q --tb=short -p no:cacheprovider </dev/null
 tests  = $(or $(TESTS),$(if $(filter quick,$@),$(QUICK_TESTS),dev/test dev/cpu/test))
-only   = $(if $(filter quick,$@),VARIANTS="$(QUICK_VARIANTS)")
+only   = $(if $(filter quick,$@),VARIANTS="cpu-bf16 cpu-fp32")
 
 .PHONY: test quick variants twins $(KNOWN)
 test quick: setup-test
