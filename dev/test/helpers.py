@@ -21,7 +21,6 @@ FIXTURES = ROOT / "dev/test/fixtures"
 # ----------------------------------------------------------------------------
 # programs, as `make variants` leaves them
 
-
 NO_NVCC = "nvcc is not installed (CUDA Toolkit)"
 
 
@@ -64,13 +63,6 @@ def library(name, package=None):
 def heeding_modes():
     """What goes before a command to which the modes of files are to matter, as they do not to root."""
     return ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
-
-
-@functools.lru_cache(None)
-def several_programs_run():
-    """Open MPI 5.0.7, which Debian 13 has, dies of `mpirun A : B`."""
-    return subprocess.run([*mpirun(1), "true", ":", "-np", "1", "true"], env=environment(), stdin=subprocess.DEVNULL, capture_output=True,
-                          timeout=60).returncode == 0
 
 
 def mpirun(ranks):
@@ -232,14 +224,10 @@ def options(*given):
     return [str(x) for pair in merged.values() if pair[1] is not None for x in pair] + flags
 
 
-def no_constant(name):
-    raise ValueError(f"{name} is not JSON")
-
-
 def read_log(path):
     """The lines of a --log file, each checked to be JSON (which has no NaN)."""
     with open(path) as f:
-        return [json.loads(line, parse_constant=no_constant) for line in f]
+        return [json.loads(line, parse_constant=pytest.fail) for line in f]
 
 
 class Lab:

@@ -160,9 +160,18 @@ static struct Start {
     }
 } start __attribute__((init_priority(101)));
 
+#define INLINE __attribute__((always_inline)) inline
+INLINE bool unwatched(int first, int last) { return __builtin_expect(last < low || first > high, 1); }
+inline bool decide(int number, bool original, bool changed) {
+    if (mutant == number) return changed;
+    seen[number] |= changed != original;
+    return original;
+}
+INLINE bool removed(int number) { return unwatched(number, number) ? false : decide(number, false, true); }
+
 enum Kind { LT, LE, GT, GE, EQ, NE };
 template <Kind K, class A, class B>
-bool compare(A a, B b) {
+INLINE bool compare(A a, B b) {
     if constexpr (K == LT) return a < b;
     if constexpr (K == LE) return a <= b;
     if constexpr (K == GT) return a > b;
@@ -170,32 +179,24 @@ bool compare(A a, B b) {
     if constexpr (K == EQ) return a == b;
     if constexpr (K == NE) return a != b;
 }
-inline bool decide(int number, bool original, bool changed) {
-    if (mutant == number) return changed;
-    seen[number] |= changed != original;
-    return original;
-}
-inline bool removed(int number) { return decide(number, false, true); }
-
 template <Kind K> struct Operator { int number; };
 template <Kind K, class A> struct Left { A a; int number; };
-template <Kind K, class A> Left<K, A> operator<=(A a, Operator<K> o) { return {a, o.number}; }
-template <Kind K, class A> Left<K, A> operator==(A a, Operator<K> o) { return {a, o.number}; }
+template <Kind K, class A> INLINE Left<K, A> operator<=(A a, Operator<K> o) { return {a, o.number}; }
+template <Kind K, class A> INLINE Left<K, A> operator==(A a, Operator<K> o) { return {a, o.number}; }
 template <Kind K, class A, class B>
-__attribute__((always_inline)) inline bool operator>=(Left<K, A> left, B b) {
+INLINE bool operator>=(Left<K, A> left, B b) {
     constexpr Kind moved = K == LT ? LE : K == LE ? LT : K == GT ? GE : GT;
     constexpr Kind reversed = K == LT ? GE : K == LE ? GT : K == GT ? LE : LT;
-    int n = left.number;
+    const int n = left.number;
     bool original = compare<K>(left.a, b);
-    if (__builtin_expect(n + 1 < low || n > high, 1)) return original;
-    if (mutant == n + 1) return compare<reversed>(left.a, b);
-    decide(n + 1, original, compare<reversed>(left.a, b));
-    return decide(n, original, compare<moved>(left.a, b));
+    if (unwatched(n, n + 1)) return original;
+    bool second = decide(n + 1, original, compare<reversed>(left.a, b));
+    return mutant == n + 1 ? second : decide(n, original, compare<moved>(left.a, b));
 }
 template <Kind K, class A, class B>
-bool operator==(Left<K, A> left, B b) {
+INLINE bool operator==(Left<K, A> left, B b) {
     bool original = compare<K>(left.a, b);
-    return decide(left.number, original, !original);
+    return unwatched(left.number, left.number) ? original : decide(left.number, original, !original);
 }
 
 }  // namespace mutation

@@ -8,11 +8,9 @@ import time
 
 import pytest
 
-from helpers import Shape, close, environment, execute, mpirun, options, program, read_log, says, several_programs_run
+from helpers import Shape, close, environment, execute, mpirun, options, program, read_log, says
 
 RANKS = 2
-
-
 OVERSUBSCRIBE = {"OMP_NUM_THREADS": 1, "OMPI_MCA_rmaps_base_oversubscribe": 1}
 
 
@@ -43,9 +41,8 @@ def test_a_shared_out_optimizer_is_smaller_and_equal(lab, ranks, shape, seed):
     given = ["-e", shape.size(), "-x", 4, "-b", 2, "--seed", seed]
     _, whole = train(lab, "whole", *given, "-o", "whole", ranks=ranks)
     _, shared = train(lab, "shared", *given, "-o", "shared", "-z", 1, ranks=ranks)
-    clock = ("ms", "tokens_per_s", "peak_bytes", "estimate_bytes")
-    assert [{k: v for k, v in line.items() if k not in clock} for line in whole] == \
-           [{k: v for k, v in line.items() if k not in clock} for line in shared]
+    same = ("step", "train_loss", "grad_norm", "lr", "done")
+    assert [[line.get(k) for k in same] for line in whole] == [[line.get(k) for k in same] for line in shared]
     assert any(line["grad_norm"] > 1 for line in whole[:-1])   # it is clipped by the norm, so the norm's bits are in the model
     assert lab.files("whole")["model_00000004.bin"] == lab.files("shared")["model_00000004.bin"]
     assert (shared[-1]["peak_bytes"] < whole[-1]["peak_bytes"]) == (ranks > 1)
@@ -96,8 +93,8 @@ def test_another_number_of_ranks_is_refused(lab):
 
 def test_ranks_with_different_memory_take_one_batch(lab):
     launcher, trainer = mpirun(1), program("cpu-multi-fp32")
-    if not several_programs_run():
-        pytest.skip("this Open MPI's mpirun cannot run A : B")
+    if execute(*launcher, "true", ":", "-np", 1, "true", cwd=lab.folder).status != 0:
+        pytest.skip("this Open MPI's mpirun cannot run A : B")   # 5.0.7, which Debian 13 has, dies of it
     command = options("--log", "auto.jsonl", "-b", "auto", "-x", 2)
     first, second = (["-x", f"SIMT_MEMORY={memory}", trainer, *command] for memory in ("200M", "40M"))
     done = execute(*launcher, *first, ":", "-np", 1, *second, cwd=lab.folder, env={"OMP_NUM_THREADS": 1})
