@@ -14,20 +14,21 @@ from pathlib import Path
 
 SOURCE = Path(__file__).resolve().parents[2] / "train_gpt2.cu"
 
-# Tensors that any kernel may read by element: they are small, or lanes read neighbouring floats
+# Tensors that any kernel may read by element: they are small, or neighbouring lanes read neighbouring floats
 SMALL = {
-    "tokens": "an index a position", "positions": "an index a row of dout", "bucket_token": "an index a block", "bucket_start": "two a block",
-    "targets": "an index a row", "mean": "a float a row", "rstd": "a float a row", "lse": "a float a row and head", "delta": "a float a row and head",
-    "losses": "a float a row, neighbouring lanes' side by side", "partial": "floats, neighbouring lanes' side by side",
-    "sum": "one float", "verdict": "what to do with a step, 16 bytes in all", "s": "the step's state, read by one thread"}
-FRAGMENT = "operands of mma.sync, 4 bytes a lane: once a block, where the other side is read again and again"
+    "tokens": "one index per position", "positions": "one index per row of dout", "bucket_token": "one index per block",
+    "bucket_start": "two indices per block", "targets": "one index per row", "mean": "one float per row", "rstd": "one float per row",
+    "lse": "one float per row and head", "delta": "one float per row and head", "losses": "neighbouring lanes, neighbouring floats",
+    "partial": "neighbouring lanes, neighbouring floats", "sum": "one float", "verdict": "what to do with a step, 16 bytes in all",
+    "s": "the step's state, read by one thread"}
+FRAGMENT = "operands of mma.sync, 4 bytes per lane: once per block, where the other side is read again and again"
 # (kernel, tensor): how many loads by element its code may have, whether it has wide ones besides, and why
 ANY = 999
 ONE_BY_ONE = {
-    ("embedding_backward_wte_kernel", "dwte"): (ANY, False, "sums over warps: lane i adds to element i, side by side"),
-    ("colsum_finish_kernel", "out"): (ANY, False, "a sum a lane, side by side"),
-    ("norm_fold_kernel", "bias"): (1, False, "one a row of the weight"),
-    ("norm_unfold_kernel", "dbias"): (2, False, "one a row of the weight, in bf16 or fp32"),
+    ("embedding_backward_wte_kernel", "dwte"): (ANY, False, "sums over warps: lane i adds to element i"),
+    ("colsum_finish_kernel", "out"): (ANY, False, "one sum per lane, in neighbouring elements"),
+    ("norm_fold_kernel", "bias"): (1, False, "one per row of the weight"),
+    ("norm_unfold_kernel", "dbias"): (2, False, "one per row of the weight, in bf16 or fp32"),
     ("classifier_kernel", "logits"): (1, True, "the target's logit"),
     **{(f"act_backward_kernel<{bits}>", "kept"): (1, False, "a thread's 8 codes, all of them in one load") for bits in (1, 2, 3, 4)},
     ("widen_kernel", "inp"): (1, False, "once, before the first step"),
@@ -36,7 +37,7 @@ ONE_BY_ONE = {
     ("attention_backward_dq_tc_kernel", "out"): (ANY, False, FRAGMENT),
     ("attention_backward_dq_tc_kernel", "dout"): (ANY, False, FRAGMENT),
     ("attention_backward_dkv_tc_kernel", "qkv"): (ANY, True, FRAGMENT)}
-CONSTANTS = ("__cudart_i2opi_f",)  # tables of the compiler's own: sines of large numbers
+CONSTANTS = ("__cudart_i2opi_f",)  # a table of the compiler's own, for sines of large numbers
 
 
 def parameters(source):
