@@ -41,14 +41,14 @@ def build_cpu(name, precision, san):
     if done.status == 0:
         flags = make_variable("CPU_CXXFLAGS") + (make_variable("CPU_SANFLAGS") + ["-Og"] if san else ["-O1"])
         done = execute(*make_variable("CPU_CXX"), *flags, "-Werror", "-fwhole-program", f"-DFP32={PRECISIONS[precision]}", f"{program}.cpp",
-                       "-o", program, *make_variable("CPU_LDLIBS"), cwd=ROOT, timeout=300)
+                       "-o", program, *make_variable("CPU_LDLIBS"), cwd=ROOT, timeout=600)
     return done, program
 
 
 def build_gpu(name):
     """What nvcc makes of the kernels, and whether g++ takes what nvcc makes of the rest; not linked, to save time."""
     return execute(nvcc(), "-O3", "-std=c++17", "-arch=sm_90", "-Xptxas", "-v", "-Idev/cuda", f"dev/cuda/{name}.cu", "-o", OUT / f"{name}-nvcc",
-                   "-c", "-Xcompiler", "-fsyntax-only", cwd=ROOT, timeout=300)
+                   "-c", "-Xcompiler", "-fsyntax-only", cwd=ROOT, timeout=600)
 
 
 def build_and_run(name, precision, san=False):
@@ -85,7 +85,7 @@ def runs():
 
 
 def run(program, *arguments, **env):
-    return execute(program, *arguments, cwd=ROOT, env={"OMP_NUM_THREADS": 1, **env}, timeout=120)
+    return execute(program, *arguments, cwd=ROOT, env={"OMP_NUM_THREADS": 1, **env}, timeout=600)
 
 
 # ----------------------------------------------------------------------------

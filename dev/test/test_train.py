@@ -80,7 +80,9 @@ def test_another_way(lab, variant, usual, others):
     start(lab)
     results = [lab.train("-e", "start.bin", "-v", 5, "-x", 5, "-o", f"out{i}", *way.split(), variant=variant) for i, way in enumerate([usual, *others])]
     for i, result in enumerate(results[1:]):
-        assert close(result.losses, results[0].losses, EXACT[variant]) and close(result.vals, results[0].vals, EXACT[variant]), others[i]
+        assert close(result.losses, results[0].losses, EXACT[variant]), others[i]
+        if not usual.startswith("-b"):   # a validation's batches are as large as a step's
+            assert close(result.vals, results[0].vals, EXACT[variant]), others[i]
         assert close(norms(result), norms(results[0]), 10 * EXACT[variant]), others[i]
         if usual == "-r 0":   # the same kernels from the same bits: no rounding is different
             assert result.losses == results[0].losses and norms(result) == norms(results[0])

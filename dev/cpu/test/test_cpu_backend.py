@@ -324,8 +324,9 @@ def test_nccl_between_two_processes(nccl):
 
 
 @needs_mpi
-@pytest.mark.parametrize('mistake,calls', [('count', ('rank 0 calls ncclAllReduce number 0 of 3000000 float', 'rank 1 calls ncclAllReduce number 0 of 2999999 float')),
-                                           ('kind', ('rank 0 calls ncclAllReduce [^\n]*', 'rank 1 calls ncclAllGather [^\n]*'))])
+@pytest.mark.parametrize('mistake,calls', [
+    ('count', ('rank 0 calls ncclAllReduce number 0 of 3000000 float', 'rank 1 calls ncclAllReduce number 0 of 2999999 float')),
+    ('kind', ('rank 0 calls ncclAllReduce [^\n]*', 'rank 1 calls ncclAllGather [^\n]*'))])
 def test_ranks_that_disagree_are_an_error(nccl, mistake, calls):
     result = nccl(mistake)
     assert result.returncode != 0 and 'nothing reported' not in result.stdout
