@@ -180,8 +180,7 @@ inline int ceil_div(size_t a, size_t b) { return (int)((a + b - 1) / b); }
 // Full memory bandwidth needs 16-byte accesses by each thread. A thread takes 8 neighbouring elements: one such access in bf16,
 // two in fp32. Kernels read them, widen them to fp32, compute, and round once when they store.
 constexpr int VEC = 8;
-template <class X>
-struct alignas(16) VecOf { X x[VEC]; };
+template <class X> struct alignas(16) VecOf { X x[VEC]; };
 using Vec = VecOf<floatX>;
 struct Floats {
     float x[VEC];
@@ -199,8 +198,7 @@ __device__ inline Floats widen(VecOf<X> v) {   // by value: through a reference 
     for (int i = 0; i < VEC; i++) f[i] = (float)v.x[i];
     return f;
 }
-template <class X = floatX>
-__device__ inline VecOf<X> narrow(const Floats& f) {
+template <class X = floatX> __device__ inline VecOf<X> narrow(const Floats& f) {
     VecOf<X> v;
     if constexpr (std::is_same_v<X, float>) {
 #pragma unroll
@@ -211,10 +209,8 @@ __device__ inline VecOf<X> narrow(const Floats& f) {
     }
     return v;
 }
-template <class X>
-__device__ inline Floats load(const X* p) { return widen(*reinterpret_cast<const VecOf<X>*>(p)); }
-template <class X>
-__device__ inline void store(X* p, const Floats& f) { *reinterpret_cast<VecOf<X>*>(p) = narrow<X>(f); }
+template <class X> __device__ inline Floats load(const X* p) { return widen(*reinterpret_cast<const VecOf<X>*>(p)); }
+template <class X> __device__ inline void store(X* p, const Floats& f) { *reinterpret_cast<VecOf<X>*>(p) = narrow<X>(f); }
 
 inline void check_vec(const char* what, int n) {   // for launchers: their kernels know no other case
     if (n % VEC != 0) fail("%s is %d: expected a multiple of %d, because a thread takes %d neighbouring elements", what, n, VEC, VEC);
@@ -410,7 +406,7 @@ void embedding_backward(Grad dwte,                // (Vp, C) or null; rows of to
     cudaCheck(cudaGetLastError());
 }
 
-// ==== twin: column sums
+// ==== twin: column sums, norm, matmul, attention
 // ---- column sums: the gradients of biases, gamma and beta
 //
 // The gradient of a bias, and of a norm's gamma and beta, is a sum over the rows of a tensor. For a 2 x 8 tensor d:
@@ -504,9 +500,7 @@ void bias_backward(Grad dbias,           // (OC)
     cudaCheck(cudaGetLastError());
     colsum_finish({dbias}, 1, scratch, slices, OC, accumulate, stream);
 }
-// ==== end twin
 
-// ==== twin: norm
 // ---- norm, together with the residual addition before it
 //
 //     x = inp + add,   z = (x - mean) * rstd,   out = gamma * z + beta           over the C channels of a row
@@ -597,8 +591,7 @@ void add_norm_forward(floatX* residual,     // (rows, C) out: inp + add; null: n
 // same 8 rows, which the cache still holds.
 
 // z for elements [i, i + VEC) of a row, from what forward kept: x, or with MS_LN z itself.
-template <bool MS_LN, bool RMS>
-__device__ inline Floats norm_z(const floatX* kept, size_t i, float mean, float rstd) {
+template <bool MS_LN, bool RMS> __device__ inline Floats norm_z(const floatX* kept, size_t i, float mean, float rstd) {
     Floats x = load(kept + i);
     if constexpr (!MS_LN) {
 #pragma unroll
@@ -681,9 +674,7 @@ void add_norm_backward(floatX* dresidual,    // (rows, C), added to if accumulat
     cudaCheck(cudaGetLastError());
     colsum_finish({dbias, dgamma, dbeta}, MS_LN ? 1 : RMS ? 2 : 3, scratch, slices, C, accumulate, stream);
 }
-// ==== end twin
 
-// ==== twin: matmul
 // ---- matmul, by cuBLASLt
 //
 // cuBLASLt stores a matrix by columns (column-major), we by rows (row-major). The same memory, read the other way, is the
@@ -840,9 +831,7 @@ void matmul_backward_weight(Grad dweight,        // (OC, C)
                             bool accumulate, int rows, int C, int OC, cudaStream_t stream) {
     matmul(dweight.p, dweight.type, inp, dout, C, OC, rows, false, true, accumulate, stream);
 }
-// ==== end twin
 
-// ==== twin: attention
 // ---- attention
 //
 // Each head has queries q, keys k and values v of HS channels. A query sees the keys up to its own position (causal attention):
@@ -918,8 +907,7 @@ constexpr int ATT_CHANNELS = ATT_VECS * VEC;
 template <int SHARES>
 using AttTile = Floats[ATT_TILE][SHARES][ATT_VECS + 1];   // the 1: else the 4 shares of a row would begin in the same bank
 
-template <int N>
-__device__ inline float neighbours_sum(float x) {   // over N neighbouring lanes
+template <int N> __device__ inline float neighbours_sum(float x) {   // over N neighbouring lanes
 #pragma unroll
     for (int o = 1; o < N; o <<= 1) x += __shfl_xor_sync(ALL_LANES, x, o);
     return x;
@@ -962,8 +950,7 @@ __device__ inline void att_load_tiles(AttTile<SHARES>& x_tile, const floatX* x, 
     __syncthreads();   // these are complete
 }
 
-template <int SHARES>
-__global__ void __launch_bounds__(ATT_ROWS * SHARES, 1)
+template <int SHARES> __global__ void __launch_bounds__(ATT_ROWS * SHARES, 1)
 attention_forward_kernel(floatX* out, float* lse, const floatX* qkv, AttShape shape) {
     __shared__ AttTile<SHARES> k_tile, v_tile;
     const AttBlock block = att_block(shape, shape.NH, ATT_ROWS, true);
@@ -1004,8 +991,7 @@ attention_forward_kernel(floatX* out, float* lse, const floatX* qkv, AttShape sh
 //                 a   b       x   y
 //     queries     q   dout    k   v        s = a x    dp = b y    dq = scale * sum ds x
 //     keys        k   v       q   dout                            dk = scale * sum ds x    dv = sum p y
-template <int SHARES, bool KEYS>
-__global__ void __launch_bounds__(ATT_ROWS * SHARES, 1)
+template <int SHARES, bool KEYS> __global__ void __launch_bounds__(ATT_ROWS * SHARES, 1)
 attention_backward_kernel(floatX* dqkv, float* delta, const floatX* dout, const floatX* qkv, const floatX* out, const float* lse,
                           AttShape shape) {
     __shared__ AttTile<SHARES> x_tile, y_tile;
@@ -1084,14 +1070,11 @@ __device__ inline float gelu_derivative(float x) {
 }
 
 // What forward keeps of the activation's input for backward: the input itself (BITS 0), or a code of BITS bits per element.
-template <int BITS>
-using ActKept = std::conditional_t<BITS == 0, floatX, uint8_t>;
+template <int BITS> using ActKept = std::conditional_t<BITS == 0, floatX, uint8_t>;
 inline size_t act_kept(size_t n) { return kActBits == 0 ? n : n / 8 * kActBits; }   // ActKepts for n elements, n a multiple of 8
 // Section 3 has these two: codes of the inputs x of elements [i, i + VEC), and their slopes h'(x), or an approximation of them.
-template <int BITS>
-__device__ void act_keep(ActKept<BITS>* kept, size_t i, const Floats& x);
-template <int BITS>
-__device__ Floats act_slope(const ActKept<BITS>* kept, size_t i);
+template <int BITS> __device__ void act_keep(ActKept<BITS>* kept, size_t i, const Floats& x);
+template <int BITS> __device__ Floats act_slope(const ActKept<BITS>* kept, size_t i);
 
 template <int BITS>
 __global__ void act_forward_kernel(floatX* out, ActKept<BITS>* kept, const floatX* inp, const floatX* bias, size_t n, int OC) {
@@ -1120,8 +1103,7 @@ void act_forward(floatX* out,          // (rows, OC)
 }
 
 // With --gelu-fusion 2 the matmul that computes the gradient of the activation's output also multiplies by GELU'(x).
-template <int BITS>
-inline bool act_backward_is_fused() { return BITS == 0 && matmul_state.gelu_fusion >= 2; }
+template <int BITS> inline bool act_backward_is_fused() { return BITS == 0 && matmul_state.gelu_fusion >= 2; }
 
 // d *= h'(x), and the column sums of what comes out: the gradient of the bias before the activation
 template <int BITS>
@@ -1297,14 +1279,12 @@ void loss_sum(float* sum,           // (1)
 
 // ==== twin: codes
 // h~' for codes of BITS bits: 2^BITS - 1 thresholds and 2^BITS slopes.
-template <int BITS>
-struct StepFunction {
+template <int BITS> struct StepFunction {
     float threshold[(1 << BITS) - 1], slope[1 << BITS];
 };
 // Element i has bits [BITS * (i % 8), BITS * (i % 8) + BITS) of the BITS bytes that its group of 8 shares. A thread owns whole
 // groups, so it writes whole bytes.
-template <int BITS>
-__device__ inline void codes_store(uint8_t* codes, size_t i, const Floats& x, const StepFunction<BITS>& h) {
+template <int BITS> __device__ inline void codes_store(uint8_t* codes, size_t i, const Floats& x, const StepFunction<BITS>& h) {
     uint32_t bits = 0;
 #pragma unroll
     for (int e = 0; e < VEC; e++) {
@@ -1319,8 +1299,7 @@ __device__ inline void codes_store(uint8_t* codes, size_t i, const Floats& x, co
     if constexpr (BITS == 3) p[0] = (uint8_t)bits, p[1] = (uint8_t)(bits >> 8), p[2] = (uint8_t)(bits >> 16);
     if constexpr (BITS == 4) *(uint32_t*)p = bits;
 }
-template <int BITS>
-__device__ inline Floats codes_slope(const uint8_t* codes, size_t i, const StepFunction<BITS>& h) {
+template <int BITS> __device__ inline Floats codes_slope(const uint8_t* codes, size_t i, const StepFunction<BITS>& h) {
     const uint8_t* p = codes + i / 8 * BITS;
     uint32_t bits;
     if constexpr (BITS == 1) bits = *p;
@@ -1341,25 +1320,20 @@ __device__ inline Floats codes_slope(const uint8_t* codes, size_t i, const StepF
 // ==== end twin
 
 // GELU's step functions. 2 bits: the published constants. The others: dev/bench/fit_codes.py --function gelu-tanh --bits 1 3 4
-template <int BITS>
-__host__ __device__ constexpr StepFunction<BITS> gelu_steps();
-template <>
-__host__ __device__ constexpr StepFunction<1> gelu_steps<1>() {   // one ramp that tends to 0 and to x can only be ReLU
+template <int BITS> __host__ __device__ constexpr StepFunction<BITS> gelu_steps();
+template <> __host__ __device__ constexpr StepFunction<1> gelu_steps<1>() {   // one ramp that tends to 0 and to x can only be ReLU
     return {{0.0f}, {0.0f, 1.0f}};
 }
-template <>
-__host__ __device__ constexpr StepFunction<2> gelu_steps<2>() {
+template <> __host__ __device__ constexpr StepFunction<2> gelu_steps<2>() {
     return {{-3.1858810036855245f, -0.001178821281161997f, 3.190832613414926f},
             {0.0f, -0.04922261145617846f, 1.0487405950855512f, 1.0f}};
 }
-template <>
-__host__ __device__ constexpr StepFunction<3> gelu_steps<3>() {
+template <> __host__ __device__ constexpr StepFunction<3> gelu_steps<3>() {
     return {{-2.9972859385280213f, -2.1488463684062844f, -0.7608586392290613f, -0.2515809720689709f, 0.20736940553018035f,
              0.7067004792221089f, 2.5120639678674554f}, {0.0f, -0.03436933715760716f, -0.1104116083111237f,
              0.13309324477783385f, 0.4825500349993143f, 0.836471697046971f, 1.1009140236400419f, 1.0f}};
 }
-template <>
-__host__ __device__ constexpr StepFunction<4> gelu_steps<4>() {
+template <> __host__ __device__ constexpr StepFunction<4> gelu_steps<4>() {
     return {{-3.2125623784944564f, -2.470226078578352f, -1.9301573926352051f, -0.9990627037669311f, -0.6983753968787401f,
              -0.4478969481798776f, -0.21942982452889515f, 0.0f, 0.21942982452889515f, 0.4478969481798776f,
              0.6983753968787401f, 0.9990627037669311f, 1.9301573926352051f, 2.470226078578352f, 3.2125623784944564f}, {0.0f,
@@ -1368,14 +1342,12 @@ __host__ __device__ constexpr StepFunction<4> gelu_steps<4>() {
              1.0360942198278529f, 1.1205245678261542f, 1.065327636824561f, 1.0187159982699958f, 1.0f}};
 }
 
-template <int BITS>
-__device__ inline void act_keep(ActKept<BITS>* kept, size_t i, const Floats& x) {
+template <int BITS> __device__ inline void act_keep(ActKept<BITS>* kept, size_t i, const Floats& x) {
     static_assert(BITS > 0, "the exact input is what the matmul wrote: there is nothing to do");
     constexpr StepFunction<BITS> h = gelu_steps<BITS>();
     codes_store<BITS>(kept, i, x, h);
 }
-template <int BITS>
-__device__ inline Floats act_slope(const ActKept<BITS>* kept, size_t i) {
+template <int BITS> __device__ inline Floats act_slope(const ActKept<BITS>* kept, size_t i) {
     if constexpr (BITS > 0) {
         constexpr StepFunction<BITS> h = gelu_steps<BITS>();
         return codes_slope<BITS>(kept, i, h);
@@ -1477,7 +1449,7 @@ void norm_unfold(Grad dweight,         // (OC, C) in: G, out: dW
 }
 // ==== end twin
 
-// ==== twin: attention on tensor cores
+// ==== twin: tensor cores, optimizer, many GPUs, tensor table
 // ---------------------------------------------------------------------------------------------------------------------
 // 4. attention on tensor cores
 //
@@ -1533,8 +1505,7 @@ __device__ inline void mma_16816(float (&c)[4], const uint32_t (&a)[4], uint32_t
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
-template <bool TRANSPOSE>
-__device__ inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t address) {
+template <bool TRANSPOSE> __device__ inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t address) {
     if constexpr (TRANSPOSE)
         asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                      : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
@@ -1542,8 +1513,7 @@ __device__ inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t address) {
         asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                      : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
 }
-template <int BYTES>
-__device__ inline void cp_async(uint32_t address, const void* global, bool exists) {
+template <int BYTES> __device__ inline void cp_async(uint32_t address, const void* global, bool exists) {
     int bytes = exists ? BYTES : 0;
     if constexpr (BYTES == 16)
         asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(address), "l"(global), "r"(bytes) : "memory");
@@ -1562,8 +1532,7 @@ __device__ inline void mma_16816(float (&c)[4], const uint32_t (&a)[4], uint32_t
 }
 template <bool TRANSPOSE>
 __device__ inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t address) { simt::ldmatrix<4, TRANSPOSE>(r, address); }
-template <int BYTES>
-__device__ inline void cp_async(uint32_t address, const void* global, bool exists) {
+template <int BYTES> __device__ inline void cp_async(uint32_t address, const void* global, bool exists) {
     simt::cp_async<BYTES>(address, global, exists ? BYTES : 0);
 }
 __device__ inline void cp_async_wait_all() { simt::cp_async_commit(), simt::cp_async_wait(0); }
@@ -1587,8 +1556,7 @@ __device__ inline int lane_col() { return opaque(threadIdx.x) % 4 * 2; }
 template <int HS>
 __device__ inline uint32_t tc_at(uint32_t row, uint32_t channel) { return row * (2 * HS) + ((channel / 8) ^ (row % 8)) * 16; }
 // Begins to copy rows [t0, t0 + 64) of one head into a tile, zeros for rows that do not exist. The whole block takes part.
-template <int HS>
-__device__ inline void tc_load_tile(uint32_t tile, const bf16* head, int stride, int t0, int T) {
+template <int HS> __device__ inline void tc_load_tile(uint32_t tile, const bf16* head, int stride, int t0, int T) {
     constexpr int PIECES = HS / 8, STEP = TC_THREADS / PIECES;   // per row; rows that the block copies at a time
     int thread = opaque(threadIdx.x), row = thread / PIECES, channel = thread % PIECES * 8;
     const bf16* from = head + (size_t)(t0 + row) * stride + channel;
@@ -1607,8 +1575,7 @@ __device__ inline void tc_load_tiles(uint32_t tile, const bf16* x, int x_stride,
 //     b_t  8 rows of 32 channels, transposed, as two b: channels 0-15 in b[0], b[1], channels 16-31 in b[2], b[3]
 // at_16 and at_8 are the lane's addresses for row 0 and channel 0. `row` is a multiple of 8, which moves them by whole rows.
 // `channel` is a multiple of 16 or 32, so 2 * channel has no bit in common with the lane's own channels, and is an XOR as they are.
-template <int HS>
-struct TileReader {
+template <int HS> struct TileReader {
     uint32_t at_8, at_16;
     __device__ TileReader() {
         uint32_t lane = threadIdx.x % 32;
@@ -1627,8 +1594,7 @@ struct TileReader {
 };
 
 // A warp's rows of one head, from `first` on: zeros for rows that do not exist
-template <int HS>
-__device__ inline void tc_load_rows(TcRows<HS>& a, const bf16* head, int stride, int first, int T) {
+template <int HS> __device__ inline void tc_load_rows(TcRows<HS>& a, const bf16* head, int stride, int first, int T) {
     const int row = first + lane_row(), col = lane_col();
 #pragma unroll
     for (int m = 0; m < TC_M<HS>; m++)
@@ -1688,8 +1654,7 @@ __device__ inline void tc_as_a(uint32_t (&a)[4], const float (&c)[4], bool right
     *(__nv_bfloat162*)&a[2 * right + 1] = __floats2bfloat162_rn(c[2], c[3]);
 }
 // Results times a factor to global memory, rows from `first` on
-template <int HS>
-__device__ inline void tc_store(bf16* head, int stride, const TcSums<HS>& sums, int first, int T, float factor) {
+template <int HS> __device__ inline void tc_store(bf16* head, int stride, const TcSums<HS>& sums, int first, int T, float factor) {
     const int row = first + lane_row(), col = lane_col();
 #pragma unroll
     for (int r = 0; r < 2 * TC_M<HS>; r++) {   // the lane's rows: c[0] and c[1] of m = 0, c[2] and c[3], and so on
@@ -1702,8 +1667,7 @@ __device__ inline void tc_store(bf16* head, int stride, const TcSums<HS>& sums, 
 }
 // column_sums[i] = factor * the sum of results over the block's rows, by way of `shared`: 4 * HS floats that nobody uses any more.
 // The whole block takes part; rows that do not exist have results of 0.
-template <int HS>
-__device__ inline void tc_column_sums(float* column_sums, const TcSums<HS>& sums, float factor, float* shared) {
+template <int HS> __device__ inline void tc_column_sums(float* column_sums, const TcSums<HS>& sums, float factor, float* shared) {
     const int row = lane_row(), col = lane_col(), warp = threadIdx.x / 32;
 #pragma unroll
     for (int i = 0; i < HS / 4; i++) {
@@ -1717,8 +1681,7 @@ __device__ inline void tc_column_sums(float* column_sums, const TcSums<HS>& sums
         column_sums[i] = factor * ((shared[i] + shared[HS + i]) + (shared[2 * HS + i] + shared[3 * HS + i]));
 }
 
-template <int HS>
-__global__ void __launch_bounds__(TC_THREADS, TC_FORWARD_BLOCKS<HS>)
+template <int HS> __global__ void __launch_bounds__(TC_THREADS, TC_FORWARD_BLOCKS<HS>)
 attention_forward_tc_kernel(bf16* out, float* lse, const bf16* qkv, AttShape shape) {
     extern __shared__ __align__(128) bf16 tc_tiles[];   // two stages of a tile of k and one of v
     constexpr int M = TC_M<HS>, KEYS = 64 / M;          // keys that a warp looks at between two corrections of its maximum
@@ -1785,8 +1748,7 @@ attention_forward_tc_kernel(bf16* out, float* lse, const bf16* qkv, AttShape sha
 
 // Backward by rows of queries: dq. `partial` gets the sums of dq over the block's rows, for the gradient of the bias of the matmul
 // that made qkv. If it is null they are not wanted.
-template <int HS>
-__global__ void __launch_bounds__(TC_THREADS, 2)
+template <int HS> __global__ void __launch_bounds__(TC_THREADS, 2)
 attention_backward_dq_tc_kernel(bf16* dqkv, float* partial, float* delta, const bf16* dout, const bf16* qkv, const bf16* out,
                                 const float* lse, AttShape shape) {
     extern __shared__ __align__(128) bf16 tc_tiles[];   // two stages of a tile of k and one of v
@@ -1854,8 +1816,7 @@ attention_backward_dq_tc_kernel(bf16* dqkv, float* partial, float* delta, const 
 }
 
 // Backward by rows of keys: dk, dv and their sums over rows. All is transposed: s^T = k q^T, dv = p^T dout, dk = scale * ds^T q.
-template <int HS>
-__global__ void __launch_bounds__(TC_THREADS, 2)
+template <int HS> __global__ void __launch_bounds__(TC_THREADS, 2)
 attention_backward_dkv_tc_kernel(bf16* dqkv, float* partial, const bf16* dout, const bf16* qkv, const float* lse,
                                  const float* delta, AttShape shape) {
     extern __shared__ __align__(128) bf16 tc_tiles[];      // two stages of a tile of q and one of dout; v
@@ -1926,8 +1887,7 @@ attention_backward_dkv_tc_kernel(bf16* dqkv, float* partial, const bf16* dout, c
 }
 
 // A kernel has to ask for more than 48 KB of shared memory, static and dynamic together. Returns the bytes of the dynamic.
-template <class Kernel>
-int tc_shared_bytes(Kernel kernel, int bytes) {
+template <class Kernel> int tc_shared_bytes(Kernel kernel, int bytes) {
     cudaCheck(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
     return bytes;
 }
@@ -1993,9 +1953,7 @@ void attention_backward(floatX* dqkv,        // (B, T, (NH + 2 NKV)*HS)
     if constexpr (!kFP32) run = HS == 64 ? attention_backward_tc<64> : HS == 128 ? attention_backward_tc<128> : run;
     run(dqkv, dbias, delta, scratch, dout, qkv, out, lse, accumulate, B, att_shape(T, NH, NKV, HS), stream);
 }
-// ==== end twin
 
-// ==== twin: optimizer
 // ---------------------------------------------------------------------------------------------------------------------
 // 5. optimizer
 //
@@ -2164,9 +2122,7 @@ __global__ void init_constant_kernel(floatX* param, size_t n, float value) {
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i < n) param[i] = (floatX)value;
 }
-// ==== end twin
 
-// ==== twin: many GPUs
 // ---------------------------------------------------------------------------------------------------------------------
 // 6. many GPUs
 //
@@ -2295,9 +2251,7 @@ void world_gather_param(floatX*, size_t, cudaStream_t) {}
 void world_group(bool) {}
 #endif
 bool world_any(bool mine) { return world_min(mine ? -1 : 0) < 0; }   // did it happen on any rank? (Ctrl-C, an error)
-// ==== end twin
 
-// ==== twin: tensor table
 // ---------------------------------------------------------------------------------------------------------------------
 // 7. the model
 // ---- the tensor table
@@ -3520,7 +3474,7 @@ Config model_read_config(const char* path) {
     return c;
 }
 
-// ==== twin: checkpoints
+// ==== twin: checkpoints, device, schedule, command line
 // ---- checkpoints: the weights, the state of each rank, and DONE when all of these are whole
 
 // Reads weights, in whichever of the two types the file has, into an allocated model. Master weights get all their bits.
@@ -3717,9 +3671,7 @@ bool checkpoint_save(Model& model, const RunState& r, const Loader& train, const
     }
     return true;
 }
-// ==== end twin
 
-// ==== twin: device, schedule, command line
 // ---------------------------------------------------------------------------------------------------------------------
 // 9. main
 
@@ -3952,7 +3904,7 @@ void model_check_options() {
     matmul_state.gelu_fusion = (int)gelu_fusion;
 }
 
-// ==== twin: settings and plan
+// ==== twin: settings, plan, loop, main
 // ---- settings: what the command line says
 
 struct Settings {
@@ -4334,9 +4286,7 @@ void log_open(Log& log, const Settings& s, int resume_step) {
     if (keep == 0 && at.st_size > 0) printf("note: %s held the lines of an earlier run, and begins anew\n", s.log.c_str());
     fclose(old);
 }
-// ==== end twin
 
-// ==== twin: loop and main
 // ---- validation and samples
 
 bool stop_wanted(const Run& run) {   // by a signal to any of the ranks, or because data are lost
