@@ -60,11 +60,9 @@ Nothing here uses a float atomic and every sum has one fixed order, so two runs 
 equal to the bit. Sections between "==== twin" marks stand in train_llama.cu too, byte for byte (make twins).
 */
 // ==== twin: numbers and errors
-// ---------------------------------------------------------------------------------------------------------------------
-// 1. numbers and errors
+// ==== 1. numbers and errors ======================================================================================================
 
 #include <ctype.h>
-#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <glob.h>
@@ -87,7 +85,6 @@ equal to the bit. Sections between "==== twin" marks stand in train_llama.cu too
 #include <functional>
 #include <numeric>
 #include <string>
-#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -134,9 +131,11 @@ const char* program_name = "train_gpt2";
 
 // Every fatal message leaves through here: what was expected, what was found, what to do next. Status 1 is a run that could
 // not go on, 2 a command line that makes no sense, 3 a loss that is no longer a number.
-[[noreturn]] void fail_status(int status, const char* format, va_list args) {
+[[noreturn]] __attribute__((format(printf, 2, 3))) void fail_status(int status, const char* format, ...) {
     fflush(stdout);
     fprintf(stderr, "%s: ", program_name);
+    va_list args;
+    va_start(args, format);
     vfprintf(stderr, format, args);
     fputc('\n', stderr);
     fflush(stderr);
@@ -147,16 +146,8 @@ const char* program_name = "train_gpt2";
 #endif
     exit(status);
 }
-[[noreturn]] __attribute__((format(printf, 1, 2))) void fail(const char* format, ...) {
-    va_list args;
-    va_start(args, format);
-    fail_status(1, format, args);
-}
-[[noreturn]] __attribute__((format(printf, 1, 2))) void fail_usage(const char* format, ...) {
-    va_list args;
-    va_start(args, format);
-    fail_status(2, format, args);
-}
+#define fail(...) fail_status(1, __VA_ARGS__)
+#define fail_usage(...) fail_status(2, __VA_ARGS__)
 
 // Every other way out: what was printed must have arrived, or a script takes half an answer for a whole one.
 [[noreturn]] void leave(int status) {
@@ -178,7 +169,7 @@ void cuda_check(cudaError_t error, const char* file, int line) {
 inline int ceil_div(size_t a, size_t b) { return (int)((a + b - 1) / b); }
 
 // Full memory bandwidth needs 16-byte accesses by each thread. A thread takes 8 neighbouring elements: one such access in bf16,
-// two in fp32. Kernels read them, widen them to fp32, compute, and round once when they store.
+// two in fp32. Kernels read them, widen them to fp32, compute, and round once when they store. The compiler unrolls loops over them.
 constexpr int VEC = 8;
 template <class X> struct alignas(16) VecOf { X x[VEC]; };
 using Vec = VecOf<floatX>;
@@ -187,24 +178,23 @@ struct Floats {
     __device__ float& operator[](int i) { return x[i]; }
     __device__ float operator[](int i) const { return x[i]; }
     __device__ void operator+=(const Floats& other) {
-#pragma unroll
         for (int i = 0; i < VEC; i++) x[i] += other.x[i];
+    }
+    __device__ void operator*=(const Floats& other) {
+        for (int i = 0; i < VEC; i++) x[i] *= other.x[i];
     }
 };
 template <class X>
 __device__ inline Floats widen(VecOf<X> v) {   // by value: through a reference nvcc reads memory element by element
     Floats f;
-#pragma unroll
     for (int i = 0; i < VEC; i++) f[i] = (float)v.x[i];
     return f;
 }
 template <class X = floatX> __device__ inline VecOf<X> narrow(const Floats& f) {
     VecOf<X> v;
     if constexpr (std::is_same_v<X, float>) {
-#pragma unroll
         for (int i = 0; i < VEC; i++) v.x[i] = f[i];
     } else {   // two in one instruction
-#pragma unroll
         for (int i = 0; i < VEC; i += 2) *(__nv_bfloat162*)&v.x[i] = __floats2bfloat162_rn(f[i], f[i + 1]);
     }
     return v;
@@ -246,12 +236,10 @@ __device__ inline float reciprocal(float x) {
 
 constexpr unsigned ALL_LANES = 0xffffffffu;
 __device__ inline float warp_sum(float x) {   // every lane gets the same bits: all of them add in the same order
-#pragma unroll
     for (int o = 16; o > 0; o >>= 1) x += __shfl_xor_sync(ALL_LANES, x, o);
     return x;
 }
 __device__ inline float warp_max(float x) {
-#pragma unroll
     for (int o = 16; o > 0; o >>= 1) x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, o));
     return x;
 }
@@ -323,8 +311,7 @@ struct NvtxRange {   // names a part of the timeline in Nsight Systems
 };
 // ==== end twin
 
-// ---------------------------------------------------------------------------------------------------------------------
-// 2. layers
+// ==== 2. layers ==================================================================================================================
 
 constexpr bool kRMSNorm = false;   // GPT-2 has LayerNorm
 
@@ -366,7 +353,6 @@ __global__ void embedding_backward_wte_kernel(Grad dwte, const floatX* dout, con
     if (c < C) {
         for (int i = first + warp; i < end; i += 8) sum += load(dout + (size_t)positions[i] * C + c);
     }
-#pragma unroll
     for (int k = 0; k < VEC; k++) partial[warp][lane * VEC + k] = sum[k];
     __syncthreads();
     size_t row = (size_t)bucket_token[blockIdx.x] * C;
@@ -400,7 +386,6 @@ void embedding_backward(Grad dwte,                // (Vp, C) or null; rows of to
     dim3 grid(buckets, ceil_div(C, 32 * VEC));
     if (dwte.p != nullptr)
         embedding_backward_wte_kernel<<<grid, 256, 0, stream>>>(dwte, dout, positions, bucket_token, bucket_start, accumulate_wte, C);
-    cudaCheck(cudaGetLastError());
     if (dwpe.p != nullptr)
         embedding_backward_wpe_kernel<<<ceil_div((size_t)T * C, 256 * VEC), 256, 0, stream>>>(dwpe, dout, B, T, C, accumulate_wpe);
     cudaCheck(cudaGetLastError());
@@ -408,7 +393,6 @@ void embedding_backward(Grad dwte,                // (Vp, C) or null; rows of to
 
 // ==== twin: column sums, norm, matmul, attention
 // ---- column sums: the gradients of biases, gamma and beta
-//
 // The gradient of a bias, and of a norm's gamma and beta, is a sum over the rows of a tensor. For a 2 x 8 tensor d:
 //
 //     d[0] =  1  2  3  4  5  6  7  8      lane 0 of a warp reads the 8 columns of a row by one access, lane 1 the next 8 ...
@@ -441,7 +425,6 @@ struct ColsumPlace {
 __device__ inline void colsum_store(float* partial, const Floats& sum, float (&shared)[8][32 * VEC], const ColsumPlace& at,
                                     int columns) {
     __syncthreads();   // an earlier call may still be reading `shared`
-#pragma unroll
     for (int k = 0; k < VEC; k++) shared[at.warp][at.lane * VEC + k] = sum[k];
     __syncthreads();
     for (int j = threadIdx.x; j < 32 * VEC; j += 256) {
@@ -502,7 +485,6 @@ void bias_backward(Grad dbias,           // (OC)
 }
 
 // ---- norm, together with the residual addition before it
-//
 //     x = inp + add,   z = (x - mean) * rstd,   out = gamma * z + beta           over the C channels of a row
 //
 // This is LayerNorm (Ba et al., arXiv 1607.06450). RMSNorm (Zhang and Sennrich, arXiv 1910.07467) is the same without mean and
@@ -532,25 +514,21 @@ __global__ void add_norm_forward_kernel(floatX* residual, floatX* out, float* me
         if (residual != nullptr) *reinterpret_cast<Vec*>(residual + base + c) = rounded;
         x[c / VEC] = rounded;
         f = widen(rounded);
-#pragma unroll
         for (int k = 0; k < VEC; k++) sum += f[k];
     }
     float mu = RMS ? 0.0f : warp_sum(sum) / C;
     float square = 0;   // of the deviations: E[x^2] - E[x]^2 would be a small difference of large numbers
     for (int c = lane * VEC; c < C; c += 32 * VEC) {
         Floats f = widen(x[c / VEC]);
-#pragma unroll
         for (int k = 0; k < VEC; k++) square += (f[k] - mu) * (f[k] - mu);
     }
     float rs = rsqrtf(warp_sum(square) / C + NORM_EPS);
     for (int c = lane * VEC; c < C; c += 32 * VEC) {
         Floats f = widen(x[c / VEC]);
-#pragma unroll
         for (int k = 0; k < VEC; k++) f[k] = (f[k] - mu) * rs;
         if constexpr (!MS_LN) {
             Floats gamma_c = load(gamma + c), beta_c = {};
             if constexpr (!RMS) beta_c = load(beta + c);
-#pragma unroll
             for (int k = 0; k < VEC; k++) f[k] = gamma_c[k] * f[k] + beta_c[k];
         }
         store(out + base + c, f);
@@ -594,7 +572,6 @@ void add_norm_forward(floatX* residual,     // (rows, C) out: inp + add; null: n
 template <bool MS_LN, bool RMS> __device__ inline Floats norm_z(const floatX* kept, size_t i, float mean, float rstd) {
     Floats x = load(kept + i);
     if constexpr (!MS_LN) {
-#pragma unroll
         for (int k = 0; k < VEC; k++) x[k] = (RMS ? x[k] : x[k] - mean) * rstd;
     }
     return x;
@@ -618,7 +595,6 @@ add_norm_backward_kernel(floatX* dresidual, float* partial, const floatX* dout, 
             float mu = CENTRED ? mean[r0 + i] : 0, rs = rstd[r0 + i], sum_dz = 0, sum_dz_z = 0;
             for (int c = lane * VEC; c < C; c += 32 * VEC) {
                 Floats d = load(dout + base + c), z = norm_z<MS_LN, RMS>(kept, base + c, mu, rs), gamma_c = load(gamma + c);
-#pragma unroll
                 for (int k = 0; k < VEC; k++) {
                     sum_dz += d[k] * gamma_c[k];
                     sum_dz_z += d[k] * gamma_c[k] * z[k];
@@ -636,7 +612,6 @@ add_norm_backward_kernel(floatX* dresidual, float* partial, const floatX* dout, 
             float mu = CENTRED ? mean[r0 + i] : 0, rs = rstd[r0 + i];
             Floats d = load(dout + at), z = norm_z<MS_LN, RMS>(kept, at, mu, rs), gamma_c = load(gamma + column), dx = next;
             if (accumulate && i + 1 < count) next = load(dresidual + at + C);
-#pragma unroll
             for (int k = 0; k < VEC; k++) {
                 dx[k] += rs * (d[k] * gamma_c[k] - mean_dz[buffer][i] - z[k] * mean_dz_z[buffer][i]);
                 sum_dresidual[k] += dx[k];
@@ -676,7 +651,6 @@ void add_norm_backward(floatX* dresidual,    // (rows, C), added to if accumulat
 }
 
 // ---- matmul, by cuBLASLt
-//
 // cuBLASLt stores a matrix by columns (column-major), we by rows (row-major). The same memory, read the other way, is the
 // transpose:
 //
@@ -708,14 +682,16 @@ struct Matmul {
     int* missing = nullptr;       // for tests: counts the fused GELUs that cuBLASLt does not have; null: the first one ends the run
 } matmul_state;
 
+// What cuBLASLt is asked for: D (n, m) row-major, that is D^T = op(A) op(B), where op transposes or not, of sums of k terms.
+struct MatmulShape {
+    long m, n, k;
+    long trans_a, trans_b;   // 0 or 1
+};
 struct MatmulPlan {
-    // what the plan is for
-    int m, n, k, align, bias_align;
-    bool trans_a, trans_b;
-    DType out;
-    cublasLtEpilogue_t epilogue;
-    size_t workspace;
-    // what cuBLASLt made of it
+    struct Key {             // what the plan is for; longs, so that there are no gaps between them
+        MatmulShape shape;
+        long out, epilogue, align, bias_align, workspace;
+    } key;
     cublasLtMatmulDesc_t desc;
     cublasLtMatrixLayout_t A, B, D;
     cublasLtMatmulAlgo_t algo;
@@ -726,51 +702,47 @@ void cublas_check(cublasStatus_t status, const char* file, int line) {
 }
 #define cublasCheck(call) cublas_check((call), __FILE__, __LINE__)
 
+template <class Value> void matmul_set(MatmulPlan& p, cublasLtMatmulDescAttributes_t what, Value value) {
+    cublasCheck(cublasLtMatmulDescSetAttribute(p.desc, what, &value, sizeof value));
+}
 void matmul_set_pointers(MatmulPlan& p, const void* bias, const void* aux) {
-    if (bias) cublasCheck(cublasLtMatmulDescSetAttribute(p.desc, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof bias));
-    if (aux) cublasCheck(cublasLtMatmulDescSetAttribute(p.desc, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, &aux, sizeof aux));
+    if (bias) matmul_set(p, CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias);
+    if (aux) matmul_set(p, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, aux);
 }
 
-MatmulPlan* matmul_plan(int m, int n, int k, int align, int bias_align, bool trans_a, bool trans_b, DType out,
-                        cublasLtEpilogue_t epilogue, const void* bias, const void* aux) {
-    const size_t workspace = matmul_state.workspace_bytes;
+MatmulPlan* matmul_plan(const MatmulPlan::Key& key, const void* bias, const void* aux) {
     static std::vector<MatmulPlan> plans;   // about twenty: searching them costs nothing beside a launch
     for (MatmulPlan& p : plans) {
-        if (p.m != m || p.n != n || p.k != k || p.align != align || p.bias_align != bias_align || p.trans_a != trans_a ||
-            p.trans_b != trans_b || p.out != out || p.epilogue != epilogue || p.workspace != workspace)
-            continue;
+        if (memcmp(&p.key, &key, sizeof key) != 0) continue;
         matmul_set_pointers(p, bias, aux);
         return &p;
     }
-    MatmulPlan p = {m, n, k, align, bias_align, trans_a, trans_b, out, epilogue, workspace, {}, {}, {}, {}, {}};
-    cublasComputeType_t compute = kFP32 && matmul_state.tf32 ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F;
+    MatmulPlan p = {};
+    p.key = key;
+    const auto [m, n, k, trans_a, trans_b] = key.shape;
+    const cublasComputeType_t compute = kFP32 && matmul_state.tf32 ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F;
     cublasCheck(cublasLtMatmulDescCreate(&p.desc, compute, CUDA_R_32F));
-    cublasOperation_t ta = trans_a ? CUBLAS_OP_T : CUBLAS_OP_N, tb = trans_b ? CUBLAS_OP_T : CUBLAS_OP_N;
-    cublasCheck(cublasLtMatmulDescSetAttribute(p.desc, CUBLASLT_MATMUL_DESC_TRANSA, &ta, sizeof ta));
-    cublasCheck(cublasLtMatmulDescSetAttribute(p.desc, CUBLASLT_MATMUL_DESC_TRANSB, &tb, sizeof tb));
-    cublasCheck(cublasLtMatmulDescSetAttribute(p.desc, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof epilogue));
-    cudaDataType_t bias_type = cuda_dtype(FLOATX);
-    if (bias)
-        cublasCheck(cublasLtMatmulDescSetAttribute(p.desc, CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, &bias_type, sizeof bias_type));
-    int64_t aux_ld = m;
-    if (aux) cublasCheck(cublasLtMatmulDescSetAttribute(p.desc, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, &aux_ld, sizeof aux_ld));
+    matmul_set(p, CUBLASLT_MATMUL_DESC_TRANSA, trans_a ? CUBLAS_OP_T : CUBLAS_OP_N);
+    matmul_set(p, CUBLASLT_MATMUL_DESC_TRANSB, trans_b ? CUBLAS_OP_T : CUBLAS_OP_N);
+    matmul_set(p, CUBLASLT_MATMUL_DESC_EPILOGUE, (cublasLtEpilogue_t)key.epilogue);
+    if (bias) matmul_set(p, CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, cuda_dtype(FLOATX));
+    if (aux) matmul_set(p, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, (int64_t)m);
     matmul_set_pointers(p, bias, aux);   // before the heuristic is asked: it looks at the epilogue's pointers
     cublasCheck(cublasLtMatrixLayoutCreate(&p.A, cuda_dtype(FLOATX), trans_a ? k : m, trans_a ? m : k, trans_a ? k : m));
     cublasCheck(cublasLtMatrixLayoutCreate(&p.B, cuda_dtype(FLOATX), trans_b ? n : k, trans_b ? k : n, trans_b ? n : k));
-    cublasCheck(cublasLtMatrixLayoutCreate(&p.D, cuda_dtype(out), m, n, m));
+    cublasCheck(cublasLtMatrixLayoutCreate(&p.D, cuda_dtype((DType)key.out), m, n, m));
 
     cublasLtMatmulPreference_t preference;
     cublasCheck(cublasLtMatmulPreferenceCreate(&preference));
-    cublasCheck(
-        cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace, sizeof workspace));
+    auto prefer = [&](cublasLtMatmulPreferenceAttributes_t what, auto value) {
+        cublasCheck(cublasLtMatmulPreferenceSetAttribute(preference, what, &value, sizeof value));
+    };
+    prefer(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, (size_t)key.workspace);
     // The parts of a split sum stay fp32. By default cuBLASLt may also add them in the output's type, and so round each to bf16.
-    uint32_t reduction = CUBLASLT_REDUCTION_SCHEME_NONE | CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
-    cublasCheck(
-        cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &reduction, sizeof reduction));
-    uint32_t bytes = align;   // cuBLASLt would assume 256, but a pointer into the middle of a tensor may have less
+    prefer(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, (uint32_t)(CUBLASLT_REDUCTION_SCHEME_NONE | CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE));
     for (auto which : {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
                        CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES})
-        cublasCheck(cublasLtMatmulPreferenceSetAttribute(preference, which, &bytes, sizeof bytes));
+        prefer(which, (uint32_t)key.align);   // it would assume 256, but a pointer into the middle of a tensor may have less
     cublasLtMatmulHeuristicResult_t found;
     int count = 0;
     cublasStatus_t status =
@@ -782,26 +754,24 @@ MatmulPlan* matmul_plan(int m, int n, int k, int align, int bias_align, bool tra
         return nullptr;
     }
     if (!found_one)
-        fail("cuBLASLt has no algorithm for a matmul of m %d, n %d, k %d, output %s, epilogue %d (status %d)%s", m, n, k,
-             dtype_name(out), (int)epilogue, (int)status, matmul_state.gelu_fusion ? "; --gelu-fusion 0 asks less of it" : "");
+        fail("cuBLASLt has no algorithm for a matmul of m %ld, n %ld, k %ld, output %s, epilogue %ld (status %d)%s", m, n, k,
+             dtype_name((DType)key.out), key.epilogue, (int)status, matmul_state.gelu_fusion ? "; --gelu-fusion 0 asks less of it" : "");
     p.algo = found.algo;
     plans.push_back(p);
     return &plans.back();
 }
 
-// D (n, m) row-major, that is D^T = op(A) op(B) for cuBLASLt, where op transposes or not; accumulate adds to D.
-void matmul(void* D, DType out, const floatX* A, const floatX* B, int m, int n, int k, bool trans_a, bool trans_b,
-            bool accumulate, cudaStream_t stream, cublasLtEpilogue_t epilogue = CUBLASLT_EPILOGUE_DEFAULT,
-            const void* bias = nullptr, const void* aux = nullptr) {
+void matmul(void* D, DType out, const floatX* A, const floatX* B, const MatmulShape& shape, bool accumulate, cudaStream_t stream,
+            cublasLtEpilogue_t epilogue = CUBLASLT_EPILOGUE_DEFAULT, const void* bias = nullptr, const void* aux = nullptr) {
     // The largest power of two, up to 256, that divides all the addresses: the lowest bit set in any of them. x & -x is the lowest
     // bit of x alone: 0b101000 & 0b011000 = 0b001000.
-    auto align = [](uintptr_t bits) { return (int)((bits | 256) & -(bits | 256)); };
-    MatmulPlan* p = matmul_plan(m, n, k, align((uintptr_t)D | (uintptr_t)A | (uintptr_t)B | (uintptr_t)aux),
-                                align((uintptr_t)bias), trans_a, trans_b, out, epilogue, bias, aux);
+    auto align = [](uintptr_t bits) { return (long)((bits | 256) & -(bits | 256)); };
+    MatmulPlan* p = matmul_plan({shape, out, epilogue, align((uintptr_t)D | (uintptr_t)A | (uintptr_t)B | (uintptr_t)aux),
+                                 align((uintptr_t)bias), (long)matmul_state.workspace_bytes}, bias, aux);
     if (p == nullptr) return;   // counted in matmul_state.missing
     float alpha = 1, beta = accumulate ? 1 : 0;
     cublasCheck(cublasLtMatmul(matmul_state.handle, p->desc, &alpha, A, p->A, B, p->B, &beta, D, p->D, D, p->D, &p->algo,
-                               matmul_state.workspace, p->workspace, stream));
+                               matmul_state.workspace, matmul_state.workspace_bytes, stream));
 }
 
 // out = inp W^T + bias
@@ -810,7 +780,7 @@ void matmul_forward(floatX* out,           // (rows, OC)
                     const floatX* weight,  // (OC, C)
                     const floatX* bias,    // (OC) or null
                     int rows, int C, int OC, cudaStream_t stream) {
-    matmul(out, FLOATX, weight, inp, OC, rows, C, true, false, false, stream,
+    matmul(out, FLOATX, weight, inp, {OC, rows, C, true, false}, false, stream,
            bias ? CUBLASLT_EPILOGUE_BIAS : CUBLASLT_EPILOGUE_DEFAULT, bias);
 }
 
@@ -820,7 +790,7 @@ void matmul_backward_input(floatX* dinp,          // (rows, C)
                            const floatX* weight,  // (OC, C)
                            int rows, int C, int OC, cudaStream_t stream,
                            const void* gelu_inp = nullptr) {   // (rows, C) floatX or null
-    matmul(dinp, FLOATX, weight, dout, C, rows, OC, false, false, false, stream,
+    matmul(dinp, FLOATX, weight, dout, {C, rows, OC, false, false}, false, stream,
            gelu_inp ? CUBLASLT_EPILOGUE_DGELU : CUBLASLT_EPILOGUE_DEFAULT, nullptr, gelu_inp);
 }
 
@@ -829,11 +799,10 @@ void matmul_backward_weight(Grad dweight,        // (OC, C)
                             const floatX* dout,  // (rows, OC)
                             const floatX* inp,   // (rows, C)
                             bool accumulate, int rows, int C, int OC, cudaStream_t stream) {
-    matmul(dweight.p, dweight.type, inp, dout, C, OC, rows, false, true, accumulate, stream);
+    matmul(dweight.p, dweight.type, inp, dout, {C, OC, rows, false, true}, accumulate, stream);
 }
 
 // ---- attention
-//
 // Each head has queries q, keys k and values v of HS channels. A query sees the keys up to its own position (causal attention):
 //     s_j = q k_j / sqrt(HS)      p = softmax(s)      out = sum_j p_j v_j      lse = log(sum_j exp(s_j))
 // Backward, from dout:
@@ -894,7 +863,6 @@ __device__ inline AttBlock att_block(const AttShape& shape, int heads, int rows,
 }
 
 // ---- attention, in plain arithmetic
-//
 // A block takes 64 rows, and tiles of the other side through shared memory. A thread keeps 32 channels of its row in registers, as
 // 4 vectors. So SHARES = 1, 2 or 4 neighbouring threads share a row of a head of up to 32, 64 or 128 channels. All rows of the
 // block read the same row of a tile at once, which shared memory delivers to all of them in one go (a broadcast). A row's state
@@ -908,30 +876,25 @@ template <int SHARES>
 using AttTile = Floats[ATT_TILE][SHARES][ATT_VECS + 1];   // the 1: else the 4 shares of a row would begin in the same bank
 
 template <int N> __device__ inline float neighbours_sum(float x) {   // over N neighbouring lanes
-#pragma unroll
     for (int o = 1; o < N; o <<= 1) x += __shfl_xor_sync(ALL_LANES, x, o);
     return x;
 }
 template <int SHARES>
 __device__ inline float att_dot(const Floats* a, const Floats* b) {   // over a row; every lane of the warp takes part
     Floats sum = {};   // 8 sums that need not wait for each other
-#pragma unroll
     for (int v = 0; v < ATT_VECS; v++)
         for (int i = 0; i < VEC; i++) sum[i] += a[v][i] * b[v][i];
     return neighbours_sum<SHARES>(((sum[0] + sum[4]) + (sum[1] + sum[5])) + ((sum[2] + sum[6]) + (sum[3] + sum[7])));
 }
 __device__ inline void att_add(Floats* sum, float factor, const Floats* x) {   // sum += factor * x
-#pragma unroll
     for (int v = 0; v < ATT_VECS; v++)
         for (int i = 0; i < VEC; i++) sum[v][i] += factor * x[v][i];
 }
 // A thread's share of a row: zeros after the head's last channel, and if the row does not exist
 __device__ inline void att_load_row(Floats* x, const floatX* row, int share, int HS, bool exists) {
-#pragma unroll
     for (int v = 0, c = share * ATT_CHANNELS; v < ATT_VECS; v++, c += VEC) x[v] = exists && c < HS ? load(row + c) : Floats{};
 }
 __device__ inline void att_store_row(floatX* row, Floats* x, int share, int HS, float factor) {
-#pragma unroll
     for (int v = 0, c = share * ATT_CHANNELS; v < ATT_VECS; v++, c += VEC) {
         for (int i = 0; i < VEC; i++) x[v][i] *= factor;
         if (c < HS) store(row + c, x[v]);
@@ -973,7 +936,6 @@ attention_forward_kernel(floatX* out, float* lse, const floatX* qkv, AttShape sh
         float shrink = expf(max - new_max);
         max = new_max;
         sum *= shrink;
-#pragma unroll
         for (int i = 0; i < ATT_CHANNELS; i++) o[i / VEC][i % VEC] *= shrink;
 #pragma unroll
         for (int j = 0; j < ATT_TILE; j++) {
@@ -1053,7 +1015,6 @@ void attention_backward_launch(floatX* dqkv, Grad dbias, float* delta, float* sc
 // ==== end twin
 
 // ---- activation: GELU
-//
 // GPT-2's GELU is the tanh form 0.5 x (1 + tanh(u)), u = sqrt(2/pi) (x + 0.044715 x^3). Since 0.5 (1 + tanh(u)) is the sigmoid of
 // 2u, it is x * sigmoid(2u): one exponential, and no cancellation where tanh is near -1. (dev/cuda/gelu.cu)
 constexpr float GELU_SCALE = 0.79788456080286536f;   // sqrt(2/pi)
@@ -1084,7 +1045,6 @@ __global__ void act_forward_kernel(floatX* out, ActKept<BITS>* kept, const float
     if (bias != nullptr) x += load(bias + i % OC);
     if constexpr (BITS > 0)
         if (kept != nullptr) act_keep<BITS>(kept, i, x);
-#pragma unroll
     for (int k = 0; k < VEC; k++) x[k] = gelu(x[k]);
     store(out + i, x);
 }
@@ -1113,12 +1073,9 @@ __global__ void act_backward_kernel(floatX* d, float* partial, const ActKept<BIT
     Floats sum = {};
     for (int r = at.first + at.warp; at.c < columns && r < at.end; r += 8) {
         size_t i = (size_t)r * columns + at.c;
-        Floats dx = load(d + i), slope = act_slope<BITS>(kept, i);
-#pragma unroll
-        for (int k = 0; k < VEC; k++) {
-            dx[k] *= slope[k];
-            sum[k] += dx[k];
-        }
+        Floats dx = load(d + i);
+        dx *= act_slope<BITS>(kept, i);
+        sum += dx;
         store(d + i, dx);
     }
     colsum_store(partial, sum, shared, at, columns);
@@ -1157,7 +1114,7 @@ void matmul_act_forward(floatX* out,           // (rows, OC)
         matmul_forward(out, inp, weight, nullptr, rows, C, OC, stream);
         act_forward<BITS>(out, kept, out, bias, rows, OC, stream);
     } else if (matmul_state.gelu_fusion >= 1) {   // cuBLASLt's epilogue saves a pass over (rows, OC)
-        matmul(out, FLOATX, weight, inp, OC, rows, C, true, false, false, stream, CUBLASLT_EPILOGUE_GELU_AUX_BIAS, bias, kept);
+        matmul(out, FLOATX, weight, inp, {OC, rows, C, true, false}, false, stream, CUBLASLT_EPILOGUE_GELU_AUX_BIAS, bias, kept);
     } else {
         matmul_forward(kept, inp, weight, bias, rows, C, OC, stream);
         act_forward<BITS>(out, nullptr, kept, nullptr, rows, OC, stream);
@@ -1166,7 +1123,6 @@ void matmul_act_forward(floatX* out,           // (rows, OC)
 
 // ==== twin: loss
 // ---- loss
-//
 // Softmax and cross-entropy of a row of logits, and their gradient in place: dlogits = (softmax - onehot(target)) * dloss.
 // One block per row keeps few rows in flight, so the second pass, which reads the row again and writes its gradient, still finds
 // it in the L2 cache. The first pass finds maximum and sum together. Padded columns [V, Vp) take no part; their gradient is 0.
@@ -1180,22 +1136,23 @@ classifier_kernel(floatX* logits, float* losses, const int* targets, float dloss
     int target = targets[row];
     float target_logit = (float)x[target];   // before it is overwritten
     float max = -INFINITY, sum = 0;
-    for (int c = threadIdx.x * VEC; c < V; c += blockDim.x * VEC) {
+    auto load_logits = [&](int c) {   // exp of a padded one is 0
         Floats f = load(x + c);
         if (c + VEC > V) {
-#pragma unroll
             for (int k = 0; k < VEC; k++)
                 if (c + k >= V) f[k] = -INFINITY;
         }
+        return f;
+    };
+    for (int c = threadIdx.x * VEC; c < V; c += blockDim.x * VEC) {
+        Floats f = load_logits(c);
         float vec_max = max;
-#pragma unroll
         for (int k = 0; k < VEC; k++) vec_max = fmaxf(vec_max, f[k]);
         if (vec_max > max) {
             sum *= exp_e(max - vec_max);
             max = vec_max;
         }
         float base = max == -INFINITY ? 0.0f : max;   // if all are -inf: exp(-inf - 0) is 0, and -inf - -inf would be NaN
-#pragma unroll
         for (int k = 0; k < VEC; k++) sum += exp_e(f[k] - base);
     }
     float row_max = warp_max(max);
@@ -1211,20 +1168,12 @@ classifier_kernel(floatX* logits, float* losses, const int* targets, float dloss
     if (!train) return;
     float scale = 1.0f / sum;
     for (int c = threadIdx.x * VEC; c < Vp; c += blockDim.x * VEC) {
-        Floats f = load(x + c);
-#pragma unroll
+        Floats f = load_logits(c);
         for (int k = 0; k < VEC; k++) f[k] = exp_e(f[k] - row_max) * scale;
         if ((unsigned)(target - c) < VEC) {   // true for one vector of the row: a branch costs less than 8 selects
-#pragma unroll
             for (int k = 0; k < VEC; k++) f[k] -= c + k == target ? 1.0f : 0.0f;
         }
-#pragma unroll
         for (int k = 0; k < VEC; k++) f[k] *= dloss;
-        if (c + VEC > V) {
-#pragma unroll
-            for (int k = 0; k < VEC; k++)
-                if (c + k >= V) f[k] = 0;
-        }
         store(x + c, f);
     }
 }
@@ -1239,30 +1188,21 @@ void classifier(floatX* logits,      // (rows, Vp); out, if train: their gradien
     cudaCheck(cudaGetLastError());
 }
 
-__global__ void loss_sum_kernel(float* sum, const float* losses, bool accumulate, int n) {
+// sum (+)= x[0] + ... + x[n - 1], by one block
+__global__ void sum_kernel(float* sum, const float* x, bool accumulate, unsigned n) {
     __shared__ float shared[8];
-    float x = 0;
-    for (int i = threadIdx.x; i < n; i += 256) x += losses[i];
-    x = block_sum_256(x, shared);
-    if (threadIdx.x == 0) *sum = accumulate ? *sum + x : x;
-}
-
-void loss_sum(float* sum,           // (1)
-              const float* losses,  // (n)
-              bool accumulate, int n, cudaStream_t stream) {
-    loss_sum_kernel<<<1, 256, 0, stream>>>(sum, losses, accumulate, n);
-    cudaCheck(cudaGetLastError());
+    float mine = 0;
+    for (unsigned i = threadIdx.x; i < n; i += 256) mine += x[i];
+    mine = block_sum_256(mine, shared);
+    if (threadIdx.x == 0) *sum = accumulate ? *sum + mine : mine;
 }
 // ==== end twin
 
-// ---------------------------------------------------------------------------------------------------------------------
-// 3. what backward keeps: Approx-BP and MS-LN
-//
+// ==== 3. what backward keeps: Approx-BP and MS-LN ================================================================================
 // Two tensors of a block are kept for backward alone. This section is about keeping less: it is all that USE_APPROXBP=1 changes,
 // together with the constants kActBits and kMsNorm by which the rest of the file asks for it.
 
 // ---- Approx-BP: GELU's input in 2 bits
-//
 // GELU's backward needs h'(x) of every element. The exact trainer keeps x, 16 bits. Approx-BP (Yang et al., ICML 2024, arXiv
 // 2406.16282) replaces h, in backward only, by a sum of ramps close to it,
 //     h~(x) = sum_i a_i max(x - c_i, 0),   sum a_i = 1,   sum a_i c_i = 0   (so that h~ tends to 0 and to x, as h does),
@@ -1286,10 +1226,8 @@ template <int BITS> struct StepFunction {
 // groups, so it writes whole bytes.
 template <int BITS> __device__ inline void codes_store(uint8_t* codes, size_t i, const Floats& x, const StepFunction<BITS>& h) {
     uint32_t bits = 0;
-#pragma unroll
     for (int e = 0; e < VEC; e++) {
         uint32_t code = 0;
-#pragma unroll
         for (int j = 0; j < (1 << BITS) - 1; j++) code += !(x[e] <= h.threshold[j]);   // NaN is above them all: its slope is 1
         bits |= code << (BITS * e);
     }
@@ -1307,11 +1245,9 @@ template <int BITS> __device__ inline Floats codes_slope(const uint8_t* codes, s
     if constexpr (BITS == 3) bits = p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16;
     if constexpr (BITS == 4) bits = *(const uint32_t*)p;
     Floats slope;
-#pragma unroll
     for (int e = 0; e < VEC; e++) {
         uint32_t code = bits >> (BITS * e) & ((1u << BITS) - 1);
         slope[e] = h.slope[0];
-#pragma unroll
         for (uint32_t j = 1; j < 1u << BITS; j++)   // selects: an array indexed by a variable would not lie in registers
             if (code >= j) slope[e] = h.slope[j];
     }
@@ -1353,7 +1289,6 @@ template <int BITS> __device__ inline Floats act_slope(const ActKept<BITS>* kept
         return codes_slope<BITS>(kept, i, h);
     } else {
         Floats slope = load(kept + i);
-#pragma unroll
         for (int e = 0; e < VEC; e++) slope[e] = gelu_derivative(slope[e]);
         return slope;
     }
@@ -1361,7 +1296,6 @@ template <int BITS> __device__ inline Floats act_slope(const ActKept<BITS>* kept
 
 // ==== twin: MS-LN
 // ---- MS-LN: one tensor for a norm and its matmul
-//
 // The norm's backward needs z = (x - mean) * rstd, and the matmul after the norm needs its own input, gamma * z + beta. The matmul
 // computes y = (gamma * z + beta) W^T + b. With W' = W * gamma (by columns) and b' = b + W beta that is y = z W'^T + b': now z is
 // the input of the matmul too, and one tensor serves both. x, the residual stream, need not be kept. gamma and beta stay
@@ -1383,7 +1317,6 @@ __global__ void norm_fold_kernel(floatX* folded, floatX* folded_bias, const floa
     for (int c = lane * VEC; c < C; c += 32 * VEC) {
         Floats w = load(weight + base + c), gamma_c = load(gamma + c), beta_c = {};
         if (beta != nullptr) beta_c = load(beta + c);
-#pragma unroll
         for (int k = 0; k < VEC; k++) {
             sum += w[k] * beta_c[k];
             w[k] *= gamma_c[k];
@@ -1418,7 +1351,6 @@ __global__ void norm_unfold_kernel(Grad dweight, float* partial_gamma, float* pa
             size_t i = (size_t)o * C + at.c;
             Floats w = load(weight + i), G = grad_load_vec(dweight, i);
             float db = beta != nullptr ? grad_load(dbias, o) : 0;
-#pragma unroll
             for (int k = 0; k < VEC; k++) {
                 sum_gamma[k] += G[k] * w[k];
                 sum_beta[k] += w[k] * db;
@@ -1450,9 +1382,7 @@ void norm_unfold(Grad dweight,         // (OC, C) in: G, out: dW
 // ==== end twin
 
 // ==== twin: tensor cores, optimizer, many GPUs, tensor table
-// ---------------------------------------------------------------------------------------------------------------------
-// 4. attention on tensor cores
-//
+// ==== 4. attention on tensor cores ===============================================================================================
 // The same algorithm, with its products on tensor cores. A warp multiplies by mma.sync.m16n8k16: c += a b, where a is 16 x 16 and
 // b is 16 x 8, in bf16, and c is 16 x 8, in fp32. Each lane holds some elements of each in registers (PTX: a fragment). Of c it has
 // two neighbours in row lane / 4, and two 8 rows below:
@@ -1525,13 +1455,11 @@ __device__ inline uint32_t opaque(uint32_t x) {
     asm volatile("" : "+r"(x));
     return x;
 }
-#else
+#else   // the CPU backend has functions for them
 __device__ inline void mma_16816(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    const uint32_t b[2] = {b0, b1};
-    simt::mma_m16n8k16_bf16(c, a, b, c);
+    simt::mma_m16n8k16_bf16(c, a, {b0, b1}, c);
 }
-template <bool TRANSPOSE>
-__device__ inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t address) { simt::ldmatrix<4, TRANSPOSE>(r, address); }
+template <bool TRANSPOSE> __device__ inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t address) { simt::ldmatrix<4, TRANSPOSE>(r, address); }
 template <int BYTES> __device__ inline void cp_async(uint32_t address, const void* global, bool exists) {
     simt::cp_async<BYTES>(address, global, exists ? BYTES : 0);
 }
@@ -1954,9 +1882,7 @@ void attention_backward(floatX* dqkv,        // (B, T, (NH + 2 NKV)*HS)
     run(dqkv, dbias, delta, scratch, dout, qkv, out, lse, accumulate, B, att_shape(T, NH, NKV, HS), stream);
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// 5. optimizer
-//
+// ==== 5. optimizer ===============================================================================================================
 // A step's update is a few kernels, each over all tensors at once: the squares of the gradients and their sum, the verdict on the
 // step (by what factor to clip, whether to skip it), AdamW. The verdict stays on the device, where AdamW reads it, so that the host
 // need not wait for it. (dev/cuda/global_norm.cu, dev/cuda/adamw.cu)
@@ -2010,19 +1936,10 @@ __global__ void square_sum_kernel(float* partial, OptTable table) {
     float sum = 0;
     if (at.in_share) {
         Floats grad = grad_load_vec(tensor.grad, i);
-#pragma unroll
         for (int k = 0; k < VEC; k++) sum += grad[k] * grad[k];
     }
     sum = block_sum_256(sum * tensor.norm_weight, shared);
     if (threadIdx.x == 0) partial[blockIdx.x + tensor.elsewhere] = sum;
-}
-
-__global__ void partial_sum_kernel(float* sum, const float* partial, unsigned n) {
-    __shared__ float shared[8];
-    float x = 0;
-    for (unsigned i = threadIdx.x; i < n; i += 256) x += partial[i];
-    x = block_sum_256(x, shared);
-    if (threadIdx.x == 0) *sum = x;
 }
 
 // The last values of the loss and of the gradient norm. An outlier is many standard deviations above their mean. They are kept on
@@ -2089,7 +2006,6 @@ __global__ void adamw_kernel(OptTable table, const Verdict* verdict, AdamW a) {
     const size_t i = at.i;
     Floats grad = grad_load_vec(tensor.grad, i), m = load(tensor.m + i), v = load(tensor.v + i);
     Floats x = tensor.master != nullptr ? load(tensor.master + i) : load(tensor.param + i);
-#pragma unroll
     for (int k = 0; k < VEC; k++) {
         grad[k] *= clip;
         m[k] = a.beta1 * m[k] + (1 - a.beta1) * grad[k];
@@ -2104,28 +2020,21 @@ __global__ void adamw_kernel(OptTable table, const Verdict* verdict, AdamW a) {
     } else {
         const uint64_t stream = a.step * ROUNDING_STREAMS + tensor.stream;
         Vec rounded;
-#pragma unroll
         for (int k = 0; k < VEC; k++)
             rounded.x[k] = round_stochastic(x[k], (uint32_t)hash64(a.seed, stream, tensor.offset + i + k));
         *reinterpret_cast<Vec*>(tensor.param + i) = rounded;
     }
 }
 
-// Normal random values (Box and Muller) for a tensor that training starts from.
-__global__ void init_normal_kernel(floatX* param, size_t n, float std, uint64_t seed, int which) {
+// A tensor that training starts from: normal random values (Box and Muller) for `drawn` elements, then a constant.
+__global__ void init_kernel(floatX* param, size_t n, size_t drawn, float std, float constant, uint64_t seed, int which) {
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= n) return;
     float u1 = hash_uniform(hash64(seed, 2 * which, i)), u2 = hash_uniform(hash64(seed, 2 * which + 1, i));
-    param[i] = (floatX)(std * sqrtf(-2.0f * logf(u1)) * cosf(6.2831853f * u2));
-}
-__global__ void init_constant_kernel(floatX* param, size_t n, float value) {
-    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i < n) param[i] = (floatX)value;
+    param[i] = (floatX)(i < drawn ? std * sqrtf(-2.0f * logf(u1)) * cosf(6.2831853f * u2) : constant);
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// 6. many GPUs
-//
+// ==== 6. many GPUs ===============================================================================================================
 // One process per GPU, launched by mpirun; a process is a rank. Every rank holds the whole model and its own part of the batch.
 // After backward the gradients are summed over the ranks. With --zero 1 (Rajbhandari et al., arXiv 1910.02054, stage 1) a rank
 // receives the sum of its share alone, keeps AdamW's state for that share, and the updated shares are gathered into the weights of
@@ -2252,10 +2161,8 @@ void world_group(bool) {}
 #endif
 bool world_any(bool mine) { return world_min(mine ? -1 : 0) < 0; }   // did it happen on any rank? (Ctrl-C, an error)
 
-// ---------------------------------------------------------------------------------------------------------------------
-// 7. the model
+// ==== 7. the model ===============================================================================================================
 // ---- the tensor table
-//
 // Every tensor on the device is a row of one table. The ledger prints the table, --estimate adds it up, and allocation walks
 // through it, so what is announced and what is taken cannot differ.
 
@@ -2307,14 +2214,12 @@ void table_allocate(Table& table) {
         r.set(memory);
         if (error == cudaErrorMemoryAllocation) {
             cudaGetLastError();   // it would come up again at the next launch
-            std::vector<const Row*> largest;
-            for (const Row& row : table) largest.push_back(&row);
-            std::sort(largest.begin(), largest.end(), [](const Row* a, const Row* b) { return a->bytes() > b->bytes(); });
+            Table largest = table;
+            std::sort(largest.begin(), largest.end(), [](const Row& a, const Row& b) { return a.bytes() > b.bytes(); });
             std::string text;
-            for (size_t i = 0; i < 3 && i < largest.size(); i++) {
+            for (const Row& big : {largest[0], largest[1], largest[2]}) {
                 char line[256];
-                snprintf(line, sizeof line, "\n    %-12s %10.1f MiB   %s", largest[i]->name.c_str(),
-                         largest[i]->bytes() / 1048576.0, largest[i]->shrink);
+                snprintf(line, sizeof line, "\n    %-12s %10.1f MiB   %s", big.name.c_str(), big.bytes() / 1048576.0, big.shrink);
                 text += line;
             }
             size_t free_bytes = 0, total = 0;
@@ -2722,11 +2627,8 @@ void model_init(Model& model) {
         const ParamShape s = param_shape(model.config, p);
         const size_t n = s.elements(), drawn = s.init < NORMAL ? 0 : p == WTE ? (size_t)model.config.V * model.config.C : n;
         const float std = s.init == NORMAL_RESIDUAL ? 0.02f / sqrtf(2.0f * model.config.L) : 0.02f;
-        if (drawn) init_normal_kernel<<<ceil_div(drawn, 256), 256, 0, model.stream>>>(model.param[p], drawn, std, model.seed, p);
-        cudaCheck(cudaGetLastError());
-        if (n > drawn)
-            init_constant_kernel<<<ceil_div(n - drawn, 256), 256, 0, model.stream>>>(model.param[p] + drawn, n - drawn,
-                                                                                   s.init == ONES ? 1.0f : 0.0f);
+        const float constant = s.init == ONES ? 1 : 0;
+        init_kernel<<<ceil_div(n, 256), 256, 0, model.stream>>>(model.param[p], n, drawn, std, constant, model.seed, p);
         cudaCheck(cudaGetLastError());
     }
     model_master_from_params(model);
@@ -2822,7 +2724,6 @@ void model_forward(Model& model, int B, int T) {
 }
 
 // ---- loss: the lm-head, softmax and cross-entropy over chunks of rows
-//
 // Logits are (B*T, Vp), the largest tensor of a small model. A row's loss needs no other row, so a chunk of rows goes all the way
 // (logits, loss, their gradient, and from it the gradients of the head's weight and of lnf) before the next chunk reuses the
 // memory. Nothing is computed twice. The gradient of a chunk of lnf overwrites the chunk itself, which is not needed any more.
@@ -2842,11 +2743,11 @@ void model_loss(Model& model, int B, int T, bool train, bool first_micro_batch) 
             matmul_backward_weight(model.grad[HEAD], model.logits, lnf, !(first_micro_batch && r == 0), rows, C, Vp, model.stream);
         matmul_backward_input(lnf, model.logits, model.param[HEAD], rows, C, Vp, model.stream);
     }
-    loss_sum(&model.state->loss_sum, model.losses, train && !first_micro_batch, BT, model.stream);
+    sum_kernel<<<1, 256, 0, model.stream>>>(&model.state->loss_sum, model.losses, train && !first_micro_batch, BT);
+    cudaCheck(cudaGetLastError());
 }
 
 // ---- backward: the figure, from bottom to top
-//
 // Where each of the 16 gradients is written. A bias's gradient is the column sum of the gradient of its layer's output. It costs
 // nothing extra in the kernel that computes that gradient, so it is made there:
 //     wte                           model_loss writes it, the embedding adds to it
@@ -2946,7 +2847,7 @@ Verdict model_update(Model& model, const Hyper& h, uint64_t step, const std::fun
     square_sum_kernel<<<table.blocks, 256, 0, model.stream>>>(model.squares, table);
     cudaCheck(cudaGetLastError());
     if (world.sharded) world_sum_floats(model.squares, squares, model.stream);   // x + 0 is x: exact in whatever order
-    partial_sum_kernel<<<1, 256, 0, model.stream>>>(&model.state->square_sum, model.squares, (unsigned)squares);
+    sum_kernel<<<1, 256, 0, model.stream>>>(&model.state->square_sum, model.squares, false, (unsigned)squares);
     cudaCheck(cudaGetLastError());
     world_sum_floats(&model.state->loss_sum, 1, model.stream);
     float loss_scale = 1.0f / ((float)model.plan.B * model.plan.T * model.plan.micro_batches * world.size);
@@ -2981,9 +2882,7 @@ double model_flops_per_token(const Config& c, int T) {
 }
 
 // ==== twin: files
-// ---------------------------------------------------------------------------------------------------------------------
-// 8. files
-//
+// ==== 8. files ===================================================================================================================
 // Formats are llm.c's: little-endian, with a header of 256 int32. A reader trusts nothing: before it allocates, it compares the
 // magic, the version and all sizes with the real size of the file. A writer renames a file from a temporary name when all its
 // bytes are on the disk, so that a name always stands for a whole file. Only regular files are replaced.
@@ -3041,65 +2940,28 @@ void sync_folder(const std::string& folder) {   // a new name is on the disk onl
     close(fd);
 }
 
-// Where the name of an output leads, after all links: to a file or to nothing yet, which a new file may replace; or to a stream,
-// which is written to as it is: a device, a FIFO, or what this process has open (/dev/stdout, /dev/fd/3, the shell's >(...)).
-struct Destination {
-    std::string path, error;
-    struct stat old = {};   // st_mode is 0 if there is nothing yet
-    int stream = -1;
-};
-Destination destination(const std::string& name) {
-    Destination d;
-    d.path = name;
-    const std::string own = "/proc/" + std::to_string(getpid()) + "/fd";
-    char folder[PATH_MAX], link[PATH_MAX];
-    for (int links = 0; links < 40; links++) {   // Linux follows as many
-        if (realpath(folder_of(d.path).c_str(), folder) != nullptr && own == folder) {
-            d.stream = fcntl(atoi(d.path.c_str() + d.path.rfind('/') + 1), F_DUPFD_CLOEXEC, 3);
-            if (d.stream < 0) d.error = strerror(errno);
-            return d;
-        }
-        const ssize_t n = readlink(d.path.c_str(), link, sizeof link);
-        if (n < 0) break;
-        d.path = (link[0] == '/' ? "" : folder_of(d.path) + "/") + std::string(link, n);
-    }
-    if (stat(d.path.c_str(), &d.old) != 0) d.error = errno == ENOENT ? "" : strerror(errno);
-    else if (S_ISDIR(d.old.st_mode)) d.error = "it is a folder";
-    else if (S_ISBLK(d.old.st_mode)) d.error = "it is a disk";
-    if (!d.error.empty() || d.old.st_mode == 0 || S_ISREG(d.old.st_mode)) return d;
-    d.stream = open(d.path.c_str(), O_WRONLY | O_APPEND | O_NOCTTY | O_NONBLOCK | O_CLOEXEC);   // a FIFO would wait for a reader
-    if (d.stream < 0) d.error = errno == ENXIO && S_ISFIFO(d.old.st_mode) ? "nobody reads this FIFO" : strerror(errno);
-    return d;
-}
-
 // Writes a file that appears under its name when it is whole. `fill` gives its bytes to put(data, bytes). After the first failure
 // nothing more is written and nothing is left. Returns what went wrong, or an empty text.
 using Put = std::function<void(const void* data, size_t bytes)>;
 std::string write_file(const std::string& name, const std::function<void(const Put& put)>& fill) {
-    const Destination to = destination(name);
-    if (!to.error.empty()) return "cannot write " + name + ": " + to.error;
+    char real[PATH_MAX];
+    const std::string path = realpath(name.c_str(), real) ? real : name, temporary = path + ".tmp";   // a link stays a link
     auto cannot = [&](const char* what) { return std::string("cannot ") + what + " " + name + ": " + strerror(errno); };
-    const std::string temporary = to.path + ".tmp";
-    const bool stream = to.stream >= 0;
-    int fd = to.stream;
-    if (stream) {
-        fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) & ~O_NONBLOCK);
-    } else {
-        unlink(temporary.c_str());   // a killed run may have left it
-        fd = open(temporary.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
-        if (fd < 0) return cannot("create");
-        if (to.old.st_mode != 0)   // owner and permissions stay; only root can give a file away
-            (void)!fchown(fd, to.old.st_uid, to.old.st_gid), fchmod(fd, to.old.st_mode & 0777);
-    }
+    struct stat old;
+    const bool exists = stat(path.c_str(), &old) == 0;
+    if (exists && !S_ISREG(old.st_mode)) return "cannot write " + name + ": it is no regular file";
+    unlink(temporary.c_str());   // a killed run may have left it
+    const int fd = open(temporary.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+    if (fd < 0) return cannot("create");
+    if (exists) (void)!fchown(fd, old.st_uid, old.st_gid), fchmod(fd, old.st_mode & 0777);   // only root can give a file away
     std::string error;
     fill([&](const void* data, size_t bytes) {
         if (error.empty() && write_bytes(fd, data, bytes) != bytes) error = cannot("write");
     });
-    if (error.empty() && !stream && fsync(fd) != 0) error = cannot("write");
+    if (error.empty() && fsync(fd) != 0) error = cannot("write");
     if (close(fd) != 0 && error.empty()) error = cannot("write");
-    if (stream) return error;
-    if (error.empty() && rename(temporary.c_str(), to.path.c_str()) != 0) error = cannot("rename to");
-    if (error.empty()) sync_folder(folder_of(to.path));
+    if (error.empty() && rename(temporary.c_str(), path.c_str()) != 0) error = cannot("rename to");
+    if (error.empty()) sync_folder(folder_of(path));
     else unlink(temporary.c_str());
     return error;
 }
@@ -3144,7 +3006,6 @@ void progress(const char* doing, size_t done, size_t of, double begin) {
 }
 
 // ---- tokens
-//
 // A shard is a file of token ids with 16 or 32 bits each. It is cut into windows of T + 1 tokens: T inputs and, shifted by one,
 // their targets, so the last token of a window is the first of the next. Every epoch takes the shards in a new order, and the
 // windows of each shard too. Both orders are functions of seed and epoch, so that three numbers are a position in the data.
@@ -3672,12 +3533,11 @@ bool checkpoint_save(Model& model, const RunState& r, const Loader& train, const
     return true;
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// 9. main
+// ==== 9. main ====================================================================================================================
 
 #ifndef TESTING
 // Peak of the tensor cores in bf16 without sparsity, in FLOP/s, by NVIDIA's data sheets; 0 where a share of it (MFU) means nothing.
-double device_peak_flops(const cudaDeviceProp& prop, int device, bool tensor_cores) {
+double device_peak_flops(const cudaDeviceProp& prop, bool tensor_cores) {
     const struct { const char* name; double tflops; } known[] = {
         {"H200", 989}, {"H100 PCIe", 756}, {"H100 NVL", 835}, {"H100", 989}, {"H800", 989}, {"H20", 148}, {"B200", 2250}, {"A100", 312},
         {"A800", 312}, {"L40S", 362}, {"L40", 181}, {"L4", 121}, {"A40", 150}, {"A10G", 70}, {"A10", 125}, {"A6000", 155},
@@ -3689,10 +3549,7 @@ double device_peak_flops(const cudaDeviceProp& prop, int device, bool tensor_cor
     for (char& c : words) c = isalnum((unsigned char)c) ? c : ' ';
     for (auto& k : known)
         if (words.find(std::string(" ") + k.name + " ") != std::string::npos) return k.tflops * 1e12 * precision;
-    int khz = 0;
-    cudaDeviceGetAttribute(&khz, cudaDevAttrClockRate, device);
-    const double per_sm_and_clock = prop.major == 8 && prop.minor == 0 ? 2048 : prop.major == 8 || prop.major == 12 ? 512 : 4096;
-    return per_sm_and_clock * prop.multiProcessorCount * khz * 1e3 * precision;
+    return 0;
 }
 
 // The learning rate of step 0, 1, ..., steps - 1: a linear warmup to `peak`, then down to peak * final_fraction.
@@ -3710,20 +3567,15 @@ float schedule_lr(int schedule, int step, int steps, float peak, int warmup, flo
 // The first signal asks for a checkpoint and the end of the run. A second Ctrl-C or SIGTERM ends it at once, unless it follows within
 // half a second: timeout sends two, and when a terminal closes, both the kernel and the shell tell us.
 volatile sig_atomic_t interrupted = 0;   // the signal
-// What Ctrl-C answers at once, although the step goes on. A signal handler may do little more than write(2), so the text is made
-// beforehand, in whichever of the two places is not in use.
-char stop_answers[2][256];
+// What Ctrl-C answers at once, although the step goes on. (A signal handler may do little more than write(2).)
+const char* const STOP_ANSWERS[] = {"", "\nstopping after this step; a second Ctrl-C ends at once\n",
+                                    "\nstopping after this step, with a checkpoint; a second Ctrl-C ends at once, without it\n"};
 volatile sig_atomic_t stop_answer = 0;
-void set_stop_answer(int step, bool saves) {
-    if (world.rank != 0) return;
-    snprintf(stop_answers[!stop_answer], sizeof stop_answers[0], "\nstopping after step %d%s; a second Ctrl-C ends at once%s\n", step,
-             saves ? ", with a checkpoint" : "", saves ? ", without it" : "");
-    stop_answer = !stop_answer;
-}
+void set_stop_answer(bool saves) { stop_answer = world.rank > 0 ? 0 : 1 + saves; }
 void on_interrupt(int signal) {
     static double first = 0;
     const int error = errno;
-    const char* answer = stop_answers[stop_answer];
+    const char* answer = STOP_ANSWERS[stop_answer];
     if (!interrupted) {
         first = now_seconds();
         interrupted = signal;
@@ -4068,7 +3920,7 @@ void pick_device(Run& run) {
         cudaCheck(cudaSetDevice(device));
         cudaCheck(cudaGetDeviceProperties(&run.device, device));
         world_check_device(device);
-        run.peak_flops = device_peak_flops(run.device, device, !kFP32 || run.s.tf32);
+        run.peak_flops = device_peak_flops(run.device, !kFP32 || run.s.tf32);
         if (!estimating) {   // before the memory is measured: both take some
             cublasCheck(cublasLtCreate(&matmul_state.handle));
             world_connect();
@@ -4245,26 +4097,32 @@ void check_room(const Settings& s, const Model& model, int steps) {
     if (room < need)
         fail_option("out", "a checkpoint takes %.3f MiB, but %.3f MiB are free there; free some space, or name a folder on another disk",
                     need / MiB, room / MiB);
-    double more = s.checkpoint_every > 0 ? ceil((double)steps / s.checkpoint_every) : 1;
-    if (s.keep > 0) more = std::min(more, std::max(1.0, s.keep + 1.0 - checkpoints_in(s.out).size()));   // one more, and one goes
-    if (room < more * need)
-        printf("note: %s has room for %.0f more checkpoints of %.1f MiB, and this run would add %.0f (--keep N keeps the newest N)\n",
-               s.out.c_str(), floor(room / need), need / MiB, more);
 }
 
-// Opens the log. A resumed run goes on after the lines that its checkpoint has seen. What is no log of ours is left as it is.
+// Opens the log. What is no file is written to as it is: a device, a FIFO, or what this process has open (/dev/stdout, the shell's
+// >(...)). A resumed run goes on after the lines that its checkpoint has seen. What is no log of ours is left as it is.
 void log_open(Log& log, const Settings& s, int resume_step) {
-    const Destination to = destination(s.log);
-    struct stat at, out;
+    const char* name = s.log.c_str();
     log.path = s.log;
-    if (!s.out.empty() && is_checkpoint_name(to.path.substr(to.path.rfind('/') + 1)) && stat(folder_of(to.path).c_str(), &at) == 0 &&
-        stat(s.out.c_str(), &out) == 0 && at.st_dev == out.st_dev && at.st_ino == out.st_ino)
+    int ours = s.log == "/dev/stdout" ? 1 : s.log == "/dev/stderr" ? 2 : -1;
+    if (ours >= 0 || sscanf(name, "/dev/fd/%d", &ours) == 1 || sscanf(name, "/proc/self/fd/%d", &ours) == 1) {
+        log.fd = fcntl(ours, F_DUPFD_CLOEXEC, 3);
+        if (log.fd < 0) fail_option("log", "cannot write there: %s", strerror(errno));
+        return;
+    }
+    char real[PATH_MAX];
+    const std::string path = realpath(name, real) ? real : s.log;
+    struct stat at = {}, folder, out;
+    if (!s.out.empty() && is_checkpoint_name(path.substr(path.rfind('/') + 1)) && stat(folder_of(path).c_str(), &folder) == 0 &&
+        stat(s.out.c_str(), &out) == 0 && folder.st_dev == out.st_dev && folder.st_ino == out.st_ino)
         fail_option("log", "this is the name of a file of a checkpoint; expected another");
-    if (!to.error.empty()) fail_option("log", "cannot write there: %s", to.error.c_str());
-    log.fd = to.stream >= 0 ? to.stream : open(to.path.c_str(), O_RDWR | O_CREAT | O_APPEND | O_CLOEXEC, 0666);
-    if (log.fd < 0) fail_option("log", "cannot open it: %s", strerror(errno));
-    if (to.stream >= 0) return;
-    if (!lock_file(log.fd, s.log.c_str())) fail_option("log", "another run writes this log now; name another");
+    const bool stream = stat(name, &at) == 0 && !S_ISREG(at.st_mode);
+    if (S_ISDIR(at.st_mode) || S_ISBLK(at.st_mode)) fail_option("log", "expected a file, found a %s", S_ISDIR(at.st_mode) ? "folder" : "disk");
+    const int how = stream ? O_WRONLY | O_NOCTTY | O_NONBLOCK : O_RDWR | O_CREAT;   // a FIFO would wait for a reader
+    log.fd = open(name, how | O_APPEND | O_CLOEXEC, 0666);
+    if (log.fd < 0) fail_option("log", "cannot open it: %s", errno == ENXIO ? "nobody reads this FIFO" : strerror(errno));
+    if (stream) return;
+    if (!lock_file(log.fd, name)) fail_option("log", "another run writes this log now; name another");
 
     FILE* old = fdopen(dup(log.fd), "r");
     off_t keep = 0;
@@ -4436,13 +4294,9 @@ void report_step(Run& run, float lr, const Verdict& v, double took) {   // on th
 void train_step(Run& run) {
     const Settings& s = run.s;
     RunState& at = run.state;
-    Hyper h;
-    h.lr = schedule_lr((int)s.schedule, at.step, run.steps, (float)s.lr, (int)s.warmup, (float)s.final_fraction);
-    h.weight_decay = (float)s.weight_decay;
-    h.grad_clip = (float)s.grad_clip;
-    h.skip_loss_z = (float)s.skip_loss_z;
-    h.skip_grad_z = (float)s.skip_grad_z;
-    set_stop_answer(at.step + 1, run.saves());
+    const float lr = schedule_lr((int)s.schedule, at.step, run.steps, (float)s.lr, (int)s.warmup, (float)s.final_fraction);
+    const Hyper h = {lr, 0.9f, 0.95f, 1e-8f, (float)s.weight_decay, (float)s.grad_clip, (float)s.skip_loss_z, (float)s.skip_grad_z};
+    set_stop_answer(run.saves());
     const double begin = now_seconds();
     const Verdict v = run_step(run, h);
     const double took = now_seconds() - begin;
@@ -4451,7 +4305,7 @@ void train_step(Run& run) {
     const bool finite = std::isfinite(v.loss) && std::isfinite(v.grad_norm);
     at.not_finite_in_row = finite ? 0 : at.not_finite_in_row + 1;
     if (finite && run.first_loss == 0) run.first_loss = v.loss;
-    if (world.rank == 0) report_step(run, h.lr, v, took);
+    if (world.rank == 0) report_step(run, lr, v, took);
 }
 
 // Writes a checkpoint, and with --keep deletes an older one, if what is in memory is worth it. The last step and the last
@@ -4499,7 +4353,7 @@ int run_loop(Run& run) {   // returns the exit status
     run.saved = run.resume_step;
     while (true) {
         if (world.rank == 0 && fflush(stdout) != 0 && errno == EPIPE) on_interrupt(SIGPIPE);   // nobody reads us any more
-        set_stop_answer(at.step, run.unsaved());
+        set_stop_answer(run.unsaved());
         const bool finished = at.step >= run.steps;
         auto due = [&](int64_t every) { return every > 0 && (finished || at.step % every == 0); };
         if (!finished && !run.ready && run.train.error.empty()) load_tokens(run);
