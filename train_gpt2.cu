@@ -75,7 +75,6 @@ equal to the bit. Sections between "==== twin" marks stand in train_llama.cu too
 #include <stdlib.h>
 #include <string.h>
 #include <sys/file.h>
-#include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/statvfs.h>
 #include <time.h>
@@ -148,12 +147,13 @@ const char* program_name = "train_gpt2";
 }
 #define fail(...) fail_status(1, __VA_ARGS__)
 #define fail_usage(...) fail_status(2, __VA_ARGS__)
+#define warn(format, ...) fprintf(stderr, "%s: " format "\n", program_name, ##__VA_ARGS__)
 
 // Every other way out: what was printed must have arrived, or a script takes half an answer for a whole one.
 [[noreturn]] void leave(int status) {
     const int error = fflush(stdout) != 0 ? errno : 0;
     if (error || ferror(stdout)) {
-        fprintf(stderr, "%s: could not write all of the output: %s\n", program_name, error ? strerror(error) : "an earlier write failed");
+        warn("could not write all of the output: %s", error ? strerror(error) : "an earlier write failed");
         if (status == 0) status = 1;
     }
     exit(status);
@@ -206,9 +206,8 @@ inline void check_vec(const char* what, int n) {   // for launchers: their kerne
     if (n % VEC != 0) fail("%s is %d: expected a multiple of %d, because a thread takes %d neighbouring elements", what, n, VEC, VEC);
 }
 
-// exp(x) and 1/x. The hardware has instructions for 2^x and for 1/x that are right to 22 bits; exact ones take about ten
-// instructions. A kernel that runs at the speed of memory has time for about 30 instructions per element, so bf16 builds use the
-// fast ones.
+// exp(x) and 1/x. The hardware has instructions for 2^x and for 1/x that are right to 22 bits; exact ones take about ten instructions.
+// A kernel that runs at the speed of memory has time for about 30 instructions per element, so bf16 builds use the fast ones.
 constexpr float LOG2E = 1.4426950408889634f;
 __device__ inline float exp_2(float x) {
 #ifdef __CUDACC__
@@ -318,8 +317,7 @@ constexpr bool kRMSNorm = false;   // GPT-2 has LayerNorm
 // ---- embedding
 
 // out[b,t,:] = wte[token[b,t],:] + wpe[t,:]. A thread makes 8 neighbouring channels. (dev/cuda/embedding.cu)
-__global__ void embedding_forward_kernel(floatX* out, const int* tokens, const floatX* wte, const floatX* wpe, size_t n, int T,
-                                         int C) {
+__global__ void embedding_forward_kernel(floatX* out, const int* tokens, const floatX* wte, const floatX* wpe, size_t n, int T, int C) {
     size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC;
     if (i >= n) return;
     size_t bt = i / C;
@@ -328,11 +326,9 @@ __global__ void embedding_forward_kernel(floatX* out, const int* tokens, const f
     e += load(wpe + (bt % T) * C + c);
     store(out + i, e);
 }
-
-void embedding_forward(floatX* out,         // (B, T, C)
-                       const int* tokens,   // (B, T)
-                       const floatX* wte,   // (Vp, C)
-                       const floatX* wpe,   // (maxT, C)
+void embedding_forward(floatX* out,                               // (B, T, C)
+                       const int* tokens,                         // (B, T)
+                       const floatX* wte, const floatX* wpe,      // (Vp, C), (maxT, C)
                        int B, int T, int C, cudaStream_t stream) {
     check_vec("embedding_forward: C", C);
     size_t n = (size_t)B * T * C;
@@ -374,7 +370,6 @@ __global__ void embedding_backward_wpe_kernel(Grad dwpe, const floatX* dout, int
     for (int b = 0; b < B; b++) sum += load(dout + (size_t)b * T * C + i);
     grad_store_vec(dwpe, i, sum);
 }
-
 void embedding_backward(Grad dwte,                // (Vp, C) or null; rows of tokens that do not occur are not written
                         Grad dwpe,                // (maxT, C) or null; rows from T on are not written
                         const floatX* dout,       // (B, T, C)
@@ -399,9 +394,8 @@ void embedding_backward(Grad dwte,                // (Vp, C) or null; rows of to
 //     d[1] = 10 20 30 40 50 60 70 80      warp 0 takes rows 0, 8, 16 ..., warp 1 rows 1, 9, 17 ..., so each read is contiguous
 //     sum  = 11 22 33 44 55 66 77 88      the block then adds its 8 warps' sums, in their order
 //
-// Rows are cut into slices, one per block, so that there are enough blocks; a second kernel adds the slices' sums in their order.
-// The number of slices depends on the shape alone, never on the GPU, so the result has the same bits everywhere.
-// (dev/cuda/matmul.cu)
+// Rows are cut into slices, one per block, so that there are enough blocks; a second kernel adds the slices' sums in their order. The
+// number of slices depends on the shape alone, never on the GPU, so the result has the same bits everywhere. (dev/cuda/matmul.cu)
 constexpr int COLSUM_SLICES = 64;
 inline int colsum_slices(int rows) { return std::clamp(rows / 64, 1, COLSUM_SLICES); }
 // The norm's backward has small blocks, so it cuts the rows into more slices.
@@ -471,9 +465,8 @@ void colsum_finish(ColsumOut out, int sums, const float* partial, int slices, in
     cudaCheck(cudaGetLastError());
 }
 
-void bias_backward(Grad dbias,           // (OC)
-                   float* scratch,       // COLSUM_SLICES * OC floats
-                   const floatX* dout,   // (rows, OC)
+void bias_backward(Grad dbias, float* scratch,   // (OC); COLSUM_SLICES * OC floats
+                   const floatX* dout,           // (rows, OC)
                    bool accumulate, int rows, int OC, cudaStream_t stream) {
     check_vec("bias_backward: OC", OC);
     if (dbias.p == nullptr) return;
@@ -541,14 +534,11 @@ __global__ void add_norm_forward_kernel(floatX* residual, floatX* out, float* me
 
 // residual may be inp or add, and out may be add: a lane reads an element before it writes it.
 template <bool MS_LN, bool RMS = kRMSNorm>
-void add_norm_forward(floatX* residual,     // (rows, C) out: inp + add; null: not wanted
-                      floatX* out,          // (rows, C)
-                      float* mean,          // (rows); MS_LN, RMS: not written
-                      float* rstd,          // (rows)
-                      const floatX* inp,    // (rows, C)
-                      const floatX* add,    // (rows, C) or null
-                      const floatX* gamma,  // (C); MS_LN: not read
-                      const floatX* beta,   // (C); MS_LN, RMS: not read
+void add_norm_forward(floatX* residual,                           // (rows, C) out: inp + add; null: not wanted
+                      floatX* out,                                // (rows, C)
+                      float* mean, float* rstd,                   // (rows) each; MS_LN, RMS: no mean is written
+                      const floatX* inp, const floatX* add,       // (rows, C) each; add may be null
+                      const floatX* gamma, const floatX* beta,    // (C) each; MS_LN: neither is read, RMS: no beta
                       int rows, int C, cudaStream_t stream) {
     check_vec("add_norm_forward: C", C);
     const int most = 48 * 1024 / sizeof(floatX);
@@ -629,18 +619,14 @@ add_norm_backward_kernel(floatX* dresidual, float* partial, const floatX* dout, 
         if constexpr (!RMS) store(partial + 2 * sums + at, sum_dout);
     }
 }
-
 template <bool MS_LN, bool RMS = kRMSNorm>
 void add_norm_backward(floatX* dresidual,    // (rows, C), added to if accumulate_residual
                        Grad dbias,           // (C) column sums of dresidual as it comes out, or null
-                       Grad dgamma,          // (C) or null; MS_LN: not written, nor is dbeta
-                       Grad dbeta,           // (C) or null; RMS: not written
+                       Grad dgamma, Grad dbeta,   // (C) or null; MS_LN: neither is written, RMS: no dbeta
                        float* scratch,       // colsum_scratch(C) floats
                        const floatX* dout,   // (rows, C)
                        const floatX* kept,   // (rows, C): x; MS_LN: z
-                       const float* mean,    // (rows); MS_LN, RMS: not read
-                       const float* rstd,    // (rows)
-                       const floatX* gamma,  // (C)
+                       const float* mean, const float* rstd, const floatX* gamma,   // (rows); (rows); (C). MS_LN, RMS: no mean
                        bool accumulate_residual, bool accumulate, int rows, int C, cudaStream_t stream) {
     check_vec("add_norm_backward: C", C);
     int slices = norm_slices(rows), threads = std::min(ceil_div(C, 32 * VEC) * 32, NORM_THREADS);
@@ -651,8 +637,7 @@ void add_norm_backward(floatX* dresidual,    // (rows, C), added to if accumulat
 }
 
 // ---- matmul, by cuBLASLt
-// cuBLASLt stores a matrix by columns (column-major), we by rows (row-major). The same memory, read the other way, is the
-// transpose:
+// cuBLASLt stores a matrix by columns (column-major), we by rows (row-major). The same memory, read the other way, is the transpose:
 //
 //     memory 1 2 3 4 5 6     row-major 2 x 3:  1 2 3     column-major 3 x 2:  1 4
 //                                              4 5 6                          2 5
@@ -775,19 +760,16 @@ void matmul(void* D, DType out, const floatX* A, const floatX* B, const MatmulSh
 }
 
 // out = inp W^T + bias
-void matmul_forward(floatX* out,           // (rows, OC)
-                    const floatX* inp,     // (rows, C)
-                    const floatX* weight,  // (OC, C)
-                    const floatX* bias,    // (OC) or null
+void matmul_forward(floatX* out, const floatX* inp,              // (rows, OC), (rows, C)
+                    const floatX* weight, const floatX* bias,    // (OC, C), (OC) or null
                     int rows, int C, int OC, cudaStream_t stream) {
     matmul(out, FLOATX, weight, inp, {OC, rows, C, true, false}, false, stream,
            bias ? CUBLASLT_EPILOGUE_BIAS : CUBLASLT_EPILOGUE_DEFAULT, bias);
 }
 
 // dinp = dout W, or with gelu_inp, where forward computed inp = GELU(gelu_inp), dinp = (dout W) * GELU'(gelu_inp)
-void matmul_backward_input(floatX* dinp,          // (rows, C)
-                           const floatX* dout,    // (rows, OC)
-                           const floatX* weight,  // (OC, C)
+void matmul_backward_input(floatX* dinp,                                 // (rows, C)
+                           const floatX* dout, const floatX* weight,     // (rows, OC), (OC, C)
                            int rows, int C, int OC, cudaStream_t stream,
                            const void* gelu_inp = nullptr) {   // (rows, C) floatX or null
     matmul(dinp, FLOATX, weight, dout, {C, rows, OC, false, false}, false, stream,
@@ -795,9 +777,8 @@ void matmul_backward_input(floatX* dinp,          // (rows, C)
 }
 
 // dW (+)= dout^T inp
-void matmul_backward_weight(Grad dweight,        // (OC, C)
-                            const floatX* dout,  // (rows, OC)
-                            const floatX* inp,   // (rows, C)
+void matmul_backward_weight(Grad dweight,                             // (OC, C)
+                            const floatX* dout, const floatX* inp,    // (rows, OC), (rows, C)
                             bool accumulate, int rows, int C, int OC, cudaStream_t stream) {
     matmul(dweight.p, dweight.type, inp, dout, {C, OC, rows, false, true}, accumulate, stream);
 }
@@ -992,7 +973,6 @@ attention_backward_kernel(floatX* dqkv, float* delta, const floatX* dout, const 
     att_store_row(dqkv + row_a, sum_x, share, HS, shape.scale);
     if constexpr (KEYS) att_store_row(dqkv + row_v, sum_y, share, HS, 1);
 }
-
 template <int SHARES>
 void attention_forward_launch(floatX* out, float* lse, const floatX* qkv, int B, AttShape shape, cudaStream_t stream) {
     int heads = B * shape.NH, blocks = heads * ceil_div(shape.T, ATT_ROWS);
@@ -1080,11 +1060,9 @@ __global__ void act_backward_kernel(floatX* d, float* partial, const ActKept<BIT
     }
     colsum_store(partial, sum, shared, at, columns);
 }
-
 template <int BITS>
 void act_backward(floatX* d,                  // (rows, OC) in: gradient of the output (if fused: of the input), out: of the input
-                  Grad dbias,                 // (OC) or null
-                  float* scratch,             // COLSUM_SLICES * OC floats
+                  Grad dbias, float* scratch, // (OC) or null; COLSUM_SLICES * OC floats
                   const ActKept<BITS>* kept,  // (rows, OC) what forward kept
                   bool accumulate, int rows, int OC, cudaStream_t stream) {
     check_vec("act_backward: OC", OC);
@@ -1095,20 +1073,11 @@ void act_backward(floatX* d,                  // (rows, OC) in: gradient of the 
     colsum_finish({dbias}, 1, scratch, slices, OC, accumulate, stream);
 }
 
-// The activation once more, where forward kept its input and not its output.
-template <int BITS>
-void act_recompute(floatX* out, const ActKept<BITS>* kept, int rows, int OC, cudaStream_t stream) {   // (rows, OC) both
-    if constexpr (BITS == 0) act_forward<0>(out, nullptr, kept, nullptr, rows, OC, stream);
-    else fail("codes of %d bits do not give an activation back", BITS);
-}
-
 // out = GELU(inp W^T + bias)
 template <int BITS>
 void matmul_act_forward(floatX* out,           // (rows, OC)
                         ActKept<BITS>* kept,   // (rows, OC) for backward
-                        const floatX* inp,     // (rows, C)
-                        const floatX* weight,  // (OC, C)
-                        const floatX* bias,    // (OC)
+                        const floatX* inp, const floatX* weight, const floatX* bias,   // (rows, C), (OC, C), (OC)
                         int rows, int C, int OC, cudaStream_t stream) {
     if constexpr (BITS > 0) {   // the codes are made in the pass that adds the bias and takes GELU, in place of the matmul's output
         matmul_forward(out, inp, weight, nullptr, rows, C, OC, stream);
@@ -1177,10 +1146,8 @@ classifier_kernel(floatX* logits, float* losses, const int* targets, float dloss
         store(x + c, f);
     }
 }
-
-void classifier(floatX* logits,      // (rows, Vp); out, if train: their gradient
-                float* losses,       // (rows), nats
-                const int* targets,  // (rows)
+void classifier(floatX* logits,                           // (rows, Vp); out, if train: their gradient
+                float* losses, const int* targets,        // (rows) each; losses in nats
                 float dloss, bool train, int rows, int V, int Vp, cudaStream_t stream) {
     check_vec("classifier: Vp", Vp);
     int threads = std::clamp(ceil_div(Vp, 32 * VEC), 1, 32) * 32;
@@ -1231,19 +1198,11 @@ template <int BITS> __device__ inline void codes_store(uint8_t* codes, size_t i,
         for (int j = 0; j < (1 << BITS) - 1; j++) code += !(x[e] <= h.threshold[j]);   // NaN is above them all: its slope is 1
         bits |= code << (BITS * e);
     }
-    uint8_t* p = codes + i / 8 * BITS;
-    if constexpr (BITS == 1) *p = (uint8_t)bits;
-    if constexpr (BITS == 2) *(uint16_t*)p = (uint16_t)bits;
-    if constexpr (BITS == 3) p[0] = (uint8_t)bits, p[1] = (uint8_t)(bits >> 8), p[2] = (uint8_t)(bits >> 16);
-    if constexpr (BITS == 4) *(uint32_t*)p = bits;
+    memcpy(__builtin_assume_aligned(codes + i / 8 * BITS, BITS == 3 ? 1 : BITS), &bits, BITS);
 }
 template <int BITS> __device__ inline Floats codes_slope(const uint8_t* codes, size_t i, const StepFunction<BITS>& h) {
-    const uint8_t* p = codes + i / 8 * BITS;
-    uint32_t bits;
-    if constexpr (BITS == 1) bits = *p;
-    if constexpr (BITS == 2) bits = *(const uint16_t*)p;
-    if constexpr (BITS == 3) bits = p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16;
-    if constexpr (BITS == 4) bits = *(const uint32_t*)p;
+    uint32_t bits = 0;
+    memcpy(&bits, __builtin_assume_aligned(codes + i / 8 * BITS, BITS == 3 ? 1 : BITS), BITS);
     Floats slope;
     for (int e = 0; e < VEC; e++) {
         uint32_t code = bits >> (BITS * e) & ((1u << BITS) - 1);
@@ -1256,26 +1215,23 @@ template <int BITS> __device__ inline Floats codes_slope(const uint8_t* codes, s
 // ==== end twin
 
 // GELU's step functions. 2 bits: the published constants. The others: dev/bench/fit_codes.py --function gelu-tanh --bits 1 3 4
-template <int BITS> __host__ __device__ constexpr StepFunction<BITS> gelu_steps();
-template <> __host__ __device__ constexpr StepFunction<1> gelu_steps<1>() {   // one ramp that tends to 0 and to x can only be ReLU
-    return {{0.0f}, {0.0f, 1.0f}};
-}
-template <> __host__ __device__ constexpr StepFunction<2> gelu_steps<2>() {
-    return {{-3.1858810036855245f, -0.001178821281161997f, 3.190832613414926f},
-            {0.0f, -0.04922261145617846f, 1.0487405950855512f, 1.0f}};
-}
-template <> __host__ __device__ constexpr StepFunction<3> gelu_steps<3>() {
-    return {{-2.9972859385280213f, -2.1488463684062844f, -0.7608586392290613f, -0.2515809720689709f, 0.20736940553018035f,
-             0.7067004792221089f, 2.5120639678674554f}, {0.0f, -0.03436933715760716f, -0.1104116083111237f,
-             0.13309324477783385f, 0.4825500349993143f, 0.836471697046971f, 1.1009140236400419f, 1.0f}};
-}
-template <> __host__ __device__ constexpr StepFunction<4> gelu_steps<4>() {
-    return {{-3.2125623784944564f, -2.470226078578352f, -1.9301573926352051f, -0.9990627037669311f, -0.6983753968787401f,
-             -0.4478969481798776f, -0.21942982452889515f, 0.0f, 0.21942982452889515f, 0.4478969481798776f,
-             0.6983753968787401f, 0.9990627037669311f, 1.9301573926352051f, 2.470226078578352f, 3.2125623784944564f}, {0.0f,
-             -0.01871599826999576f, -0.065327636824561f, -0.12052456782615412f, -0.036094219827852825f, 0.09054754833464024f,
-             0.2440949329673331f, 0.41302162626973654f, 0.5869783737302634f, 0.755905067032667f, 0.9094524516653597f,
-             1.0360942198278529f, 1.1205245678261542f, 1.065327636824561f, 1.0187159982699958f, 1.0f}};
+template <int BITS> __host__ __device__ constexpr StepFunction<BITS> gelu_steps() {
+    if constexpr (BITS == 1) return {{0.0f}, {0.0f, 1.0f}};   // one ramp that tends to 0 and to x can only be ReLU
+    else if constexpr (BITS == 2)
+        return {{-3.1858810036855245f, -0.001178821281161997f, 3.190832613414926f},
+                {0.0f, -0.04922261145617846f, 1.0487405950855512f, 1.0f}};
+    else if constexpr (BITS == 3)
+        return {{-2.9972859385280213f, -2.1488463684062844f, -0.7608586392290613f, -0.2515809720689709f, 0.20736940553018035f,
+                 0.7067004792221089f, 2.5120639678674554f},
+                {0.0f, -0.03436933715760716f, -0.1104116083111237f, 0.13309324477783385f, 0.4825500349993143f, 0.836471697046971f,
+                 1.1009140236400419f, 1.0f}};
+    else
+        return {{-3.2125623784944564f, -2.470226078578352f, -1.9301573926352051f, -0.9990627037669311f, -0.6983753968787401f,
+                 -0.4478969481798776f, -0.21942982452889515f, 0.0f, 0.21942982452889515f, 0.4478969481798776f, 0.6983753968787401f,
+                 0.9990627037669311f, 1.9301573926352051f, 2.470226078578352f, 3.2125623784944564f},
+                {0.0f, -0.01871599826999576f, -0.065327636824561f, -0.12052456782615412f, -0.036094219827852825f, 0.09054754833464024f,
+                 0.2440949329673331f, 0.41302162626973654f, 0.5869783737302634f, 0.755905067032667f, 0.9094524516653597f,
+                 1.0360942198278529f, 1.1205245678261542f, 1.065327636824561f, 1.0187159982699958f, 1.0f}};
 }
 
 template <int BITS> __device__ inline void act_keep(ActKept<BITS>* kept, size_t i, const Floats& x) {
@@ -1297,9 +1253,8 @@ template <int BITS> __device__ inline Floats act_slope(const ActKept<BITS>* kept
 // ==== twin: MS-LN
 // ---- MS-LN: one tensor for a norm and its matmul
 // The norm's backward needs z = (x - mean) * rstd, and the matmul after the norm needs its own input, gamma * z + beta. The matmul
-// computes y = (gamma * z + beta) W^T + b. With W' = W * gamma (by columns) and b' = b + W beta that is y = z W'^T + b': now z is
-// the input of the matmul too, and one tensor serves both. x, the residual stream, need not be kept. gamma and beta stay
-// parameters:
+// computes y = (gamma * z + beta) W^T + b. With W' = W * gamma (by columns) and b' = b + W beta that is y = z W'^T + b': now z is the
+// input of the matmul too, and one tensor serves both. x, the residual stream, need not be kept. gamma and beta stay parameters:
 //     forward            W', b' into scratch (fold), then the matmul
 //     backward           dz = (dy W) * gamma; the usual weight gradient, of z instead of the norm's output, sums G = dy^T z in dW
 //     once per step      dgamma = colsum(G * W), dbeta = W^T db, dW = G * gamma + db beta^T   (unfold)
@@ -1326,13 +1281,9 @@ __global__ void norm_fold_kernel(floatX* folded, floatX* folded_bias, const floa
     sum = warp_sum(sum);
     if (bias != nullptr && lane == 0) folded_bias[row] = (floatX)((float)bias[row] + sum);
 }
-
-void norm_fold(floatX* folded,       // (OC, C) W'
-               floatX* folded_bias,  // (OC) b'
-               const floatX* weight, // (OC, C)
-               const floatX* bias,   // (OC), or null: then there is no b', and no beta
-               const floatX* gamma,  // (C)
-               const floatX* beta,   // (C) or null
+void norm_fold(floatX* folded, floatX* folded_bias,         // (OC, C) W', (OC) b'
+               const floatX* weight, const floatX* bias,    // (OC, C), (OC) or null: then there is no b', and no beta
+               const floatX* gamma, const floatX* beta,     // (C), (C) or null
                int OC, int C, cudaStream_t stream) {
     check_vec("norm_fold: C", C);
     norm_fold_kernel<<<ceil_div(OC, 8), 256, 0, stream>>>(folded, folded_bias, weight, bias, gamma, beta, OC, C);
@@ -1362,15 +1313,11 @@ __global__ void norm_unfold_kernel(Grad dweight, float* partial_gamma, float* pa
     colsum_store(partial_gamma, sum_gamma, shared, at, C);
     if (beta != nullptr) colsum_store(partial_beta, sum_beta, shared, at, C);
 }
-
-void norm_unfold(Grad dweight,         // (OC, C) in: G, out: dW
-                 Grad dgamma,          // (C)
-                 Grad dbeta,           // (C) or null
-                 float* scratch,       // 2 * COLSUM_SLICES * C floats
-                 Grad dbias,           // (OC); not read without beta
-                 const floatX* weight, // (OC, C)
-                 const floatX* gamma,  // (C)
-                 const floatX* beta,   // (C) or null
+void norm_unfold(Grad dweight,                               // (OC, C) in: G, out: dW
+                 Grad dgamma, Grad dbeta,                    // (C), (C) or null
+                 float* scratch,                             // 2 * COLSUM_SLICES * C floats
+                 Grad dbias, const floatX* weight,           // (OC), not read without beta; (OC, C)
+                 const floatX* gamma, const floatX* beta,    // (C), (C) or null
                  int OC, int C, cudaStream_t stream) {
     check_vec("norm_unfold: C", C);
     int slices = colsum_slices(OC);
@@ -1552,8 +1499,7 @@ __device__ inline void tc_scores(float (&scores)[N][TC_M<HS>][4], TcRows<HS>& a,
 }
 // sums += a (16 M x 16) times rows [row, row + 16) of a tile
 template <int HS>
-__device__ inline void tc_add(TcSums<HS>& sums, const uint32_t (&a)[TC_M<HS>][4], const TileReader<HS>& read, uint32_t tile,
-                              int row) {
+__device__ inline void tc_add(TcSums<HS>& sums, const uint32_t (&a)[TC_M<HS>][4], const TileReader<HS>& read, uint32_t tile, int row) {
 #pragma unroll
     for (int i = 0; i < HS / 16; i++) {
         uint32_t b[4];
@@ -1868,14 +1814,11 @@ void attention_forward(floatX* out,        // (B, T, NH*HS)
 inline size_t attention_scratch(size_t B, size_t T, size_t NH, size_t NKV, size_t HS) {   // floats that backward takes for dbias
     return std::max((size_t)COLSUM_SLICES, B * ceil_div(T, 64)) * (NH + 2 * NKV) * HS;
 }
-void attention_backward(floatX* dqkv,        // (B, T, (NH + 2 NKV)*HS)
-                        Grad dbias,          // ((NH + 2 NKV)*HS) column sums of dqkv; a null pointer: not wanted
-                        float* delta,        // (B, NH, T) scratch
-                        float* scratch,      // attention_scratch(B, T, NH, NKV, HS); only used for dbias
-                        const floatX* dout,  // (B, T, NH*HS)
-                        const floatX* qkv,   // (B, T, (NH + 2 NKV)*HS)
-                        const floatX* out,   // (B, T, NH*HS)
-                        const float* lse,    // (B, NH, T)
+void attention_backward(floatX* dqkv,                               // (B, T, (NH + 2 NKV)*HS)
+                        Grad dbias,                                 // ((NH + 2 NKV)*HS) column sums of dqkv; null: not wanted
+                        float* delta, float* scratch,               // (B, NH, T); for dbias attention_scratch(B, T, NH, NKV, HS) floats
+                        const floatX* dout, const floatX* qkv,      // (B, T, NH*HS), as dqkv
+                        const floatX* out, const float* lse,        // (B, T, NH*HS), (B, NH, T)
                         bool accumulate, int B, int T, int NH, int NKV, int HS, cudaStream_t stream) {
     auto run = HS <= 32 ? attention_backward_launch<1> : HS <= 64 ? attention_backward_launch<2> : attention_backward_launch<4>;
     if constexpr (!kFP32) run = HS == 64 ? attention_backward_tc<64> : HS == 128 ? attention_backward_tc<128> : run;
@@ -2060,6 +2003,8 @@ void nccl_check(ncclResult_t result, const char* file, int line) {
     if (result != ncclSuccess) fail("%s:%d: NCCL says \"%s\" (NCCL_DEBUG=INFO tells more)", file, line, ncclGetErrorString(result));
 }
 #define ncclCheck(call) nccl_check((call), __FILE__, __LINE__)
+#else
+#define ncclCheck(call) (void)0   // in a world of one nothing is asked of NCCL
 #endif
 
 void world_init(int* argc, char*** argv) {
@@ -2076,8 +2021,6 @@ void world_init(int* argc, char*** argv) {
     MPI_Comm_rank(world.local, &world.local_rank);
     const std::string remedy = "MPI does not know of the others; start it with mpirun, or with the --mpi that srun --mpi=list shows";
 #else
-    (void)argc;
-    (void)argv;
     const std::string remedy = std::string("this program was built for one; build with: make ") + program_name + " MULTI_GPU=1";
 #endif
     // How many processes did a launcher start? In the shell of a SLURM job SLURM_NTASKS is set too: a step's tasks count.
@@ -2105,8 +2048,6 @@ void world_check_device(int device) {
         if (strcmp(&all[r * sizeof mine], mine) == 0)
             fail("processes %d and %d of the %d on this machine share the GPU at %s; expected a GPU for each: start fewer, or have "
                  "the launcher show each its own", r, world.local_rank, ranks, mine);
-#else
-    (void)device;
 #endif
 }
 void world_connect() {   // after cudaSetDevice
@@ -2118,47 +2059,36 @@ void world_connect() {   // after cudaSetDevice
 #endif
 }
 void world_end() {
-#ifdef MULTI_GPU
-    if (world.nccl != nullptr) ncclCheck(ncclCommDestroy(world.nccl));
-#endif
+    if (world.size > 1) ncclCheck(ncclCommDestroy(world.nccl));
 }
+double world_reduce(double mine, bool least) {   // of numbers on the host: their sum, or the least
+    double out = mine;
 #ifdef MULTI_GPU
-void world_barrier() { MPI_Barrier(MPI_COMM_WORLD); }
-double world_reduce(double mine, MPI_Op op) {   // of a number on the host
-    double out = 0;
-    MPI_Allreduce(&mine, &out, 1, MPI_DOUBLE, op, MPI_COMM_WORLD);
+    MPI_Allreduce(&mine, &out, 1, MPI_DOUBLE, least ? MPI_MIN : MPI_SUM, MPI_COMM_WORLD);
+#endif
     return out;
 }
-double world_sum(double mine) { return world_reduce(mine, MPI_SUM); }
-double world_min(double mine) { return world_reduce(mine, MPI_MIN); }
+double world_sum(double mine) { return world_reduce(mine, false); }
+double world_min(double mine) { return world_reduce(mine, true); }
+void world_barrier() { world_sum(0); }
 void world_sum_floats(float* x, size_t n, cudaStream_t stream) {   // on the device, in place
     if (world.size > 1) ncclCheck(ncclAllReduce(x, x, n, ncclFloat, ncclSum, world.nccl, stream));
 }
 // Sums a gradient over the ranks, in place: all of it, or this rank's share alone.
 void world_reduce_gradient(Grad grad, size_t n, cudaStream_t stream) {
     if (world.size == 1) return;
-    ncclDataType_t type = grad.type == F32 ? ncclFloat : ncclBfloat16;
     if (world_shards(n))
-        ncclCheck(ncclReduceScatter(grad.p, (grad + shard_offset(n)).p, shard_size(n), type, ncclSum, world.nccl, stream));
-    else ncclCheck(ncclAllReduce(grad.p, grad.p, n, type, ncclSum, world.nccl, stream));
+        ncclCheck(ncclReduceScatter(grad.p, (grad + shard_offset(n)).p, shard_size(n), grad.type == F32 ? ncclFloat : ncclBfloat16, ncclSum,
+                                    world.nccl, stream));
+    else ncclCheck(ncclAllReduce(grad.p, grad.p, n, grad.type == F32 ? ncclFloat : ncclBfloat16, ncclSum, world.nccl, stream));
 }
 void world_gather_param(floatX* param, size_t n, cudaStream_t stream) {
     if (!world_shards(n)) return;
-    ncclDataType_t type = kFP32 ? ncclFloat : ncclBfloat16;
-    ncclCheck(ncclAllGather(param + shard_offset(n), param, shard_size(n), type, world.nccl, stream));
+    ncclCheck(ncclAllGather(param + shard_offset(n), param, shard_size(n), kFP32 ? ncclFloat : ncclBfloat16, world.nccl, stream));
 }
 void world_group(bool begin) {   // NCCL runs what is asked for in between as one launch
     if (world.size > 1) ncclCheck(begin ? ncclGroupStart() : ncclGroupEnd());
 }
-#else
-void world_barrier() {}
-double world_sum(double mine) { return mine; }
-double world_min(double mine) { return mine; }
-void world_sum_floats(float*, size_t, cudaStream_t) {}
-void world_reduce_gradient(Grad, size_t, cudaStream_t) {}
-void world_gather_param(floatX*, size_t, cudaStream_t) {}
-void world_group(bool) {}
-#endif
 bool world_any(bool mine) { return world_min(mine ? -1 : 0) < 0; }   // did it happen on any rank? (Ctrl-C, an error)
 
 // ==== 7. the model ===============================================================================================================
@@ -2224,8 +2154,7 @@ void table_allocate(Table& table) {
             }
             size_t free_bytes = 0, total = 0;
             cudaMemGetInfo(&free_bytes, &total);
-            fail(
-                "out of memory at %s (%.1f MiB): the plan takes %.1f MiB, the device has room for %.1f MiB (%.1f MiB in all).\n"
+            fail("out of memory at %s (%.1f MiB): the plan takes %.1f MiB, the device has room for %.1f MiB (%.1f MiB in all).\n"
                 "  The three largest tensors, and what makes each smaller:%s\n"
                 "  --estimate prints the whole plan without a GPU; --batch auto takes the largest batch that fits.",
                 r.name.c_str(), r.bytes() / 1048576.0, table_bytes(table) / 1048576.0, (device_bytes + free_bytes) / 1048576.0,
@@ -2318,8 +2247,7 @@ struct Config {
 enum Param { WTE, WPE, LN1W, LN1B, QKVW, QKVB, ATTPROJW, ATTPROJB, LN2W, LN2B, FCW, FCB, FCPROJW, FCPROJB, LNFW, LNFB, NUM_PARAMS };
 constexpr int HEAD = WTE;   // the weight of the lm-head is the embedding ("tied"): its gradient comes from both
 
-// The initial values of a tensor. The projections that add to the residual stream start smaller by sqrt(2L), because 2L of them
-// add up.
+// The initial values of a tensor. The projections that add to the residual stream start smaller by sqrt(2L), because 2L of them add up.
 enum Init { ZEROS, ONES, NORMAL, NORMAL_RESIDUAL };
 struct ParamShape {
     const char* name;
@@ -2397,20 +2325,18 @@ inline size_t plan_chunk_rows(const Plan& p) {
 // What forward keeps for backward, as in the figure at the top of this file: in Model the tensors of all layers, and from
 // model_layer those of one.
 struct LayerTensors {
-    floatX* resid;      // (B, T, C)      the stream before the block: not a tensor of its own
-    floatX* ln1;        // (B, T, C)      MS_NORM: z; -r 2: scratch_ln, for all layers
-    float* ln1_mean;    // (B, T)         MS_NORM: null
-    float* ln1_rstd;    // (B, T)
-    floatX* qkv;        // (B, T, 3C)
-    floatX* atty;       // (B, T, C)
-    float* lse;         // (B, NH, T)     attention's log of the sum of exp(score), of each query
-    floatX* resid_mid;  // (B, T, C)      MS_NORM: resid_in, for all layers
-    floatX* ln2;        // (B, T, C)      as ln1
-    float* ln2_mean;    // (B, T)
-    float* ln2_rstd;    // (B, T)
-    ActKept<kActBits>* fch;   // (B, T, 4C)  APPROX_ACT: its codes
-    floatX* fch_gelu;   // (B, T, 4C)     -r 1, 2: scratch_4c, for all layers
-    floatX* resid_out;  // (B, T, C)      MS_NORM: resid_in, for all layers
+    floatX* resid;                     // (B, T, C)      the stream before the block: not a tensor of its own
+    floatX* ln1;                       // (B, T, C)      MS_NORM: z; -r 2: scratch_ln, for all layers
+    float *ln1_mean, *ln1_rstd;        // (B, T)         MS_NORM: no mean
+    floatX* qkv;                       // (B, T, 3C)
+    floatX* atty;                      // (B, T, C)
+    float* lse;                        // (B, NH, T)     attention's log of the sum of exp(score), of each query
+    floatX* resid_mid;                 // (B, T, C)      MS_NORM: resid_in, for all layers
+    floatX* ln2;                       // (B, T, C)      as ln1
+    float *ln2_mean, *ln2_rstd;        // (B, T)
+    ActKept<kActBits>* fch;            // (B, T, 4C)     APPROX_ACT: its codes
+    floatX* fch_gelu;                  // (B, T, 4C)     -r 1, 2: scratch_4c, for all layers
+    floatX* resid_out;                 // (B, T, C)      MS_NORM: resid_in, for all layers
 };
 
 // Null pointers: what the run does not need.
@@ -2421,26 +2347,21 @@ struct Model {
     // parameters, and what training keeps for each
     floatX* param[NUM_PARAMS];
     Grad grad[NUM_PARAMS];
-    float* m[NUM_PARAMS];        // (shard_size), as are the next two
-    float* v[NUM_PARAMS];
-    float* master[NUM_PARAMS];
+    float *m[NUM_PARAMS], *v[NUM_PARAMS], *master[NUM_PARAMS];   // (shard_size) each
     LayerTensors kept;           // with L in front of the shapes
     floatX* resid_in;   // (B, T, C)      the residual stream before the first block; MS_NORM: one running stream, for all blocks
-    float* lnf_mean;    // (B, T)
-    float* lnf_rstd;    // (B, T)
+    float *lnf_mean, *lnf_rstd;   // (B, T) each
     // buffers
     floatX* scratch_c;  // (B, T, C)      a matmul's output before it is added to the stream; gradients of that shape
     floatX* lnf;        // (B, T, C)      in scratch_c: the final norm's output, then, chunk by chunk, its gradient
     floatX* scratch_4c; // (B, T, 4C)     GELU's output where it is not kept; gradients of fch and qkv
     floatX* scratch_ln; // (B, T, C)      -r 2: a norm's output
-    floatX* fold_w;     // (4C, C)        MS_NORM: a weight with its norm's gamma folded in
-    floatX* fold_b;     // (4C)           and a bias with its norm's beta
+    floatX *fold_w, *fold_b;   // (4C, C), (4C)  MS_NORM: a weight and a bias with their norm's gamma and beta folded in
     floatX* dresid;     // (B, T, C)      gradient of the residual stream
     float* delta;       // (B, NH, T)     attention's backward
     floatX* logits;     // (chunk, Vp)    of one chunk of rows; then their gradient
     float* losses;      // (B, T)
-    float* colsum;      // partial sums of bias and norm gradients
-    float* squares;     // partial sums of squared gradients
+    float *colsum, *squares;   // partial sums: of bias and norm gradients, of squared gradients
     int* tokens;        // inputs, targets, and the inputs sorted: see tokens_sort
     StepState* state;   // loss, norm, verdict
     void* workspace;    // cuBLASLt's
@@ -2610,28 +2531,19 @@ __global__ void widen_kernel(float* out, const floatX* inp, size_t n) {
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i < n) out[i] = (float)inp[i];
 }
-// Master weights as their bf16 weights are: for a model whose file had no more than that.
-void model_master_from_params(Model& model) {
+// GPT-2's initialisation: weights from N(0, 0.02), or less (enum Init); padding rows of wte 0. Master weights begin as they are.
+void model_init(Model& model) {
     for (int p = 0; p < NUM_PARAMS; p++) {
-        size_t n = param_shape(model.config, p).elements();
+        const ParamShape s = param_shape(model.config, p);
+        const size_t n = s.elements(), drawn = s.init < NORMAL ? 0 : p == WTE ? (size_t)model.config.V * model.config.C : n;
+        const float std = s.init == NORMAL_RESIDUAL ? 0.02f / sqrtf(2.0f * model.config.L) : 0.02f, constant = s.init == ONES ? 1 : 0;
+        init_kernel<<<ceil_div(n, 256), 256, 0, model.stream>>>(model.param[p], n, drawn, std, constant, model.seed, p);
+        cudaCheck(cudaGetLastError());
         if (model.master[p] == nullptr) continue;
         const size_t share = shard_size(n);
         widen_kernel<<<ceil_div(share, 256), 256, 0, model.stream>>>(model.master[p], model.param[p] + shard_offset(n), share);
         cudaCheck(cudaGetLastError());
     }
-}
-
-// GPT-2's initialisation: weights from N(0, 0.02), or less (enum Init); padding rows of wte 0.
-void model_init(Model& model) {
-    for (int p = 0; p < NUM_PARAMS; p++) {
-        const ParamShape s = param_shape(model.config, p);
-        const size_t n = s.elements(), drawn = s.init < NORMAL ? 0 : p == WTE ? (size_t)model.config.V * model.config.C : n;
-        const float std = s.init == NORMAL_RESIDUAL ? 0.02f / sqrtf(2.0f * model.config.L) : 0.02f;
-        const float constant = s.init == ONES ? 1 : 0;
-        init_kernel<<<ceil_div(n, 256), 256, 0, model.stream>>>(model.param[p], n, drawn, std, constant, model.seed, p);
-        cudaCheck(cudaGetLastError());
-    }
-    model_master_from_params(model);
 }
 
 // ---- forward: the figure at the top of this file, from top to bottom
@@ -2772,8 +2684,7 @@ void linear_backward(const Model& model, floatX* dinp,   // (rows, C) or null: n
     const bool wanted = linear.dweight.p != nullptr;
     if (wanted) matmul_backward_weight(linear.dweight, dout, inp, pass.add, rows, C, OC, model.stream);
     if (dinp != nullptr)
-        matmul_backward_input(dinp, dout, linear.weight, rows, C, OC, model.stream,
-                              act_backward_is_fused<kActBits>() ? act : nullptr);
+        matmul_backward_input(dinp, dout, linear.weight, rows, C, OC, model.stream, act_backward_is_fused<kActBits>() ? act : nullptr);
     if (wanted && linear.gamma != nullptr && pass.last)
         norm_unfold(linear.dweight, linear.dgamma, linear.dbeta, model.colsum, linear.dbias, linear.weight, linear.gamma,
                     linear.beta, OC, C, model.stream);
@@ -2802,7 +2713,8 @@ void model_backward(Model& model, int B, int T, int buckets, int micro_batch) {
 
         // What forward did not keep is computed again, to the same bits (unless --gelu-fusion had cuBLASLt compute GELU, which rounds
         // in its own way). fch_gelu may be in scratch_4c: the weight's gradient reads it before the input's gradient takes its place.
-        if (recomputes_act(model.plan)) act_recompute<kActBits>(t.fch_gelu, t.fch, BT, c.FF(), stream);
+        if constexpr (kActBits == 0)
+            if (recomputes_act(model.plan)) act_forward<0>(t.fch_gelu, nullptr, t.fch, nullptr, BT, c.FF(), stream);
         linear_backward(model, d_wide, dresid, t.fch_gelu, model_linear(model, FCPROJW, l), BT, pass, t.fch);
         act_backward<kActBits>(d_wide, G(FCB, l), model.colsum, t.fch, pass.add, BT, c.FF(), stream);
         if (recomputes_norm(model.plan)) norm_again(LN2W, t.ln2, t.ln2_mean, t.ln2_rstd, t.resid_mid, l);
@@ -2855,8 +2767,7 @@ Verdict model_update(Model& model, const Hyper& h, uint64_t step, const std::fun
     cudaCheck(cudaGetLastError());
 
     const int updates = model.updates + 1;   // with this one
-    AdamW a = {h.lr,   h.beta1, h.beta2, h.eps, (float)(1 - pow(h.beta1, updates)), (float)(1 - pow(h.beta2, updates)),
-               model.seed, step};
+    AdamW a = {h.lr, h.beta1, h.beta2, h.eps, (float)(1 - pow(h.beta1, updates)), (float)(1 - pow(h.beta2, updates)), model.seed, step};
     adamw_kernel<<<table.blocks, 256, 0, model.stream>>>(table, &model.state->verdict, a);
     cudaCheck(cudaGetLastError());
     world_group(true);
@@ -2910,9 +2821,7 @@ FILE* open_with_header(const char* path, void* header, int magic, const char* wh
     struct stat s;
     FILE* f = fd >= 0 && fstat(fd, &s) == 0 ? fdopen(fd, "rb") : nullptr;
     if (f == nullptr) fail("cannot open %s (%s): %s; %s", path, what, strerror(errno), remedy);
-    if (!S_ISREG(s.st_mode))
-        fail("%s is %s; expected %s in a regular file; %s", path,
-             S_ISDIR(s.st_mode) ? "a folder" : S_ISFIFO(s.st_mode) ? "a pipe" : "a device", what, remedy);
+    if (!S_ISREG(s.st_mode)) fail("%s is a folder, a pipe or a device; expected %s in a regular file; %s", path, what, remedy);
     if (fread(header, 1, HEADER_BYTES, f) != HEADER_BYTES)
         fail("%s: expected %s with a header of %zu bytes, found a file of %zu bytes; %s", path, what, HEADER_BYTES, file_size(f),
              remedy);
@@ -2965,13 +2874,9 @@ std::string write_file(const std::string& name, const std::function<void(const P
     else unlink(temporary.c_str());
     return error;
 }
-// Takes a lock which the kernel releases when this process ends, however it ends. False: another process has it.
-bool lock_file(int fd, const char* path) {
-    if (flock(fd, LOCK_EX | LOCK_NB) == 0) return true;
-    if (errno == EWOULDBLOCK) return false;
-    printf("note: %s cannot be locked (%s), so nobody sees to it that this run alone writes there\n", path, strerror(errno));
-    return true;
-}
+// Takes a lock which the kernel releases when this process ends, however it ends. False: another process has it. Where files
+// cannot be locked at all, nobody has it.
+bool lock_file(int fd) { return flock(fd, LOCK_EX | LOCK_NB) == 0 || errno != EWOULDBLOCK; }
 
 // Brings device memory to a file (out) or back, in pieces of at most 16 MiB. use(data, bytes) writes or reads a piece.
 void device_copy(bool out, void* device, size_t bytes, const std::function<void(void* data, size_t bytes)>& use) {
@@ -3282,8 +3187,7 @@ std::string json_number(double x) {   // JSON has no NaN
 void log_flush(Log& log) {
     log.waiting.erase(0, write_bytes(log.fd, log.waiting.data(), log.waiting.size()));
     if (log.waiting.empty() || log.said || errno == EAGAIN) return;   // EAGAIN: the reader of a FIFO is slow
-    fprintf(stderr, "%s: cannot write %s: %s; training goes on, and the lines wait\n", program_name, log.path.c_str(),
-            strerror(errno));
+    warn("cannot write %s: %s; training goes on, and the lines wait", log.path.c_str(), strerror(errno));
     log.said = true;
 }
 __attribute__((format(printf, 2, 3))) void log_line(Log& log, const char* format, ...) {
@@ -3301,7 +3205,7 @@ bool log_close(Log& log) {   // false: lines are missing
     fcntl(log.fd, F_SETFL, fcntl(log.fd, F_GETFL) & ~O_NONBLOCK);   // the last lines may wait for their reader
     log_flush(log);
     if (close(log.fd) == 0 && log.waiting.empty()) return true;
-    fprintf(stderr, "%s: the last lines of %s could not be written\n", program_name, log.path.c_str());
+    warn("the last lines of %s could not be written", log.path.c_str());
     return false;
 }
 // ==== end twin
@@ -3457,8 +3361,7 @@ RunState state_load(Model& model, Loader& train, const std::string& folder, int 
     if (file_size(f) != state_bytes(model))
         fail("%s: expected %zu bytes for this model, found %zu; it is damaged or was cut off; %s", path, state_bytes(model),
              file_size(f), STATE_REMEDY);
-    if (was.T != now.T || was.shards != now.shards || was.tokens != now.tokens ||
-        (was.checksum != 0 && was.checksum != now.checksum))
+    if (was.T != now.T || was.shards != now.shards || was.tokens != now.tokens || (was.checksum != 0 && was.checksum != now.checksum))
         fail("%s: its run read %zu tokens in %d shards in sequences of %d (checksum %zx), this one reads %zu in %d in sequences "
              "of %d (checksum %zx); resume with the same -i and -t, or take the weights to other data: -e %s and another --out",
              path, was.tokens, was.shards, was.T, was.checksum, now.tokens, now.shards, now.T, now.checksum,
@@ -3514,9 +3417,7 @@ bool checkpoint_save(Model& model, const RunState& r, const Loader& train, const
     if (!world_any(!error.empty()) && world.rank == 0) write("DONE", [](const Put& put) { put("whole\n", 6); });
     if (world_any(!error.empty())) {
         for (const std::string& path : written) unlink(path.c_str());
-        if (!error.empty())
-            fprintf(stderr, "%s: %s. There is no checkpoint of step %d; those before it stay\n", program_name, error.c_str(),
-                    r.step);
+        if (!error.empty()) warn("%s. There is no checkpoint of step %d; those before it stay", error.c_str(), r.step);
         return false;
     }
     if (world.rank == 0) printf("checkpoint of step %d in %s\n", r.step, folder.c_str());
@@ -3596,8 +3497,6 @@ void catch_signals() {
 }
 
 // ---- the command line: one table for parsing, for messages, for --help, and for what a state file keeps of it
-
-#define warn(format, ...) fprintf(stderr, "%s: " format "\n", program_name, ##__VA_ARGS__)
 
 enum ValueType { INTEGER, REAL, TEXT, ESTIMATE, HELP, BUILD };   // BUILD: a flag of the build, which is in the table to be kept
 struct Option {
@@ -3780,23 +3679,19 @@ std::vector<Option> settings_options(Settings& s) {
         {"seq-len", "-t", INTEGER, &s.T, 1, 1 << 20, "1024, or the model's longest", "tokens in a sequence"},
         {"total-batch", "-d", INTEGER, &s.total_batch, 1, BIG, "B*T*ranks", "tokens in a step, over all micro-batches and GPUs", 10},
         {"steps", "-x", INTEGER, &s.steps, 0, 1 << 30, "one epoch", "optimizer steps; 0 validates and samples only", 0},
-        {"schedule", "-k", INTEGER, &s.schedule, 1, 0, "cosine", "of the learning rate: cosine, linear, constant, wsd", 1,
-         {"cosine", "linear", "constant", "wsd"}},
+        {"schedule", "-k", INTEGER, &s.schedule, 1, 0, "cosine", "cosine, linear, constant or wsd", 1, {"cosine", "linear", "constant", "wsd"}},
         {"lr", "-l", REAL, &s.lr, 0, 1e9, "3e-4", "learning rate at its peak", 2},
         {"warmup", "-u", INTEGER, &s.warmup, 0, BIG, "0", "steps in which the rate rises to its peak", 3},
         {"final-lr-fraction", "-q", REAL, &s.final_fraction, 0, 1, "0.1", "the rate at the end, as a share of its peak", 4},
         {"weight-decay", "-c", REAL, &s.weight_decay, 0, 1e9, "0", "of 2-D tensors", 5},
         {"grad-clip", "", REAL, &s.grad_clip, 0, 1e30, "1.0", "largest norm of the gradient; 0: no limit", 6},
-        {"skip-loss-z", "-sl", REAL, &s.skip_loss_z, 0, 1e30, "0",
-         "skip a step whose loss is so many deviations above the last 128; 0: never", 7},
+        {"skip-loss-z", "-sl", REAL, &s.skip_loss_z, 0, 1e30, "0", "skip steps so many deviations above the last 128; 0: never", 7},
         {"skip-grad-z", "-sg", REAL, &s.skip_grad_z, 0, 1e30, "0", "the same for the gradient's norm", 8},
         {"seed", "", INTEGER, &s.seed, 0, BIG, "1337", "of weights, data order, rounding and samples"},
         {"recompute", "-r", INTEGER, &s.recompute, 0, RECOMPUTE_MOST, "1", RECOMPUTE_HELP},
         {"master-weights", "-w", INTEGER, &s.master, 0, 1, "1", "fp32 copies of bf16 weights; 0: stochastic rounding instead"},
-        {"loss-chunks", "", INTEGER, &s.loss_chunks, 1, BIG, "auto",
-         "parts in which logits are made; auto: below 1 GiB each, or 256 MiB where memory is short", 11, {"auto"}},
-        {"workspace", "", INTEGER, &s.workspace, 1, 1 << 20, "auto",
-         "MiB for cuBLASLt's partial sums; auto: what the model can use, up to 64", -1, {"auto"}},
+        {"loss-chunks", "", INTEGER, &s.loss_chunks, 1, BIG, "auto", "parts of the logits; auto: 1 GiB, or 256 MiB, each", 11, {"auto"}},
+        {"workspace", "", INTEGER, &s.workspace, 1, 1 << 20, "auto", "MiB for cuBLASLt; auto: what it can use, up to 64", -1, {"auto"}},
         MODEL_OPTIONS   // those of this model alone
         {"tf32", "-f", INTEGER, &s.tf32, 0, 1, "1", "fp32 builds: tensor cores for matmuls", 14},
         {"zero", "-z", INTEGER, &s.zero, 0, 1, "0", "several GPUs: each keeps a share of the optimizer's state"},
@@ -3807,8 +3702,7 @@ std::vector<Option> settings_options(Settings& s) {
         {"top-k", "", INTEGER, &s.top_k, 0, BIG, "40", "sample among the k likeliest; 0: all"},
         {"temperature", "", REAL, &s.temperature, 0, 1e6, "0.8", "of sampling; 0: always the likeliest"},
         {"overfit", "-a", INTEGER, &s.overfit, 0, 1, "0", "1: train on the first step's data again and again", 12},
-        {"checkpoint-every", "-n", INTEGER, &s.checkpoint_every, 0, BIG, "at the end alone",
-         "steps between checkpoints, also at the end; 0: never"},
+        {"checkpoint-every", "-n", INTEGER, &s.checkpoint_every, 0, BIG, "at the end", "steps between checkpoints, and at the end; 0: never"},
         {"keep", "-nk", INTEGER, &s.keep, 0, BIG, "0", "the newest so many checkpoints; 0: all"},
         {"resume", "-y", INTEGER, &s.resume, 0, 1, "0", "1: go on from the newest checkpoint in --out"},
         {"log", "", TEXT, &s.log, 0, 0, "none", "FILE for one JSON object a step"},
@@ -4054,7 +3948,7 @@ void lock_out(const std::string& out) {
     if (fd < 0 || fstat(fd, &st) != 0 || !S_ISREG(st.st_mode))
         fail_option("out", "expected .lock in it to be a file that this run may write, found a folder, a link or a device; remove it");
     char holder[200] = "", host[100] = "";
-    if ((flock(folder, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK) || !lock_file(fd, lock.c_str())) {
+    if (!lock_file(folder) || !lock_file(fd)) {
         if (read(fd, holder, sizeof holder - 1) <= 0) strcpy(holder, "another process");
         fail_option("out", "%s trains into this folder; wait for its end, or name another folder", holder);
     }
@@ -4084,13 +3978,9 @@ void prepare_out(const Settings& s, int resume_step) {
 
 // A disk that is too small for what this run will write is said now, and not after its last step.
 void check_room(const Settings& s, const Model& model, int steps) {
-    const double weights = HEADER_BYTES + (double)param_count(model.config) * sizeof(floatX), state = (double)state_bytes(model);
-    const double need = weights + world_sum(state), largest = std::max(weights, state), MiB = 1 << 20;
+    const double weights = HEADER_BYTES + (double)param_count(model.config) * sizeof(floatX), state = (double)state_bytes(model), MiB = 1 << 20;
+    const double need = weights + world_sum(state);
     if (world.rank != 0 || steps <= 0) return;
-    struct rlimit limit;
-    if (getrlimit(RLIMIT_FSIZE, &limit) == 0 && limit.rlim_cur != RLIM_INFINITY && largest > (double)limit.rlim_cur)
-        fail_option("out", "the largest file of a checkpoint has %.3f MiB, but this process may write %.3f MiB (ulimit -f)",
-                    largest / MiB, limit.rlim_cur / MiB);
     struct statvfs disk;
     if (statvfs(s.out.c_str(), &disk) != 0 || disk.f_blocks == 0) return;   // it does not say
     const double room = (double)(geteuid() == 0 ? disk.f_bfree : disk.f_bavail) * disk.f_frsize;
@@ -4122,7 +4012,7 @@ void log_open(Log& log, const Settings& s, int resume_step) {
     log.fd = open(name, how | O_APPEND | O_CLOEXEC, 0666);
     if (log.fd < 0) fail_option("log", "cannot open it: %s", errno == ENXIO ? "nobody reads this FIFO" : strerror(errno));
     if (stream) return;
-    if (!lock_file(log.fd, name)) fail_option("log", "another run writes this log now; name another");
+    if (!lock_file(log.fd)) fail_option("log", "another run writes this log now; name another");
 
     FILE* old = fdopen(dup(log.fd), "r");
     off_t keep = 0;
