@@ -151,12 +151,9 @@ const char* program_name = "train_gpt2";
 
 // Every other way out: what was printed must have arrived, or a script takes half an answer for a whole one.
 [[noreturn]] void leave(int status) {
-    const int error = fflush(stdout) != 0 ? errno : 0;
-    if (error || ferror(stdout)) {
-        warn("could not write all of the output: %s", error ? strerror(error) : "an earlier write failed");
-        if (status == 0) status = 1;
-    }
-    exit(status);
+    const char* error = fflush(stdout) != 0 ? strerror(errno) : ferror(stdout) ? "an earlier write failed" : nullptr;
+    if (error) warn("could not write all of the output: %s", error);
+    exit(error && status == 0 ? 1 : status);
 }
 
 void cuda_check(cudaError_t error, const char* file, int line) {
@@ -254,8 +251,7 @@ __device__ inline float block_sum_256(float x, float* shared) {
 }
 
 // A gradient is floatX when a step is one micro-batch and fp32 when it is a sum of several: bf16 sums lose up to a third of
-// their value at a thousand terms. So its type is known only at run time, and travels with the pointer. A null pointer means that
-// nobody wants this gradient.
+// their value at a thousand terms. So its type is known only at run time, and travels with the pointer. Null: nobody wants it.
 struct Grad {
     void* p;
     DType type;
@@ -304,18 +300,14 @@ __device__ inline floatX round_stochastic(float x, uint32_t random) {
 }
 
 struct NvtxRange {   // names a part of the timeline in Nsight Systems
-    explicit NvtxRange(const char* name) { nvtxRangePushA(name); }
-    NvtxRange(const char* name, int layer) { nvtxRangePushA((name + std::string(" ") + std::to_string(layer)).c_str()); }
+    explicit NvtxRange(const std::string& name) { nvtxRangePushA(name.c_str()); }
     ~NvtxRange() { nvtxRangePop(); }
 };
 // ==== end twin
-
 // ==== 2. layers ==================================================================================================================
-
 constexpr bool kRMSNorm = false;   // GPT-2 has LayerNorm
 
 // ---- embedding
-
 // out[b,t,:] = wte[token[b,t],:] + wpe[t,:]. A thread makes 8 neighbouring channels. (dev/cuda/embedding.cu)
 __global__ void embedding_forward_kernel(floatX* out, const int* tokens, const floatX* wte, const floatX* wpe, size_t n, int T, int C) {
     size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC;
@@ -716,7 +708,6 @@ MatmulPlan* matmul_plan(const MatmulPlan::Key& key, const void* bias, const void
     cublasCheck(cublasLtMatrixLayoutCreate(&p.A, cuda_dtype(FLOATX), trans_a ? k : m, trans_a ? m : k, trans_a ? k : m));
     cublasCheck(cublasLtMatrixLayoutCreate(&p.B, cuda_dtype(FLOATX), trans_b ? n : k, trans_b ? k : n, trans_b ? n : k));
     cublasCheck(cublasLtMatrixLayoutCreate(&p.D, cuda_dtype((DType)key.out), m, n, m));
-
     cublasLtMatmulPreference_t preference;
     cublasCheck(cublasLtMatmulPreferenceCreate(&preference));
     auto prefer = [&](cublasLtMatmulPreferenceAttributes_t what, auto value) {
@@ -724,7 +715,8 @@ MatmulPlan* matmul_plan(const MatmulPlan::Key& key, const void* bias, const void
     };
     prefer(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, (size_t)key.workspace);
     // The parts of a split sum stay fp32. By default cuBLASLt may also add them in the output's type, and so round each to bf16.
-    prefer(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, (uint32_t)(CUBLASLT_REDUCTION_SCHEME_NONE | CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE));
+    const uint32_t reductions = CUBLASLT_REDUCTION_SCHEME_NONE | CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
+    prefer(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, reductions);
     for (auto which : {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
                        CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES})
         prefer(which, (uint32_t)key.align);   // it would assume 256, but a pointer into the middle of a tensor may have less
@@ -803,8 +795,7 @@ void matmul_backward_weight(Grad dweight,                             // (OC, C)
 // each has its own: NKV = NH. A row of qkv, and of its gradient, has NH + 2 NKV heads: queries, keys, values.
 //
 // This version is plain arithmetic, for fp32 and unusual heads. Section 4 has the one on tensor cores, for bf16 heads of 64 and 128
-// channels, which nearly all models have. dev/cuda/attention.cu begins with two simpler ones, and tells what each of them wastes:
-// it is the best introduction.
+// channels, which nearly all models have. dev/cuda/attention.cu begins with two simpler ones: it is the best introduction.
 
 struct AttShape {
     int T, NH, NKV, HS;
@@ -847,8 +838,7 @@ __device__ inline AttBlock att_block(const AttShape& shape, int heads, int rows,
 // A block takes 64 rows, and tiles of the other side through shared memory. A thread keeps 32 channels of its row in registers, as
 // 4 vectors. So SHARES = 1, 2 or 4 neighbouring threads share a row of a head of up to 32, 64 or 128 channels. All rows of the
 // block read the same row of a tile at once, which shared memory delivers to all of them in one go (a broadcast). A row's state
-// takes up to 255 registers: the 1 in the launch bounds says that one block per multiprocessor is enough, or the compiler would
-// spill some of them to memory.
+// takes up to 255 registers: the 1 in the launch bounds says that one block per multiprocessor is enough, or some would be spilled.
 constexpr int ATT_ROWS = 64;   // rows per block
 constexpr int ATT_TILE = 16;   // rows of the other side in shared memory at a time
 constexpr int ATT_VECS = 4;    // vectors per thread
@@ -993,7 +983,6 @@ void attention_backward_launch(floatX* dqkv, Grad dbias, float* delta, float* sc
     bias_backward(dbias, scratch, dqkv, accumulate, B * shape.T, (shape.NH + 2 * shape.NKV) * shape.HS, stream);
 }
 // ==== end twin
-
 // ---- activation: GELU
 // GPT-2's GELU is the tanh form 0.5 x (1 + tanh(u)), u = sqrt(2/pi) (x + 0.044715 x^3). Since 0.5 (1 + tanh(u)) is the sigmoid of
 // 2u, it is x * sigmoid(2u): one exponential, and no cancellation where tanh is near -1. (dev/cuda/gelu.cu)
@@ -1094,8 +1083,7 @@ void matmul_act_forward(floatX* out,           // (rows, OC)
 // ---- loss
 // Softmax and cross-entropy of a row of logits, and their gradient in place: dlogits = (softmax - onehot(target)) * dloss.
 // One block per row keeps few rows in flight, so the second pass, which reads the row again and writes its gradient, still finds
-// it in the L2 cache. The first pass finds maximum and sum together. Padded columns [V, Vp) take no part; their gradient is 0.
-// (dev/cuda/classifier.cu)
+// it in the L2 cache. The first pass finds maximum and sum together. Padded columns [V, Vp) have gradient 0. (dev/cuda/classifier.cu)
 __global__ void __launch_bounds__(1024)
 classifier_kernel(floatX* logits, float* losses, const int* targets, float dloss, bool train, int V, int Vp) {
     __shared__ float shared_max[32], shared_sum[32];
@@ -1164,7 +1152,6 @@ __global__ void sum_kernel(float* sum, const float* x, bool accumulate, unsigned
     if (threadIdx.x == 0) *sum = accumulate ? *sum + mine : mine;
 }
 // ==== end twin
-
 // ==== 3. what backward keeps: Approx-BP and MS-LN ================================================================================
 // Two tensors of a block are kept for backward alone. This section is about keeping less: it is all that USE_APPROXBP=1 changes,
 // together with the constants kActBits and kMsNorm by which the rest of the file asks for it.
@@ -1189,8 +1176,7 @@ __global__ void sum_kernel(float* sum, const float* x, bool accumulate, unsigned
 template <int BITS> struct StepFunction {
     float threshold[(1 << BITS) - 1], slope[1 << BITS];
 };
-// Element i has bits [BITS * (i % 8), BITS * (i % 8) + BITS) of the BITS bytes that its group of 8 shares. A thread owns whole
-// groups, so it writes whole bytes.
+// Element i has bits [BITS * (i % 8), BITS * (i % 8) + BITS) of the BITS bytes of its group of 8. A thread writes whole groups.
 template <int BITS> __device__ inline void codes_store(uint8_t* codes, size_t i, const Floats& x, const StepFunction<BITS>& h) {
     uint32_t bits = 0;
     for (int e = 0; e < VEC; e++) {
@@ -1213,7 +1199,6 @@ template <int BITS> __device__ inline Floats codes_slope(const uint8_t* codes, s
     return slope;
 }
 // ==== end twin
-
 // GELU's step functions. 2 bits: the published constants. The others: dev/bench/fit_codes.py --function gelu-tanh --bits 1 3 4
 template <int BITS> __host__ __device__ constexpr StepFunction<BITS> gelu_steps() {
     if constexpr (BITS == 1) return {{0.0f}, {0.0f, 1.0f}};   // one ramp that tends to 0 and to x can only be ReLU
@@ -1327,7 +1312,6 @@ void norm_unfold(Grad dweight,                               // (OC, C) in: G, o
     colsum_finish({dgamma, dbeta}, 2, scratch, slices, C, false, stream);
 }
 // ==== end twin
-
 // ==== twin: tensor cores, optimizer, many GPUs, tensor table
 // ==== 4. attention on tensor cores ===============================================================================================
 // The same algorithm, with its products on tensor cores. A warp multiplies by mma.sync.m16n8k16: c += a b, where a is 16 x 16 and
@@ -1406,7 +1390,7 @@ __device__ inline uint32_t opaque(uint32_t x) {
 __device__ inline void mma_16816(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     simt::mma_m16n8k16_bf16(c, a, {b0, b1}, c);
 }
-template <bool TRANSPOSE> __device__ inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t address) { simt::ldmatrix<4, TRANSPOSE>(r, address); }
+template <bool TRANSPOSE> __device__ inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t at) { simt::ldmatrix<4, TRANSPOSE>(r, at); }
 template <int BYTES> __device__ inline void cp_async(uint32_t address, const void* global, bool exists) {
     simt::cp_async<BYTES>(address, global, exists ? BYTES : 0);
 }
@@ -1826,63 +1810,36 @@ void attention_backward(floatX* dqkv,                               // (B, T, (N
 }
 
 // ==== 5. optimizer ===============================================================================================================
-// A step's update is a few kernels, each over all tensors at once: the squares of the gradients and their sum, the verdict on the
-// step (by what factor to clip, whether to skip it), AdamW. The verdict stays on the device, where AdamW reads it, so that the host
-// need not wait for it. (dev/cuda/global_norm.cu, dev/cuda/adamw.cu)
+// A step's update: the squares of all gradients and their sum, the verdict on the step (by what factor to clip, whether to skip it),
+// AdamW. The verdict stays on the device, where AdamW reads it, so that the host need not wait for it. (dev/cuda/optimizer.cu)
 
-constexpr int MAX_PARAMS = 16;
 constexpr int ROUNDING_STREAMS = 64;   // streams of random numbers per step: one per tensor, with room for more tensors
 constexpr int OPT_BLOCK = 256 * VEC;   // elements per block
 
-// What the optimizer needs of one parameter tensor: all of its shares (n elements each, one share per rank), or with --zero 1 this
-// rank's. The table of them fits in a kernel's arguments.
+// What AdamW needs of one parameter tensor, or with --zero 1 of this rank's share of it.
 struct OptTensor {
-    floatX* param;        // (shares, n)
-    Grad grad;            // (shares, n)
-    float *m, *v;         // (shares, n)
-    float* master;        // (shares, n) or null
-    size_t n, offset;     // multiples of VEC; offset: where this rank's share begins in the whole tensor
-    float decay;          // weight decay
-    float norm_weight;    // 1, or 0 if another rank adds this tensor to the norm
-    unsigned stream;      // of random numbers
-    unsigned first_block; // of this tensor in the launch
-    unsigned elsewhere;   // blocks before it that other ranks launch
-};
-struct OptTable {
-    OptTensor t[MAX_PARAMS];
-    int count;
-    unsigned blocks;      // in the launch
-};
-// What this thread works on. Blocks begin anew at each share, so that with and without --zero 1 they have the same elements.
-struct OptPlace {
-    int which = 0;    // of the table's tensors
-    size_t i;         // the first of VEC elements
-    bool in_share;    // false after the end of the share
-    __device__ explicit OptPlace(const OptTable& table) {
-        while (which + 1 < table.count && table.t[which + 1].first_block <= blockIdx.x) which++;
-        const OptTensor& tensor = table.t[which];
-        unsigned block = blockIdx.x - tensor.first_block;                        // of the tensor
-        unsigned blocks = (unsigned)((tensor.n + OPT_BLOCK - 1) / OPT_BLOCK);   // of a share
-        size_t offset = (size_t)(block % blocks) * OPT_BLOCK + threadIdx.x * VEC;
-        i = block / blocks * tensor.n + offset;
-        in_share = offset < tensor.n;
-    }
+    floatX* param;       // (n)
+    Grad grad;           // (n)
+    float *m, *v;        // (n)
+    float* master;       // (n) or null
+    size_t n, offset;    // multiples of VEC; offset: where the share begins in the tensor
+    float decay;         // weight decay
+    unsigned stream;     // of random numbers
 };
 
-// partial has one slot per block of any rank. The ranks add up their arrays, in which the slots of others are 0, so that then the
-// norm is one sum in one order, with and without --zero 1.
-__global__ void square_sum_kernel(float* partial, OptTable table) {
+// Squares of the gradients of one tensor: a sum per block. blockIdx.y is the share of a rank: blocks begin anew at each share, so that
+// with and without --zero 1 they have the same elements. partial has one slot per block of any rank. The ranks add up their arrays,
+// in which the slots of others are 0, so that then the norm is one sum in one order.
+__global__ void square_sum_kernel(float* partial, Grad grad, size_t share) {
     __shared__ float shared[8];
-    const OptPlace at(table);
-    const OptTensor& tensor = table.t[at.which];
-    const size_t i = at.i;
+    const size_t i = (size_t)blockIdx.x * OPT_BLOCK + threadIdx.x * VEC;   // in the share
     float sum = 0;
-    if (at.in_share) {
-        Floats grad = grad_load_vec(tensor.grad, i);
-        for (int k = 0; k < VEC; k++) sum += grad[k] * grad[k];
+    if (i < share) {
+        Floats g = grad_load_vec(grad, blockIdx.y * share + i);
+        for (int k = 0; k < VEC; k++) sum += g[k] * g[k];
     }
-    sum = block_sum_256(sum * tensor.norm_weight, shared);
-    if (threadIdx.x == 0) partial[blockIdx.x + tensor.elsewhere] = sum;
+    sum = block_sum_256(sum, shared);
+    if (threadIdx.x == 0) partial[(size_t)blockIdx.y * gridDim.x + blockIdx.x] = sum;
 }
 
 // The last values of the loss and of the gradient norm. An outlier is many standard deviations above their mean. They are kept on
@@ -1940,13 +1897,11 @@ struct AdamW {
     float correction1, correction2;   // 1 - beta^t, t counting the updates that were made
     uint64_t seed, step;
 };
-__global__ void adamw_kernel(OptTable table, const Verdict* verdict, AdamW a) {
+__global__ void adamw_kernel(OptTensor tensor, const Verdict* verdict, AdamW a) {
     if (verdict->skip) return;
     float clip = verdict->clip;
-    const OptPlace at(table);
-    if (!at.in_share) return;
-    const OptTensor& tensor = table.t[at.which];
-    const size_t i = at.i;
+    const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC;
+    if (i >= tensor.n) return;
     Floats grad = grad_load_vec(tensor.grad, i), m = load(tensor.m + i), v = load(tensor.v + i);
     Floats x = tensor.master != nullptr ? load(tensor.master + i) : load(tensor.param + i);
     for (int k = 0; k < VEC; k++) {
@@ -2078,8 +2033,8 @@ void world_sum_floats(float* x, size_t n, cudaStream_t stream) {   // on the dev
 void world_reduce_gradient(Grad grad, size_t n, cudaStream_t stream) {
     if (world.size == 1) return;
     if (world_shards(n))
-        ncclCheck(ncclReduceScatter(grad.p, (grad + shard_offset(n)).p, shard_size(n), grad.type == F32 ? ncclFloat : ncclBfloat16, ncclSum,
-                                    world.nccl, stream));
+        ncclCheck(ncclReduceScatter(grad.p, (grad + shard_offset(n)).p, shard_size(n), grad.type == F32 ? ncclFloat : ncclBfloat16,
+                                    ncclSum, world.nccl, stream));
     else ncclCheck(ncclAllReduce(grad.p, grad.p, n, grad.type == F32 ? ncclFloat : ncclBfloat16, ncclSum, world.nccl, stream));
 }
 void world_gather_param(floatX* param, size_t n, cudaStream_t stream) {
@@ -2110,7 +2065,6 @@ struct Row {
     void* where;                 // the address of the pointer to set
     const char* shrink;          // the option that makes it smaller
     std::string alias_of;        // the row whose storage this one reuses at another time; it then costs nothing
-
     size_t elements() const { return std::accumulate(shape.begin(), shape.end(), (size_t)1, std::multiplies<size_t>()); }
     size_t bytes() const { return alias_of.empty() ? elements() * dtype_size(dtype) : 0; }
     void* get() const {   // by memcpy: the pointer may be to any type
@@ -2228,9 +2182,7 @@ void table_print_json(const Table& table) {
     printf("\n]}\n");
 }
 // ==== end twin
-
 // ---- configuration and parameters
-
 struct Config {
     int maxT;   // longest sequence: rows of wpe
     int V;      // vocabulary
@@ -2304,8 +2256,7 @@ struct Plan {
 inline bool recomputes_act(const Plan& p) { return p.recompute >= 1 && kActBits == 0; }
 inline bool recomputes_norm(const Plan& p) { return p.recompute >= 2 && !kMsNorm; }
 
-// Rows of a chunk of logits, if there are to be `chunks` of them: a multiple of 256 (whole tiles of a matmul) where that gives the
-// same number of chunks.
+// Rows of a chunk of logits: a multiple of 256 (whole tiles of a matmul) where that gives the same number of chunks.
 inline int loss_chunk_rows(size_t rows, size_t chunks) {
     size_t each = ceil_div(rows, chunks), whole = (each + 255) / 256 * 256;
     return (int)std::min(rows, ceil_div(rows, whole) == ceil_div(rows, each) ? whole : each);
@@ -2318,12 +2269,10 @@ inline int loss_auto_rows(size_t rows, int Vp, size_t bytes) {
     return loss_chunk_rows(rows, ceil_div(rows, most));
 }
 inline size_t plan_chunk_rows(const Plan& p) {
-    size_t rows = (size_t)p.B * p.T;
-    return p.chunk_rows ? std::min<size_t>(rows, p.chunk_rows) : rows;
+    return std::min((size_t)p.B * p.T, p.chunk_rows ? (size_t)p.chunk_rows : SIZE_MAX);
 }
 
-// What forward keeps for backward, as in the figure at the top of this file: in Model the tensors of all layers, and from
-// model_layer those of one.
+// What forward keeps for backward, as in the figure at the top: in Model the tensors of all layers, from model_layer those of one.
 struct LayerTensors {
     floatX* resid;                     // (B, T, C)      the stream before the block: not a tensor of its own
     floatX* ln1;                       // (B, T, C)      MS_NORM: z; -r 2: scratch_ln, for all layers
@@ -2386,24 +2335,6 @@ size_t model_opt_blocks(const Model& model) {
         if (model.plan.trains(p)) blocks += opt_blocks(param_shape(model.config, p).elements());
     return blocks;
 }
-OptTable model_opt_table(const Model& model, float weight_decay) {
-    OptTable table = {};
-    size_t all = 0;   // blocks of the tensors before, of all ranks
-    for (int p = 0; p < NUM_PARAMS; p++) {
-        if (!model.plan.trains(p)) continue;
-        ParamShape s = param_shape(model.config, p);
-        size_t n = s.elements(), offset = shard_offset(n), share = world_share(n), blocks = opt_blocks(n) / (n / shard_size(n));
-        bool counts = !world.sharded || world_shards(n) || world.rank == 0;
-        size_t first = all + offset / share * blocks;
-        all += opt_blocks(n);
-        table.t[table.count++] = {model.param[p] + offset, model.grad[p] + offset, model.m[p], model.v[p], model.master[p], share,
-                                  offset, s.decay ? weight_decay : 0.0f, counts ? 1.0f : 0.0f, (unsigned)p, table.blocks,
-                                  (unsigned)first - table.blocks};
-        table.blocks += (unsigned)blocks;
-    }
-    return table;
-}
-
 // The table of a run. Nothing is allocated here, and the pointer of a tensor that the run does not need stays null.
 Table model_table(Model& model) {
     const Config& c = model.config;
@@ -2418,7 +2349,6 @@ Table model_table(Model& model) {
     const char* smaller = "a smaller model (-e)";
     const char* batch = "--batch (halving it halves this; --total-batch keeps the step's size)";
     const char* chunks = "--loss-chunks";
-
     auto param_row = [&](const char* prefix, int p, auto** where, DType dtype, bool sharded, Kind kind, const char* shrink) {
         ParamShape s = param_shape(c, p);
         Scope scope = s.in_layer ? LAYER : MODEL;
@@ -2443,7 +2373,6 @@ Table model_table(Model& model) {
         param_row("v_", p, &model.v[p], F32, true, OPTIMIZER, "--zero 1 on several GPUs");
         if (plan.master && !kFP32) param_row("master_", p, &model.master[p], F32, true, OPTIMIZER, "--master-weights 0");
     }
-
     for (int norm : {LN1W, LN2W})   // gamma, beta, weight, bias: unfolding makes all four gradients from those of weight and bias
         if (const unsigned frozen = plan.frozen >> norm & 15; kMsNorm && frozen != 0 && frozen != 15)
             fail("MS_NORM=1 trains all of a norm and the linear layer after it, or nothing of them");
@@ -2547,7 +2476,6 @@ void model_init(Model& model) {
 }
 
 // ---- forward: the figure at the top of this file, from top to bottom
-
 // Without training, all layers share one slot; a tensor that is not kept is a buffer for all.
 LayerTensors model_layer(const Model& model, int l, int BT) {
     const Config& c = model.config;
@@ -2564,8 +2492,7 @@ LayerTensors model_layer(const Model& model, int l, int BT) {
             at(kept.resid_out, C, model.resid_in)};
 }
 
-// A linear layer: out = inp W^T + b. If a norm comes before it and MS_NORM is set, inp is the norm's z, and gamma and beta are
-// folded into W and b.
+// A linear layer: out = inp W^T + b. After a norm, with MS_NORM, inp is the norm's z, and gamma and beta are folded into W and b.
 struct Linear {
     const floatX *weight, *bias;   // (OC, C), (OC)
     Grad dweight, dbias;           // of the same shapes; null: not wanted
@@ -2604,14 +2531,13 @@ void model_forward(Model& model, int B, int T) {
     const Config& c = model.config;
     const int C = c.C, NH = c.NH, L = c.L, BT = B * T;
     cudaStream_t stream = model.stream;
-
     embedding_forward(model.resid_in, model.tokens, model.param[WTE], model.param[WPE], B, T, C, stream);
     LayerTensors t = model_layer(model, 0, BT);
     add_norm_forward<kMsNorm>(nullptr, t.ln1, t.ln1_mean, t.ln1_rstd, t.resid, nullptr, model.param[LN1W], model.param[LN1B], BT, C,
                               stream);
 
     for (int l = 0; l < L; l++) {
-        NvtxRange layer_range("forward layer", l);
+        NvtxRange layer_range("forward layer " + std::to_string(l));
         auto W = [&](int p, int layer) { return model_param(model, p, layer); };
 
         linear_forward(model, t.qkv, t.ln1, model_linear(model, QKVW, l, LN1W), BT);
@@ -2703,18 +2629,16 @@ void model_backward(Model& model, int B, int T, int buckets, int micro_batch) {
     auto norm_again = [&](int gamma, floatX* out, float* mean, float* rstd, const floatX* inp, int l) {
         add_norm_forward<false>(nullptr, out, mean, rstd, inp, nullptr, W(gamma, l), W(gamma + 1, l), BT, C, stream);
     };
-
     add_norm_backward<false>(dresid, G(FCPROJB, L - 1), G(LNFW, 0), G(LNFB, 0), model.colsum, model.lnf,
                              model_layer(model, L - 1, BT).resid_out, model.lnf_mean, model.lnf_rstd, W(LNFW, 0), false, pass.add,
                              BT, C, stream);
     for (int l = L - 1; l >= 0; l--) {
-        NvtxRange layer_range("backward layer", l);
+        NvtxRange layer_range("backward layer " + std::to_string(l));
         const LayerTensors t = model_layer(model, l, BT);
 
         // What forward did not keep is computed again, to the same bits (unless --gelu-fusion had cuBLASLt compute GELU, which rounds
         // in its own way). fch_gelu may be in scratch_4c: the weight's gradient reads it before the input's gradient takes its place.
-        if constexpr (kActBits == 0)
-            if (recomputes_act(model.plan)) act_forward<0>(t.fch_gelu, nullptr, t.fch, nullptr, BT, c.FF(), stream);
+        if (recomputes_act(model.plan)) act_forward<0>(t.fch_gelu, nullptr, (const floatX*)t.fch, nullptr, BT, c.FF(), stream);
         linear_backward(model, d_wide, dresid, t.fch_gelu, model_linear(model, FCPROJW, l), BT, pass, t.fch);
         act_backward<kActBits>(d_wide, G(FCB, l), model.colsum, t.fch, pass.add, BT, c.FF(), stream);
         if (recomputes_norm(model.plan)) norm_again(LN2W, t.ln2, t.ln2_mean, t.ln2_rstd, t.resid_mid, l);
@@ -2739,7 +2663,6 @@ void model_backward(Model& model, int B, int T, int buckets, int micro_batch) {
 }
 
 // ---- update
-
 struct Hyper {
     float lr, beta1 = 0.9f, beta2 = 0.95f, eps = 1e-8f, weight_decay = 0, grad_clip = 0, skip_loss_z = 0, skip_grad_z = 0;
 };
@@ -2752,12 +2675,20 @@ Verdict model_update(Model& model, const Hyper& h, uint64_t step, const std::fun
     for (int p = 0; p < NUM_PARAMS; p++)
         if (model.plan.trains(p)) world_reduce_gradient(model.grad[p], param_shape(model.config, p).elements(), model.stream);
     world_group(false);
-
-    OptTable table = model_opt_table(model, h.weight_decay);
     const size_t squares = model_opt_blocks(model);
     if (world.sharded) cudaCheck(cudaMemsetAsync(model.squares, 0, squares * sizeof(float), model.stream));
-    square_sum_kernel<<<table.blocks, 256, 0, model.stream>>>(model.squares, table);
-    cudaCheck(cudaGetLastError());
+    float* partial = model.squares;
+    for (int p = 0; p < NUM_PARAMS; p++) {
+        if (!model.plan.trains(p)) continue;
+        const size_t n = param_shape(model.config, p).elements(), share = world_share(n);
+        const int blocks = ceil_div(share, OPT_BLOCK);
+        if (world_shards(n))
+            square_sum_kernel<<<blocks, 256, 0, model.stream>>>(partial + world.rank * blocks, model.grad[p] + shard_offset(n), share);
+        else if (!world.sharded || world.rank == 0)   // with --zero 1 all ranks have the same of this tensor
+            square_sum_kernel<<<dim3(blocks, n / share), 256, 0, model.stream>>>(partial, model.grad[p], share);
+        cudaCheck(cudaGetLastError());
+        partial += opt_blocks(n);
+    }
     if (world.sharded) world_sum_floats(model.squares, squares, model.stream);   // x + 0 is x: exact in whatever order
     sum_kernel<<<1, 256, 0, model.stream>>>(&model.state->square_sum, model.squares, false, (unsigned)squares);
     cudaCheck(cudaGetLastError());
@@ -2765,16 +2696,21 @@ Verdict model_update(Model& model, const Hyper& h, uint64_t step, const std::fun
     float loss_scale = 1.0f / ((float)model.plan.B * model.plan.T * model.plan.micro_batches * world.size);
     verdict_kernel<<<1, 1, 0, model.stream>>>(model.state, loss_scale, h.grad_clip, h.skip_loss_z, h.skip_grad_z);
     cudaCheck(cudaGetLastError());
-
     const int updates = model.updates + 1;   // with this one
     AdamW a = {h.lr, h.beta1, h.beta2, h.eps, (float)(1 - pow(h.beta1, updates)), (float)(1 - pow(h.beta2, updates)), model.seed, step};
-    adamw_kernel<<<table.blocks, 256, 0, model.stream>>>(table, &model.state->verdict, a);
-    cudaCheck(cudaGetLastError());
+    for (int p = 0; p < NUM_PARAMS; p++) {
+        if (!model.plan.trains(p)) continue;
+        const ParamShape shape = param_shape(model.config, p);
+        const size_t n = shape.elements(), offset = shard_offset(n), share = shard_size(n);
+        const OptTensor tensor = {model.param[p] + offset, model.grad[p] + offset, model.m[p], model.v[p], model.master[p], share, offset,
+                                  shape.decay ? h.weight_decay : 0.0f, (unsigned)p};
+        adamw_kernel<<<ceil_div(share, OPT_BLOCK), 256, 0, model.stream>>>(tensor, &model.state->verdict, a);
+        cudaCheck(cudaGetLastError());
+    }
     world_group(true);
     for (int p = 0; p < NUM_PARAMS; p++)
         if (model.plan.trains(p)) world_gather_param(model.param[p], param_shape(model.config, p).elements(), model.stream);
     world_group(false);
-
     if (meanwhile) meanwhile();
     Verdict verdict;
     cudaCheck(cudaMemcpyAsync(&verdict, &model.state->verdict, sizeof verdict, cudaMemcpyDeviceToHost, model.stream));
@@ -2874,8 +2810,7 @@ std::string write_file(const std::string& name, const std::function<void(const P
     else unlink(temporary.c_str());
     return error;
 }
-// Takes a lock which the kernel releases when this process ends, however it ends. False: another process has it. Where files
-// cannot be locked at all, nobody has it.
+// Takes a lock, which the kernel releases when this process ends, however it ends. False: another process has it.
 bool lock_file(int fd) { return flock(fd, LOCK_EX | LOCK_NB) == 0 || errno != EWOULDBLOCK; }
 
 // Brings device memory to a file (out) or back, in pieces of at most 16 MiB. use(data, bytes) writes or reads a piece.
@@ -2937,7 +2872,6 @@ struct Loader {
     FILE* file = nullptr;
     std::vector<uint32_t> window_order, ids;   // of that shard; ids: those that were read last
     std::string error;                 // why the data cannot be read any more
-
     size_t windows(const Shard& s) const { return (s.tokens - 1) / T; }
     size_t batch_windows() const { return (size_t)B * world.size; }
     size_t batches_left_in_shard() const { return (window_order.size() - position.window) / batch_windows(); }
@@ -2974,8 +2908,7 @@ bool loader_read(Loader& d, size_t first, size_t n) {
     else std::copy_n((const uint32_t*)raw.data(), n, d.ids.begin());
     return true;
 }
-// Looks at all ids of a shard before a run begins: one of V or more would read memory beyond wte. Returns a checksum of them,
-// which is the same for 16 and for 32 bits.
+// Looks at all ids of a shard before a run begins: one of V or more would read memory beyond wte. Returns a checksum of the ids.
 uint64_t loader_check_ids(Loader& d, size_t shard, int V) {
     constexpr size_t CHUNK = 1 << 20;
     const Shard& s = d.shards[shard];
@@ -3043,14 +2976,12 @@ Shard shard_check_header(const char* path) {
 void loader_open(Loader& d, const char* option, const char* pattern, int T, int V, bool shuffle, uint64_t seed) {
     d.T = T, d.shuffle = shuffle, d.seed = seed;
     const std::vector<std::string> names = files_named(pattern);
-    if (names.empty()) fail("%s %s: no such file, and no file matches it as a pattern; %s", option, pattern, TOKENS_REMEDY);
     for (const std::string& name : names) {
         if (is_folder(name.c_str())) continue;
         d.shards.push_back(shard_check_header(name.c_str()));
         d.tokens += d.shards.back().tokens;
     }
-    if (d.shards.empty())
-        fail("%s %s: found only a folder; expected a token file or a quoted pattern like 'FOLDER/train*.bin'", option, pattern);
+    if (d.shards.empty()) fail("%s %s: no such file, and none matches it as a pattern; %s", option, pattern, TOKENS_REMEDY);
     double sum = 0, begin = now_seconds();
     for (size_t i = world.rank; i < d.shards.size(); i += world.size) {   // the ranks share the work
         progress("reading shards", i, d.shards.size(), begin);
@@ -3129,7 +3060,6 @@ int tokens_upload(int* device, int* host, int BT, int V, cudaStream_t stream) {
 }
 
 // ---- text
-
 struct TokenizerHeader { int32_t magic, version, tokens, end_of_text, unused[HEADER_INTS - 4]; };
 struct Tokenizer {
     std::vector<std::string> tokens;
@@ -3142,8 +3072,8 @@ bool tokenizer_load(Tokenizer& t, const char* path) {   // false: there is none
     TokenizerHeader h;
     FILE* f = open_with_header(path, &h, 20240328, "a tokenizer", remedy);
     if (h.version != 2 || h.tokens <= 0 || (size_t)h.tokens > file_size(f) || h.end_of_text < 0 || h.end_of_text >= h.tokens)
-        fail("%s: expected a tokenizer of version 2 whose end-of-text id is one of its tokens, found version %d, %d tokens, id "
-             "%d; %s", path, h.version, h.tokens, h.end_of_text, remedy);
+        fail("%s: expected a tokenizer of version 2, found version %d, %d tokens, of which the end of text is number %d; %s", path,
+             h.version, h.tokens, h.end_of_text, remedy);
     t.end_of_text = h.end_of_text;
     for (int i = 0; i < h.tokens; i++) {   // a byte for the length, then the token
         const int length = fgetc(f);
@@ -3171,7 +3101,6 @@ void print_token(Tokenizer& t, int id) {
 }
 
 // ---- log: one JSON object per line
-
 struct Log {
     int fd = -1;
     std::string path, waiting;   // lines that could not be written yet
@@ -3209,9 +3138,7 @@ bool log_close(Log& log) {   // false: lines are missing
     return false;
 }
 // ==== end twin
-
 // ---- the file of a model: this header, and then the parameters in the order of enum Param
-
 struct ModelHeader { int32_t magic, version, maxT, V, L, NH, C, Vp, unused[HEADER_INTS - 8]; };
 constexpr int MODEL_MAGIC = 20240326, MODEL_FP32 = 3, MODEL_BF16 = 5;   // the last two are versions
 const char* MODEL_WHAT = "a GPT-2 model";
@@ -3241,7 +3168,6 @@ Config model_read_config(const char* path) {
 
 // ==== twin: checkpoints, device, schedule, command line
 // ---- checkpoints: the weights, the state of each rank, and DONE when all of these are whole
-
 // Reads weights, in whichever of the two types the file has, into an allocated model. Master weights get all their bits.
 void model_load(Model& model, const char* path) {
     constexpr size_t CHUNK = (size_t)1 << 20;   // elements
@@ -3274,8 +3200,6 @@ struct RunState {
     int step = 0, not_finite_in_row = 0;   // steps done, and how many of the last ones were not finite
     Position position;                     // after the data that these steps have used; the loader may be ahead
     std::vector<double> settings;          // what the run was told, in the order of settings_kept
-
-    void set_position(const Loader& d) { position = d.position; }
 };
 // llm.c's header of a state, with more in slots that llm.c leaves free. Beside a line stands the slot of its first name.
 struct StateHeader {
@@ -3327,8 +3251,7 @@ bool is_checkpoint_name(const std::string& name) {   // also of one half-written
     return name.compare(0, 6, "model_") == 0 || name.compare(0, 6, "state_") == 0 || name.compare(0, 5, "DONE_") == 0;
 }
 
-// What a run chose by the memory that was free, and keeps when it is resumed: with another batch, or other chunks of the loss,
-// sums would have another order and other bits.
+// What a run chose by the memory that was free, and keeps when it is resumed: otherwise sums would have another order.
 Plan state_plan(const std::string& folder, int step) {
     StateHeader h;
     const std::string path = checkpoint_path(folder, "state", step, 0);   // rank 0's, which there always is
@@ -3336,8 +3259,7 @@ Plan state_plan(const std::string& folder, int step) {
     if (h.ranks != world.size)
         fail("%s: was written by a run on %d GPUs, this one has %d; resume with as many GPUs", path.c_str(), h.ranks, world.size);
     Plan was = {};
-    was.B = std::max(h.B, 0);
-    was.chunk_rows = std::max(h.chunk_rows, 0);
+    was.B = std::max(h.B, 0), was.chunk_rows = std::max(h.chunk_rows, 0);
     return was;
 }
 // Puts model and loader where the run stood after `step` steps. A run that only evaluates needs its seed alone.
@@ -3435,7 +3357,6 @@ bool checkpoint_save(Model& model, const RunState& r, const Loader& train, const
 }
 
 // ==== 9. main ====================================================================================================================
-
 #ifndef TESTING
 // Peak of the tensor cores in bf16 without sparsity, in FLOP/s, by NVIDIA's data sheets; 0 where a share of it (MFU) means nothing.
 double device_peak_flops(const cudaDeviceProp& prop, bool tensor_cores) {
@@ -3497,7 +3418,6 @@ void catch_signals() {
 }
 
 // ---- the command line: one table for parsing, for messages, for --help, and for what a state file keeps of it
-
 enum ValueType { INTEGER, REAL, TEXT, ESTIMATE, HELP, BUILD };   // BUILD: a flag of the build, which is in the table to be kept
 struct Option {
     const char *name, *alias;   // long; llm.c's, or ""
@@ -3508,7 +3428,6 @@ struct Option {
     int slot = -1;              // where a state file keeps the value: see settings_kept
     std::vector<const char*> words = {};   // what stands for the numbers 0, 1, ...
     std::string typed = "";     // the spelling on the command line; empty if it was not there
-
     double number() const { return type == REAL ? *(double*)value : (double)*(int64_t*)value; }
     std::string text(double x) const {
         char digits[32];
@@ -3589,9 +3508,7 @@ void options_parse(int argc, char** argv) {
     }
 }
 // ==== end twin
-
 // ---- what of main is GPT-2's alone
-
 // The model without -e, and a short way to ask for it; what --help says of -e and -r; the levels of -r.
 const char *USUAL_MODEL = "gpt2:d12", *USUAL_TYPED = "d12", *MODEL_HELP = "a checkpoint, d12, or a size like gpt2:L4,H4,C128,T64,V257";
 const char* RECOMPUTE_HELP = "keep less for backward: 1: GELU, 2: and norms, are computed again";
@@ -3657,7 +3574,6 @@ void model_check_options() {
 
 // ==== twin: settings, plan, loop, main
 // ---- settings: what the command line says
-
 struct Settings {
     std::string train_data = "data/train.bin", val_data = "data/val.bin", model = USUAL_MODEL, out, log, estimate, tokenizer;
     int64_t B = 4, T = 1024, total_batch = 0, steps = -1, schedule = COSINE, warmup = 0, seed = 1337;
@@ -3679,7 +3595,8 @@ std::vector<Option> settings_options(Settings& s) {
         {"seq-len", "-t", INTEGER, &s.T, 1, 1 << 20, "1024, or the model's longest", "tokens in a sequence"},
         {"total-batch", "-d", INTEGER, &s.total_batch, 1, BIG, "B*T*ranks", "tokens in a step, over all micro-batches and GPUs", 10},
         {"steps", "-x", INTEGER, &s.steps, 0, 1 << 30, "one epoch", "optimizer steps; 0 validates and samples only", 0},
-        {"schedule", "-k", INTEGER, &s.schedule, 1, 0, "cosine", "cosine, linear, constant or wsd", 1, {"cosine", "linear", "constant", "wsd"}},
+        {"schedule", "-k", INTEGER, &s.schedule, 1, 0, "cosine", "cosine, linear, constant, wsd", 1,
+         {"cosine", "linear", "constant", "wsd"}},
         {"lr", "-l", REAL, &s.lr, 0, 1e9, "3e-4", "learning rate at its peak", 2},
         {"warmup", "-u", INTEGER, &s.warmup, 0, BIG, "0", "steps in which the rate rises to its peak", 3},
         {"final-lr-fraction", "-q", REAL, &s.final_fraction, 0, 1, "0.1", "the rate at the end, as a share of its peak", 4},
@@ -3702,7 +3619,7 @@ std::vector<Option> settings_options(Settings& s) {
         {"top-k", "", INTEGER, &s.top_k, 0, BIG, "40", "sample among the k likeliest; 0: all"},
         {"temperature", "", REAL, &s.temperature, 0, 1e6, "0.8", "of sampling; 0: always the likeliest"},
         {"overfit", "-a", INTEGER, &s.overfit, 0, 1, "0", "1: train on the first step's data again and again", 12},
-        {"checkpoint-every", "-n", INTEGER, &s.checkpoint_every, 0, BIG, "at the end", "steps between checkpoints, and at the end; 0: never"},
+        {"checkpoint-every", "-n", INTEGER, &s.checkpoint_every, 0, BIG, "at the end", "steps between checkpoints; 0: none at all"},
         {"keep", "-nk", INTEGER, &s.keep, 0, BIG, "0", "the newest so many checkpoints; 0: all"},
         {"resume", "-y", INTEGER, &s.resume, 0, 1, "0", "1: go on from the newest checkpoint in --out"},
         {"log", "", TEXT, &s.log, 0, 0, "none", "FILE for one JSON object a step"},
@@ -3745,7 +3662,6 @@ struct Run {
     int half = 0;
     bool ready = false;         // the next step's tokens are in `half`
     std::vector<int> buckets;   // (micro_batches)
-
     size_t BT() const { return (size_t)model.plan.B * model.plan.T; }
     size_t step_tokens() const { return BT() * model.plan.micro_batches * world.size; }
     size_t region_ints() const { return token_ints(BT(), model.config.V); }
@@ -3757,8 +3673,7 @@ struct Run {
     bool unsaved() const { return saves() && state.step > 0 && state.step != saved; }
 };
 
-// What shapes the numbers of a run, besides its model and its data: the values that have a slot. A state file keeps them in the order
-// of the slots, so a new one gets the next.
+// What shapes the numbers of a run, besides its model and its data: the values that have a slot, in their order.
 std::vector<double> settings_kept(Run& run) {
     run.s.steps = run.steps;   // what was chosen counts, where nothing was given
     run.s.B = run.model.plan.B;
@@ -3772,7 +3687,6 @@ std::vector<double> settings_kept(Run& run) {
 }
 
 // ---- the model, the device, the data, and a plan that fits them
-
 // The model: of a size, of a file, or of the checkpoint that is resumed.
 void pick_model(Run& run) {
     Settings& s = run.s;
@@ -3791,8 +3705,8 @@ void pick_model(Run& run) {
     if (resumes && given("model") && s.model != run.model_file) {   // it is the checkpoint's model; another may have been asked for
         if (!size) asked = file_exists(s.model) ? model_read_config(s.model.c_str()) : c;
         if (memcmp(&asked, &c, sizeof c) != 0)
-            bad_option("model", "is another model (%s) than that of the checkpoint to resume, %s (%s); leave %s out to go on, or begin anew "
-                       "in another --out", model_sizes(asked).c_str(), run.model_name(), model_sizes(c).c_str(), typed("model").c_str());
+            bad_option("model", "is another model (%s) than that of the checkpoint to resume, %s (%s); leave %s out, or begin anew in "
+                       "another --out", model_sizes(asked).c_str(), run.model_name(), model_sizes(c).c_str(), typed("model").c_str());
         if (!size && world.rank == 0) printf("note: %s is not read: the run goes on from %s\n", s.model.c_str(), run.model_name());
     }
     model_check_config(c, run.model_name());
@@ -3858,9 +3772,9 @@ size_t open_data(Run& run) {
     }
     const int V = std::max(d.largest_id + 1, (int)run.tokenizer.tokens.size());
     if (small)
-        fail_usage("%s has a vocabulary of %d tokens, and %s, the model without -e, one of %d (and %.0fM parameters); expected a model for "
-                   "these data, such as -e %s, or -e %s if that one is meant", beside.c_str(), V, s.model.c_str(), c.V, param_count(c) / 1e6,
-                   model_example(V).c_str(), USUAL_TYPED);
+        fail_usage("%s has a vocabulary of %d tokens, and %s, the model without -e, one of %d (and %.0fM parameters); expected a model "
+                   "for these data, such as -e %s, or -e %s if that one is meant", beside.c_str(), V, s.model.c_str(), c.V,
+                   param_count(c) / 1e6, model_example(V).c_str(), USUAL_TYPED);
     if (!chosen && run.on_cpu() && world.rank == 0)
         printf("note: this build runs on the CPU, where a step of %s takes about a minute; -e %s is a smaller model\n", s.model.c_str(),
                model_example(c.V).c_str());
@@ -3901,8 +3815,8 @@ void choose_plan(Run& run, size_t data_batch) {
     }
     const int64_t BT = B * s.T;
     if (B == 0)
-        fail_option("batch", "not even one sequence of %lld tokens fits into the %.1f MiB that are free%s; --estimate -b 1 shows what takes "
-                    "the room", (long long)s.T, run.free_bytes / 1048576.0, s.total_batch ? " and divides --total-batch" : "");
+        fail_option("batch", "not even one sequence of %lld tokens fits into the %.1f MiB that are free%s; --estimate -b 1 shows what "
+                    "takes the room", (long long)s.T, run.free_bytes / 1048576.0, s.total_batch ? " and divides --total-batch" : "");
     if (BT >= 1 << 30) bad_option("batch", "%lld tokens in one micro-batch; expected fewer than 2^30", (long long)BT);
     if (micro_batches(B) == 0)
         bad_option("total-batch", "expected a multiple of batch * seq-len * GPUs = %lld * %lld * %d = %lld", (long long)B, (long long)s.T,
@@ -3936,7 +3850,6 @@ void count_steps(Run& run) {
 }
 
 // ---- the output folder and the log
-
 // One run alone writes into a folder: two would mix their files into a checkpoint that calls itself whole. Both locks hold until this
 // process ends. The folder's holds where somebody removes the file; the file's is for NFS, which locks no folders.
 void lock_out(const std::string& out) {
@@ -3978,8 +3891,8 @@ void prepare_out(const Settings& s, int resume_step) {
 
 // A disk that is too small for what this run will write is said now, and not after its last step.
 void check_room(const Settings& s, const Model& model, int steps) {
-    const double weights = HEADER_BYTES + (double)param_count(model.config) * sizeof(floatX), state = (double)state_bytes(model), MiB = 1 << 20;
-    const double need = weights + world_sum(state);
+    const double weights = HEADER_BYTES + (double)param_count(model.config) * sizeof(floatX);
+    const double need = weights + world_sum((double)state_bytes(model)), MiB = 1 << 20;
     if (world.rank != 0 || steps <= 0) return;
     struct statvfs disk;
     if (statvfs(s.out.c_str(), &disk) != 0 || disk.f_blocks == 0) return;   // it does not say
@@ -4007,7 +3920,7 @@ void log_open(Log& log, const Settings& s, int resume_step) {
         stat(s.out.c_str(), &out) == 0 && folder.st_dev == out.st_dev && folder.st_ino == out.st_ino)
         fail_option("log", "this is the name of a file of a checkpoint; expected another");
     const bool stream = stat(name, &at) == 0 && !S_ISREG(at.st_mode);
-    if (S_ISDIR(at.st_mode) || S_ISBLK(at.st_mode)) fail_option("log", "expected a file, found a %s", S_ISDIR(at.st_mode) ? "folder" : "disk");
+    if (S_ISDIR(at.st_mode) || S_ISBLK(at.st_mode)) fail_option("log", "expected a file, found a folder or a disk");
     const int how = stream ? O_WRONLY | O_NOCTTY | O_NONBLOCK : O_RDWR | O_CREAT;   // a FIFO would wait for a reader
     log.fd = open(name, how | O_APPEND | O_CLOEXEC, 0666);
     if (log.fd < 0) fail_option("log", "cannot open it: %s", errno == ENXIO ? "nobody reads this FIFO" : strerror(errno));
@@ -4036,7 +3949,6 @@ void log_open(Log& log, const Settings& s, int resume_step) {
 }
 
 // ---- validation and samples
-
 bool stop_wanted(const Run& run) {   // by a signal to any of the ranks, or because data are lost
     if (int signal = -(int)world_min(-(double)interrupted)) interrupted = signal;
     return world_any(!run.train.error.empty() || !run.val.error.empty()) || interrupted;
@@ -4075,8 +3987,7 @@ bool validate(Run& run) {
     return false;
 }
 
-// A token drawn by its logit among the `top_k` likeliest, or at temperature 0 the likeliest; `uniform` is a random number from 0 to 1.
-// -1: there is no likeliest token among NaNs.
+// A token drawn by its logit among the `top_k` likeliest (all: 0), by a random number `uniform` from 0 to 1. -1: a logit is NaN.
 int draw_token(const std::vector<floatX>& logits, int V, int top_k, float temperature, float uniform) {
     std::vector<std::pair<float, int>> best(V);   // minus the logit, token: the likeliest is the least, and of equals the first
     for (int v = 0; v < V; v++) best[v] = {-(float)logits[v], v};
@@ -4124,7 +4035,6 @@ bool sample(Run& run) {
 }
 
 // ---- a step. Step s is the s-th update: what is logged under s has seen s updates.
-
 // The tokens of a step, into `half`.
 void load_tokens(Run& run) {
     const int BT = (int)run.BT(), V = run.model.config.V;
@@ -4149,7 +4059,7 @@ Verdict run_step(Run& run, const Hyper& h) {
         model_backward(model, B, T, run.buckets[micro], micro);
     }
     return model_update(model, h, run.state.step, [&] {   // while the device works
-        run.state.set_position(run.train);
+        run.state.position = run.train.position;
         const bool another = run.state.step + 1 < run.steps && run.train.batches_left_in_shard() >= (size_t)micro_batches;
         run.ready = another || run.s.overfit;
         if (run.s.overfit) return;   // the same tokens again
@@ -4247,14 +4157,12 @@ int run_loop(Run& run) {   // returns the exit status
         const bool finished = at.step >= run.steps;
         auto due = [&](int64_t every) { return every > 0 && (finished || at.step % every == 0); };
         if (!finished && !run.ready && run.train.error.empty()) load_tokens(run);
-
         bool stop = stop_wanted(run);
         if (!stop && due(s.val_every)) stop = validate(run);
         if (!stop && due(s.sample_every) && (finished || at.step > 0)) stop = sample(run);
         const bool writes = run.unsaved() && (stop || due(s.checkpoint_every) || (finished && s.checkpoint_every != 0));
         if (writes) save(run);
         if (finished || stop) return end_loop(run, finished, stop && (!finished || s.val_every > 0 || s.sample_every > 0), writes);
-
         train_step(run);
         if (at.not_finite_in_row >= 10) {
             warn("the loss or the gradient was not finite for 10 steps in a row, up to step %d. The weights are those of before. Lower "
@@ -4277,7 +4185,8 @@ void print_plan(Run& run, bool all) {
                dtype_name(FLOATX));
         if (plan.training)
             printf("step       %d sequences x %d tokens x %d micro-batches x %d GPUs = %zu tokens; %d steps, an epoch has %zu\n", plan.B,
-                   plan.T, plan.micro_batches, world.size, run.step_tokens(), run.steps, run.train.batches_per_epoch() / plan.micro_batches);
+                   plan.T, plan.micro_batches, world.size, run.step_tokens(), run.steps,
+                   run.train.batches_per_epoch() / plan.micro_batches);
         printf("memory     (--estimate lists parameters, gradients and optimizer state row by row)\n");
     }
     if (run.s.estimate == "json") table_print_json(table);
@@ -4349,13 +4258,11 @@ int main(int argc, char** argv) {
     catch_signals();
     if (speaks) printf("start      at step %d; the first step also prepares the matmuls\n", run.state.step);
     fflush(stdout);
-
     int status = run_loop(run);
-
-    const size_t estimate_bytes = table_bytes(run.model.table);
-    if (speaks) printf("device memory: %zu bytes at the peak, %zu announced\n", device_peak, estimate_bytes);
+    const size_t announced = table_bytes(run.model.table);
+    if (speaks) printf("device memory: %zu bytes at the peak, %zu announced\n", device_peak, announced);
     log_line(run.log, "{\"done\": %s, \"steps\": %d, \"peak_bytes\": %zu, \"estimate_bytes\": %zu}", status == 0 ? "true" : "false",
-             run.state.step, device_peak, estimate_bytes);
+             run.state.step, device_peak, announced);
     if (!log_close(run.log) && status == 0) status = 1;
     loader_close(run.train);
     loader_close(run.val);
