@@ -54,7 +54,7 @@ static void launches() {
     for (unsigned i = 0; i < 12 * 120; i++) EXPECT(counts[i] == 1 + i % 120 + 1000 * (i / 120));
 
     int* n = (int*)u;
-    null_kernel<<<3, 32>>>(NULL, n, evaluate() * 10);      // arguments are evaluated once
+    null_kernel<<<3, 32>>>(nullptr, n, evaluate() * 10);      // arguments are evaluated once
     int result;
     to_host(&result, n, 1);
     EXPECT(result == 11 && evaluated == 1);

@@ -430,5 +430,7 @@ template <class S> inline S& shared(const char* name, const char* file, int line
     return *place.object;
 }
 template <class T> inline T* dynamic_shared() { return (T*)worker->dynamic_shared; }
+// In front of each declaration: a function takes it as a statement, and outside of one it "does not name a type".
+inline const struct InFunction { void operator=(int) const {} } must_be_in_a_function = {};
 
 }  // namespace simt
