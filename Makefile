@@ -166,7 +166,7 @@ $(INTO)/flags:
 blas_links = printf '\#include <cblas.h>\nint main() {}\n' | $(CPU_CXX) $(CPU_CXXFLAGS) -x c++ - $(CPU_LDLIBS) -o /dev/null
 imports    = $(call lacks,$(PYTHON) -c "import importlib.util as u; exit(u.find_spec('$(1)') is None)",python3-$(2))# without its seconds
 missing_cpu  = $(strip $(call lacks,command -v $(CPU_CXX),g++) $(call lacks,command -v python3,python3) \
-               $(call lacks,$(blas_links),libopenblas-dev $(if $(findstring boost,$(CPU_LDLIBS)),libboost-context-dev)))
+               $(call lacks,$(blas_links),libopenblas-dev))
 missing_gpu  = $(call lacks,command -v g++,g++)# nvcc calls it
 missing_demo = $(if $(filter 1,$(CPU)),$(missing_cpu),$(missing_gpu)) $(call imports,numpy,numpy)
 missing_test = $(missing_cpu) $(call imports,numpy,numpy) $(call imports,pytest,pytest)

@@ -30,8 +30,7 @@ static int evaluated = 0;
 static int evaluate() { return ++evaluated; }
 
 static void launches() {
-    float* f;
-    cudaCheck(cudaMalloc(&f, 64 * sizeof(float)));
+    float* f = device_array<float>(64);
     template_kernel<float, 64><<<1, 64, 64 * sizeof(float)>>>(f, Shape{3, 5}, 2.0f);
     float host[64];
     to_host(host, f, 64);
@@ -40,15 +39,12 @@ static void launches() {
     cudaStream_t stream;
     cudaCheck(cudaStreamCreate(&stream));
     pointer<<<dim3(1), dim3(32, 1),
-              32 * sizeof(float), stream>>>(f, Shape{3, 7},
-                                            1.0f);
+              32 * sizeof(float), stream>>>(f, Shape{3, 7}, 1.0f);
     to_host(host, f, 32);
     for (int i = 0; i < 32; i++) EXPECT(host[i] == (31 - i) + 7 + 1 + 1);
     cudaCheck(cudaStreamDestroy(stream));
 
-    unsigned *u, counts[12 * 120];
-    cudaCheck(cudaMalloc(&u, sizeof counts));
-    cudaCheck(cudaMemset(u, 0, sizeof counts));
+    unsigned counts[12 * 120] = {0}, *u = to_device(counts, 12 * 120);
     index_kernel<<<dim3(2, 3, 2), dim3(5, 8, 3)>>>(u);
     to_host(counts, u, 12 * 120);
     for (unsigned i = 0; i < 12 * 120; i++) EXPECT(counts[i] == 1 + i % 120 + 1000 * (i / 120));
@@ -62,8 +58,6 @@ static void launches() {
     table_kernel<<<1, 4>>>(f);
     to_host(host, f, 4);
     EXPECT(host[0] == 1 && host[3] == 4);
-    cudaCheck(cudaFree(f));
-    cudaCheck(cudaFree(u));
 }
 
 // ---- warp collectives --------------------------------------------------------------------------------
@@ -102,12 +96,10 @@ __global__ void leavers_kernel(int* out) {
 }
 
 static void leavers() {
-    int *out, host[70];
-    cudaCheck(cudaMalloc(&out, sizeof host));
+    int host[70], *out = device_array<int>(70);
     leavers_kernel<<<2, 128>>>(out);
     to_host(host, out, 70);
     for (int t = 0; t < 70; t++) EXPECT(host[t] == 100070 + 1000 * (t < 64 ? 32 : 6));
-    cudaCheck(cudaFree(out));
 }
 
 // ---- atomics and arithmetic --------------------------------------------------------------------------

@@ -38,9 +38,8 @@ struct alignas(64) Thread {
     Site site;
 };
 
-// Where the lanes of one mask meet. Values are exchanged in slots, of which there are two sets used in
-// turn: a lane may be through the next collective before another has read this one's result, but not
-// through the one after, since that needs all of them.
+// Where the lanes of one mask meet. Values are exchanged in slots, of which there are two sets used in turn: a lane may be through
+// the next collective before another has read this one's result, but not through the one after, since that needs all of them.
 constexpr int kSlotBytes = 64;
 struct alignas(64) Rendezvous {
     uint32_t mask;                     // the lanes named

@@ -18,8 +18,7 @@ inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 // ---- shuffles --------------------------------------------------------------------------------------
 
 namespace simt {
-template <class T>
-inline T read_lane(const Gathered<T>& g, int lane, const char* what, Site site) {
+template <class T> inline T read_lane(const Gathered<T>& g, int lane, const char* what, Site site) {
     if (__builtin_expect(!(g.participants >> lane & 1), 0))
         die_in_kernel("%s at %s:%d: lane %d reads lane %d, which has exited, does not exist or is not in the mask (those that "
                       "took part: 0x%08x)", what, site.file, site.line, g.lane, lane, g.participants);

@@ -1,10 +1,9 @@
 // Work for several OS threads: parallel(n, f) calls f(0) .. f(n - 1), in no particular order.
 //
-// This began as `#pragma omp parallel for schedule(dynamic)`. But the threads of an OpenMP team all meet at
-// the end of every loop, and wait for each other there by spinning, for milliseconds. On a machine with
-// something else to do, a training step of 260 ms took 1,290 ms. Here nobody waits for a helper that has not
-// even woken up: the caller works too, and when nothing is left to begin it waits for what is under way.
-// OMP_NUM_THREADS still says how many threads there are.
+// This began as `#pragma omp parallel for schedule(dynamic)`. But the threads of an OpenMP team all meet at the end of every loop,
+// and wait for each other there by spinning, for milliseconds. On a machine with something else to do, a training step of 260 ms
+// took 1,290 ms. Here nobody waits for a helper that has not even woken up: the caller works too, and when nothing is left to begin
+// it waits for what is under way. OMP_NUM_THREADS still says how many threads there are.
 #pragma once
 #include <sched.h>
 
