@@ -26,8 +26,7 @@ def merge(tensors):
     """Returns a dict like tensors, merged: what has changed in float64, the rest as it was."""
     merged = dict(tensors)
     for norm, matmul in PAIRS:
-        gamma, beta, w, b = (tensors[name].astype(np.float64)
-                             for name in (norm + "w", norm + "b", matmul + "w", matmul + "b"))
+        gamma, beta, w, b = (tensors[name].astype(np.float64) for name in (norm + "w", norm + "b", matmul + "w", matmul + "b"))
         merged[matmul + "w"] = w * gamma[:, None, :]  # (L, out, C) by the columns
         merged[matmul + "b"] = b + np.einsum("loc,lc->lo", w, beta)
         merged[norm + "w"], merged[norm + "b"] = np.ones_like(gamma), np.zeros_like(beta)

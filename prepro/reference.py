@@ -169,8 +169,7 @@ def compute(config, tensors, x, y, steps, activation=gelu):
     losses = []
     optimizer = torch.optim.AdamW(
         [{"params": [p for p in leaves(params) if p.dim() == 2], "weight_decay": 0.01},
-         {"params": [p for p in leaves(params) if p.dim() < 2], "weight_decay": 0.0}],
-        lr=1e-4, betas=(0.9, 0.999), eps=1e-8)
+         {"params": [p for p in leaves(params) if p.dim() < 2], "weight_decay": 0.0}], lr=1e-4, betas=(0.9, 0.999), eps=1e-8)
     for _ in range(steps):
         optimizer.zero_grad()
         loss = cross_entropy(forward(params, config, x, activation), y)

@@ -602,8 +602,7 @@ def prepare(paths, out="data", tokenizer="bytes", eot=None, val_fraction=0.1, sh
 def add_options(parser, out):
     """Options that have the names of prepare()'s parameters."""
     parser.add_argument("--out", default=out, metavar="DIR", help=f"folder to write to ({out})")
-    parser.add_argument("--tokenizer", default="bytes", metavar="NAME",
-                        help="bytes (default), gpt2, or the path of a tokenizer.json")
+    parser.add_argument("--tokenizer", default="bytes", metavar="NAME", help="bytes (default), gpt2, or the path of a tokenizer.json")
     parser.add_argument("--eot", metavar="TOKEN", help="the end of a text in a tokenizer.json, if it is not found")
     parser.add_argument("--val-fraction", type=float, default=0.1, metavar="X", help="share kept for validation (0.1)")
     parser.add_argument("--shard-tokens", type=int, metavar="N", help="several files, of at most N tokens each")
