@@ -65,8 +65,7 @@ struct cudaDeviceProp {
     int warpSize, maxThreadsPerBlock, major, minor, multiProcessorCount, l2CacheSize, pciBusID, pciDomainID;
 };
 enum cudaDeviceAttr {
-    cudaDevAttrClockRate = 13, cudaDevAttrMultiProcessorCount = 16, cudaDevAttrL2CacheSize = 38,
-    cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
+    cudaDevAttrClockRate = 13, cudaDevAttrL2CacheSize = 38, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
 };
 
 inline cudaError_t cudaGetDeviceCount(int* count) { *count = simt::device_count(); return cudaSuccess; }
@@ -95,7 +94,6 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
     if (cudaError_t e = cudaGetDeviceProperties(&p, device)) return e;
     switch (attribute) {
     case cudaDevAttrClockRate: *value = 1000000; break;           // kHz
-    case cudaDevAttrMultiProcessorCount: *value = p.multiProcessorCount; break;
     case cudaDevAttrL2CacheSize: *value = p.l2CacheSize; break;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = p.sharedMemPerBlockOptin; break;
     default: return simt::set_error(cudaErrorInvalidValue);

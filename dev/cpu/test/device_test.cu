@@ -104,15 +104,9 @@ static void leavers() {
 
 // ---- atomics and arithmetic --------------------------------------------------------------------------
 
-__global__ void atomic_kernel(int* i, unsigned* u, unsigned long long* l, float* f) {
-    int t = blockIdx.x * blockDim.x + threadIdx.x;
+__global__ void atomic_kernel(int* i, float* f) {
     atomicAdd(&i[0], 1);
-    atomicMax(&i[1], t);
-    atomicMin(&i[2], -t);
-    atomicCAS(&i[3], 0, 7);
-    atomicExch(&i[4], 9);
-    atomicAdd(&u[0], 2u);
-    atomicAdd(l, 1ull << 33);
+    atomicMax(&i[1], (int)(blockIdx.x * blockDim.x + threadIdx.x));
     atomicAdd(f, 1.0f);
 }
 __global__ void arithmetic_kernel(int* wrong) {
@@ -121,25 +115,17 @@ __global__ void arithmetic_kernel(int* wrong) {
     CHECK(rsqrtf(4.0f + zero) == 0.5f && __fdividef(1.0f, 4.0f + zero) == 0.25f);
     CHECK(fmaf(1.0f + 0x1p-12f + zero, 1.0f + 0x1p-12f, -1.0f) == 0x1p-11f + 0x1p-24f);
     CHECK(fabsf(__expf(1.0f + zero) + exp2f(3.0f) + __logf(1.0f) - 10.71828f) < 1e-4f);
-    CHECK(__float2int_rn(2.5f + zero) == 2 && __float2int_rn(3.5f) == 4 && __float2int_rz(-2.9f) == -2);
-    CHECK(__float2int_rz(1e20f) == 2147483647 && __float2int_rz(nan) == 0);
-    CHECK(__popc(0xf0f0u) == 8 && __ffs(0x100) == 9 && __clz(1) == 31 && __clz(0) == 32 && __umulhi(0x80000000u, 6u) == 3);
     CHECK(max(-1, 1) == 1 && min(7u, 9u) == 7 && max((size_t)3, (size_t)2) == 3);
     CHECK(isfinite(2.0f + zero) && !isfinite(nan) && isnan(nan) && __float_as_int(1.0f) == 0x3f800000);
 }
 
 static void atomics() {
-    int zeros[5] = {0}, *i = to_device(zeros, 5), hi[5];
-    unsigned uz = 0, *u = to_device(&uz, 1), hu;
-    unsigned long long lz = 0, *l = to_device(&lz, 1), hl;
-    float fz = 0, *f = to_device(&fz, 1), hf;
-    atomic_kernel<<<10, 100>>>(i, u, l, f);
-    to_host(hi, i, 5);
-    to_host(&hu, u, 1);
-    to_host(&hl, l, 1);
+    int hi[2] = {0}, *i = to_device(hi, 2);
+    float hf = 0, *f = to_device(&hf, 1);
+    atomic_kernel<<<10, 100>>>(i, f);
+    to_host(hi, i, 2);
     to_host(&hf, f, 1);
-    EXPECT(hi[0] == 1000 && hi[1] == 999 && hi[2] == -999 && hi[3] == 7 && hi[4] == 9);
-    EXPECT(hu == 2000 && hl == 1000ull << 33 && hf == 1000.0f);
+    EXPECT(hi[0] == 1000 && hi[1] == 999 && hf == 1000.0f);
 }
 
 int main() {
