@@ -1,8 +1,7 @@
 """The codes of an activation's backward: thresholds and slopes, for 1 to 4 bits an element.
 
-The forward pass is exact. The backward pass takes the derivative of
-h~(x) = sum_i a_i max(x - c_i, 0), a step function: 2^k - 1 thresholds c_i, 2^k slopes. The code of
-x is the number of thresholds below x, so k bits; the slope of code j is a_1 + ... + a_j.
+The forward pass is exact. The backward pass takes the derivative of h~(x) = sum_i a_i max(x - c_i, 0), a step function: 2^k - 1
+thresholds c_i, 2^k slopes. The code of x is the number of thresholds below x, so k bits; the slope of code j is a_1 + ... + a_j.
 
 2 bits: ReGELU2 and ReSiLU2 as published (Yang et al., ICML 2024, arXiv 2406.16282). 1, 3 and 4
 bits: printed by dev/bench/fit_codes.py, which minimises the same objective. 1 bit is ReLU's mask.

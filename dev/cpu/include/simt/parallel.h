@@ -48,19 +48,8 @@ class Helpers {
     int64_t count = 0;
     std::atomic<int64_t> next{0};
 
-    static void pause() {
-#if defined(__x86_64__)
-        __builtin_ia32_pause();
-#else
-        std::this_thread::yield();
-#endif
-    }
     template <class Condition> static void spin_until(Condition condition) {
-        for (double end = seconds() + kSpin; seconds() < end;)
-            for (int i = 0; i < 16; i++) {
-                if (condition()) return;
-                pause();
-            }
+        for (double end = seconds() + kSpin; !condition() && seconds() < end;) std::this_thread::yield();
     }
     void work() {
         for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) call(body, i);
