@@ -351,8 +351,7 @@ def pieces(path, parts, tokenizer, notes):
             end = place.end()
         elif tokenizer.force and size >= LONGEST:
             end = size
-            notes.add(path, f"has a stretch of {LONGEST} characters without a place to cut it (as between two words); "
-                            "cut all the same")
+            notes.add(path, f"has a stretch of {LONGEST} characters without a place to cut it (as between two words); cut all the same")
         else:
             held, enough = [whole], 2 * enough
             continue
