@@ -51,11 +51,8 @@ USE_APPROXBP ?= 0
 APPROX_ACT   ?= $(if $(filter 1,$(USE_APPROXBP)),2,0)
 MS_NORM      ?= $(USE_APPROXBP)
 PRECISION    ?= BF16
-SAN          ?= 0
-MULTI_GPU    ?= 0
-PTXAS        ?= 0
 PYTHON       ?= $(or $(wildcard /usr/bin/python3),python3)
-
+$(foreach flag,SAN MULTI_GPU PTXAS,$(eval $(flag) ?= 0))
 FLAG_NAMES := USE_APPROXBP APPROX_ACT MS_NORM PRECISION CPU ARCH BUILD SAN MULTI_GPU PTXAS NVCC NVCCFLAGS CXXFLAGS TEXT TESTS SYNC PYTHON VARIANTS
 unknown := $(filter-out $(FLAG_NAMES) MAKEFLAGS SHELL -*-%,$(foreach v,$(.VARIABLES),$(if $(filter command,$(origin $(v))),$(v))))
 $(if $(unknown),$(error unknown flag $(firstword $(unknown)): expected one of $(FLAG_NAMES)))
@@ -166,7 +163,7 @@ $(INTO)/flags:
 blas_links = printf '\#include <cblas.h>\nint main() {}\n' | $(CPU_CXX) $(CPU_CXXFLAGS) -x c++ - $(CPU_LDLIBS) -o /dev/null
 imports    = $(call lacks,$(PYTHON) -c "import importlib.util as u; exit(u.find_spec('$(1)') is None)",python3-$(2))# without its seconds
 missing_cpu  = $(strip $(call lacks,command -v $(CPU_CXX),g++) $(call lacks,command -v python3,python3) \
-               $(call lacks,$(blas_links),libopenblas-dev $(if $(findstring boost,$(CPU_LDLIBS)),libboost-context-dev)))
+               $(call lacks,$(blas_links),libopenblas-dev))
 missing_gpu  = $(call lacks,command -v g++,g++)# nvcc calls it
 missing_demo = $(if $(filter 1,$(CPU)),$(missing_cpu),$(missing_gpu)) $(call imports,numpy,numpy)
 missing_test = $(missing_cpu) $(call imports,numpy,numpy) $(call imports,pytest,pytest)
@@ -192,7 +189,6 @@ fi; \
 echo "Needed are $$required: $$failed $$required $$wanted" >&2; exit 1
 endef
 
-.PHONY: setup setup-test
 setup:
 	$(call install,$(missing_demo))
 
@@ -211,7 +207,6 @@ setup-test:
 	 done
 
 # TEXT goes to demo.py as it was typed: what is a file's name and what are several is for it to say, before anything is built.
-.PHONY: demo
 demo: export DEMO_TEXT := $(value TEXT)
 demo:
 	@! command -v $(PYTHON) >/dev/null || $(PYTHON) -B dev/bench/demo.py --check
@@ -233,17 +228,11 @@ KNOWN := cpu-bf16 cpu-fp32 cpu-approxbp-bf16 cpu-approxbp-fp32 cpu-norm-bf16 cpu
          nvcc-bf16 nvcc-approxbp-bf16 gpu-bf16 gpu-fp32 gpu-approxbp-bf16 gpu-approxbp-fp32
 TRAIN_ALONE := cpu-multi-fp32 san-bf16 nvcc-%
 TEST_ALONE  := cpu-approxbp-fp32 san-fp32 san-approxbp-bf16
-flags_cpu   := CPU=1
-flags_san   := CPU=1 SAN=1
-flags_nvcc  = CPU=0 ARCH="80 86 89 90 100 120" PTXAS=1 NVCCFLAGS="--keep --keep-dir build/$(1)"# the PTX, which is looked at
-flags_gpu   := CPU=0
-flags_approxbp := USE_APPROXBP=1
-flags_norm  := MS_NORM=1
-flags_act   := APPROX_ACT=2
-flags_multi := MULTI_GPU=1
-flags_bf16  := PRECISION=BF16
-flags_fp32  := PRECISION=FP32
-flags_of    = $(foreach part,$(subst -, ,$(1)),$(flags_$(part))) $(if $(filter cpu-bf16 nvcc-% gpu-%,$(1)),,CXXFLAGS="$(if $(filter san-%,$(1)),-Og,-O1) $(CXXFLAGS)")
+PARTS       := cpu:CPU=1 san:CPU=1 san:SAN=1 gpu:CPU=0 nvcc:CPU=0 nvcc:PTXAS=1 approxbp:USE_APPROXBP=1 norm:MS_NORM=1 act:APPROX_ACT=2 \
+               multi:MULTI_GPU=1 bf16:PRECISION=BF16 fp32:PRECISION=FP32
+nvcc_flags   = ARCH="80 86 89 90 100 120" NVCCFLAGS="--keep --keep-dir build/$(1)"# the PTX, which is looked at
+flags_of     = $(foreach part,$(subst -, ,$(1)),$(patsubst $(part):%,%,$(filter $(part):%,$(PARTS)))) $(if $(filter nvcc-%,$(1)),$(nvcc_flags)) \
+               $(if $(filter cpu-bf16 nvcc-% gpu-%,$(1)),,CXXFLAGS="$(if $(filter san-%,$(1)),-Og,-O1) $(CXXFLAGS)")
 programs_of = $(if $(filter $(TRAIN_ALONE),$(1)),train_gpt2,$(if $(filter $(TEST_ALONE),$(1)),test_gpt2,$(PROGRAMS)))
 VARIANTS   := $(filter-out $(if $(shell command -v mpicxx),,%-multi-fp32) $(if $(NVCC),,nvcc-% gpu-%) $(if $(filter 0,$(gpus)),gpu-%),$(KNOWN))
 
@@ -254,7 +243,7 @@ PYTEST = $(test_python) -B -m pytest -q --tb=short -p no:cacheprovider </dev/nul
 tests  = $(or $(TESTS),$(if $(filter quick,$@),$(QUICK_TESTS),dev/test dev/cpu/test))
 only   = $(if $(filter quick,$@),VARIANTS="cpu-bf16 cpu-fp32")
 
-.PHONY: test quick variants twins $(KNOWN)
+.PHONY: help setup setup-test demo test quick variants twins clean $(KNOWN)
 test quick: setup-test
 	@said=$$($(PYTEST) --collect-only $(tests) 2>&1) || { echo "make $@ TESTS=\"$(TESTS)\": pytest cannot take that" >&2; tail -20 <<<"$$said" >&2; exit 2; }
 	-@$(MAKE) $(if $(findstring jobserver,$(MAKEFLAGS)),,-j$$(nproc)) -k variants $(only)
@@ -263,14 +252,12 @@ test quick: setup-test
 variants: $(if $(filter variants,$(MAKECMDGOALS)),$(VARIANTS))
 $(KNOWN):
 	@n=0; for v in $(VARIANTS); do n=$$((n + 1)); [ $$v = $@ ] && echo "building build/$@ ($$n of $(words $(VARIANTS)))"; done; mkdir -p build/$@; \
-	 if $(MAKE) -s $(call programs_of,$@) BUILD=build/$@ $(call flags_of,$@) >build/$@/make.log 2>&1; \
-	 then grep -i -A5 "warning" build/$@/make.log || true; \
-	 else cat build/$@/make.log; exit 1; fi
+	 $(MAKE) -s $(call programs_of,$@) BUILD=build/$@ $(call flags_of,$@) >build/$@/make.log 2>&1 || { cat build/$@/make.log; exit 1; }; \
+	 grep -i -A5 "warning" build/$@/make.log || true
 
 twins:
 	@$(PYTHON) -B dev/test/twins.py $(if $(SYNC),--sync $(SYNC)) $(wildcard train_gpt2.cu train_llama.cu)
 
-.PHONY: help clean
 help:
 	$(info $(HELP))@:
 

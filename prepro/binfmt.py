@@ -11,12 +11,14 @@ nothing before it is checked: magic, version, and each size against the size the
 A writer works under a temporary name, so that a file under its final name is always whole.
 """
 import contextlib
+import math
 import mmap
 import os
 import re
 import resource
 import signal
 import stat
+import struct
 import sys
 from dataclasses import dataclass
 
@@ -114,9 +116,7 @@ say.failed = None
 
 
 def _header(*values):
-    header = np.zeros(256, "<i4")
-    header[: len(values)] = values
-    return header.tobytes()
+    return struct.pack("<256i", *values, *[0] * (256 - len(values)))
 
 
 # ----------------------------------------------------------------------------
@@ -250,19 +250,13 @@ class Config:
         """The 16 tensors in the order of the file; weights are (out, in), L is the layer."""
         L, C = self.L, self.C
         return {
-            "wte": (self.Vp, C), "wpe": (self.maxT, C),
-            "ln1w": (L, C), "ln1b": (L, C),
-            "qkvw": (L, 3 * C, C), "qkvb": (L, 3 * C),
-            "attprojw": (L, C, C), "attprojb": (L, C),
-            "ln2w": (L, C), "ln2b": (L, C),
-            "fcw": (L, 4 * C, C), "fcb": (L, 4 * C),
-            "fcprojw": (L, C, 4 * C), "fcprojb": (L, C),
-            "lnfw": (C,), "lnfb": (C,),
+            "wte": (self.Vp, C), "wpe": (self.maxT, C), "ln1w": (L, C), "ln1b": (L, C), "qkvw": (L, 3 * C, C), "qkvb": (L, 3 * C),
+            "attprojw": (L, C, C), "attprojb": (L, C), "ln2w": (L, C), "ln2b": (L, C), "fcw": (L, 4 * C, C), "fcb": (L, 4 * C),
+            "fcprojw": (L, C, 4 * C), "fcprojb": (L, C), "lnfw": (C,), "lnfb": (C,),
         }
 
     def count(self):
-        C = self.C  # python's integers: a header's sizes cannot overflow here
-        return (self.Vp + self.maxT) * C + self.L * (12 * C * C + 13 * C) + 2 * C
+        return sum(map(math.prod, self.shapes().values()))  # of Python's integers: a header's sizes cannot overflow here
 
 
 def to_bf16(x):

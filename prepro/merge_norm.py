@@ -2,12 +2,11 @@
 
     python3 prepro/merge_norm.py IN.bin OUT.bin
 
-With z the normalised x, a block computes (gamma z + beta) W^T + b. That is z W'^T + b' with
-W' = W gamma (column by column) and b' = b + W beta. For ln1 into qkvw and qkvb, and ln2 into fcw
-and fcb, this writes W' and b', computed in float64, and sets gamma to 1 and beta to 0: the model of
-the published MS-LayerNorm (Yang et al., ICML 2024, arXiv 2406.16282). OUT computes what IN computes,
-within the rounding of its precision, which is IN's; but training it trains other parameters. A
-trainer built with MS_NORM=1 does not need it: it folds gamma and beta at use.
+With z the normalised x, a block computes (gamma z + beta) W^T + b. That is z W'^T + b' with W' = W gamma (column by column) and b'
+= b + W beta. For ln1 into qkvw and qkvb, and ln2 into fcw and fcb, this writes W' and b', computed in float64, and sets gamma to 1
+and beta to 0: the model of the published MS-LayerNorm (Yang et al., ICML 2024, arXiv 2406.16282). OUT computes what IN computes,
+within the rounding of its precision, which is IN's; but training it trains other parameters. A trainer built with MS_NORM=1 does
+not need it: it folds gamma and beta at use.
 
 The final norm keeps its gamma and beta. The matrix behind it is the embedding, so scaling its
 columns would also change what enters the first block, and the head has no bias to take beta.
@@ -26,8 +25,7 @@ def merge(tensors):
     """Returns a dict like tensors, merged: what has changed in float64, the rest as it was."""
     merged = dict(tensors)
     for norm, matmul in PAIRS:
-        gamma, beta, w, b = (tensors[name].astype(np.float64)
-                             for name in (norm + "w", norm + "b", matmul + "w", matmul + "b"))
+        gamma, beta, w, b = (tensors[name].astype(np.float64) for name in (norm + "w", norm + "b", matmul + "w", matmul + "b"))
         merged[matmul + "w"] = w * gamma[:, None, :]  # (L, out, C) by the columns
         merged[matmul + "b"] = b + np.einsum("loc,lc->lo", w, beta)
         merged[norm + "w"], merged[norm + "b"] = np.ones_like(gamma), np.zeros_like(beta)

@@ -12,10 +12,9 @@ The state holds a batch, the logits, the loss, all gradients and the losses of -
 on that batch (the i-th before update i; rate 1e-4, betas 0.9 and 0.999, eps 1e-8, decay 0.01 on
 2-D tensors alone, no clipping). ./test_gpt2 PREFIX.bin PREFIX_state.bin checks a trainer by it.
 
-The model is written from the papers (Vaswani 2017, Radford 2019, Hendrycks 2016), not from a
-trainer. It computes in float64 and writes float32, so of a difference the reference's own rounding
-is 6e-8, and the rest is the trainer's. PyTorch 1.13 and later; a parameter takes about 40
-bytes, so a GPT-2 124M needs 5 GB and its activations.
+The model is written from the papers (Vaswani 2017, Radford 2019, Hendrycks 2016), not from a trainer. It computes in float64 and
+writes float32, so of a difference the reference's own rounding is 6e-8, and the rest is the trainer's. PyTorch 1.13 and later; a
+parameter takes about 40 bytes, so a GPT-2 124M needs 5 GB and its activations.
 """
 import argparse
 import math
@@ -29,9 +28,7 @@ from binfmt import Config, Error
 try:
     import torch
 except ImportError:
-    raise SystemExit("reference.py needs PyTorch: apt-get install python3-torch, "
-                     "or pip install torch in a venv") from None
-
+    raise SystemExit("reference.py needs PyTorch: apt-get install python3-torch, or pip install torch in a venv") from None
 
 # ----------------------------------------------------------------------------
 # the model
@@ -132,8 +129,7 @@ def random_model(config, seed):
 
 
 def random_batch(config, B, T, seed):
-    """Small ids come often, so that rows of the embedding collect from many places; the first and
-    the last id always come."""
+    """Small ids come often, so that rows of the embedding collect from many places; the first and the last id always come."""
     ids = (config.V * np.random.RandomState(seed + 1000003).rand(B, T + 1) ** 2).astype(np.int64)
     ids[0, 0], ids[0, -1] = config.V - 1, 0
     return ids[:, :-1], ids[:, 1:]
@@ -169,8 +165,7 @@ def compute(config, tensors, x, y, steps, activation=gelu):
     losses = []
     optimizer = torch.optim.AdamW(
         [{"params": [p for p in leaves(params) if p.dim() == 2], "weight_decay": 0.01},
-         {"params": [p for p in leaves(params) if p.dim() < 2], "weight_decay": 0.0}],
-        lr=1e-4, betas=(0.9, 0.999), eps=1e-8)
+         {"params": [p for p in leaves(params) if p.dim() < 2], "weight_decay": 0.0}], lr=1e-4, betas=(0.9, 0.999), eps=1e-8)
     for _ in range(steps):
         optimizer.zero_grad()
         loss = cross_entropy(forward(params, config, x, activation), y)
@@ -184,15 +179,13 @@ def compute(config, tensors, x, y, steps, activation=gelu):
 
 MOST_SEEDS = 1000
 
-
 def work(a):
     if a.model:
         config, tensors = binfmt.read_model(a.model)
     else:
         config = Config.parse(a.config)
     if not 0 < a.seq <= config.maxT or a.batch <= 0:
-        raise Error(f"--batch {a.batch} --seq {a.seq}: expected at least 1, and 1 to {config.maxT}, "
-                    "the model's positions")
+        raise Error(f"--batch {a.batch} --seq {a.seq}: expected at least 1, and 1 to {config.maxT}, the model's positions")
     if not 0 <= a.seed < 2**31:
         raise Error(f"--seed {a.seed}: expected 0 to {2**31 - 1}")
     if a.steps < 0:

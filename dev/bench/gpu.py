@@ -109,8 +109,7 @@ def check_jobs(a, m):
                    "--target-processes", "application-only", *more, path(variant, program), *options],
                    "ERROR SUMMARY: 0 errors|RACECHECK SUMMARY: 0 hazards", 30)
     # initcheck does not see what bf16 matmuls write through the copy engine, so it gets builds whose matmuls write plainly
-    checked = [sanitized(tool, v, "train_gpt2", *TINY) for tool in ("memcheck", "racecheck")
-               for v in ("gpu-bf16", "gpu-approxbp-bf16")]
+    checked = [sanitized(tool, v, "train_gpt2", *TINY) for tool in ("memcheck", "racecheck") for v in ("gpu-bf16", "gpu-approxbp-bf16")]
     checked += [sanitized("initcheck", v, "train_gpt2", *TINY, "-f", "0") for v in ("gpu-fp32", "gpu-approxbp-fp32")]
     checked += [sanitized(tool, v, k, "--tight", "--small") for v in ("gpu-bf16", "gpu-fp32")
                 for tool in ("memcheck", "racecheck", "initcheck") for k in kernels]

@@ -1,6 +1,6 @@
-"""What the order of attention's blocks costs: a simulation of the L2 cache, and of multiprocessors that run dry at the end.
+"""What the order of attention's blocks costs, GPT-2 124M at B=64 and T=1024: a simulation of the L2 cache, and of multiprocessors that run dry at the end.
 
-    make dev/cuda/attention CPU=1 BUILD=build/cpu && python3 dev/bench/l2.py [--program PATH] [-b 64] [-t 1024] [--heads 12] [--kv-heads 12] [--channels 64]
+    make dev/cuda/attention CPU=1 BUILD=build/cpu && python3 dev/bench/l2.py [PROGRAM]
 
 A block of forward or dq reads the tiles (64 rows) of keys and values that its queries see; one of dkv the tiles of q and dout of the
 queries that see its keys. Which head and which rows a block has is asked of the trainer: dev/cuda/attention --order prints what the
@@ -9,12 +9,12 @@ time, and its beginning and end take BETWEEN of them; what a block reads and wri
 which forgets what was used least recently. Real caches are less orderly and real blocks not equally fast: the figures say which
 order is good, not what a GPU will show.
 """
-import argparse
 import heapq
 import os
 import random
 import re
 import subprocess
+import sys
 from collections import OrderedDict, namedtuple
 
 from common import ROOT
@@ -121,18 +121,10 @@ def simulate(launch, shape, slots, l2, seed=1):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Simulates the order of attention's blocks.")
-    parser.add_argument("--program", default=os.path.join(ROOT, "build/cpu/dev/cuda/attention"), metavar="PATH", help="dev/cuda/attention in bf16 (build/cpu/dev/cuda/attention)")
-    parser.add_argument("-b", "--batch", type=int, default=64)
-    parser.add_argument("-t", "--seq-len", type=int, default=1024)
-    parser.add_argument("--heads", type=int, default=12)
-    parser.add_argument("--kv-heads", type=int)
-    parser.add_argument("--channels", type=int, default=64)
-    a = parser.parse_args()
-    shape = Shape(a.batch, a.seq_len, a.heads, a.kv_heads or a.heads, a.channels)
+    program, shape = sys.argv[1] if len(sys.argv) > 1 else os.path.join(ROOT, "build/cpu/dev/cuda/attention"), Shape(64, 1024, 12, 12, 64)
     print(f"{'GPU':12s} {'L2, MB':>7s}  {'kernel':8s} {'blocks':>7s} {'at once':>8s} {'MB, once':>9s} {'MB read':>8s} {'times':>6s} {'makespan/ideal':>15s}")
     for name, gpu in GPUS.items():
-        for launch in orders(a.program, shape, gpu.l2):
+        for launch in orders(program, shape, gpu.l2):
             slots = gpu.sms * blocks(launch.kernel, shape.HS, gpu.arch)
             r = simulate(launch, shape, slots, gpu.usable)
             print(f"{name:12s} {gpu.usable:7d}  {launch.kernel:8s} {len(launch.order):7d} {slots:8d} {r.once / 1e6:9.0f} {r.read / 1e6:8.0f} "

@@ -25,8 +25,7 @@ import time
 import common
 from common import ROOT, read_log
 
-import binfmt
-import text
+from atomic import atomic
 
 # mode: what it is called, and the flag of its build
 NAMES = {"exact": "exact", "act": "APPROX_ACT=2", "norm": "MS_NORM=1", "both": "USE_APPROXBP=1"}
@@ -51,23 +50,15 @@ def build(mode, out, flags):
 
 def tokens(files, out):
     """Writes out/train.bin and val.bin, and says what they are."""
-    with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet):
-        text.prepare(files, out=out)
-    names = ["train.bin", "val.bin"]
-    train, val = (len(binfmt.read_tokens(f"{out}/{name}")) for name in names)
+    train, val = common.prepare(files, out)
     return {"files": [os.path.basename(f) for f in files], "train_tokens": train, "val_tokens": val,
-            "sha256": {name: common.digest(os.path.abspath(f"{out}/{name}")) for name in names}}
+            "sha256": {name: common.digest(os.path.abspath(f"{out}/{name}")) for name in ("train.bin", "val.bin")}}
 
 
 def run(name, command, key):
     """A run's log, from before if it is of the same program, text and options and came to its end."""
     log = read_log(f"{name}.jsonl")
-    try:
-        with open(f"{name}.key") as f:
-            same = json.load(f) == key
-    except (OSError, ValueError):
-        same = False
-    if same and log and log[-1].get("done"):
+    if read_log(f"{name}.key") == [key] and log and log[-1].get("done"):
         return log, "from before"
     with contextlib.suppress(OSError):
         os.unlink(f"{name}.jsonl")
@@ -147,16 +138,6 @@ def markdown(a, data, of):
     return "\n".join(lines + verdict(of)) + "\n"
 
 
-def one_run_a_line(result):
-    """JSON that a person can read: a value, a mode or a run per line."""
-    def lines(value, opening, closing):
-        return f"{opening}\n  " + ",\n  ".join(value) + closing
-    parts = {key: json.dumps(value) for key, value in result.items()}
-    parts["summary"] = lines((f"{json.dumps(mode)}: {json.dumps(of)}" for mode, of in result["summary"].items()), "{", "}")
-    parts["runs"] = lines(map(json.dumps, result["runs"]), "[", "]")
-    return "{\n " + ",\n ".join(f"{json.dumps(key)}: {value}" for key, value in parts.items()) + "\n}\n"
-
-
 def plot(a, runs, path):
     """Validation loss over steps, a band from the smallest to the largest over seeds around the mean; beside it the same less
     exact's mean, where the eye can tell the modes apart. False without Matplotlib."""
@@ -203,9 +184,8 @@ def main():
     a.warmup = min(50, a.steps // 10) if a.warmup is None else a.warmup
     a.val_every = max(1, a.steps // 6) if a.val_every is None else a.val_every
     modes = a.modes.split(",")
-    for mode in modes:
-        if mode not in NAMES:
-            parser.error(f"--modes {mode}: expected some of {','.join(NAMES)}")
+    if not set(modes) <= set(NAMES):
+        parser.error(f"--modes {a.modes}: expected some of {','.join(NAMES)}")
     for name in ("seeds", "steps", "val_every"):
         if getattr(a, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(a, name)}: expected 1 or more")
@@ -217,10 +197,7 @@ def main():
 
     begin = time.time()
     os.makedirs(a.out, exist_ok=True)
-    try:
-        data = tokens(files, a.out)
-    except binfmt.Error as e:
-        stop(e)
+    data = tokens(files, a.out)
     print(f"{data['train_tokens']} bytes to learn, {data['val_tokens']} to be examined on")
     runs = run_all(a, {mode: built.get(mode) or build(mode, a.out, shlex.split(a.flags)) for mode in modes}, data)
     of = summary(runs)
@@ -230,8 +207,8 @@ def main():
     result = {"what": "validation loss of exact and approximate training, the same tokens and seeds (dev/bench/loss.py)",
               "commit": common.commit(), "device": device[1] if device else "unknown", "make_flags": a.flags, "text": data,
               **{k: getattr(a, k) for k in ("model", "batch", "seq_len", "steps", "seeds")}, "summary": of, "runs": runs}
-    with binfmt.atomic(f"{a.out}/loss.json", f"{a.out}/loss.md") as (f, g):
-        f.write(one_run_a_line(result).encode())
+    with atomic(f"{a.out}/loss.json", f"{a.out}/loss.md") as (f, g):
+        f.write(json.dumps(result, indent=1).encode() + b"\n")
         g.write(table.encode())
     names = ["loss.json", "loss.md"] + ["loss.png"] * plot(a, runs, f"{a.out}/loss.png")
     print(f"\n{table}\nin {a.out}: {' '.join(names)}; {(time.time() - begin) / 60:.1f} minutes")

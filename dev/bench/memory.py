@@ -1,10 +1,7 @@
 """Where a run's memory goes, mode by mode: a bar per mode, stacked from what --estimate=json says of its program.
 
-    python3 dev/bench/memory.py [--build DIR] [-e d12] [-b 64] [-t 1024] [--out dev/bench/results/cpu/memory.png]
-
-DIR/cpu-bf16, cpu-approxbp-bf16, cpu-act-bf16 and cpu-norm-bf16 hold the programs, as `make variants` leaves them in build.
+    make variants && python3 dev/bench/memory.py        draws dev/bench/results/cpu/memory.png
 """
-import argparse
 import os
 
 from common import ROOT, ledger, pyplot, save
@@ -43,17 +40,10 @@ def draw(bars, title, path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Draws the memory of the modes.")
-    parser.add_argument("--build", default=os.path.join(ROOT, "build"), metavar="DIR", help="where the programs are (build)")
-    parser.add_argument("-e", "--model", default="d12", metavar="SIZE", help="(d12)")
-    parser.add_argument("-b", "--batch", default="64", metavar="B", help="(64)")
-    parser.add_argument("-t", "--seq-len", default="1024", metavar="T", help="(1024)")
-    parser.add_argument("--out", default=os.path.join(ROOT, "dev/bench/results/cpu/memory.png"), metavar="FILE.png")
-    a = parser.parse_args()
-    shape = ["-e", a.model, "-b", a.batch, "-t", a.seq_len]
-    bars = {name: parts(ledger(os.path.join(a.build, variant, "train_gpt2"), [*shape, *options.split()]))
+    shape = "-e d12 -b 64 -t 1024".split()
+    bars = {name: parts(ledger(os.path.join(ROOT, "build", variant, "train_gpt2"), [*shape, *options.split()]))
             for name, variant, options in MODES}
-    draw(bars, f"Memory of a training step, --estimate {' '.join(shape)}, bf16", a.out)
+    draw(bars, f"Memory of a training step, --estimate {' '.join(shape)}, bf16", os.path.join(ROOT, "dev/bench/results/cpu/memory.png"))
 
 
 if __name__ == "__main__":

@@ -103,8 +103,7 @@ def speed_table(data, model):
     name = next((head["gpu"] for head, _ in data.values()), None)
     shape, peak = traffic.shape(model.size, 1, model.T), peak_flops(name)
     wanted = [(m.row, "bench") for m in gpu.MODES] + [(p.row, "peers") for p in gpu.PEERS]
-    base = {stage: mean(measured(data, stage, model.name, "fixed", gpu.EXACT.row), "tokens_per_s")
-            for stage in ("bench", "peers")}
+    base = {stage: mean(measured(data, stage, model.name, "fixed", gpu.EXACT.row), "tokens_per_s") for stage in ("bench", "peers")}
     rows, B = [], model.B
     for label, stage in wanted:
         fixed, largest = (measured(data, stage, model.name, batch, label) for batch in ("fixed", "largest"))
@@ -293,8 +292,7 @@ def budget_section(found):
             f"backward, a cautious figure for mma.sync, it is {mma:.2f} µs, {speed(mma)}. If everything ran at the ceilings "
             f"({MATMUL_CEILING / 1e12:.0f} TFLOP/s, attention too, and {COPY_CEILING / 1e12:.1f} TB/s), it would be {ceiling:.2f} "
             f"µs, {speed(ceiling)}.", "",
-            "The kernels that only move memory, one by one (`dev/bench/traffic.py` counts the bytes):", "",
-            *passes_table(s, found), "",
+            "The kernels that only move memory, one by one (`dev/bench/traffic.py` counts the bytes):", "", *passes_table(s, found), "",
             "And the modes. What a recomputation reads and writes again is in these bytes; what GELU in an epilogue (`-ge 2`) costs "
             "the matmul is not. `-r 1`, `-r 2` and `MS_NORM=1` are counted at `-ge 0`, and run at what is faster:", "",
             *modes_table(s, found), *sweeps_table(found)]

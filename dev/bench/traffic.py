@@ -1,6 +1,6 @@
 """How many bytes a training step of train_gpt2 moves, kernel by kernel, counted from the shapes.
 
-    python3 dev/bench/traffic.py [-e d12] [-b 64] [-t 1024] [-d TOKENS] [-w 1] [--precision BF16]
+    python3 dev/bench/traffic.py [-e d12] [-b 64] [-t 1024] [-d TOKENS] [--precision BF16]
 
 Memory-bound kernels take the time that their bytes take, so this is what the modes of the backward pass cost or give back
 before any GPU has run them. A kernel counts each tensor that it reads or writes once per launch; matmuls do too, and each chunk
@@ -38,8 +38,8 @@ AGAIN = {"forward": 1.0, "dq": 1.0, "dkv": 1.0}
 Shape = namedtuple("Shape", "L NH C maxT V B T micro element master chunks")
 
 
-def shape(model, B, T, total=None, precision="BF16", master=True, chunks=None):
-    """What -e, -b, -t, -d, -w and --loss-chunks say; a size that makes no sense is a ValueError."""
+def shape(model, B, T, total=None, precision="BF16", chunks=None):
+    """What -e, -b, -t, -d and --loss-chunks say; a size that makes no sense is a ValueError."""
     n = model_size(model)
     if T > n.T:
         raise ValueError(f"-t {T}: the model's longest sequence is {n.T}")
@@ -52,7 +52,7 @@ def shape(model, B, T, total=None, precision="BF16", master=True, chunks=None):
     whole = -(-rows // 256) * 256  # as loss_chunk_rows has it
     if -(-B * T // whole) == -(-B * T // rows):
         rows = whole
-    return Shape(n.L, n.H, n.C, n.T, n.V, B, T, (total or B * T) // (B * T), element, master and element == 2, -(-B * T // rows))
+    return Shape(n.L, n.H, n.C, n.T, n.V, B, T, (total or B * T) // (B * T), element, element == 2, -(-B * T // rows))
 
 
 def tensors(s, m):
@@ -274,11 +274,10 @@ def main():
     parser.add_argument("-b", "--batch", dest="B", type=int, default=64, help="sequences in a micro-batch (64)")
     parser.add_argument("-t", "--seq-len", dest="T", type=int, default=1024, help="tokens in a sequence (1024)")
     parser.add_argument("-d", "--total-batch", dest="total", type=int, help="tokens in a step (one micro-batch)")
-    parser.add_argument("-w", "--master-weights", dest="master", type=int, choices=(0, 1), default=1, help="fp32 weights (1)")
     parser.add_argument("--precision", choices=("BF16", "FP32"), default="BF16")
     a = parser.parse_args()
     try:
-        s = shape(a.model, a.B, a.T, a.total, a.precision, a.master)
+        s = shape(a.model, a.B, a.T, a.total, a.precision)
     except ValueError as e:
         parser.error(str(e))
     report(s, [Count(s, m) for m in MODES])

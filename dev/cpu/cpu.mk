@@ -13,9 +13,6 @@ CPU_CXXFLAGS := -std=c++17 -O3 -march=native -fno-math-errno -fno-trapping-math 
 CPU_SANFLAGS := -O1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 # OpenBLAS is loaded when it is first needed (simt/matmul.h); naming it here finds it missing before that
 CPU_LDLIBS := -Wl,--as-needed -lopenblas -ldl
-ifneq ($(shell uname -m),x86_64)
-CPU_LDLIBS += -lboost_context
-endif
 
 CPU_TRANSLATE := python3 $(CPU_DIR)/cu2cpp.py
 CPU_DEPS := $(CPU_DIR)/cpu.mk $(CPU_DIR)/cu2cpp.py $(wildcard $(CPU_DIR)/include/*.h $(CPU_DIR)/include/*/*.h)

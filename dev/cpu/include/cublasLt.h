@@ -3,8 +3,25 @@
 // The real library refuses what its kernels cannot do (odd alignments, shapes that disagree), and so does
 // this, with the same status and, since a status says little, a line on stderr with the reason.
 #pragma once
-#include "cublas_v2.h"
+#include "cuda_runtime.h"
 #include "simt/matmul.h"
+
+#define SIMT_STATUSES(S)                                      \
+    S(CUBLAS_STATUS_SUCCESS, 0)                               \
+    S(CUBLAS_STATUS_INVALID_VALUE, 7)                         \
+    S(CUBLAS_STATUS_EXECUTION_FAILED, 13)                     \
+    S(CUBLAS_STATUS_NOT_SUPPORTED, 15)
+#define SIMT_ENUM(name, value) name = value,
+typedef enum { SIMT_STATUSES(SIMT_ENUM) } cublasStatus_t;
+#undef SIMT_ENUM
+#define SIMT_NAME(name, value) case name: return #name;
+inline const char* cublasGetStatusName(cublasStatus_t s) { switch (s) { SIMT_STATUSES(SIMT_NAME) } return "unknown cuBLAS status"; }
+#undef SIMT_NAME
+
+typedef enum { CUDA_R_32F = 0, CUDA_R_16F = 2, CUDA_R_16BF = 14 } cudaDataType_t;
+typedef cudaDataType_t cudaDataType;
+typedef enum { CUBLAS_OP_N = 0, CUBLAS_OP_T = 1 } cublasOperation_t;
+typedef enum { CUBLAS_COMPUTE_32F = 68, CUBLAS_COMPUTE_32F_FAST_TF32 = 77 } cublasComputeType_t;      // both are fp32 here
 
 typedef enum {
     CUBLASLT_EPILOGUE_DEFAULT = 1, CUBLASLT_EPILOGUE_BIAS = 4, CUBLASLT_EPILOGUE_GELU_AUX_BIAS = 164, CUBLASLT_EPILOGUE_DGELU = 192,
@@ -185,9 +202,8 @@ inline cublasStatus_t check_pointer(const Matrix& x, const char* name, Site site
 
 // ---- the two calls ---------------------------------------------------------------------------------
 
-inline cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDesc_t desc,
-                                                     cublasLtMatrixLayout_t a, cublasLtMatrixLayout_t b,
-                                                     cublasLtMatrixLayout_t c, cublasLtMatrixLayout_t d,
+inline cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDesc_t desc, cublasLtMatrixLayout_t a,
+                                                     cublasLtMatrixLayout_t b, cublasLtMatrixLayout_t c, cublasLtMatrixLayout_t d,
                                                      cublasLtMatmulPreference_t preference, int wanted,
                                                      cublasLtMatmulHeuristicResult_t results[], int* found) {
     *found = 0;

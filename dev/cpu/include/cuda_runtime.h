@@ -47,16 +47,14 @@
 // ---- devices ---------------------------------------------------------------------------------------
 
 namespace simt {
-// Grids are sized by this in many programs, and with them the order of sums; so it is a constant, and not
-// what the machine has.
+// Grids are sized by this in many programs, and with them the order of sums; so it is a constant, and not what the machine has.
 constexpr int kMultiprocessors = 8;
 inline int device = 0;
 
 // One pretended device for each process of an MPI job on this machine.
 inline int device_count() {
     for (const char* name : {"OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "SLURM_NTASKS_PER_NODE"})
-        if (const char* value = getenv(name))
-            if (atoi(value) > 0) return atoi(value);
+        if (const char* value = getenv(name); value && atoi(value) > 0) return atoi(value);
     return 1;
 }
 }  // namespace simt
@@ -67,8 +65,7 @@ struct cudaDeviceProp {
     int warpSize, maxThreadsPerBlock, major, minor, multiProcessorCount, l2CacheSize, pciBusID, pciDomainID;
 };
 enum cudaDeviceAttr {
-    cudaDevAttrClockRate = 13, cudaDevAttrMultiProcessorCount = 16, cudaDevAttrL2CacheSize = 38,
-    cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
+    cudaDevAttrClockRate = 13, cudaDevAttrL2CacheSize = 38, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
 };
 
 inline cudaError_t cudaGetDeviceCount(int* count) { *count = simt::device_count(); return cudaSuccess; }
@@ -97,7 +94,6 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
     if (cudaError_t e = cudaGetDeviceProperties(&p, device)) return e;
     switch (attribute) {
     case cudaDevAttrClockRate: *value = 1000000; break;           // kHz
-    case cudaDevAttrMultiProcessorCount: *value = p.multiProcessorCount; break;
     case cudaDevAttrL2CacheSize: *value = p.l2CacheSize; break;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = p.sharedMemPerBlockOptin; break;
     default: return simt::set_error(cudaErrorInvalidValue);
@@ -173,25 +169,18 @@ inline cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_
 
 // ---- streams and events ----------------------------------------------------------------------------
 
-struct CUstream_st { unsigned flags; };
+struct CUstream_st {};
 struct CUevent_st { double time = -1; };        // when it was recorded; -1: not yet
 typedef CUevent_st* cudaEvent_t;
-enum { cudaStreamDefault = 0, cudaStreamNonBlocking = 1 };
-enum { cudaEventDefault = 0, cudaEventDisableTiming = 2 };
 
-inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* s, unsigned flags) { *s = new CUstream_st{flags}; return cudaSuccess; }
-inline cudaError_t cudaStreamCreate(cudaStream_t* s) { return cudaStreamCreateWithFlags(s, cudaStreamDefault); }
+inline cudaError_t cudaStreamCreate(cudaStream_t* s) { *s = new CUstream_st; return cudaSuccess; }
 inline cudaError_t cudaStreamDestroy(cudaStream_t s) { delete s; return cudaSuccess; }
 inline cudaError_t cudaStreamSynchronize(cudaStream_t) { simt::check_canaries("cudaStreamSynchronize"); return cudaSuccess; }
-inline cudaError_t cudaStreamQuery(cudaStream_t) { return cudaSuccess; }
-inline cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned = 0) { return cudaSuccess; }
 
-inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t* e, unsigned) { *e = new CUevent_st; return cudaSuccess; }
-inline cudaError_t cudaEventCreate(cudaEvent_t* e, unsigned flags = 0) { return cudaEventCreateWithFlags(e, flags); }
+inline cudaError_t cudaEventCreate(cudaEvent_t* e) { *e = new CUevent_st; return cudaSuccess; }
 inline cudaError_t cudaEventDestroy(cudaEvent_t e) { delete e; return cudaSuccess; }
 inline cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t = nullptr) { e->time = simt::seconds(); return cudaSuccess; }
 inline cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
-inline cudaError_t cudaEventQuery(cudaEvent_t) { return cudaSuccess; }
 inline cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t from, cudaEvent_t to) {
     if (from->time < 0 || to->time < 0) return simt::set_error(cudaErrorInvalidResourceHandle);
     *ms = (float)((to->time - from->time) * 1e3);

@@ -32,8 +32,7 @@ static float from_bits(uint32_t u) { float f; memcpy(&f, &u, 4); return f; }
 
 int main() {
     static float wide[65536];
-    float* device;
-    cudaCheck(cudaMalloc(&device, sizeof wide));
+    float* device = device_array<float>(65536);
     widen_kernel<<<256, 256>>>(device);
     to_host(wide, device, 65536);
     for (uint32_t i = 0; i < 65536; i++) EXPECT(bits(wide[i]) == i << 16);
@@ -69,8 +68,5 @@ int main() {
     to_host(a, device, 9);
     EXPECT(a[0] == 1.5f && a[1] == 1.5f && a[2] == 2.25f && a[3] == 0.5f && a[4] == 1.0f);
     EXPECT(a[5] == 1.0f && a[6] == 2.0f && a[7] == -1.5f);
-    cudaCheck(cudaFree(device));
-    cudaCheck(cudaFree(din));
-    cudaCheck(cudaFree(dout));
     return finish();
 }

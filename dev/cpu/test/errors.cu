@@ -74,7 +74,7 @@ int main(int argc, char** argv) {
         if (is(names[i])) wrong_kernel<<<1, 64>>>(Params{i, p});
     if (is("shared_total")) big_kernel<<<1, 32, 8192>>>(p);
     if (is("before_start")) before_kernel<<<1, 32>>>(p);
-    if (is("null_pointer")) null_kernel<<<1, 32>>>(NULL);
+    if (is("null_pointer")) null_kernel<<<1, 32>>>(nullptr);
     if (is("stack_overflow")) deep_kernel<<<1, 32>>>(p, 1000);
     cudaCheck(cudaGetLastError());
     cudaCheck(cudaDeviceSynchronize());

@@ -97,8 +97,6 @@ int main(int argc, char** argv) {
     cudaCheck(cudaFree(q));
     EXPECT(cudaFree(q) == cudaErrorInvalidValue);
     cudaGetLastError();
-#else
-    cudaCheck(cudaFree(q));
 #endif
     if (accounting) {
         size_t available, total;
@@ -112,8 +110,7 @@ int main(int argc, char** argv) {
     // events, texts, properties
     cudaEvent_t a, b;
     float ms = -1;
-    cudaCheck(cudaEventCreate(&a));
-    cudaCheck(cudaEventCreate(&b));
+    for (cudaEvent_t* e : {&a, &b}) cudaCheck(cudaEventCreate(e));
     cudaCheck(cudaEventRecord(a));
     nothing_kernel<<<100, 256>>>(p);
     cudaCheck(cudaEventRecord(b));
@@ -125,8 +122,7 @@ int main(int argc, char** argv) {
     cudaDeviceProp properties;
     cudaCheck(cudaGetDeviceProperties(&properties, 0));
     EXPECT(properties.warpSize == 32 && properties.multiProcessorCount > 0 && properties.totalGlobalMem > 0);
-    cudaCheck(cudaEventDestroy(a));
-    cudaCheck(cudaEventDestroy(b));
+    for (cudaEvent_t e : {a, b}) cudaCheck(cudaEventDestroy(e));
     cudaCheck(cudaFree(p));
     return finish();
 }

@@ -155,10 +155,8 @@ static void refusals() {
     EXPECT(run(good, NULL, &algo) == CUBLAS_STATUS_INVALID_VALUE);
     EXPECT(run(good, a.host.data(), &algo) == CUBLAS_STATUS_EXECUTION_FAILED || (uintptr_t)a.host.data() % 16);   // host memory
     EXPECT(run(good, (char*)a.device + 32, &algo) == CUBLAS_STATUS_EXECUTION_FAILED);        // runs past the allocation
-    Plan odd_ld(p, 68, 64, 64);
-    EXPECT(odd_ld.heuristic(&other) == CUBLAS_STATUS_NOT_SUPPORTED);
-    Plan short_ld(p, 56, 64, 64);
-    EXPECT(short_ld.heuristic(&other) == CUBLAS_STATUS_INVALID_VALUE);
+    EXPECT(Plan(p, 68, 64, 64).heuristic(&other) == CUBLAS_STATUS_NOT_SUPPORTED);            // a leading dimension that is odd, or short
+    EXPECT(Plan(p, 56, 64, 64).heuristic(&other) == CUBLAS_STATUS_INVALID_VALUE);
     p.ta = true;
     Plan turned(p, 64, 64, 64);
     EXPECT(run(turned, a.device, &algo) == CUBLAS_STATUS_INVALID_VALUE);                     // an algorithm for another problem
@@ -167,16 +165,14 @@ static void refusals() {
     EXPECT(cublasLtMatmul(handle, good.desc, &one, a.device, good.a, b.device, wrong, &zero, d.device, good.d, d.device, good.d, NULL, NULL, 0, 0) == CUBLAS_STATUS_INVALID_VALUE);
     cublasLtMatrixLayoutDestroy(wrong);
     p.epilogue = CUBLASLT_EPILOGUE_DGELU;
-    Plan no_aux(p, 64, 64, 64);
-    EXPECT(no_aux.heuristic(&other) == CUBLAS_STATUS_INVALID_VALUE);                         // no leading dimension of aux
+    EXPECT(Plan(p, 64, 64, 64).heuristic(&other) == CUBLAS_STATUS_INVALID_VALUE);            // no leading dimension of aux
     p.epilogue = CUBLASLT_EPILOGUE_BIAS;
     Plan no_bias(p, 64, 64, 64);
     EXPECT(no_bias.heuristic(&other) == CUBLAS_STATUS_SUCCESS && run(no_bias, a.device, &other) == CUBLAS_STATUS_INVALID_VALUE);
     for (uint32_t scheme : {CUBLASLT_REDUCTION_SCHEME_INPLACE, CUBLASLT_REDUCTION_SCHEME_OUTPUT_TYPE, CUBLASLT_REDUCTION_SCHEME_MASK})
         EXPECT(good.heuristic(&other, scheme) == CUBLAS_STATUS_NOT_SUPPORTED);               // partial sums in bf16
     p.epilogue = CUBLASLT_EPILOGUE_DEFAULT, p.out_bf16 = false;
-    Plan wide(p, 64, 64, 64);
-    EXPECT(wide.heuristic(&other, CUBLASLT_REDUCTION_SCHEME_MASK) == CUBLAS_STATUS_SUCCESS);   // and in fp32
+    EXPECT(Plan(p, 64, 64, 64).heuristic(&other, CUBLASLT_REDUCTION_SCHEME_MASK) == CUBLAS_STATUS_SUCCESS);   // and in fp32
     EXPECT(good.heuristic(&other, CUBLASLT_REDUCTION_SCHEME_NONE, 4096) == CUBLAS_STATUS_SUCCESS);
     EXPECT(run(good, a.device, &other) == CUBLAS_STATUS_INVALID_VALUE);                      // less workspace than the heuristic was told
     uint16_t half = 1;

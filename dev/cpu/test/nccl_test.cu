@@ -23,8 +23,7 @@ int main(int argc, char** argv) {
     float* host = (float*)malloc(n * sizeof(float));
     auto value = [](int rank, int i) { return (float)(((unsigned)i * 2654435761u + (unsigned)rank * 40503u) >> 8) * 0x1p-20f; };     // exact
     for (int i = 0; i < n; i++) host[i] = value(rank, i);
-    float *in = to_device(host, n), *out;
-    cudaCheck(cudaMalloc(&out, n * sizeof(float)));
+    float *in = to_device(host, n), *out = device_array<float>(n);
     if (argc > 1) {                                            // mistakes that NCCL answers by hanging, or not at all
         if (!strcmp(argv[1], "count")) ncclAllReduce(in, out, n - rank, ncclFloat, ncclSum, comm, 0);
         if (!strcmp(argv[1], "kind") && rank) ncclAllGather(in, out, 100, ncclFloat, comm, 0);
@@ -62,10 +61,6 @@ int main(int argc, char** argv) {
     to_host(narrow, device, 4);
     EXPECT(__bfloat162float(narrow[3]) == 2.0f);               // 2.0078125 is half way between two: to even
     ncclCheck(ncclCommDestroy(comm));
-    cudaCheck(cudaFree(in));
-    cudaCheck(cudaFree(out));
-    cudaCheck(cudaFree(device));
-    free(host);
     int status = finish();
     MPI_Finalize();
     return status;

@@ -81,7 +81,5 @@ int main(int argc, char** argv) {
     if (is("float_atomics")) sum_kernel<<<1, 32>>>(out, bug);
     to_host(host, out, N);
     for (int i = 0; i < N; i++) printf("%a\n", host[i]);
-    cudaCheck(cudaFree(out));
-    cudaCheck(cudaFree(in));
     return 0;
 }

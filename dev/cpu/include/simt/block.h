@@ -38,9 +38,8 @@ struct alignas(64) Thread {
     Site site;
 };
 
-// Where the lanes of one mask meet. Values are exchanged in slots, of which there are two sets used in
-// turn: a lane may be through the next collective before another has read this one's result, but not
-// through the one after, since that needs all of them.
+// Where the lanes of one mask meet. Values are exchanged in slots, of which there are two sets used in turn: a lane may be through
+// the next collective before another has read this one's result, but not through the one after, since that needs all of them.
 constexpr int kSlotBytes = 64;
 struct alignas(64) Rendezvous {
     uint32_t mask;                     // the lanes named
@@ -430,5 +429,7 @@ template <class S> inline S& shared(const char* name, const char* file, int line
     return *place.object;
 }
 template <class T> inline T* dynamic_shared() { return (T*)worker->dynamic_shared; }
+// In front of each declaration: a function takes it as a statement, and outside of one it "does not name a type".
+inline const struct InFunction { void operator=(int) const {} } must_be_in_a_function = {};
 
 }  // namespace simt

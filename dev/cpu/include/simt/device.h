@@ -18,8 +18,7 @@ inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 // ---- shuffles --------------------------------------------------------------------------------------
 
 namespace simt {
-template <class T>
-inline T read_lane(const Gathered<T>& g, int lane, const char* what, Site site) {
+template <class T> inline T read_lane(const Gathered<T>& g, int lane, const char* what, Site site) {
     if (__builtin_expect(!(g.participants >> lane & 1), 0))
         die_in_kernel("%s at %s:%d: lane %d reads lane %d, which has exited, does not exist or is not in the mask (those that "
                       "took part: 0x%08x)", what, site.file, site.line, g.lane, lane, g.participants);
@@ -64,11 +63,6 @@ inline int __all_sync(unsigned mask, int p, SIMT_SITE) {
 
 // ---- memory ----------------------------------------------------------------------------------------
 
-template <class T> inline T __ldg(const T* p) { return *p; }
-template <class T> inline T __ldcg(const T* p) { return *p; }
-template <class T> inline T __ldcs(const T* p) { return *p; }
-template <class T> inline void __stcs(T* p, T v) { *p = v; }
-
 // Shared addresses are offsets into the block's arena here, so that they fit 32 bits as on a GPU.
 inline size_t __cvta_generic_to_shared(const void* p) {
     const simt::Arena& arena = simt::worker->arena;
@@ -79,37 +73,17 @@ inline size_t __cvta_generic_to_shared(const void* p) {
 // ---- atomics ---------------------------------------------------------------------------------------
 // Really atomic: other blocks run on other OS threads.
 
-namespace simt {
-template <class T, class F> inline T read_modify_write(T* p, F f) {
-    using Word = std::conditional_t<sizeof(T) == 8, uint64_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>>;
-    static_assert(sizeof(Word) == sizeof(T));
-    Word old = __atomic_load_n((Word*)p, __ATOMIC_RELAXED), desired;
-    T before;
-    do {
-        memcpy(&before, &old, sizeof before);
-        T after = f(before);
-        memcpy(&desired, &after, sizeof after);
-    } while (!__atomic_compare_exchange_n((Word*)p, &old, desired, false, __ATOMIC_SEQ_CST, __ATOMIC_RELAXED));
-    return before;
+inline int atomicAdd(int* p, int v) { return __atomic_fetch_add(p, v, __ATOMIC_SEQ_CST); }
+inline unsigned atomicAdd(unsigned* p, unsigned v) { return __atomic_fetch_add(p, v, __ATOMIC_SEQ_CST); }
+template <class T, class F> inline T simt_read_modify_write(T* p, F f) {
+    T old, desired;
+    __atomic_load(p, &old, __ATOMIC_RELAXED);
+    do desired = f(old);
+    while (!__atomic_compare_exchange(p, &old, &desired, false, __ATOMIC_SEQ_CST, __ATOMIC_RELAXED));
+    return old;
 }
-}  // namespace simt
-
-#define SIMT_ATOMIC(T, NAME, EXPRESSION) \
-    inline T NAME(T* p, T v) { return simt::read_modify_write(p, [=](T old) -> T { return EXPRESSION; }); }
-#define SIMT_ATOMICS(T)                             \
-    SIMT_ATOMIC(T, atomicMin, old < v ? old : v)    \
-    SIMT_ATOMIC(T, atomicMax, old > v ? old : v)    \
-    SIMT_ATOMIC(T, atomicExch, ((void)old, v))      \
-    inline T atomicCAS(T* p, T expected, T v) {     \
-        return simt::read_modify_write(p, [=](T old) { return old == expected ? v : old; }); \
-    }
-SIMT_ATOMICS(int) SIMT_ATOMICS(unsigned) SIMT_ATOMICS(unsigned long long)
-#undef SIMT_ATOMICS
-SIMT_ATOMIC(int, atomicAdd, (int)((unsigned)old + (unsigned)v))
-SIMT_ATOMIC(unsigned, atomicAdd, old + v)
-SIMT_ATOMIC(unsigned long long, atomicAdd, old + v)
-SIMT_ATOMIC(float, atomicAdd, old + v)
-#undef SIMT_ATOMIC
+inline float atomicAdd(float* p, float v) { return simt_read_modify_write(p, [=](float old) { return old + v; }); }
+inline int atomicMax(int* p, int v) { return simt_read_modify_write(p, [=](int old) { return old > v ? old : v; }); }
 
 // ---- arithmetic ------------------------------------------------------------------------------------
 
@@ -130,10 +104,6 @@ inline float __fdividef(float a, float b) { return a / b; }
 // glibc declares functions of these names for itself, so they have to be macros
 #define __expf(x) expf(x)
 #define __logf(x) logf(x)
-#define __powf(x, y) powf(x, y)
-#define __sinf(x) sinf(x)
-#define __cosf(x) cosf(x)
-#define __sincosf(x, s, c) sincosf(x, s, c)
 
 // Conversions saturate and take NaN to 0, where C++ leaves them undefined.
 namespace simt {
@@ -142,11 +112,6 @@ template <class I> inline I saturate(double x) {
     constexpr double low = (double)std::numeric_limits<I>::min(), high = (double)std::numeric_limits<I>::max();
     return x <= low ? std::numeric_limits<I>::min() : x >= high ? std::numeric_limits<I>::max() : (I)x;
 }
-}  // namespace simt
-inline int __float2int_rn(float x) { return simt::saturate<int>(rintf(x)); }
-inline int __float2int_rz(float x) { return simt::saturate<int>(truncf(x)); }
-
-namespace simt {
 template <class To, class From> inline To bits(From from) {
     static_assert(sizeof(To) == sizeof(From));
     To to;
@@ -160,8 +125,5 @@ inline float __uint_as_float(unsigned x) { return simt::bits<float>(x); }
 inline float __int_as_float(int x) { return simt::bits<float>(x); }
 
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
-inline int __ffs(int x) { return __builtin_ffs(x); }
-inline int __clz(int x) { return x ? __builtin_clz(x) : 32; }
-inline unsigned __umulhi(unsigned a, unsigned b) { return (uint64_t)a * b >> 32; }
 
 [[noreturn]] inline void __trap() { simt::die_in_kernel("__trap()"); }

@@ -1,23 +1,20 @@
 // Fibers: a thread of a block is a function with a stack of its own that can be left and resumed.
 //
-// On x86-64 a switch is nine instructions: the compiler is told that it destroys every register, so
-// it spills just those that are live (often few), and only rsp, rbp and the address to go on at are
-// saved here. There is no call or return in it, which keeps the processor's return prediction right.
-// Other processors use the context switch of Boost.Context (package libboost-context-dev).
+// On x86-64 a switch is nine instructions: the compiler is told that it destroys every register, so it spills just those that are
+// live (often few), and only rsp, rbp and the address to go on at are saved here. There is no call or return in it, which keeps the
+// processor's return prediction right. Other processors use the C library's contexts, each switch of which is a system call.
 #pragma once
 #include <sys/mman.h>
+#include <ucontext.h>
 
 #include "options.h"
 
-// -DSIMT_BOOST_FIBERS takes Boost's on x86-64 too, to test that path.
-#if defined(__x86_64__) && !defined(SIMT_BOOST_FIBERS)
+// -DSIMT_ASSEMBLY_FIBERS=0 takes the C library's on x86-64 too, to test that path.
+#ifndef SIMT_ASSEMBLY_FIBERS
+#ifdef __x86_64__
 #define SIMT_ASSEMBLY_FIBERS 1
 #else
 #define SIMT_ASSEMBLY_FIBERS 0
-#if __has_include(<boost/context/detail/fcontext.hpp>)
-#include <boost/context/detail/fcontext.hpp>
-#else
-#error "The CPU backend needs Boost.Context on this processor: install libboost-context-dev and link with -lboost_context"
 #endif
 #endif
 
@@ -31,7 +28,7 @@ struct Fiber {
 #if SIMT_ASSEMBLY_FIBERS
     void *sp = nullptr, *bp = nullptr, *pc = nullptr;    // where to go on; the assembly below knows this order
 #else
-    boost::context::detail::fcontext_t context = nullptr;
+    ucontext_t context;
 #endif
     char* stack = nullptr;                // lowest usable address
     size_t stack_bytes = 0;
@@ -62,29 +59,18 @@ inline void switch_fiber(Fiber* from, Fiber* to) {
 #endif
 #if SIMT_ASSEMBLY_FIBERS
     Fiber *f = from, *t = to;
-    asm volatile(
-        "leaq 1f(%%rip), %%rax\n\t"
-        "movq %%rsp, 0(%0)\n\t"
-        "movq %%rbp, 8(%0)\n\t"
-        "movq %%rax, 16(%0)\n\t"
-        "movq 0(%1), %%rsp\n\t"
-        "movq 8(%1), %%rbp\n\t"
-        "jmp *16(%1)\n"
-        "1:"
-        : "+D"(f), "+S"(t)
-        :
-        : "rax", "rbx", "rcx", "rdx", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "memory", "cc",
-          "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7",
-          "xmm8", "xmm9", "xmm10", "xmm11", "xmm12", "xmm13", "xmm14", "xmm15"
+    asm volatile("leaq 1f(%%rip), %%rax\n\t  movq %%rsp, 0(%0)\n\t  movq %%rbp, 8(%0)\n\t  movq %%rax, 16(%0)\n\t"
+        "movq 0(%1), %%rsp\n\t  movq 8(%1), %%rbp\n\t  jmp *16(%1)\n"
+        "1:" : "+D"(f), "+S"(t) :
+        : "rax", "rbx", "rcx", "rdx", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "memory", "cc", "xmm0", "xmm1", "xmm2", "xmm3",
+          "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", "xmm12", "xmm13", "xmm14", "xmm15"
 #ifdef __AVX512F__
-          , "xmm16", "xmm17", "xmm18", "xmm19", "xmm20", "xmm21", "xmm22", "xmm23",
-          "xmm24", "xmm25", "xmm26", "xmm27", "xmm28", "xmm29", "xmm30", "xmm31",
-          "k1", "k2", "k3", "k4", "k5", "k6", "k7"
+          , "xmm16", "xmm17", "xmm18", "xmm19", "xmm20", "xmm21", "xmm22", "xmm23", "xmm24", "xmm25", "xmm26", "xmm27", "xmm28", "xmm29",
+          "xmm30", "xmm31", "k1", "k2", "k3", "k4", "k5", "k6", "k7"
 #endif
     );
 #else
-    auto back = boost::context::detail::jump_fcontext(to->context, from);
-    ((Fiber*)back.data)->context = back.fctx;
+    swapcontext(&from->context, &to->context);
 #endif
     arrive(from);
 }
@@ -98,8 +84,9 @@ template <void (*entry)()> void prepare_fiber(Fiber* f) {
     f->bp = nullptr;                                        // ends a debugger's walk up the stack
     f->pc = (void*)entry;
 #else
-    f->context = boost::context::detail::make_fcontext(f->stack + f->stack_bytes, f->stack_bytes,
-        [](boost::context::detail::transfer_t from) { ((Fiber*)from.data)->context = from.fctx; entry(); });
+    getcontext(&f->context);
+    f->context.uc_stack.ss_sp = f->stack, f->context.uc_stack.ss_size = f->stack_bytes;
+    makecontext(&f->context, entry, 0);
 #endif
 }
 
@@ -111,8 +98,7 @@ template <void (*entry)()> Fiber* new_fiber(int count) {
         out_of_host_memory("cannot map the stack of one more thread of a block (%d have one, of %zu KiB)", count, kStackBytes >> 10);
     Fiber* f = new Fiber;
     f->stack = memory + kGuardBytes;
-    // Stacks that all end at the same offset in a page would compete for the same few lines of the
-    // cache; stagger them.
+    // Stacks that all end at the same offset in a page would compete for the same few lines of the cache; stagger them.
     f->stack_bytes = kStackBytes - (count % 61) * 64;
     prepare_fiber<entry>(f);
     return f;

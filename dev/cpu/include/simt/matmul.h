@@ -1,9 +1,8 @@
 // D = epilogue(alpha op(A) op(B) + beta C), column-major, by OpenBLAS.
 //
-// OpenBLAS sums in another order with another number of threads. So it gets one thread per call, each call
-// is a tile of D whose size depends on the shape alone, and the tiles are shared out: the result has the same
-// bits on any number of threads. bf16 inputs are widened once into scratch; sums are fp32 throughout, and
-// the epilogue works on a tile while it is in the cache.
+// OpenBLAS sums in another order with another number of threads. So it gets one thread per call, each call is a tile of D whose
+// size depends on the shape alone, and the tiles are shared out: the result has the same bits on any number of threads. bf16 inputs
+// are widened once into scratch; sums are fp32 throughout, and the epilogue works on a tile while it is in the cache.
 #pragma once
 #include <cblas.h>
 #include <dlfcn.h>
@@ -184,11 +183,9 @@ inline void matmul(const Matmul& p) {
         int64_t row = t % down * tile_rows, col = t / down * tile_cols;
         int64_t rows = std::min(tile_rows, p.m - row), cols = std::min(tile_cols, p.n - col);
         float* out = direct ? (float*)p.d.at(row, col) : scratch_tile.get(kTile * kTile);
-        sgemm(CblasColMajor, p.transpose_a ? CblasTrans : CblasNoTrans, p.transpose_b ? CblasTrans : CblasNoTrans,
-              rows, cols, p.k, p.alpha,
+        sgemm(CblasColMajor, p.transpose_a ? CblasTrans : CblasNoTrans, p.transpose_b ? CblasTrans : CblasNoTrans, rows, cols, p.k, p.alpha,
               (const float*)(p.transpose_a ? a.at(0, row) : a.at(row, 0)), a.ld,
-              (const float*)(p.transpose_b ? b.at(col, 0) : b.at(0, col)), b.ld,
-              direct ? p.beta : 0.0f, out, direct ? p.d.ld : rows);
+              (const float*)(p.transpose_b ? b.at(col, 0) : b.at(0, col)), b.ld, direct ? p.beta : 0.0f, out, direct ? p.d.ld : rows);
         if (!direct) tile_epilogue(p, row, col, rows, cols, out);
     });
     if (options.profile) add_to_profile("[matmul]", seconds() - start, 0, 0);

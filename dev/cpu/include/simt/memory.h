@@ -115,8 +115,7 @@ inline bool range_is_good(const void* p, size_t bytes, bool device, const char* 
         return false;
     }
     if (!device && i->second.device && (char*)p < i->first + i->second.bytes) {
-        fprintf(stderr, "simt: %s at %s:%d: the %s is device memory, where the copy kind says host\n", function, site.file,
-                site.line, which);
+        fprintf(stderr, "simt: %s at %s:%d: the %s is device memory, where the copy kind says host\n", function, site.file, site.line, which);
         return false;
     }
     if (i->second.device == device && (char*)p + bytes > i->first + i->second.bytes) {

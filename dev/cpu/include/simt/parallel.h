@@ -1,10 +1,9 @@
 // Work for several OS threads: parallel(n, f) calls f(0) .. f(n - 1), in no particular order.
 //
-// This began as `#pragma omp parallel for schedule(dynamic)`. But the threads of an OpenMP team all meet at
-// the end of every loop, and wait for each other there by spinning, for milliseconds. On a machine with
-// something else to do, a training step of 260 ms took 1,290 ms. Here nobody waits for a helper that has not
-// even woken up: the caller works too, and when nothing is left to begin it waits for what is under way.
-// OMP_NUM_THREADS still says how many threads there are.
+// This began as `#pragma omp parallel for schedule(dynamic)`. But the threads of an OpenMP team all meet at the end of every loop,
+// and wait for each other there by spinning, for milliseconds. On a machine with something else to do, a training step of 260 ms
+// took 1,290 ms. Here nobody waits for a helper that has not even woken up: the caller works too, and when nothing is left to begin
+// it waits for what is under way. OMP_NUM_THREADS still says how many threads there are.
 #pragma once
 #include <sched.h>
 
@@ -49,19 +48,8 @@ class Helpers {
     int64_t count = 0;
     std::atomic<int64_t> next{0};
 
-    static void pause() {
-#if defined(__x86_64__)
-        __builtin_ia32_pause();
-#else
-        std::this_thread::yield();
-#endif
-    }
     template <class Condition> static void spin_until(Condition condition) {
-        for (double end = seconds() + kSpin; seconds() < end;)
-            for (int i = 0; i < 16; i++) {
-                if (condition()) return;
-                pause();
-            }
+        for (double end = seconds() + kSpin; !condition() && seconds() < end;) std::this_thread::yield();
     }
     void work() {
         for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) call(body, i);

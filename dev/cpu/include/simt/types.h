@@ -1,23 +1,16 @@
 // CUDA's vector types and built-in variables.
 #pragma once
 
-#define SIMT_VECTORS(T, base, align2, align4)                                       \
-    struct alignas(align2) base##2 { T x, y; };                                     \
+#define SIMT_VECTORS(T, base)                                                       \
+    struct alignas(8) base##2 { T x, y; };                                          \
     struct base##3 { T x, y, z; };                                                  \
-    struct alignas(align4) base##4 { T x, y, z, w; };                               \
+    struct alignas(16) base##4 { T x, y, z, w; };                                   \
     inline base##2 make_##base##2(T x, T y) { return {x, y}; }                      \
     inline base##3 make_##base##3(T x, T y, T z) { return {x, y, z}; }              \
     inline base##4 make_##base##4(T x, T y, T z, T w) { return {x, y, z, w}; }
-SIMT_VECTORS(signed char, char, 2, 4)
-SIMT_VECTORS(unsigned char, uchar, 2, 4)
-SIMT_VECTORS(short, short, 4, 8)
-SIMT_VECTORS(unsigned short, ushort, 4, 8)
-SIMT_VECTORS(int, int, 8, 16)
-SIMT_VECTORS(unsigned int, uint, 8, 16)
-SIMT_VECTORS(long long, longlong, 16, 16)
-SIMT_VECTORS(unsigned long long, ulonglong, 16, 16)
-SIMT_VECTORS(float, float, 8, 16)
-SIMT_VECTORS(double, double, 16, 16)
+SIMT_VECTORS(int, int)
+SIMT_VECTORS(unsigned int, uint)
+SIMT_VECTORS(float, float)
 #undef SIMT_VECTORS
 
 struct dim3 {
@@ -27,8 +20,7 @@ struct dim3 {
     constexpr operator uint3() const { return {x, y, z}; }
 };
 
-// Variables, not macros: host code has names of its own like gridDim. __thread and not thread_local,
-// which would go through an initialisation check at every use.
+// Variables, not macros: host code has names of its own like gridDim. thread_local would check for initialisation at every use.
 inline __thread uint3 threadIdx, blockIdx;
 inline __thread dim3 blockDim{1, 1, 1}, gridDim{1, 1, 1};
 inline constexpr int warpSize = 32;
