@@ -202,7 +202,7 @@ def read_rows(text, about):
 
 
 LIBRARY = "[library]"
-BEFORE_THE_FIRST_STEP = {"init_normal_kernel", "init_constant_kernel", "widen_kernel"}
+BEFORE_THE_FIRST_STEP = {"init_kernel", "widen_kernel"}
 UNITS = {"ns": 1e-6, "nsecond": 1e-6, "us": 1e-3, "usecond": 1e-3, "ms": 1, "msecond": 1, "s": 1e3, "second": 1e3}
 
 

@@ -41,7 +41,7 @@ LAUNCHES = {
     "act_forward_kernel": (256, 0), "act_backward_kernel": (256, 0), "classifier_kernel": (1024, 0), "square_sum_kernel": (256, 0),
     "adamw_kernel": (256, 0)}
 # In one block, or before the first step: how many of them fit is of no interest
-ALONE = ["loss_sum_kernel", "partial_sum_kernel", "verdict_kernel", "init_normal_kernel", "init_constant_kernel", "widen_kernel"]
+ALONE = ["sum_kernel", "verdict_kernel", "init_kernel", "widen_kernel"]
 
 Used = namedtuple("Used", "registers shared spills")
 
