@@ -319,10 +319,10 @@ void check_resume(const char* file, const Reference& r) {
         int32_t h[HEADER_INTS] = {20240520, 1, count};
         std::vector<uint16_t> ids(count);
         for (int i = 0; i < count; i++) ids[i] = (uint16_t)(hash64(7, 0, i) % c.V);
-        AtomicFile f(tokens);
-        f.write(h, sizeof h);
-        f.write(ids.data(), ids.size() * sizeof(uint16_t));
-        f.commit();
+        write_file(tokens, [&](const Put& put) {
+            put(&h, sizeof h);
+            put(ids.data(), ids.size() * sizeof(uint16_t));
+        });
     }
     Hyper h;
     h.lr = 1e-3f;
@@ -426,7 +426,6 @@ int main(int argc, char** argv) {
 
     for (size_t i = 0; i < files.size(); i += 2) {
         Config c = model_read_config(files[i].c_str());
-        model_check_config(c, "model", files[i].c_str());
         Reference r = read_reference(files[i + 1].c_str(), c);
         printf("%s: L %d, NH %d, C %d, V %d; B %d, T %d; %s\n", files[i].c_str(), c.L, c.NH, c.C, c.V, r.B, r.T,
                dtype_name(FLOATX));
