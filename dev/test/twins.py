@@ -15,8 +15,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2] / "prepro"))
 from atomic import atomic  # noqa: E402
 
-SECTIONS = ["numbers and errors", "column sums", "norm shared with its matmul", "matmul", "attention", "loss", "optimizer", "many GPUs",
-            "tensor table", "files", "device and schedule"]
+SECTIONS = ["numbers and errors", "column sums", "norm", "matmul", "attention", "loss", "codes", "MS-LN", "attention on tensor cores", "optimizer",
+            "many GPUs", "tensor table", "files", "checkpoints", "device, schedule, command line", "settings and plan", "loop and main"]
 IN_ONE_FILE = []   # those of SECTIONS that the other trainer does without
 
 BEGIN = re.compile(r"// ==== twin: (\S.*?)\s*")
