@@ -229,10 +229,10 @@ demo:
 # Variants lie side by side in build/, and one that does not build fails the tests that want it. A name's parts are its flags: where
 # it runs, the mode (none is exact), the precision. Compiling is most of the time of make test, so a variant has the programs that its
 # tests run, and but for cpu-bf16, which is tested as it ships, g++ optimises little.
-KNOWN := cpu-bf16 cpu-fp32 cpu-approxbp-bf16 cpu-approxbp-fp32 cpu-norm-bf16 cpu-act-bf16 cpu-multi-fp32 san-bf16 san-fp32 san-approxbp-bf16 \
+KNOWN := cpu-bf16 cpu-fp32 cpu-approxbp-bf16 cpu-approxbp-fp32 cpu-norm-bf16 cpu-act-bf16 cpu-multi-fp32 san-bf16 san-approxbp-fp32 \
          nvcc-bf16 nvcc-approxbp-bf16 gpu-bf16 gpu-fp32 gpu-approxbp-bf16 gpu-approxbp-fp32
-TRAIN_ALONE := cpu-multi-fp32 san-bf16 nvcc-%
-TEST_ALONE  := cpu-approxbp-fp32 san-fp32 san-approxbp-bf16
+TRAIN_ALONE := cpu-norm-bf16 cpu-act-bf16 cpu-multi-fp32 san-bf16 nvcc-%
+TEST_ALONE  := cpu-approxbp-fp32 san-approxbp-fp32
 flags_cpu   := CPU=1
 flags_san   := CPU=1 SAN=1
 flags_nvcc  = CPU=0 ARCH="80 86 89 90 100 120" PTXAS=1 NVCCFLAGS="--keep --keep-dir build/$(1)"# the PTX, which is looked at
