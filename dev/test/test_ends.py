@@ -50,7 +50,8 @@ def ended(lab, process):
 TERM, HUP = signal.SIGTERM, signal.SIGHUP
 
 
-@pytest.mark.parametrize("sent, ignored", [*(([n], None) for n in (signal.SIGINT, TERM, HUP, signal.SIGXCPU, signal.SIGUSR1)), ([TERM, HUP] * 5, None), ([HUP, TERM], HUP)])
+@pytest.mark.parametrize("sent, ignored", [*(([n], None) for n in (signal.SIGINT, TERM, HUP, signal.SIGXCPU, signal.SIGUSR1)),
+                                           ([TERM, HUP] * 5, None), ([HUP, TERM], HUP)])
 def test_a_signal_saves(lab, sent, ignored):
     """Many are one: timeout sends two SIGTERMs, a terminal that closes two SIGHUPs. One that nohup has ignored is none."""
     with started(lab, *LONG, preexec_fn=lambda: ignored and signal.signal(ignored, signal.SIG_IGN)) as process:
