@@ -224,10 +224,10 @@ demo:
 # Variants lie side by side in build/, and one that does not build fails the tests that want it. A name's parts are its flags: where
 # it runs, the mode (none is exact), the precision. Compiling is most of the time of make test, so a variant has the programs that its
 # tests run, and but for cpu-bf16, which is tested as it ships, g++ optimises little.
-KNOWN := cpu-bf16 cpu-fp32 cpu-approxbp-bf16 cpu-approxbp-fp32 cpu-norm-bf16 cpu-act-bf16 cpu-multi-fp32 san-bf16 san-fp32 san-approxbp-bf16 \
+KNOWN := cpu-bf16 cpu-fp32 cpu-approxbp-bf16 cpu-approxbp-fp32 cpu-norm-bf16 cpu-act-bf16 cpu-multi-fp32 san-bf16 san-approxbp-fp32 \
          nvcc-bf16 nvcc-approxbp-bf16 gpu-bf16 gpu-fp32 gpu-approxbp-bf16 gpu-approxbp-fp32
-TRAIN_ALONE := cpu-multi-fp32 san-bf16 nvcc-%
-TEST_ALONE  := cpu-approxbp-fp32 san-fp32 san-approxbp-bf16
+TRAIN_ALONE := cpu-norm-bf16 cpu-act-bf16 cpu-multi-fp32 san-bf16 nvcc-%
+TEST_ALONE  := cpu-approxbp-fp32 san-approxbp-fp32
 PARTS       := cpu:CPU=1 san:CPU=1 san:SAN=1 gpu:CPU=0 nvcc:CPU=0 nvcc:PTXAS=1 approxbp:USE_APPROXBP=1 norm:MS_NORM=1 act:APPROX_ACT=2 \
                multi:MULTI_GPU=1 bf16:PRECISION=BF16 fp32:PRECISION=FP32
 nvcc_flags   = ARCH="80 86 89 90 100 120" NVCCFLAGS="--keep --keep-dir build/$(1)"# the PTX, which is looked at

@@ -1,8 +1,7 @@
 """What the tests share: running the built programs, and writing their files.
 
-The writers and readers here use struct and nothing of the project, so that a mistake in the
-trainer's or prepro's idea of a format cannot hide behind the same mistake here.
-"""
+The writers and readers here use struct and nothing of the project, so that a mistake in the trainer's or prepro's idea of a format
+cannot hide behind the same mistake here."""
 import functools
 import json
 import os
@@ -10,6 +9,7 @@ import random
 import shutil
 import struct
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,8 +18,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 FIXTURES = ROOT / "dev/test/fixtures"
 
-# ----------------------------------------------------------------------------
-# programs, as `make variants` leaves them
+# ---- programs, as `make variants` leaves them ----------------------------------------------------
 
 NO_NVCC = "nvcc is not installed (CUDA Toolkit)"
 
@@ -80,15 +79,22 @@ def environment(**extra):
     return env
 
 
-def execute(*command, cwd, env=None, timeout=120, before=None):
+def execute(*command, cwd, env=None, timeout=120, before=None, input=None):
     """Runs a program to its end; before() is called in the new process first."""
+    reads = {"stdin": subprocess.DEVNULL} if input is None else {"input": input}
     done = subprocess.run([str(c) for c in command], cwd=cwd, env=environment(**(env or {})), timeout=timeout, preexec_fn=before,
-                          stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, **reads)
     return SimpleNamespace(status=done.returncode, out=done.stdout.decode(errors="replace"), err=done.stderr.decode(errors="replace"))
 
 
-# ----------------------------------------------------------------------------
-# token files
+def script(path, *arguments, status=0, cwd=ROOT, timeout=900, prefix=(), **how):
+    """Runs a Python script of the tree, which shows no traceback. Returns its output, or what it says on stderr if it is to fail."""
+    done = execute(*prefix, sys.executable, "-B", ROOT / path, *arguments, cwd=cwd, timeout=timeout, **how)
+    assert done.status == status and "Traceback" not in done.err, done.out[-1500:] + done.err[-1500:]
+    return done.err if status else done.out
+
+
+# ---- token files ---------------------------------------------------------------------------------
 
 def header(*values):
     return struct.pack("<256i", *values, *[0] * (256 - len(values)))
@@ -116,8 +122,7 @@ def words(n, vocab=257, seed=1):
     return [c % vocab for c in text[:n]]
 
 
-# ----------------------------------------------------------------------------
-# models
+# ---- models --------------------------------------------------------------------------------------
 
 SLOTS = ["wte", "wpe", "ln1w", "ln1b", "qkvw", "qkvb", "attprojw", "attprojb", "ln2w", "ln2b",
          "fcw", "fcb", "fcprojw", "fcprojb", "lnfw", "lnfb"]
@@ -185,19 +190,15 @@ def read_model(path, shape):
     assert head[:8] == (20240326, version, shape.T, shape.V, shape.L, shape.H, shape.C, shape.Vp)
     total = sum(shape.counts().values())
     assert len(data) == 1024 + total * {3: 4, 5: 2}[version]
-    if version == 3:
-        flat = list(struct.unpack(f"<{total}f", data[1024:]))
-    else:
-        flat = from_bf16(struct.unpack(f"<{total}H", data[1024:]))
+    flat = struct.unpack(f"<{total}f", data[1024:]) if version == 3 else from_bf16(struct.unpack(f"<{total}H", data[1024:]))
     tensors, at = {}, 0
     for name, n in shape.counts().items():
-        tensors[name] = flat[at:at + n]
+        tensors[name] = list(flat[at:at + n])
         at += n
     return tensors
 
 
-# ----------------------------------------------------------------------------
-# training
+# ---- training ------------------------------------------------------------------------------------
 
 LONG = {  # alias: long option
     "-i": "--train-data", "-j": "--val-data", "-e": "--model", "-o": "--out", "-b": "--batch", "-t": "--seq-len", "-d": "--total-batch",

@@ -1,23 +1,21 @@
 """Mutation testing of the kernels: does a test notice when a barrier or a comparison of train_gpt2.cu is wrong?
 
-    python3 dev/test/mutate.py                 all of it (10 minutes on two cores); writes dev/test/results/mutation.json
+    python3 dev/test/mutate.py                 all of it (half an hour on two cores); writes dev/test/results/mutation.json
     python3 dev/test/mutate.py --list          the mutants, without running anything
     python3 dev/test/mutate.py --only colsum   mutants of functions whose names match
 
 A mutant is one change in one __global__ or __device__ function: a barrier (__syncthreads, __syncwarp, cp_async_wait...) that is
-gone, a < or > whose boundary is moved (< and <= change places) or that is reversed (< becomes >=), an == that becomes !=. It is
-named by its line of code, with the change in brackets: `if (i [< to <=] n) {`. Neither comments nor line numbers nor the order of
-functions are part of the name. No mutants are made of what is decided when compiling: if constexpr, static_assert, constexpr, and
-the loops after #pragma unroll. Comparisons are told from template arguments by the blanks around them, as clang-format puts them.
+gone, a < or > whose boundary is moved (< and <= change places) or that is reversed (< becomes >=), an == that becomes !=. Its name
+is its line of code, with the change in brackets: `if (i [< to <=] n) {`; comments, line numbers and the order of functions do not
+matter. What is decided when compiling has none: if constexpr, static_assert, constexpr, and the loops after #pragma unroll.
+Comparisons are told from template arguments by the blanks around them, as clang-format puts them.
 
-All mutants are in one build of each program of dev/cuda: a copy of the trainer has `a <= M >= b` for `a < b`, where M is an object
-that knows the mutant's number and the operator. <= and >= have the precedence of < and never open a template's arguments, so no
-expression has to be parsed. MUTANT=n in the environment switches mutant n on. MUTANTS_SEEN=file writes to the file the numbers of
-those that would have decided otherwise at least once; a mutant is run with no other programs.
-
-A mutant is run with each such program, the quickest first, in four orders of threads and once without poison, then with
-sanitizers, and what is left in fp32. It is killed by an exit status other than 0, a signal, a timeout, or output that differs
-between orders. EQUIVALENT lists the mutants that no test can kill, each with the reason.
+All mutants are in one build of each program of dev/cuda: a copy of the trainer has `a <= M >= b` for `a < b`, where M knows the
+mutant's number and the operator. <= and >= have the precedence of < and never open a template's arguments, so no expression has to
+be parsed. MUTANT=n in the environment switches mutant n on. MUTANTS_SEEN=file takes the numbers of those that would have decided
+otherwise at least once, and a mutant is run with such programs alone: the quickest first, in four orders of threads and once without
+poison, then with sanitizers, and what is left in fp32. It is killed by an exit status other than 0, a signal, a timeout, or output
+that differs between orders. EQUIVALENT lists the mutants that no test can kill, each with the reason.
 """
 import argparse
 import concurrent.futures
@@ -41,37 +39,35 @@ OUT = ROOT / "build/mutate"
 RESULT = ROOT / "dev/test/results/mutation.json"
 ENOUGH = 0.95
 
-# (a piece of the names of mutants, how many have it, why they cannot be killed)
+# (a piece of "FUNCTION: NAME", how many mutants have it, why they cannot be killed)
 EQUIVALENT = [
     ("if (threadIdx.x % 32 [== to !=] 0) shared[threadIdx.x / 32] = x;", 1,
      "warp_sum has given all lanes the same bits: the other 31 lanes write to its slot what lane 0 would have"),
     ("if (lane [== to !=] 0) {", 1,
      "mean and rstd come from warp sums, which have the same bits in all lanes: the other 31 lanes write the same"),
-    ("if (lane [== to !=] 0) folded_bias[row] =", 1, "sum is a warp sum, which has the same bits in all lanes"),
+    ("&& lane [== to !=] 0) folded_bias[row] =", 1, "sum is a warp sum, which has the same bits in all lanes"),
     ("if (lane [== to !=] 0) shared_max[warp] =", 1, "warp_max has given all lanes the same bits"),
     ("if (lane [== to !=] 0) shared_sum[warp] =", 1, "warp_sum has given all lanes the same bits"),
     ("if (threadIdx.x [== to !=] 0) losses[row] =", 1,
      "every warp adds the same slots in the same order: all threads hold the same three terms, and write the same"),
-    ("r0 [< to <=] end; r0 += NORM_ROWS", 1,
-     "in the turn too many count is min(8, 0) = 0: nothing is read or written, and all threads meet at its barrier"),
-    ("if (lane [== to !=] 0) mean_dz[turn][i] =", 1, "warp_sum has given all lanes the same bits"),
-    ("for (int t0 = 0; t0 [< to <=] end;", 4,
-     "the tile too many begins after all rows of the block, or after T: it is zeros or was never copied, and is skipped, or p is 0, "
-     "for every row that is stored"),
-    ("t0 [< to <=] T; t0 += ATT_TILE", 1, "the tile too many has only queries that are not there: they are loaded as zeros and have p = 0"),
-    ("if (t0 + TC_ROWS [< to <=] end) {", 2,
+    ("if (lane [== to !=] 0) mean_dz[buffer][i] =", 1, "warp_sum has given all lanes the same bits"),
+    ("t0 [< to <=] end; t0 += ATT_TILE", 2, "the tile too many begins after all rows of the block, or after T: it is zeros, and p is 0"),
+    ("attention_forward_tc_kernel: for (int t0 = 0; t0 [< to <=] end;", 1,
+     "the tile too many begins after all rows of the block, or after T: no row that is stored looks at it"),
+    ("if (t0 + TC_ROWS [< to <=] end) load(", 2,
      "it copies one more tile, whose rows are checked against T, into the stage that is free; nobody reads it"),
     ("heads - first [< to <=] together ?", 1, "where they are equal either is the size"),
-    ("if (ahead [> to >=] 1", 3, "ahead is a multiple of 16, and the other side is one less than such: they are never equal"),
-    ("if (ahead + KEYS - 1 [> to >=] 16 * m)", 1, "the left side is odd: they are never equal"),
-    ("if (ahead + 8 * right + 7 [> to >=] 16 * m)", 1, "the left side is odd: they are never equal"),
-    ("if (ahead + 16 * m + 15 [> to >=] 8 * n ||", 1, "the left side is odd: they are never equal"),
-    ("if (threadIdx.x % 4 [== to !=] 0 && r < T)", 2,
-     "quad_max and quad_sum have given the 4 lanes of a row the same bits: the other 3 write what lane 0 would have"),
+    ("if ((unsigned)(target - c) [< to <=] VEC)", 1, "where they are equal the target is none of the vector's elements"),
+    ("if (c + VEC [> to >=] V) {", 2, "where they are equal no element of the vector lies beyond V"),
+    ("if (t0 + j - first_query [> to >=] 16 * M - 1)", 2, "the left side is a multiple of 16, the right one less than such: they are never equal"),
+    ("if (first_key() - (t0 + j) [> to >=] 15)", 1, "the left side is a multiple of 16: they are never equal"),
+    ("8 * N - 1) [<= to <] 0 &&", 1, "the left side is odd: it is never 0"),
+    ("first_query + 8 * N [<= to <] T)", 1, "where they are equal the last query exists: no score is masked, with or without looking at each"),
+    ("if (lane_col() [== to !=] 0 && query < T)", 2,
+     "neighbours_sum and the exchange of maxima have given the 4 lanes of a row the same bits: the other 3 write what lane 0 would have"),
 ]
 
-# ----------------------------------------------------------------------------
-# finding the mutants
+# ---- finding the mutants -------------------------------------------------------------------------
 
 BARRIER = r"(?<![\w:])(?:__syncthreads|__syncwarp|cp_async_wait\w*)(?:<\w*>)?\([^;{]*\);"
 COMPARISON = r"(?<=\s)(?:<=|>=|==|!=|<|>)(?=\s)"
@@ -125,15 +121,14 @@ def match_equivalents(mutants, entries=None):
     """{number: argument}; an entry that does not fit as many mutants as it says is an error."""
     found = {}
     for piece, count, argument in EQUIVALENT if entries is None else entries:
-        fits = [m.number for m in mutants if piece in m.name]
+        fits = [m.number for m in mutants if piece in f"{m.function}: {m.name}"]
         if len(fits) != count:
             raise MutateError(f"EQUIVALENT: {piece}: expected {count} mutants, found {len(fits)}")
         found.update(dict.fromkeys(fits, argument))
     return found
 
 
-# ----------------------------------------------------------------------------
-# the copy that has them all
+# ---- the copy that has them all ------------------------------------------------------------------
 
 HEADER = r"""// What dev/test/mutate.py puts in front of the trainer: see there.
 #pragma once
@@ -219,8 +214,7 @@ def mutated(text, mutants):
     return "".join(pieces) + text[position:]
 
 
-# ----------------------------------------------------------------------------
-# building and running
+# ---- building and running ------------------------------------------------------------------------
 
 Build = namedtuple("Build", "name flags orders")
 ORDERS = {"forward": {}, "reverse": {"SIMT_ORDER": "reverse"}, "priority 1": {"SIMT_ORDER": "priority", "SIMT_SEED": "1"},
@@ -308,8 +302,7 @@ def say(text):
     print(text, flush=True)
 
 
-# ----------------------------------------------------------------------------
-# the result
+# ---- the result ----------------------------------------------------------------------------------
 
 def fingerprint(text):
     """Of the code alone: comments and blanks do not count."""
@@ -324,14 +317,6 @@ def summary(text, mutants, killed, equivalent):
     return {"source": fingerprint(text), "date": datetime.date.today().isoformat(), "mutants": len(mutants), "killed": len(killed),
             "score": round(len(killed) / max(1, len(everyone - set(equivalent))), 4), "survived": names(everyone - set(equivalent) - set(killed)),
             "equivalent": names(equivalent), "kills": sorted(f"{m.function}: {m.name} -- {killed[m.number]}" for m in mutants if m.number in killed)}
-
-
-def write_json(path, result):
-    """One line for each mutant; all of the file or nothing."""
-    path.parent.mkdir(exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(result, indent=0) + "\n")
-    os.replace(temporary, path)
 
 
 def main():
@@ -362,7 +347,8 @@ def main():
     for name in result["survived"]:
         say(f"survived: {name}")
     if not (a.only or a.programs or wrong):
-        write_json(RESULT, result)
+        RESULT.parent.mkdir(exist_ok=True)
+        RESULT.write_text(json.dumps(result, indent=0) + "\n")   # one line for each mutant
     say(f"{len(chosen)} mutants, {len(killed)} killed, {len(result['survived'])} survived, {len(result['equivalent'])} equivalent; "
         f"{100 * result['score']:.1f} % of those not equivalent are killed ({100 * ENOUGH:.0f} % is enough), in {time.monotonic() - begin:.0f} s")
     return 0 if result["score"] >= ENOUGH and not wrong else 1

@@ -3,7 +3,7 @@ import pytest
 
 from helpers import Lab, learned
 
-WORK = ["-x", 4, "-v", 2, "-s", 2, "-d", 128, "-o", "out", "-c", 0.1, "--loss-chunks", 3]
+WORK = ["-x", 4, "-n", 2, "-v", 2, "-s", 2, "-d", 128, "-o", "out", "-c", 0.1, "--loss-chunks", 3]
 
 
 @pytest.fixture(scope="module")
@@ -24,11 +24,20 @@ def outcome(lab, variant, *more, **env):
     return log, lab.files("out")
 
 
+def resumed(lab, variant, *more, **env):
+    """The files of the run in this lab, whose last checkpoint is made once more."""
+    lab.path("out/DONE_00000004").unlink()
+    assert len(lab.train(*WORK, *more, "-y", 1, variant=variant, env=env).steps) == 2
+    return lab.files("out")
+
+
 @pytest.mark.parametrize("variant", ["cpu-bf16", "cpu-fp32", "gpu-bf16", "gpu-fp32"])
 @pytest.mark.parametrize("more", ["", "-w 0", "-r 0", "-r 2", "-b 1 -t 31 -d 62"])
 def test_again(lab, reference, variant, more):
+    """From the start, and from the checkpoint in its middle."""
     more = more.split()
     assert outcome(lab, variant, *more) == reference(variant, *more)
+    assert resumed(lab, variant, *more) == reference(variant, *more)[1]
 
 
 @pytest.mark.parametrize("variant", ["cpu-bf16", "cpu-fp32"])
@@ -38,16 +47,16 @@ def test_orders(lab, reference, variant, order, seed, threads):
 
 
 @pytest.mark.parametrize("order", ["reverse", "priority"])
-@pytest.mark.parametrize("more", ["-w 0", "-r 2 -ge 2"])
-def test_orders_in_other_modes(lab, reference, order, more):
-    assert outcome(lab, "cpu-bf16", *more.split(), SIMT_ORDER=order) == reference("cpu-bf16", *more.split())
+@pytest.mark.parametrize("variant, more", [("cpu-bf16", "-w 0"), ("cpu-bf16", "-r 2 -ge 2"), ("cpu-approxbp-bf16", "")])
+def test_orders_in_other_modes(lab, reference, order, variant, more):
+    assert outcome(lab, variant, *more.split(), SIMT_ORDER=order) == reference(variant, *more.split())
 
 
 def test_sanitized(lab, reference):
     """Addresses and undefined behaviour are checked, and the numbers are those of the fast build. fp32: test_gpt2_numbers.py"""
-    losses = [[line.get("train_loss", line.get("val_loss")) for line in log]
-              for log in (outcome(lab, "san-bf16", SIMT_POISON=1)[0], reference("cpu-bf16")[0])]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+    log, files = outcome(lab, "san-bf16", SIMT_POISON=1)
+    losses = [[line.get("train_loss", line.get("val_loss")) for line in x] for x in (log, reference("cpu-bf16")[0])]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2) and resumed(lab, "san-bf16", SIMT_POISON=1) == files
 
 
 @pytest.mark.parametrize("more", [[], ["-w", "0"]], ids=["master", "no-master"])

@@ -47,12 +47,21 @@ def ended(lab, process):
     return process.returncode, err.decode(), step
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGXCPU, signal.SIGUSR1])
-def test_a_signal_saves(lab, number):
-    with started(lab, *LONG) as process:
-        process.send_signal(number)
+TERM, HUP = signal.SIGTERM, signal.SIGHUP
+
+
+@pytest.mark.parametrize("sent, ignored", [*(([n], None) for n in (signal.SIGINT, TERM, HUP, signal.SIGXCPU, signal.SIGUSR1)),
+                                           ([TERM, HUP] * 5, None), ([HUP, TERM], HUP)])
+def test_a_signal_saves(lab, sent, ignored):
+    """Many are one: timeout sends two SIGTERMs, a terminal that closes two SIGHUPs. One that nohup has ignored is none."""
+    with started(lab, *LONG, preexec_fn=lambda: ignored and signal.signal(ignored, signal.SIG_IGN)) as process:
+        for number in sent:
+            process.send_signal(number)
+            if number == ignored:
+                time.sleep(0.5)
+                assert process.poll() is None
         status, err, step = ended(lab, process)
-    assert status == 128 + number
+    assert status == 128 + (TERM if TERM in sent else sent[0])
     assert len(lab.train("-o", "out", "-y", 1, "-x", step + 1).losses) == 1
 
 
@@ -92,24 +101,6 @@ def test_a_terminal_sees_a_validation_go_on(lab):
     os.close(ours)
 
 
-def test_a_signal_that_comes_twice_is_one(lab):
-    """timeout sends two SIGTERMs, a terminal that closes two SIGHUPs."""
-    with started(lab, *LONG) as process:
-        for _ in range(5):
-            process.send_signal(signal.SIGTERM)
-            process.send_signal(signal.SIGHUP)
-        assert ended(lab, process)[0] == 128 + signal.SIGTERM
-
-
-def test_nohup(lab):
-    with started(lab, *LONG, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)) as process:
-        process.send_signal(signal.SIGHUP)
-        time.sleep(0.5)
-        assert process.poll() is None
-        process.send_signal(signal.SIGTERM)
-        assert ended(lab, process)[0] == 128 + signal.SIGTERM
-
-
 @pytest.mark.parametrize("number", [None, signal.SIGINT])
 def test_nobody_reads_the_output(lab, number):
     """ | head -5; and | tee, which Ctrl-C ends too."""
@@ -129,31 +120,16 @@ def test_closed_stdout_gets_into_no_file(lab):
     lab.train("-o", "out", "-y", 1, "-x", 5)
 
 
-# ----------------------------------------------------------------------------
-# disks that are full
+# ---- disks that are full -------------------------------------------------------------------------
 
-@contextlib.contextmanager
-def failing(lab, *steps):
-    """Checkpoints of these steps cannot be written: a folder stands where their temporary file should."""
-    for step in steps:
+@pytest.mark.parametrize("failing, kept, status", [([4], [2, 6], 0), ([4, 6], [2], 1)])
+def test_a_checkpoint_that_fails_ends_nothing(lab, failing, kept, status):
+    """A folder stands where its temporary file should. The exit status tells of the last one."""
+    for step in failing:
         lab.path(f"out/model_{step:08d}.bin.tmp/x").mkdir(parents=True)
-    yield
-    for step in steps:
-        lab.path(f"out/model_{step:08d}.bin.tmp/x").rmdir()
-        lab.path(f"out/model_{step:08d}.bin.tmp").rmdir()
-
-
-def test_a_checkpoint_that_fails_ends_nothing(lab):
-    with failing(lab, 4):
-        result = lab.train("-x", 6, "-n", 2, "-nk", 2, "-o", "out")
+    result = lab.train("-x", 6, "-n", 2, "-nk", 3 - len(failing), "-o", "out", status=status)
     says(result.err, "model_00000004.bin", "no checkpoint of step 4")
-    assert len(result.steps) == 6 and set(lab.files("out")) == set(names(2) + names(6))
-
-
-def test_a_last_checkpoint_that_fails_is_the_status(lab):
-    with failing(lab, 4, 6):
-        result = lab.train("-x", 6, "-n", 2, "-nk", 1, "-o", "out", status=1)
-    assert len(result.steps) == 6 and set(lab.files("out")) == set(names(2))
+    assert len(result.steps) == 6 and set(lab.files("out")) == {name for step in kept for name in names(step)}
 
 
 @pytest.mark.parametrize("log", ["/dev/full", "reader gone"])
@@ -174,8 +150,7 @@ def test_a_limit_that_no_checkpoint_fits_is_said_at_the_start(lab):
     assert "step     1" not in done.out and lab.files("out") == {}
 
 
-# ----------------------------------------------------------------------------
-# one folder, one run
+# ---- one folder, one run -------------------------------------------------------------------------
 
 def test_one_folder_one_run(lab):
     with started(lab, *LONG) as first:
@@ -215,8 +190,7 @@ def test_evaluation_needs_no_lock(lab):
         lab.run(*options("-x", 0, "-v", 1, "-o", "out", "-y", 1, "--log", "other.jsonl"))
 
 
-# ----------------------------------------------------------------------------
-# names that are no files of ours
+# ---- names that are no files of ours -------------------------------------------------------------
 
 def node(path, device=(1, 3)):
     """A device of our own: /dev/null, or what the numbers say."""
@@ -325,11 +299,9 @@ def test_leftovers_are_swept(lab):
     assert set(lab.files("out")) == {*names(2), "mine.tmp"}
 
 
-# ----------------------------------------------------------------------------
-# models that are no good
+# ---- models that are no good ---------------------------------------------------------------------
 
-@pytest.mark.parametrize("rate", [1e9, 1e3])
-@pytest.mark.parametrize("every, keep", [(5, 2), (1, 1)])
+@pytest.mark.parametrize("rate, every, keep", [(1e9, 5, 2), (1e3, 1, 1)])
 @pytest.mark.parametrize("variant", ["cpu-bf16", "cpu-fp32"])
 def test_bad_news_do_not_push_out_good_news(lab, rate, every, keep, variant):
     """A rate at which the weights explode in one step: their loss is huge, and finite for a while."""
@@ -340,13 +312,6 @@ def test_bad_news_do_not_push_out_good_news(lab, rate, every, keep, variant):
     says(result.err, "no checkpoint of step")
     assert lab.files("out") == before
     assert lab.train("-x", 8, "-o", "out", "-y", 1, variant=variant).losses[-1] < 6
-
-
-def with_nan(lab, tensor):
-    """nan.bin: a model with one number that is not finite."""
-    tensors = random_model(Shape())
-    tensors[tensor][3] = math.nan
-    write_model(lab.path("nan.bin"), Shape(), tensors)
 
 
 @pytest.mark.parametrize("variant, w", [("cpu-fp32", 1), ("cpu-bf16", 1), ("cpu-bf16", 0)])
@@ -363,13 +328,16 @@ def test_a_step_that_is_not_finite_changes_nothing(lab, variant, w):
 
 
 def test_a_model_that_is_not_finite(lab):
-    with_nan(lab, "lnfb")
+    tensors = random_model(Shape())
+    tensors["lnfb"][3] = math.nan
+    write_model(lab.path("nan.bin"), Shape(), tensors)
     done = lab.run(*options("-e", "nan.bin", "-x", 0, "-v", 1), status=3)
     says(done.out, "val loss nan")
     says(done.err, "not finite")
     lab.run(*options("-e", "nan.bin", "-x", 0, "-s", 1), status=3)
-    result = lab.train("-e", "nan.bin", "-x", 5, "-n", 1, "-o", "out", status=3)
-    assert len(result.steps) == 5 and lab.files("out") == {}
+    for given in ([], ["-n", 1, "-o", "out"], ["-n", 0, "-o", "none"], ["-v", 1]):
+        result = lab.train("-e", "nan.bin", "-x", 5, *given, status=3)
+        assert len(result.steps) == 5 and lab.files("out") == lab.files("none") == {}
     result = lab.train("-e", "nan.bin", "-x", 50, status=3)
     assert len(result.steps) == 10, "ten in a row end the run"
     assert "rate" in result.err and "resume" in result.err
@@ -388,14 +356,7 @@ def test_a_validation_that_is_not_finite_keeps_checkpoints_out(lab):
     assert None not in result.losses and result.vals == [None] * 3 and lab.files("out") == {}
 
 
-@pytest.mark.parametrize("given", [[], ["-o", "out", "-n", 0], ["-v", 1]])
-def test_a_run_that_ends_with_bad_news_says_so(lab, given):
-    with_nan(lab, "qkvw")
-    lab.train("-e", "nan.bin", "-x", 2, *given, status=3)
-
-
-# ----------------------------------------------------------------------------
-# data that change while a run reads them: what was learned is saved
+# ---- data that change while a run reads them: what was learned is saved --------------------------
 
 def cut_off(path):
     os.truncate(path, 2000)

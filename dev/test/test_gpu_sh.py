@@ -43,8 +43,7 @@ def test_dry_run_needs_no_gpu_and_names_every_program():
         assert len(set(names)) == len(names)
 
 
-ARGUMENTS = SimpleNamespace(models=[gpu.SMALL, gpu.LARGE], steps=gpu.STEPS, warmup=gpu.WARMUP, pytest=True, python="python3",
-                            llmc=None)
+ARGUMENTS = SimpleNamespace(models=[gpu.SMALL, gpu.LARGE], steps=gpu.STEPS, warmup=gpu.WARMUP, pytest=True, python="python3", llmc=None)
 
 
 def test_the_trainer_takes_every_command():
@@ -82,8 +81,7 @@ def test_no_gpu(tmp_path, monkeypatch):
         gpu.Machine().find()
 
 
-# ----------------------------------------------------------------------------
-# running
+# ---- running -------------------------------------------------------------------------------------
 
 HEAD = {"gpu": "a GPU", "driver": "1", "cuda": "13.0", "source": "s"}
 
@@ -164,8 +162,7 @@ def test_programs_that_did_not_compile(tmp_path, monkeypatch):
     assert "an error" in (tmp_path / "build.log").read_text()
 
 
-# ----------------------------------------------------------------------------
-# what programs print
+# ---- what programs print -------------------------------------------------------------------------
 
 def test_steps():
     """Of a run of ours and of one of llm.c: the slow first five are not in the median."""
@@ -205,8 +202,7 @@ def test_what_earlier_runs_decide():
         assert command is None if B is None else command[command.index("-b") + 1] == B
 
 
-# ----------------------------------------------------------------------------
-# the PyTorch side
+# ---- the PyTorch side ----------------------------------------------------------------------------
 
 def test_torch_baseline(tmp_path):
     pythons = [p for p in (sys.executable, "/usr/bin/python3") if execute(p, "-c", "import torch", cwd=tmp_path, timeout=600).status == 0]

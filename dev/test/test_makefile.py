@@ -46,7 +46,7 @@ def touch(tree, *names):
 def test_help(tree):
     text = tree().out
     assert text == tree("help").out and not list(tree.folder.glob("build*"))
-    for word in ("setup", "setup-test", "demo", "test", "quick", "twins", "clean", "train_gpt2", "test_gpt2", "dev/cuda/NAME"):
+    for word in "setup setup-test demo test quick twins clean train_gpt2 test_gpt2 dev/cuda/NAME".split():
         assert re.search(rf"^make {word}\b", text, re.M), word
     flags = re.search(r"^FLAG_NAMES := (.*)", (ROOT / "Makefile").read_text(), re.M)[1].split()
     assert len(flags) > 15 and [flag for flag in flags if not re.search(rf"^ *{flag}=", text, re.M)] == []
@@ -56,19 +56,18 @@ def test_builds_and_rebuilds(tree):
     flags = ["train_gpt2", "test_gpt2", "CPU=1"]
     assert not up_to_date(tree, *flags)
     tree(*flags)
-    assert says(tree, "train_gpt2") == "fp32 0" and says(tree, "test_gpt2") == "test"
-    assert up_to_date(tree, *flags)
+    assert says(tree, "train_gpt2") == "fp32 0" and says(tree, "test_gpt2") == "test" and up_to_date(tree, *flags)
     for changed in (["PRECISION=FP32"], ["CXXFLAGS=-DX='\"a, b\"'"], ["SAN=1"]):
         assert not up_to_date(tree, *flags, *changed), changed
-    tree(*flags, "PRECISION=FP32")
-    assert says(tree, "train_gpt2") == "fp32 1"
-    assert up_to_date(tree, *flags, "PRECISION=FP32") and not up_to_date(tree, *flags)
+    fp32 = [*flags, "PRECISION=FP32"]
+    tree(*fp32)
+    assert says(tree, "train_gpt2") == "fp32 1" and up_to_date(tree, *fp32) and not up_to_date(tree, *flags)
     for source in ("train_gpt2.cu", "dev/cpu/cu2cpp.py"):
         touch(tree, source)
         for program in ("train_gpt2", "test_gpt2"):   # which includes the trainer
-            assert not up_to_date(tree, program, "CPU=1", "PRECISION=FP32"), (source, program)
-        tree(*flags, "PRECISION=FP32")
+            assert not up_to_date(tree, program, *fp32[2:]), (source, program)
         touch(tree, "train_gpt2", "test_gpt2")
+        assert up_to_date(tree, *fp32)
     tree("clean")
     assert not any((tree.folder / name).exists() for name in ("build", "train_gpt2", "test_gpt2")) and (tree.folder / "train_gpt2.cu").exists()
 
@@ -121,66 +120,36 @@ def test_bad_flags(tree, flags, said):
 
 
 def commands(tree, *arguments):
-    return tree("-n", *arguments).out
+    """What would be called; needs no nvcc."""
+    return tree("-n", "train_gpt2", "NVCC=nvcc", *arguments).out
 
 
 def test_gpu_commands(tree):
-    """What nvcc would be called with; needs no nvcc."""
-    default = commands(tree, "train_gpt2", "CPU=0", "NVCC=nvcc", "ARCH=80 89 90")
+    default = commands(tree, "CPU=0", "ARCH=80 89 90")
     for part in ("-O3", "-std=c++17", "-lineinfo", "--threads 0", "code=sm_80", "code=sm_89", "code=sm_90", "-lcublasLt"):
         assert part in default, part
     assert "-lcublas" not in default.split() and "use_fast_math" not in default and "FP32" not in default
-    one = commands(tree, "train_gpt2", "CPU=0", "NVCC=nvcc", "ARCH=90", "PRECISION=FP32", "PTXAS=1", "NVCCFLAGS=-DMORE")
-    assert "sm_80" not in one and "--threads" not in one
-    assert "-DFP32=1" in one and "-Xptxas -v" in one and "-DMORE" in one
+    one = commands(tree, "CPU=0", "ARCH=90", "PRECISION=FP32", "PTXAS=1", "NVCCFLAGS=-DMORE")
+    assert "sm_80" not in one and "--threads" not in one and all(part in one for part in ("-DFP32=1", "-Xptxas -v", "-DMORE"))
 
 
-@pytest.fixture
-def machine(tree, monkeypatch):
-    """Pretends to have GPUs of these compute capabilities."""
-    def pretend(*capabilities):
-        folder = tree.folder / "bin"
-        folder.mkdir(exist_ok=True)
-        lines = "\n".join(f"GPU {i}: NVIDIA" for i, _ in enumerate(capabilities)) or "No devices were found"
-        script = f"#!/bin/sh\ncase $1 in -L) echo '{lines}';; *) echo '" + "\n".join(capabilities) + "';; esac\n"
-        (folder / "nvidia-smi").write_text(script)
-        (folder / "nvidia-smi").chmod(0o755)
-        monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-    return pretend
+@pytest.mark.parametrize("capabilities, chosen", [(["9.0", "9.0"], ["sm_90"]), (["8.9", "12.0"], ["sm_89", "sm_120"]), ([], [])])
+def test_visible_gpus_decide(tree, monkeypatch, capabilities, chosen):
+    (tree.folder / "bin").mkdir()
+    lines = "\n".join(f"GPU {i}: NVIDIA" for i, _ in enumerate(capabilities)) or "No devices were found"
+    script = f"#!/bin/sh\ncase $1 in -L) echo '{lines}';; *) echo '" + "\n".join(capabilities) + "';; esac\n"
+    (tree.folder / "bin/nvidia-smi").write_text(script)
+    (tree.folder / "bin/nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tree.folder}/bin:{os.environ['PATH']}")
+    found = commands(tree)
+    assert set(re.findall(r"code=(\w+)", found)) == set(chosen) and ("nvcc -O3" in found) == bool(chosen) and "g++" in commands(tree, "CPU=1")
+    if not chosen:   # builds for the CPU, and says so; for a GPU when told to, of any kind
+        assert "No GPU is visible" in tree("train_gpt2", "NVCC=nvcc").out and (tree.folder / "build/train_gpt2.cpp").exists()
+        assert "No GPU" not in tree("train_gpt2", "CPU=1", "BUILD=quiet").out
+        assert set(re.findall(r"code=(\w+)", commands(tree, "CPU=0"))) == {"sm_80", "sm_89", "sm_90", "compute_90"}
 
 
-def test_a_visible_gpu_decides(tree, machine):
-    machine("9.0", "9.0")
-    chosen = commands(tree, "train_gpt2", "NVCC=nvcc")
-    assert "nvcc -O3" in chosen and chosen.count("-gencode arch=compute_90,code=sm_90") >= 1 and "sm_80" not in chosen
-    assert "g++" in commands(tree, "train_gpt2", "CPU=1")
-    machine("8.9", "12.0")
-    chosen = commands(tree, "train_gpt2", "NVCC=nvcc")
-    assert "code=sm_89" in chosen and "code=sm_120" in chosen
-
-
-def test_without_a_gpu_it_says_so(tree, machine):
-    machine()
-    assert "No GPU is visible" in tree("train_gpt2", "NVCC=nvcc").out
-    assert (tree.folder / "build/train_gpt2.cpp").exists()
-    blind = commands(tree, "train_gpt2", "CPU=0", "NVCC=nvcc")
-    for part in ("code=sm_80", "code=sm_89", "code=sm_90", "code=compute_90"):
-        assert part in blind
-    assert "No GPU" not in tree("train_gpt2", "CPU=1", "BUILD=quiet").out
-
-
-def test_a_folder_with_odd_characters(tree):
-    """BUILD's may not have them, the project's own may."""
-    odd = tree.folder / "my [code] it's $5 (é)"
-    odd.mkdir()
-    for name in ("Makefile", "dev", "train_gpt2.cu"):
-        (tree.folder / name).rename(odd / name)
-    done = execute("make", "train_gpt2", "CPU=1", "BUILD=build/é", cwd=odd)
-    assert done.status == 0 and execute(odd / "build/é/train_gpt2", cwd=odd).out == "fp32 0\n", done.err
-
-
-# ----------------------------------------------------------------------------
-# what is installed, and by whom
+# ---- what is installed, and by whom --------------------------------------------------------------
 
 @pytest.fixture
 def somebody(tree, monkeypatch):
@@ -201,14 +170,12 @@ def somebody(tree, monkeypatch):
 
 
 def test_without_root_one_line_says_what_to_install(somebody):
+    """What we can do without is said, and skipped."""
     for sudo in ({}, {"sudo": "exit 1"}):
         done = somebody("setup-test", status=2, **sudo)
         lines = [line for line in done.err.splitlines() if not line.startswith("make")]
         assert len(lines) == 1 and "root must run: apt-get install python3-numpy" in lines[0] and "python3-venv" in lines[0], done.err
         assert "python3-torch" in lines[0] and "apt-get -qq" not in done.calls and done.out == ""
-
-
-def test_what_we_can_do_without_is_said_and_skipped(somebody):
     done = somebody("setup-test", python3='case "$*" in *ensurepip*|*torch*) exit 1;; esac')
     assert re.fullmatch(r"Tests that need these are skipped: no sudo here; root must run: apt-get install python3-venv .*python3-torch.*\n", done.out), done.out
 
@@ -255,7 +222,5 @@ def test_a_trainer_is_one_file(trainer):
     assert not names & {name.strip("<>") for name in included}
 
 
-def test_continuous_integration():
-    """.ci/run is make test."""
-    script = ROOT / ".ci/run"
-    assert os.access(script, os.X_OK) and "make test" in script.read_text()
+def test_continuous_integration_is_make_test():
+    assert os.access(ROOT / ".ci/run", os.X_OK) and "make test" in (ROOT / ".ci/run").read_text()

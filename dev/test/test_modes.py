@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from helpers import close, learned
+from helpers import Shape, close, names, random_model, read_model, write_model
 
 MODES = {"exact": "cpu-bf16", "act": "cpu-act-bf16", "norm": "cpu-norm-bf16", "both": "cpu-approxbp-bf16"}
 
@@ -27,12 +27,25 @@ def test_the_flag_saves_what_it_says(lab):
     assert both <= 0.71 * exact
 
 
-@pytest.mark.parametrize("r", [0, 1, 2])
-@pytest.mark.parametrize("mode", ["act", "norm", "both"])   # exact: test_cli.py
-def test_the_ledger_is_what_is_taken(lab, mode, r):
-    ran = lab.train("-r", r, "-d", 128, variant=MODES[mode], env={"SIMT_REPORT": 1})
-    backend = int(re.search(r"simt: peak (\d+) bytes", ran.err)[1])
-    assert backend == ran.done["peak_bytes"] == ran.done["estimate_bytes"]
+@pytest.mark.parametrize("like, mode", [("exact", "norm"), ("both", "act")])
+def test_modes_with_one_derivative_compute_the_same(lab, like, mode):
+    """But for rounding: the losses, and of every tensor the signs of its gradient, which are the directions of AdamW's first step. In
+    either mode all levels of --recompute give the same bits, and the ledger is what is taken."""
+    shape, moves, losses = Shape(), {}, {}
+    start = random_model(shape, std=0.1)
+    write_model(lab.path("start.bin"), shape, start)
+    for way in (like, mode):
+        for r in (0, 1, 2):
+            ran = lab.train("-e", "start.bin", "-r", r, "-d", 128, "-l", 1e-2, "-x", 3, "-n", 1, "-o", f"{way}{r}", variant=MODES[way], env={"SIMT_REPORT": 1})
+            assert int(re.search(r"simt: peak (\d+) bytes", ran.err)[1]) == ran.done["peak_bytes"] == ran.done["estimate_bytes"]
+            assert lab.files(f"{way}{r}")[names(3)[0]] == lab.files(f"{way}0")[names(3)[0]]
+        losses[way] = ran.losses
+        after = read_model(lab.path(f"{way}0/model_00000001.bin"), shape)
+        moves[way] = {name: [(x > a) - (x < a) for x, a in zip(after[name], start[name])] for name in start}
+    assert close(losses[mode], losses[like], 2e-2)
+    for name, signs in moves[like].items():   # a third of qkvb, the keys' bias, has a gradient of rounding alone
+        there = [(a, b) for a, b in zip(signs, moves[mode][name]) if a]
+        assert sum(a == b for a, b in there) > (0.75 if name == "qkvb" else 0.9) * len(there) > 0, name
 
 
 def test_the_ledger_names_the_mode(lab):
@@ -41,27 +54,13 @@ def test_the_ledger_names_the_mode(lab):
         assert words in lab.run("--estimate", "-e", "d12", "-r", 1, variant=MODES[mode]).out
 
 
-def test_forward_is_exact(shared_lab):
-    """The codes change backward alone; folding a norm's affine rounds elsewhere."""
-    first = {mode: shared_lab.train("-x", 1, variant=variant).losses[0] for mode, variant in MODES.items()}
-    assert all(close(loss, first["exact"], 2e-3) for loss in first.values())
-
-
-def test_any_order_gives_the_same_bits(lab):
-    runs = []
-    for order, seed in (("forward", 0), ("reverse", 0), ("priority", 1), ("priority", 2)):
-        log = learned(lab.train("-d", 128, "-x", 3, "-o", f"{order}{seed}", variant=MODES["both"], env={"SIMT_ORDER": order, "SIMT_SEED": seed}))
-        runs.append((log, lab.files(f"{order}{seed}")))
-    assert all(run == runs[0] for run in runs)
-
-
 def test_no_epilogue_makes_codes(lab):
     done = lab.run("--estimate", "-e", "d12", "-ge", 1, variant="cpu-act-bf16", status=2)
     assert "-ge 1" in done.err and "APPROX_ACT=0" in done.err
 
 
 def test_a_checkpoint_goes_from_mode_to_mode(lab):
-    """Parameters mean the same in every mode: gamma and beta are not merged into the weights."""
+    """Parameters mean the same in every mode: gamma and beta are not merged into the weights. Forward is the exact one in each."""
     lab.train("-x", 3, "-o", "out", variant=MODES["both"])
     how = ["-e", "out/model_00000003.bin", "-x", 0, "-v", 1]
     vals = [lab.train(*how, variant=variant).vals[-1] for variant in MODES.values()]

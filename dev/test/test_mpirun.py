@@ -26,10 +26,10 @@ def losses(log):
     return [line["train_loss"] for line in log if "train_loss" in line]
 
 
-@pytest.mark.parametrize("zero", [0, 1])
-def test_two_ranks_train_as_one_does_with_twice_the_batch(lab, zero):
+def test_two_ranks_train_as_one_does_with_twice_the_batch(lab):
+    """With -z 1 they train as with -z 0, to the bit: the next test."""
     _, one = train(lab, "one", "-b", 4, "-x", 6, ranks=1)
-    _, two = train(lab, "two", "-b", 2, "-x", 6, "-z", zero)
+    _, two = train(lab, "two", "-b", 2, "-x", 6)
     assert len(losses(one)) == 6 and close(losses(one), losses(two), 1e-5)
 
 
@@ -45,8 +45,7 @@ def test_a_shared_out_optimizer_is_smaller_and_equal(lab, ranks, shape, seed):
     assert [[line.get(k) for k in same] for line in whole] == [[line.get(k) for k in same] for line in shared]
     assert any(line["grad_norm"] > 1 for line in whole[:-1])   # it is clipped by the norm, so the norm's bits are in the model
     assert lab.files("whole")["model_00000004.bin"] == lab.files("shared")["model_00000004.bin"]
-    assert (shared[-1]["peak_bytes"] < whole[-1]["peak_bytes"]) == (ranks > 1)
-    assert shared[-1]["peak_bytes"] == shared[-1]["estimate_bytes"]
+    assert (shared[-1]["peak_bytes"] < whole[-1]["peak_bytes"]) == (ranks > 1) and shared[-1]["peak_bytes"] == shared[-1]["estimate_bytes"]
 
 
 @pytest.mark.parametrize("zero", [0, 1])

@@ -62,8 +62,7 @@ def test_the_mfu_is_the_trainers():
     assert report.peak_flops("Fake 200") is None
 
 
-# ----------------------------------------------------------------------------
-# made-up results
+# ---- made-up results -----------------------------------------------------------------------------
 
 HEAD = {"gpu": "NVIDIA H200", "driver": "999.1", "cuda": "13.0", "commit": "0123456789abcdef", "source": "0", "python": "PyTorch 9"}
 

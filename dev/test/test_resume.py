@@ -25,15 +25,13 @@ def copy_of_step(lab, source, step, to):
 
 @pytest.mark.parametrize("variant", ["cpu-bf16", "cpu-fp32"])
 @pytest.mark.parametrize("mode", [
-    "",
-    "-w 0",                                              # bf16 weights, rounded stochastically
-    "-d 256",                                            # four micro-batches a step
     "-k cosine -u 3 -q 0.1 -c 0.1 -r 2",
     "-i shard_*.bin",                                    # shuffled, and over the end of an epoch
     "-i shard_*.bin -w 0 -d 128 --seed 5 -v 3 -s 4",
     "-a 1",
 ])
 def test_resume_is_exact(lab, mode, variant):
+    """Of one file, several micro-batches, without master weights: test_determinism.py."""
     for i in range(3):
         write_tokens(lab.path(f"shard_{i}.bin"), words(64 * 2 + 1 + 17 * i, seed=30 + i))
     mode = mode.split()
@@ -62,13 +60,8 @@ def test_what_memory_decides_is_decided_once(lab, chosen):
         says(lab.train("--loss-chunks", 2, "-x", 6, "-o", "other", "-y", 1).out, "note: --loss-chunks was 3, is 2")
 
 
-def test_checkpoints_change_nothing(lab):
-    """Without -n there is one, at the end."""
-    assert learned(lab.train("-x", 6, "-n", 1, "-o", "all")) == learned(lab.train("-x", 6, "-o", "out"))
-    assert sorted(lab.files("out")) == sorted(names(6))
-
-
 def test_keep(lab):
+    """The newest -nk checkpoints, 0 for all; without -n there is one, at the end. That they are written changes nothing."""
     mine = ["model_best.bin", "notes.txt", "model_00000001.bin.copy"]
     lab.path("out").mkdir()
     for name in mine:
@@ -77,8 +70,9 @@ def test_keep(lab):
     assert sorted(lab.files("out")) == sorted(names(5) + names(6) + mine)
     lab.train("-x", 8, "-n", 1, "-nk", 1, "-o", "out", "-y", 1)
     assert sorted(lab.files("out")) == sorted(names(8) + mine)
-    lab.train("-x", 3, "-n", 1, "-nk", 0, "-o", "all")
-    assert sorted(lab.files("all")) == sorted(names(1) + names(2) + names(3))
+    every, one = lab.train("-x", 3, "-n", 1, "-nk", 0, "-o", "all"), lab.train("-x", 3, "-o", "one")
+    assert sorted(lab.files("all")) == sorted(names(1) + names(2) + names(3)) and sorted(lab.files("one")) == sorted(names(3))
+    assert learned(every) == learned(one)
 
 
 def test_leftovers_of_a_killed_run_do_not_disturb(lab):
@@ -134,8 +128,7 @@ def test_killed_at_any_moment(lab):
     assert checkpoint(lab.files("out"), 40) == checkpoint(lab.files("straight"), 40)
 
 
-# ----------------------------------------------------------------------------
-# states that cannot be gone on from
+# ---- states that cannot be gone on from ----------------------------------------------------------
 
 @pytest.fixture
 def stopped(lab):
@@ -167,14 +160,10 @@ def test_damaged_state(stopped, how, named):
     assert stopped.files("out") == before
 
 
-def test_a_complete_checkpoint_without_its_model(stopped):
+def test_a_state_without_its_model_or_with_another(stopped):
+    stopped.train("-e", Shape(C=64).size(), "-x", 2, "-o", "other")
     stopped.path("out/model_00000002.bin").unlink()
     says(stopped.run(*options("-x", 4, "-o", "out", "-y", 1), status=1).err, "model_00000002.bin")
-
-
-def test_state_of_another_model(stopped):
-    """The state of one run beside the model of another."""
-    stopped.train("-e", Shape(C=64).size(), "-x", 2, "-o", "other")
     shutil.copy(stopped.path("other/model_00000002.bin"), stopped.path("out/model_00000002.bin"))
     says(stopped.run(*options("-e", None, "-x", 4, "-o", "out", "-y", 1), status=1).err, "state_00000002_00000.bin")
 
@@ -195,8 +184,7 @@ def test_the_same_data_under_another_name(stopped):
     assert len(result.losses) == 2 and "note: --steps was 2, is 4" in result.out
 
 
-# ----------------------------------------------------------------------------
-# what a resumed run does otherwise
+# ---- what a resumed run does otherwise -----------------------------------------------------------
 
 CHANGES = [("-x", 4, "--steps was 2, is 4"), ("-k", "wsd", "--schedule was cosine, is wsd"), ("-l", 3e-4, "--lr was 0.001, is 0.0003"),
            ("-u", 1, "--warmup was 0, is 1"), ("-q", 0.5, "--final-lr-fraction was 0.1, is 0.5"), ("-c", 0.1, "--weight-decay was 0, is 0.1"),
@@ -245,20 +233,8 @@ def test_another_model_is_refused(stopped, other):
     assert any("start.bin is not read" in note for note in notes(stopped.train("-e", "start.bin", "-x", 3, "-o", "out", "-y", 1)))
 
 
-# ----------------------------------------------------------------------------
-# the tokens of the next step are prepared early, and a checkpoint does not know
-
-def test_the_position_is_that_of_the_steps_done(lab):
-    for given, windows in (([], 2), (["-d", "128"], 4), (["-a", "1"], 0)):
-        folder = f"out{windows}"
-        lab.train("-x", 4, "-n", 1, "-o", folder, *given)
-        for step in range(1, 5):
-            head = struct.unpack("<256i", lab.path(f"{folder}/state_{step:08d}_00000.bin").read_bytes()[:1024])
-            assert head[32] == (windows * step or 2)
-
-
 def test_a_shard_that_is_gone_costs_no_checkpoint(lab):
-    """It is looked for when its step comes, after the checkpoint of the step before."""
+    """The tokens of the next step are prepared early; what is wrong with them is said when the step comes, after the checkpoint before."""
     for i in range(2):
         write_tokens(lab.path(f"shard_{i}.bin"), words(64 * 20 + 1, seed=i))
     process = subprocess.Popen([program("cpu-bf16"), *options("-i", "shard_*.bin", "-x", 40, "-n", 1, "-nk", 1, "-o", "out")], cwd=lab.folder,

@@ -6,36 +6,26 @@ import pytest
 from helpers import MATRICES, SLOTS, Shape, close, random_model, read_model, write_model, write_tokenizer, write_tokens, words
 
 EXACT = {"cpu-fp32": 1e-5, "cpu-bf16": 1e-2}  # relative rounding of a loss after a few steps
-BUILDS = list(EXACT)
 
 
-# ----------------------------------------------------------------------------
-# it learns
-
-@pytest.mark.parametrize("variant", BUILDS)
-@pytest.mark.parametrize("w", [1, 0])
+@pytest.mark.parametrize("variant, w", [("cpu-fp32", 1), ("cpu-bf16", 1), ("cpu-bf16", 0)])
 def test_it_learns(lab, variant, w):
-    result = lab.train("-x", 60, "-l", 3e-3, "-u", 5, "-q", 0.1, "-b", 8, "-v", 30, "-w", w, variant=variant)
+    result = lab.train("-x", 60, "-l", 3e-3, "-u", 5, "-q", 0.1, "-b", 4, "-v", 30, "-w", w, variant=variant)
     assert result.losses[0] == pytest.approx(math.log(257), rel=0.05)  # it starts by knowing nothing
-    assert result.losses[-1] < 0.55 * result.losses[0]
+    assert result.losses[-1] < 0.6 * result.losses[0]
     assert result.vals[0] == pytest.approx(math.log(257), rel=0.05)
-    assert result.vals[0] > result.vals[1] > result.vals[2] and result.vals[2] < 0.6 * result.vals[0]
+    assert result.vals[0] > result.vals[1] > result.vals[2] and result.vals[2] < 0.65 * result.vals[0]
 
 
 def test_sampling_prints_what_was_learnt(lab):
+    """And a line ends once, however a tokenizer cuts its end: in one token or in two."""
     write_tokens(lab.path("ab.bin"), list(b"abcd" * 1000))
-    result = lab.train("-i", "ab.bin", "-x", 60, "-l", 3e-3, "-b", 8, "-s", 60, "-g", 24, "--top-k", 1)
-    assert "abcdabcdabcd" in result.out
-
-
-@pytest.mark.parametrize("c, d", [(b"c", b"\n"), (b"c", b"\r"), (b"c", b"\r\n"), (b"\r", b"\n")])
-def test_a_line_of_a_sample_ends_once(lab, c, d):
-    """However a tokenizer cuts it: in one token or in two."""
-    write_tokens(lab.path("ab.bin"), list(b"abcd" * 1000))
-    write_tokenizer(lab.path("tokenizer.bin"), [{ord("c"): c, ord("d"): d}.get(i, bytes([i])) for i in range(256)] + [b"<|endoftext|>"], 256)
-    result = lab.train("-i", "ab.bin", "-x", 60, "-l", 3e-3, "-q", 1, "-b", 8, "-s", 60, "-g", 24, "--top-k", 1)
-    line = "ab\n" if c == b"\r" else "abc\n"
-    assert 3 * line in result.out and "\r" not in result.out
+    given = ["-i", "ab.bin", "-s", 60, "-g", 24, "--top-k", 1]
+    assert "abcdabcdabcd" in lab.train(*given, "-x", 60, "-l", 3e-3, "-q", 1, "-b", 4, "-o", "out").out
+    for c, d in ((b"c", b"\n"), (b"c", b"\r"), (b"c", b"\r\n"), (b"\r", b"\n")):
+        write_tokenizer(lab.path("tokenizer.bin"), [{ord("c"): c, ord("d"): d}.get(i, bytes([i])) for i in range(256)] + [b"<|endoftext|>"], 256)
+        out = lab.train(*given, "-e", "out/model_00000060.bin", "-x", 0).out
+        assert 3 * ("ab\n" if c == b"\r" else "abc\n") in out and "\r" not in out, (c, d)
 
 
 def test_sampling_options(lab):
@@ -47,17 +37,15 @@ def test_sampling_options(lab):
     assert sample("--top-k", 200) != sample("--top-k", 1)
 
 
-def test_sampling_changes_no_loss(lab):
-    assert lab.train("-s", 1).losses == lab.train("-s", 0).losses
-    assert lab.train("-v", 1).losses == lab.train("-v", 0).losses
+def test_samples_and_validations_change_no_loss(lab):
+    assert lab.train("-s", 1).losses == lab.train("-v", 1).losses == lab.train().losses
 
 
 def test_overfit_repeats_one_batch(lab):
     assert [len(set(lab.train("-a", a, "-l", 0, "-x", 5).losses)) for a in (1, 0)] == [1, 5]
 
 
-# ----------------------------------------------------------------------------
-# the same mathematics by another way
+# ---- the same mathematics by another way ---------------------------------------------------------
 
 def start(lab, **shape):
     """A model with large enough weights that everything in it matters."""
@@ -70,7 +58,7 @@ def norms(result):
     return [line["grad_norm"] for line in result.steps]
 
 
-@pytest.mark.parametrize("variant", BUILDS)
+@pytest.mark.parametrize("variant", EXACT)
 @pytest.mark.parametrize("usual, others", [
     ("-b 8", [f"-b {micro} -d 256" for micro in (1, 2, 4)]),
     ("--loss-chunks 1", [f"--loss-chunks {chunks}" for chunks in (2, 3, 7, 64, "auto")]),
@@ -100,8 +88,7 @@ def test_sizes(lab, size):
     assert close(norms(bf16), norms(fp32), 8e-2)
 
 
-# ----------------------------------------------------------------------------
-# the optimizer
+# ---- the optimizer -------------------------------------------------------------------------------
 
 def rate(schedule, step, steps, peak, warmup, final):
     """The rate of a step, counted from 0: up linearly, then by the schedule down to peak * final."""
@@ -136,8 +123,7 @@ def test_weight_decay_is_for_matrices(lab):
     shape = start(lab)
     before = read_model(lab.path("start.bin"), shape)
     lr, decay = 1e-2, 0.5
-    plain = after_one_step(lab, shape, "-l", lr, "-c", 0)
-    decayed = after_one_step(lab, shape, "-l", lr, "-c", decay)
+    plain, decayed = (after_one_step(lab, shape, "-l", lr, "-c", c) for c in (0, decay))
     for name in SLOTS:
         if name in MATRICES:
             expected = [-lr * decay * x for x in before[name]]
@@ -145,6 +131,7 @@ def test_weight_decay_is_for_matrices(lab):
             assert any(expected)
         else:
             assert decayed[name] == plain[name], name
+    assert not any(decayed["wte"][shape.V * shape.C:]), "rows of the padding stay 0"
 
 
 def test_first_step_of_adam(lab):
@@ -172,10 +159,7 @@ def test_gradient_clipping(lab):
 def test_master_weights_keep_small_steps(lab):
     """Steps far below a bf16 weight's resolution: lost without a master copy but for stochastic rounding, kept with one."""
     start(lab)
-    result = lab.train("-e", "start.bin", "-x", 40, "-l", 2e-5, "-a", 1, "-w", 1)
-    rounded = lab.train("-e", "start.bin", "-x", 40, "-l", 2e-5, "-a", 1, "-w", 0)
-    exact = lab.train("-e", "start.bin", "-x", 40, "-l", 2e-5, "-a", 1, variant="cpu-fp32")
-    gain = exact.losses[0] - exact.losses[-1]
-    assert gain > 0
-    for other in (result, rounded):
-        assert other.losses[0] - other.losses[-1] == pytest.approx(gain, rel=0.5)
+    exact, kept, rounded = (lab.train("-e", "start.bin", "-x", 40, "-l", 2e-5, "-a", 1, "-w", w, variant=variant).losses
+                            for variant, w in (("cpu-fp32", 1), ("cpu-bf16", 1), ("cpu-bf16", 0)))
+    gains = [losses[0] - losses[-1] for losses in (exact, kept, rounded)]
+    assert gains[0] > 0 and gains[1:] == pytest.approx(2 * gains[:1], rel=0.5)

@@ -71,7 +71,7 @@ def test_a_difference_is_named(run, old, new, line_a, line_b):
 
 
 @pytest.mark.parametrize("text, message", [
-    (A + "// ==== twin: open\n", "'open' has no end"),
+    (A[:A.rindex("// ==== end twin")], "'only a has this' has no end"),
     (A.replace("int sum;", "// ==== twin: inner"), "'inner' begins inside of 'sums'"),
     (A + A.replace("only a", "b"), "a second twin 'sums'"),
     ("// ==== end twin\n" + A, "an end without a twin"),
@@ -85,9 +85,6 @@ def test_bad_marks(run, text, message):
     for files in (["a.cu", "b.cu"], ["a.cu"]):
         output = run(text, B, files=files)
         assert output.startswith("error: a.cu") and message in output
-
-
-def test_a_mark_that_only_one_file_has_lost(run):
     assert run(A, B[B.index("between"):]) == "error: b.cu: it has no twin 'files', which the list of dev/test/twins.py has"
 
 
@@ -104,5 +101,5 @@ def test_sync_copies_into_the_other(run):
 
 
 def test_sync_writes_nothing_when_a_mark_is_bad(run):
-    assert "has no end" in run(A, B + "// ==== twin: open\n", "--sync", "a.cu")
-    assert (run.folder / "b.cu").read_text() == B + "// ==== twin: open\n"
+    bad = B + "// ==== twin: only a has this\n"
+    assert "has no end" in run(A, bad, "--sync", "a.cu") and (run.folder / "b.cu").read_text() == bad

@@ -15,8 +15,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2] / "prepro"))
 from atomic import atomic  # noqa: E402
 
-SECTIONS = ["numbers and errors", "column sums", "norm shared with its matmul", "matmul", "attention", "loss", "optimizer", "many GPUs",
-            "tensor table", "files", "device and schedule"]
+SECTIONS = ["numbers and errors", "column sums, norm, matmul, attention", "loss", "codes", "MS-LN",
+            "tensor cores, optimizer, many GPUs, tensor table", "files", "checkpoints, device, schedule, command line",
+            "settings, plan, loop, main"]
 IN_ONE_FILE = []   # those of SECTIONS that the other trainer does without
 
 BEGIN = re.compile(r"// ==== twin: (\S.*?)\s*")
@@ -28,46 +29,37 @@ class TwinError(Exception):
     pass
 
 
-def read(path):
+def read(path, listed):
     """The lines of a file, with their ends, and its sections: {name: (first, last)}, the lines between the marks as a range."""
     with open(path, newline="") as f:
         lines = f.readlines()
-    sections, name, start = {}, None, 0
+    sections, name = {}, None
     for i, line in enumerate(lines):
-        begin, end = BEGIN.fullmatch(line), END.fullmatch(line)
-        here = f"{path}:{i + 1}"
-        if begin:
-            if name is not None:
-                raise TwinError(f"{here}: twin '{begin[1]}' begins inside of '{name}' (line {start})")
-            if begin[1] in sections:
-                raise TwinError(f"{here}: a second twin '{begin[1]}' in one file; the first is at line {sections[begin[1]][0]}")
+        begin, end, wrong = BEGIN.fullmatch(line), END.fullmatch(line), None
+        if begin and name is not None:
+            wrong = f"twin '{begin[1]}' begins inside of '{name}'"
+        elif begin and begin[1] in sections:
+            wrong = f"a second twin '{begin[1]}' in one file; the first is at line {sections[begin[1]][0]}"
+        elif begin and begin[1] not in listed:
+            wrong = f"twin '{begin[1]}' is not in the list of dev/test/twins.py"
+        elif begin:
             name, start = begin[1], i + 1
+        elif end and name is None:
+            wrong = "an end without a twin"
         elif end:
-            if name is None:
-                raise TwinError(f"{here}: an end without a twin")
-            sections[name] = (start, i)
-            name = None
+            sections[name], name = (start, i), None
         elif LIKE_A_MARK.fullmatch(line.rstrip("\r\n")):
-            raise TwinError(f"{here}: expected '// ==== twin: NAME' or '// ==== end twin', found '{line.strip()}'")
+            wrong = f"expected '// ==== twin: NAME' or '// ==== end twin', found '{line.strip()}'"
+        if wrong:
+            raise TwinError(f"{path}:{i + 1}: {wrong}")
     if name is not None:
         raise TwinError(f"{path}:{start}: twin '{name}' has no end")
     return lines, sections
 
 
-def check_names(files, listed, in_one_file):
-    """files: {path: its sections}. Every section is in the list, and every name of the list where it should be."""
-    for path, sections in files.items():
-        for name in sections:
-            if name not in listed:
-                raise TwinError(f"{path}: twin '{name}' is not in the list of dev/test/twins.py")
-        for name in listed:
-            if name not in sections and (name not in in_one_file or not any(name in other for other in files.values())):
-                raise TwinError(f"{path}: it has no twin '{name}', which the list of dev/test/twins.py has")
-
-
-def compare(path_a, path_b):
+def compare(path_a, path_b, listed):
     """Raises for the first section that differs; returns how many there are."""
-    (lines_a, a), (lines_b, b) = read(path_a), read(path_b)
+    (lines_a, a), (lines_b, b) = read(path_a, listed), read(path_b, listed)
     both = [name for name in a if name in b]
     for name in both:
         for i, (one, two) in enumerate(itertools.zip_longest(lines_a[slice(*a[name])], lines_b[slice(*b[name])])):
@@ -80,9 +72,9 @@ def compare(path_a, path_b):
     return len(both)
 
 
-def sync(source, target):
+def sync(source, target, listed):
     """Copies the source's sections over the target's of the same name; all of them, or none."""
-    (from_lines, a), (lines, b) = read(source), read(target)
+    (from_lines, a), (lines, b) = read(source, listed), read(target, listed)
     changed = 0
     for name in sorted(a.keys() & b.keys(), key=b.get, reverse=True):  # from the end: line numbers stay right
         new = from_lines[slice(*a[name])]
@@ -102,14 +94,18 @@ def main(arguments, listed=SECTIONS, in_one_file=IN_ONE_FILE):
         raise TwinError(f"expected two files, found {len(a.files)}")
     if a.sync and a.sync not in a.files:
         raise TwinError(f"--sync {a.sync}: expected one of {' '.join(a.files)}")
-    check_names({path: read(path)[1] for path in a.files}, listed, in_one_file)
+    files = {path: read(path, listed)[1] for path in a.files}
+    for path, sections in files.items():
+        for name in listed:
+            if name not in sections and (name not in in_one_file or not any(name in other for other in files.values())):
+                raise TwinError(f"{path}: it has no twin '{name}', which the list of dev/test/twins.py has")
     if len(a.files) == 1:
         return f"twins: {len(listed)} sections in {a.files[0]}, and no other file to compare with"
     said = ""
     if a.sync:
         target = a.files[a.files[0] == a.sync]
-        said = f"twins: {sync(a.sync, target)} sections of {target} changed\n"
-    return f"{said}twins: {compare(*a.files)} sections are the same in both"
+        said = f"twins: {sync(a.sync, target, listed)} sections of {target} changed\n"
+    return f"{said}twins: {compare(*a.files, listed)} sections are the same in both"
 
 
 if __name__ == "__main__":
