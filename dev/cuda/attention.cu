@@ -52,10 +52,10 @@ struct Tensors {
 // GB are kept for each of the 12 layers, 19 GB: about as much again as the rest of a layer keeps. The causal half of them is
 // written and read, written and read again: 3.2 GB of traffic for forward, beside the 0.4 GB that versions move which store none of
 // it. Backward would take a second such tensor, for dp and ds, and 5.6 GB of traffic instead of 1.2; its formulas are not repeated
-// here. All of this doubles with T for each token. What is stored is also rounded: a score of 20 to the nearest 1/8, which makes its
-// exponential wrong by up to 6 %.
-// The kernels waste more than that. Neighbouring threads have neighbouring keys, which lie a row of qkv (4.6 KB) apart, so a load
-// of a warp touches 32 lines to use 2 bytes of each. A thread of the softmax owns a row of scores, with the same effect.
+// here. All of this doubles with T for each token. What is stored is also rounded: a score of 20 to the nearest 1/8, which makes
+// its exponential wrong by up to 6 %. The kernels waste more than that. Neighbouring threads have neighbouring keys, which lie a
+// row of qkv (4.6 KB) apart, so a load of a warp touches 32 lines to use 2 bytes of each. A thread of the softmax owns a row of
+// scores, with the same effect.
 
 // One thread for each (query, key): a block has 128 keys of one query of one head. What is masked is never touched.
 __global__ void attention_1_scores_kernel(floatX* scores, const floatX* qkv, AttShape s) {

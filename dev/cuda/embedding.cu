@@ -176,7 +176,8 @@ void test_forward(uint64_t seed) {
 void test_backward(uint64_t seed) {
     Property sums32("dwte and dwpe in fp32"), sums16("dwte and dwpe in bf16"),
         untouched("rows whose token does not occur, or after the last position, keep every bit"),
-        again("the same bits in a second run"), simple("version 1: dwte and dwpe");
+        again("the same bits in a second run"), simple("version 1: dwte and dwpe"),
+        sorted("positions, sorted by token, ascending within one");
     struct Shape { int B, T, V, C; };
     for (auto [B, T, V, C] :
          {Shape{1, 1, 1, 8}, {1, 9, 3, 24}, {3, 5, 20, 8}, {2, 8, 5, 136}, {4, 33, 9, 264}, {3, 43, 150, 248},
@@ -187,6 +188,10 @@ void test_backward(uint64_t seed) {
             const size_t n = (size_t)B * T * C, te = (size_t)V * C, all = te + (size_t)(T + 1) * C;   // dwte, then dwpe
             Random random(seed, n * 10 + kind);
             const Batch batch(text((Text)kind, B * T, V, random), B, T, V);
+            const std::vector<int> ints = batch.device.read();
+            const size_t positions = 2 * batch.tokens.size();   // where they begin
+            auto key = [&](size_t i) { return std::make_pair(batch.tokens[ints[positions + i]], ints[positions + i]); };
+            for (int i = 1; i < B * T; i++) sorted.is(key(i - 1) < key(i), "they are not");
             std::vector<int> count(V, 0);
             for (int token : batch.tokens) count[token]++;
             const std::vector<floatX> d = random.normals(n);
@@ -224,7 +229,7 @@ void test_backward(uint64_t seed) {
                 }
         }
     printf("backward\n");
-    report({&sums32, &sums16, &untouched, &again, &simple});
+    report({&sums32, &sums16, &untouched, &again, &sorted, &simple});
 }
 
 void test_special(uint64_t seed) {
@@ -291,7 +296,8 @@ void test_far(uint64_t seed) {
             if (far)
                 embedding_backward(dwte, dwpe, dout.p(far), positions.p, bucket_token.p, bucket_start.p, 2, true, true, B, T, C, 0);
             else
-                embedding_backward(dwte, dwpe, dout.p(far), near_positions.p, one.p, bucket_start.p, 1, true, true, 2, 1, (int)count, 0);
+                embedding_backward(dwte, dwpe, dout.p(far), near_positions.p, one.p, bucket_start.p, 1, true, true, 2, 1, (int)count,
+                                   0);
         });
     }
     report({&forward, &backward});

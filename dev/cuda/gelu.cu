@@ -316,8 +316,8 @@ void test_backward(const Act& h, uint64_t seed) {
                 std::vector<float> first_bias;
                 for (int version : {(int)TRAINERS, (int)TRAINERS, (int)ONE}) {
                     if (version != TRAINERS && type == BF16) continue;
-                    set_case("%d bits, version %d, rows %d, OC %d, %s gradient, %s", h.bits, version + 1, rows, OC, dtype_name(type),
-                             accumulate ? "added to" : "written");
+                    set_case("%d bits, version %d, rows %d, OC %d, %s gradient, %s", h.bits, version + 1, rows, OC,
+                             dtype_name(type), accumulate ? "added to" : "written");
                     ds.write(d);
                     dbias.write(accumulate ? before : std::vector<float>(OC, NAN));
                     h.backward[version](ds.p, dbias.grad(), scratch.p, kept.p, accumulate, rows, OC);

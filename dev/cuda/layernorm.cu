@@ -360,8 +360,8 @@ Backward backward(const Norm& h, const Problem& p, const Kept& k, Version versio
     if (version == ONE) {
         Buffer<floatX> dinp(p.n), dadd(p.n), through(p.n);
         Buffer<float> means((size_t)2 * rows);
-        layernorm_backward_1(dinp.p, dadd.p, dbias.grad(), dgamma.grad(), dbeta.grad(), through.p, means.p, dx.p, dout.p, kept.p, mean.p,
-                             rstd.p, gamma.p, accumulate, rows, C);
+        layernorm_backward_1(dinp.p, dadd.p, dbias.grad(), dgamma.grad(), dbeta.grad(), through.p, means.p, dx.p, dout.p,
+                             kept.p, mean.p, rstd.p, gamma.p, accumulate, rows, C);
         b.dx = dinp.read();
         only_read.is(same_bits(b.dx, dadd.read()) && same_bits(dx.read(), p.around), "dadd is not dinp, or around has changed");
     } else {
@@ -701,7 +701,8 @@ void bench(const char* model, int rows, int C) {
     t.row("forward, version 2: the trainer's, one warp per row", 4 * X, forward(add_norm_forward<false>));
     t.row("forward, version 2, shared: keeps z alone", 4 * X, forward(add_norm_forward<true>));
     t.row("backward, version 1: one kernel per formula", 13 * X, [&] {
-        layernorm_backward_1(out.p, dadd.p, db, dg, de, through.p, means.p, dx.p, dout.p, x.p, mean.p, rstd.p, gamma.p, false, rows, C);
+        layernorm_backward_1(out.p, dadd.p, db, dg, de, through.p, means.p, dx.p, dout.p, x.p, mean.p, rstd.p, gamma.p, false,
+                             rows, C);
     });
     t.row("backward, version 2: the trainer's, one pass", 4 * X, backward(add_norm_backward<false>));
     t.row("backward, version 2, shared: the bias alone", 4 * X, backward(add_norm_backward<true>));

@@ -58,14 +58,14 @@ float square_sum_1(float* partial, const OptTable& table) {   // partial (BLOCKS
     return (float)sum;
 }
 
-// Version 2, the trainer's, launched as model_update does: one launch over all tensors, in equal pieces, and a second launch for the
-// sum of the pieces. The host waits for nothing, and the result stays where it is used. A block takes 2048 elements of one tensor,
-// whichever that is; it looks for its tensor among the 16 by their first blocks. At 124M that is 60784 blocks, and the whole GPU
-// reads until the end. (With a block per tensor 16 blocks would be at work, and that of wte, a third of the model, long after the
-// others. And a thread would add 150000 squares one after the other: in fp32, which has 24 bits, what is 2^24 times smaller than a
-// sum is lost.) A thread takes 8 neighbours at a time, 16 bytes in bf16, where it loaded 2 before; so tensors are whole vectors of
-// 8. It adds 8 squares, then there are trees, and 238 partial sums per thread in the second kernel: less than 300 additions stand
-// one after the other. The partial sums cost 4 bytes for 2048 elements.
+// Version 2, the trainer's, launched as model_update does: one launch over all tensors, in equal pieces, and a second launch for
+// the sum of the pieces. The host waits for nothing, and the result stays where it is used. A block takes 2048 elements of one
+// tensor, whichever that is; it looks for its tensor among the 16 by their first blocks. At 124M that is 60784 blocks, and the
+// whole GPU reads until the end. (With a block per tensor 16 blocks would be at work, and that of wte, a third of the model, long
+// after the others. And a thread would add 150000 squares one after the other: in fp32, which has 24 bits, what is 2^24 times
+// smaller than a sum is lost.) A thread takes 8 neighbours at a time, 16 bytes in bf16, where it loaded 2 before; so tensors are
+// whole vectors of 8. It adds 8 squares, then there are trees, and 238 partial sums per thread in the second kernel: less than 300
+// additions stand one after the other. The partial sums cost 4 bytes for 2048 elements.
 void square_sum_2(float* sum, float* partial, const OptTable& table) {   // partial (blocks)
     square_sum_kernel<<<table.blocks, 256>>>(partial, table);
     partial_sum_kernel<<<1, 256>>>(sum, partial, table.blocks);
