@@ -296,8 +296,8 @@ void test_far(uint64_t seed) {
             if (far)
                 embedding_backward(dwte, dwpe, dout.p(far), positions.p, bucket_token.p, bucket_start.p, 2, true, true, B, T, C, 0);
             else
-                embedding_backward(dwte, dwpe, dout.p(far), near_positions.p, one.p, bucket_start.p, 1, true, true, 2, 1, (int)count,
-                                   0);
+                embedding_backward(dwte, dwpe, dout.p(far), near_positions.p, one.p, bucket_start.p, 1, true, true, 2, 1,
+                                   (int)count, 0);
         });
     }
     report({&forward, &backward});
