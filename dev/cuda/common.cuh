@@ -88,10 +88,13 @@ __attribute__((format(printf, 1, 2))) void set_case(const char* format, ...) {
 constexpr double EPS32 = 0x1p-24;                // half a unit in the last place of fp32, relative
 constexpr double EPS16 = 0x1p-8;                 // and of bf16, which has 8 bits, the first of them implied
 constexpr double EPSX = kFP32 ? EPS32 : EPS16;   // what storing a result may cost
-// How far a result may be from its reference: twice what storing it may cost, and 32 roundings of the sum of the absolute values
-// of all that is added up on the way, which is more than the result where they cancel.
+inline double store_of(DType type) { return type == F32 ? EPS32 : EPS16; }
+// How far a result may be from its reference: 32 roundings of the sum of the absolute values of all that is added up on the way,
+// which is more than the result where they cancel; and what storing it costs if it is rounded. Cutting it off costs up to twice as
+// much, so that is noticed.
+constexpr double ROUNDINGS = 32 * EPS32;
 inline double tolerance(double reference, double terms, double store = EPSX) {
-    return 2 * store * fabs(reference) + 32 * EPS32 * terms + 0x1p-126;
+    return store * fabs(reference) + ROUNDINGS * terms + 0x1p-126;
 }
 
 // A statement about many numbers, and the first cases that contradict it.
@@ -100,7 +103,7 @@ struct Property {
     size_t compared = 0, wrong = 0;
     double largest_error = 0, largest_share = 0;
 
-    Property(const char* what, const char* bound_text = "") : what(what), bound_text(bound_text) {}
+    Property(const char* what = "", const char* bound_text = "") : what(what), bound_text(bound_text) {}
     void contradict(size_t i, double ours, double reference, double bound) {
         if (++wrong <= 3)
             printf("       %s: element %zu is %.9g, expected %.9g within %.3g\n", case_name.c_str(), i, ours, reference, bound);
@@ -117,8 +120,7 @@ struct Property {
     }
     void equal(size_t i, double ours, double reference) {   // any NaN equals any other; zeros have signs
         compared++;
-        bool same =
-            std::isnan(reference) ? std::isnan(ours) : ours == reference && std::signbit(ours) == std::signbit(reference);
+        bool same = std::isnan(reference) ? std::isnan(ours) : ours == reference && std::signbit(ours) == std::signbit(reference);
         if (!same) contradict(i, ours, reference, 0);
     }
     void is(bool fine, const std::string& otherwise) {
@@ -136,8 +138,8 @@ void report(std::initializer_list<Property*> properties) {
     }
 }
 
-// Where a number that is none goes: `reach` tells for each element whether it must become none, may become none, or has to keep
-// the bits that it has without.
+// Where a number that is none goes: `reach` tells for each element whether it must become none, may become none, or has to keep the
+// bits that it has without.
 enum Reach : char { NOT, MUST, MAY };   // a bool will do for the first two
 template <class T, class F>
 void check_reach(Property& p, const std::vector<T>& ours, const std::vector<T>& clean, F&& reach, const char* what) {
@@ -150,8 +152,8 @@ void check_reach(Property& p, const std::vector<T>& ours, const std::vector<T>& 
     p.is(fine, std::string(what) + ": a NaN too many or too few, or other bits");
 }
 
-// Calls that a launcher must refuse: the program runs itself again for each, because refusing ends it. `call` must fail before
-// it touches the GPU. Call this first in main.
+// Calls that a launcher must refuse: the program runs itself again for each, because refusing ends it. `call` must fail before it
+// touches the GPU. Call this first in main.
 struct Misuse {
     std::string name, expected;   // without apostrophes: it passes through a shell; a part of the message
     std::function<void()> call;
@@ -196,26 +198,21 @@ struct Random {
         for (floatX& x : v) x = (floatX)(mean + std * normal());
         return v;
     }
+    std::vector<float> grads(size_t n, float std = 10) {   // as a gradient of either type can hold them
+        std::vector<float> v(n);
+        for (float& x : v) x = (float)(__nv_bfloat16)(std * normal());
+        return v;
+    }
 };
 inline std::vector<float> floats(const std::vector<floatX>& v) { return std::vector<float>(v.begin(), v.end()); }
 
 using Doubles = std::vector<double>;
-template <class T>
-Doubles doubles(const std::vector<T>& v) {
+template <class T> Doubles doubles(const std::vector<T>& v) {
     Doubles d(v.size());
     for (size_t i = 0; i < v.size(); i++) d[i] = (float)v[i];
     return d;
 }
-inline double distance(const Doubles& ours, const Doubles& reference) {   // ||ours - reference|| / ||reference||
-    double diff = 0, size = 0;
-    for (size_t i = 0; i < ours.size(); i++) {
-        diff += (ours[i] - reference[i]) * (ours[i] - reference[i]);
-        size += reference[i] * reference[i];
-    }
-    return sqrt(diff / size);
-}
-template <class T>
-bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
+template <class T> bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
     return a.size() == b.size() && (a.empty() || memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
 }
 
@@ -223,20 +220,20 @@ bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
 
 // Values for a benchmark. Equal ones would flatter: where few bits change from one to the next a GPU takes less power, and clocks
 // rise.
-template <class T>
-__global__ void fill_kernel(T* p, size_t n, float low, float high) {
+template <class T> __global__ void fill_kernel(T* p, size_t n, float low, float high) {
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i < n) p[i] = (T)(low + (high - low) * hash_uniform(hash64(1337, 0, i)));
 }
-template <class T>
-void fill_random(T* p, size_t n, float low = -0.05f, float high = 0.05f) {
+template <class T> void fill_random(T* p, size_t n, float low = -0.05f, float high = 0.05f) {
     fill_kernel<<<ceil_div(n, 256), 256>>>(p, n, low, high);
+}
+void wait() {   // and find the errors of what was launched
     cudaCheck(cudaGetLastError());
+    cudaCheck(cudaDeviceSynchronize());
 }
 
 // n elements between two guards. What nobody has written is NaN (all bits set), in fp32 and in bf16.
-template <class T>
-struct Buffer {
+template <class T> struct Buffer {
     T* p = nullptr;
     size_t n, guard = guard_bytes;
     uint8_t* base = nullptr;
@@ -258,7 +255,7 @@ struct Buffer {
     std::vector<T> read() const {   // waits for what runs; looks at the guards; adds to the digest
         std::vector<T> v(n);
         std::vector<uint8_t> all(bytes() + 2 * guard);
-        cudaCheck(cudaDeviceSynchronize());
+        wait();
         cudaCheck(cudaMemcpy(all.data(), base, all.size(), cudaMemcpyDeviceToHost));
         for (size_t i = 0; i < guard; i++)
             if (all[i] != 0xa5 || all[all.size() - 1 - i] != 0xa5)
@@ -295,10 +292,9 @@ struct GradBuffer {
 
 // ---- index arithmetic beyond 2^31
 
-// A tensor of n elements of which a test touches a few. On the CPU it is address space that nobody has filled (and reads as 0);
-// on a GPU it is memory, if there is so much.
-template <class T>
-struct FarBuffer {
+// A tensor of n elements of which a test touches a few. On the CPU it is address space that nobody has filled (and reads as 0); on
+// a GPU it is memory, if there is so much.
+template <class T> struct FarBuffer {
     T* p = nullptr;   // null: no room
     size_t n;
     explicit FarBuffer(size_t n) : n(n) {
@@ -327,16 +323,15 @@ struct FarBuffer {
     void write(size_t at, const std::vector<T>& v) { copy(p + at, v.data(), v.size() * sizeof(T)); }
     std::vector<T> read(size_t at, size_t count) const {   // waits for what runs; adds to the digest
         std::vector<T> v(count);
-        cudaCheck(cudaDeviceSynchronize());
+        wait();
         copy((void*)v.data(), p + at, count * sizeof(T));
         digest(v.data(), count * sizeof(T));
         return v;
     }
 };
-// Launches what `launch` launches: a GPU all of it, once; the CPU, one after the other, only these blocks of each grid (numbered
-// x fastest, then y, z).
-template <class F>
-void run_blocks(const std::vector<int64_t>& blocks, F&& launch) {
+// Launches what `launch` launches: a GPU all of it, once; the CPU, one after the other, only these blocks of each grid (numbered x
+// fastest, then y, z).
+template <class F> void run_blocks(const std::vector<int64_t>& blocks, F&& launch) {
 #ifdef __CUDACC__
     (void)blocks;
     launch();
@@ -356,8 +351,7 @@ struct FarTensor {
     virtual void write() = 0;
     virtual bool same() const = 0;
 };
-template <class T>
-struct Far : FarTensor {
+template <class T> struct Far : FarTensor {
     std::vector<T> values;   // what it holds before the launch: NaN if nothing is said
     FarBuffer<T> far;
     Buffer<T> near;
@@ -426,9 +420,8 @@ __global__ void bias_backward_1_kernel(Grad dbias, const floatX* dout, bool accu
     for (int r = 0; r < rows; r++) sum += (float)dout[(size_t)r * OC + c];
     grad_store(dbias, c, sum, accumulate);
 }
-inline void bias_backward_1(Grad dbias, const floatX* dout, bool accumulate, int rows, int OC, cudaStream_t stream) {
-    bias_backward_1_kernel<<<ceil_div(OC, 128), 128, 0, stream>>>(dbias, dout, accumulate, rows, OC);
-    cudaCheck(cudaGetLastError());
+inline void bias_backward_1(Grad dbias, const floatX* dout, bool accumulate, int rows, int OC) {
+    bias_backward_1_kernel<<<ceil_div(OC, 128), 128>>>(dbias, dout, accumulate, rows, OC);
 }
 
 // ---- the benchmark
@@ -439,8 +432,7 @@ __global__ void copy_kernel(floatX* out, const floatX* inp, size_t n) {
 }
 
 // Milliseconds on the device: the median of 20 runs after 5.
-template <class F>
-float measure_ms(F&& run) {
+template <class F> float measure_ms(F&& run) {
     cudaEvent_t from, to;
     cudaCheck(cudaEventCreate(&from));
     cudaCheck(cudaEventCreate(&to));
@@ -448,6 +440,7 @@ float measure_ms(F&& run) {
     for (float& ms : times) {
         cudaCheck(cudaEventRecord(from, 0));
         run();
+        cudaCheck(cudaGetLastError());
         cudaCheck(cudaEventRecord(to, 0));
         cudaCheck(cudaEventSynchronize(to));
         cudaCheck(cudaEventElapsedTime(&ms, from, to));
@@ -534,8 +527,7 @@ void bench_device() {
                "counted from the shapes.\n");
 }
 // bench(model, positions, C) for both models.
-template <class F>
-int bench_models(F&& bench) {
+template <class F> int bench_models(F&& bench) {
     bench_device();
     bench("124M, B 64, T 1024", 64 * 1024, 768);
     bench("1558M, B 8, T 1024", 8 * 1024, 1600);

@@ -2,27 +2,24 @@
 The embedding, forward and backward: the trainer's kernels, tested, and simpler ones beside them to learn from. Section 3 of
 train_gpt2.cu has them under "embedding"; the host sorts a micro-batch's positions by token in tokens_upload, section 7.
 
-    make dev/cuda/embedding && ./dev/cuda/embedding [--bench]        or, with nothing but the CUDA Toolkit:
-    nvcc -O3 -std=c++17 -arch=sm_90 dev/cuda/embedding.cu -lcublasLt -o embedding
+    make dev/cuda/embedding && ./dev/cuda/embedding [--bench]
 
-Forward: out[b,t,:] = wte[token[b,t],:] + wpe[t,:]. Backward: dwte[v,:] += the sum of dout[b,t,:] over all positions whose token
-is v, dwpe[t,:] (+)= the sum of dout[b,t,:] over b. wte is the lm-head's weight, too, which has its gradient there already, so
-dwte is always added to; dwpe is written by the first micro-batch and added to by the others. A thread of the trainer's kernels
-owns 8 neighbouring channels, so C has to be a multiple of 8.
+Forward: out[b,t,:] = wte[token[b,t],:] + wpe[t,:]. Backward: dwte[v,:] += the sum of dout[b,t,:] over all positions whose token is
+v, dwpe[t,:] (+)= the sum of dout[b,t,:] over b. wte is the lm-head's weight, too, which has its gradient there already, so dwte is
+always added to; dwpe is written by the first micro-batch and added to by the others. A thread of the trainer's kernels owns 8
+neighbouring channels, so C has to be a multiple of 8.
 */
 #define TESTING
 #include "../../train_gpt2.cu"
 
 #include "common.cuh"
 
-// ---------------------------------------------------------------------------------------------------------------------
-// versions of the forward pass
+// ---- versions of the forward pass
 
 // Version 1: one kernel per step, one element per thread. The first copies rows of wte, the second adds wpe to them: out is
 // written, read and written again, 6 bytes per element in bf16 where 2 have to be. What is read besides is little: the rows of
-// tokens that occur twice come from the cache the second time (a quarter of the 65536 positions of a text have a token that
-// none before them had: half a byte), and so does wpe after the first of B texts (2/64 of a byte). 6.5 bytes, 2.5 of them
-// needed.
+// tokens that occur twice come from the cache the second time (a quarter of the 65536 positions of a text have a token that none
+// before them had: half a byte), and so does wpe after the first of B texts (2/64 of a byte). 6.5 bytes, 2.5 of them needed.
 __global__ void gather_1_kernel(floatX* out, const int* tokens, const floatX* wte, size_t n, int C) {
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i < n) out[i] = wte[(size_t)tokens[i / C] * C + i % C];
@@ -31,46 +28,30 @@ __global__ void add_1_kernel(floatX* out, const floatX* wpe, size_t n, size_t TC
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i < n) out[i] = (floatX)((float)out[i] + (float)wpe[i % TC]);
 }
-void embedding_forward_1(floatX* out, const int* tokens, const floatX* wte, const floatX* wpe, int B, int T, int C,
-                         cudaStream_t stream) {
+void embedding_forward_1(floatX* out, const int* tokens, const floatX* wte, const floatX* wpe, int B, int T, int C, cudaStream_t) {
     size_t n = (size_t)B * T * C;
-    gather_1_kernel<<<ceil_div(n, 256), 256, 0, stream>>>(out, tokens, wte, n, C);
-    add_1_kernel<<<ceil_div(n, 256), 256, 0, stream>>>(out, wpe, n, (size_t)T * C);
-    cudaCheck(cudaGetLastError());
+    gather_1_kernel<<<ceil_div(n, 256), 256>>>(out, tokens, wte, n, C);
+    add_1_kernel<<<ceil_div(n, 256), 256>>>(out, wpe, n, (size_t)T * C);
 }
 
-// Version 2: one kernel, still one element per thread: 2.5 bytes, all that there is to move. What it wastes is instructions. A
-// thread finds its place by divisions of 64-bit numbers, which the hardware does not have: each is some dozens of instructions,
-// to move 2 bytes. And a position's token is fetched C times, once for each element of its row.
-// Version 3, the trainer's embedding_forward, gives a thread 8 elements: one search for the place, one token, and loads and
-// stores of 16 bytes.
-__global__ void embedding_forward_2_kernel(floatX* out, const int* tokens, const floatX* wte, const floatX* wpe, size_t n,
-                                           int T, int C) {
-    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= n) return;
-    size_t bt = i / C, c = i % C;
-    out[i] = (floatX)((float)wte[(size_t)tokens[bt] * C + c] + (float)wpe[bt % T * C + c]);
-}
-void embedding_forward_2(floatX* out, const int* tokens, const floatX* wte, const floatX* wpe, int B, int T, int C,
-                         cudaStream_t stream) {
-    size_t n = (size_t)B * T * C;
-    embedding_forward_2_kernel<<<ceil_div(n, 256), 256, 0, stream>>>(out, tokens, wte, wpe, n, T, C);
-    cudaCheck(cudaGetLastError());
-}
+// It wastes instructions too. A thread finds its place by divisions of 64-bit numbers, which the hardware does not have: each is
+// some dozens of instructions, to move 2 bytes. And a position's token is fetched C times, once for each element of its row.
+//
+// Version 2, the trainer's embedding_forward, is one kernel that moves 2.5 bytes, and gives a thread 8 elements: one search for the
+// place, one token, and loads and stores of 16 bytes.
 
-// ---------------------------------------------------------------------------------------------------------------------
-// versions of the backward pass
+// ---- versions of the backward pass
 
-// Backward is forward with its arrows turned around: rows are not fetched but thrown, and several may be thrown at one place.
-// With one element per thread, as in forward, one would have to add with atomics, in the order of arrival: float addition is
-// not associative, so no two runs would have the same bits.
+// Backward is forward with its arrows turned around: rows are not fetched but thrown, and several may be thrown at one place. With
+// one element per thread, as in forward, one would have to add with atomics, in the order of arrival: float addition is not
+// associative, so no two runs would have the same bits.
 //
 // Version 1 needs no atomics, because a channel has one thread. It walks down all positions and adds what it finds to both
-// gradients. In bytes that is less than all that follows: dout is read once, and a row of dwte or dwpe that comes back soon
-// comes from the cache. But each step is a load, an addition and a store that the next step may have to wait for, half a
-// microsecond or so, and there are 65536 steps: tens of milliseconds, where the bytes take less than one. C = 768 threads are
-// 24 warps, where a large GPU holds 8000 to hide such waiting. And each addition rounds to the gradient's type. In
-// bf16, with 8 bits, a sum of equal terms stops growing at 256 of them; "the" occurs thousands of times.
+// gradients. In bytes that is less than all that follows: dout is read once, and a row of dwte or dwpe that comes back soon comes
+// from the cache. But each step is a load, an addition and a store that the next step may have to wait for, half a microsecond or
+// so, and there are 65536 steps: tens of milliseconds, where the bytes take less than one. C = 768 threads are 24 warps, where a
+// large GPU holds 8000 to hide such waiting. And each addition rounds to the gradient's type. In bf16, with 8 bits, a sum of equal
+// terms stops growing at 256 of them; "the" occurs thousands of times.
 __global__ void embedding_backward_1_kernel(Grad dwte, Grad dwpe, const floatX* dout, const int* tokens, bool accumulate, int B,
                                             int T, int C) {
     int c = blockIdx.x * blockDim.x + threadIdx.x;
@@ -83,49 +64,20 @@ __global__ void embedding_backward_1_kernel(Grad dwte, Grad dwpe, const floatX* 
             grad_store(dwpe, (size_t)t * C + c, d, accumulate || b > 0);
         }
 }
-void embedding_backward_1(Grad dwte, Grad dwpe, const floatX* dout, const int* tokens, bool accumulate, int B, int T, int C,
-                          cudaStream_t stream) {
-    embedding_backward_1_kernel<<<ceil_div(C, 32), 32, 0, stream>>>(dwte, dwpe, dout, tokens, accumulate, B, T, C);
-    cudaCheck(cudaGetLastError());
-}
 
-// Version 2 asks not where a position's row goes, but where a token's rows come from. If somebody has sorted the positions by
-// token (the host has, while the GPU was busy with the micro-batch before), then a token's positions stand side by side, a warp
-// can add them up in registers, in fp32, and each row of dwte is read and written once, whatever its token's number. The rows
-// of dwpe need no sorting: row t is the sum of the rows t of B texts. Two kernels read dout, each in its own order: 2 bytes
-// more than version 1, for 16,000 warps instead of 24.
-// What it wastes: few tokens make up much of a text. A warp that has one of 4000 positions goes down them for each 32 of its
-// channels again, 24 times: 100,000 loads of 64 bytes, almost one after the other, while all the others have long been done.
-// Version 3, the trainer's, takes 8 warps for 256 channels of a token, and 16 bytes per lane. Each warp goes down every eighth
-// position, and thread by thread their 8 sums are added in a fixed order: 500 loads one after the other instead of 100,000.
-// dwpe gets 16 bytes per thread, as in forward.
-__global__ void embedding_backward_2_wte_kernel(Grad dwte, const floatX* dout, const int* positions, const int* bucket_token,
-                                                const int* bucket_start, int C) {
-    size_t row = (size_t)bucket_token[blockIdx.x] * C;
-    int first = bucket_start[blockIdx.x], end = bucket_start[blockIdx.x + 1];
-    for (int c = threadIdx.x; c < C; c += 32) {
-        float sum = 0;
-        for (int i = first; i < end; i++) sum += (float)dout[(size_t)positions[i] * C + c];
-        grad_store(dwte, row + c, sum, true);
-    }
-}
-__global__ void embedding_backward_2_wpe_kernel(Grad dwpe, const floatX* dout, int B, size_t TC, bool accumulate) {
-    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= TC) return;
-    float sum = 0;
-    for (int b = 0; b < B; b++) sum += (float)dout[b * TC + i];
-    grad_store(dwpe, i, sum, accumulate);
-}
-void embedding_backward_2(Grad dwte, Grad dwpe, const floatX* dout, const int* positions, const int* bucket_token,
-                          const int* bucket_start, int buckets, bool accumulate, int B, int T, int C, cudaStream_t stream) {
-    size_t TC = (size_t)T * C;
-    embedding_backward_2_wte_kernel<<<buckets, 32, 0, stream>>>(dwte, dout, positions, bucket_token, bucket_start, C);
-    embedding_backward_2_wpe_kernel<<<ceil_div(TC, 256), 256, 0, stream>>>(dwpe, dout, B, TC, accumulate);
-    cudaCheck(cudaGetLastError());
-}
+// Version 2, the trainer's embedding_backward, asks not where a position's row goes, but where a token's rows come from. If
+// somebody has sorted the positions by token (the host has, while the GPU was busy with the micro-batch before), then a token's
+// positions stand side by side, can be added up in registers, in fp32, and each row of dwte is read and written once, whatever its
+// token's number. But few tokens make up much of a text: one warp that had one of 4000 positions would go down them long after all
+// others are done. So a block has 8 warps for 256 channels of a token, 16 bytes per lane, each warp goes down every eighth
+// position, and their sums are added in a fixed order: 500 loads one after the other. The rows of dwpe need no sorting: row t is
+// the sum of the rows t of B texts, with 16 bytes per thread, as in forward. Two kernels read dout, each in its own order: 2 bytes
+// more than version 1.
 
-// ---------------------------------------------------------------------------------------------------------------------
-// tests
+// ---- tests
+
+// The trainer's in a second run, and where nothing has been written to dwte before.
+enum Version { ONE = 1, TRAINERS, AGAIN, WRITTEN };
 
 // A micro-batch on the device, as the trainer has it: inputs, targets (nobody wants them here), then what tokens_upload sorts.
 struct Batch {
@@ -143,12 +95,12 @@ struct Batch {
         bucket_token = positions + BT;
         bucket_start = bucket_token + token_cap(BT, V);
     }
-    void backward(int version, Grad dwte, Grad dwpe, const floatX* dout, bool accumulate, int C) const {   // 3: the trainer's
-        if (version == 1) return embedding_backward_1(dwte, dwpe, dout, device.p, accumulate, B, T, C, 0);
-        if (version == 2)
-            return embedding_backward_2(dwte, dwpe, dout, positions, bucket_token, bucket_start, buckets, accumulate, B, T, C, 0);
-        const bool add_to_wte = version != 4;   // 4: the trainer's, where nothing has been written to dwte before
-        embedding_backward(dwte, dwpe, dout, positions, bucket_token, bucket_start, buckets, add_to_wte, accumulate, B, T, C, 0);
+    void backward(int version, Grad dwte, Grad dwpe, const floatX* dout, bool accumulate, int C) const {
+        if (version == ONE)
+            embedding_backward_1_kernel<<<ceil_div(C, 32), 32>>>(dwte, dwpe, dout, device.p, accumulate, B, T, C);
+        else
+            embedding_backward(dwte, dwpe, dout, positions, bucket_token, bucket_start, buckets, version != WRITTEN, accumulate, B,
+                               T, C, 0);
     }
 };
 
@@ -157,10 +109,8 @@ const char* const TEXT_NAMES[] = {"any tokens", "skewed tokens", "one token", "d
 std::vector<int> text(Text kind, size_t n, int V, Random& random) {
     std::vector<int> tokens(n);
     for (size_t i = 0; i < n; i++)
-        tokens[i] = kind == SKEWED     ? std::min(V, (int)pow(V + 1, random.uniform())) - 1
-                    : kind == REPEATED ? V - 1
-                    : kind == DISTINCT ? V - 1 - (int)i
-                                       : (int)(random.bits() % V);
+        tokens[i] = kind == SKEWED ? std::min(V, (int)pow(V + 1, random.uniform())) - 1 : kind == REPEATED ? V - 1
+                    : kind == DISTINCT ? V - 1 - (int)i : (int)(random.bits() % V);
     tokens[random.bits() % n] = V - 1;   // the last row, whose neighbour is the end of the tensor
     return tokens;
 }
@@ -172,13 +122,13 @@ floatX odd_number(Random& random) {
     return (floatX)odd[random.bits() % (sizeof odd / sizeof odd[0])];
 }
 
-// Each of the two elements has 8 bits (24 in fp32) and their sum is rounded twice, to fp32 and to bf16, as the reference does:
-// all versions have to make the same bits. Rows of wte whose token does not occur are NaN, and so is a row of wpe after the
-// last position. Channels and texts are around what a thread, a warp's load and a block take: 8, 256, 2048 elements. Then every
-// number that bf16 has, in a text of all different tokens; in fp32, one number for each.
+// Each of the two elements has 8 bits (24 in fp32) and their sum is rounded twice, to fp32 and to bf16, as the reference does: all
+// versions have to make the same bits. Rows of wte whose token does not occur are NaN, and so is a row of wpe after the last
+// position. Channels and texts are around what a thread, a warp's load and a block take: 8, 256, 2048 elements. Then every number
+// that bf16 has, in a text of all different tokens; in fp32, one number for each.
 void test_forward(uint64_t seed) {
     Property value("forward: wte + wpe", "every bit"), again("forward: the same bits in a second run"),
-        simple("forward, versions 1 and 2", "every bit");
+        simple("forward, version 1", "every bit");
     struct Shape { int B, T, V, C; };
     for (auto [B, T, V, C] :
          {Shape{1, 1, 1, 8}, {1, 7, 3, 8}, {3, 5, 50, 24}, {3, 85, 100, 8}, {2, 128, 100, 8}, {1, 257, 300, 8}, {2, 31, 7, 136},
@@ -205,16 +155,15 @@ void test_forward(uint64_t seed) {
             Buffer<int> tokens(ids);
             Buffer<floatX> te(wte), pe(wpe), out(n);
             std::vector<floatX> first;
-            for (int version : {3, 0, 2, 1}) {   // 3 and 0 are the trainer's
-                auto layer = version == 1 ? embedding_forward_1 : version == 2 ? embedding_forward_2 : embedding_forward;
-                layer(out.p, tokens.p, te.p, pe.p, B, T, C, 0);
+            for (Version version : {TRAINERS, AGAIN, ONE}) {
+                (version == ONE ? embedding_forward_1 : embedding_forward)(out.p, tokens.p, te.p, pe.p, B, T, C, 0);
                 const std::vector<floatX> got = out.read();
-                if (version == 3) first = got;
-                if (version == 0) again.is(same_bits(got, first), "other bits");
+                if (version == TRAINERS) first = got;
+                if (version == AGAIN) again.is(same_bits(got, first), "other bits");
                 for (size_t i = 0; i < n; i++) {
                     const floatX token = wte[(size_t)ids[i / C] * C + i % C], position = wpe[i / C % T * C + i % C];
                     const floatX expected = (floatX)((float)token + (float)position);
-                    (version == 1 || version == 2 ? simple : value).equal(i, (float)got[i], (float)expected);
+                    (version == ONE ? simple : value).equal(i, (float)got[i], (float)expected);
                 }
             }
         }
@@ -222,42 +171,13 @@ void test_forward(uint64_t seed) {
     report({&value, &again, &simple});
 }
 
-// What tokens_upload makes of a micro-batch: buckets in the order of tokens, and in each all positions of its token, in their
-// order. Nothing is copied after the last bucket's end.
-void test_buckets(uint64_t seed) {
-    Property p("buckets: each position once, sorted by token, ascending within one");
-    struct Shape { int B, T, V; };
-    for (auto [B, T, V] : {Shape{1, 1, 1}, {1, 1, 5}, {2, 3, 1}, {3, 7, 4}, {2, 8, 16}, {1, 17, 16}, {4, 50, 300}, {5, 41, 40}})
-        for (int kind = 0; kind < TEXTS; kind++) {
-            if (kind == DISTINCT && V < B * T) continue;
-            set_case("B %d, T %d, V %d, %s", B, T, V, TEXT_NAMES[kind]);
-            Random random(seed, kind);
-            const Batch batch(text((Text)kind, B * T, V, random), B, T, V);
-            const std::vector<int> all = batch.device.read();
-            const int BT = B * T;
-            std::vector<int> positions, token, start;   // as they should be
-            for (int v = 0; v < V; v++)
-                for (int i = 0; i < BT; i++) {
-                    if (batch.tokens[i] != v) continue;
-                    if (token.empty() || token.back() != v) token.push_back(v), start.push_back((int)positions.size());
-                    positions.push_back(i);
-                }
-            start.push_back(BT);
-            auto is = [&](const std::vector<int>& v, size_t at) { return std::equal(v.begin(), v.end(), &all[at]); };
-            const size_t starts = 3 * BT + token_cap(BT, V);
-            start.resize(all.size() - starts, -1);   // nothing else is copied
-            p.is(batch.buckets == (int)token.size(), "another number of buckets");
-            p.is(is(positions, 2 * BT) && is(token, 3 * BT) && is(start, starts), "other buckets");
-        }
-    report({&p});
-}
-
 // Channels around a lane's 8, a block's 256, and more than two blocks; a token's occurrences on both sides of 8 and 16, and of
 // several hundred; positions times channels around wpe's 2048 per block. dwpe has a row more than there are positions.
 void test_backward(uint64_t seed) {
     Property sums32("dwte and dwpe in fp32"), sums16("dwte and dwpe in bf16"),
         untouched("rows whose token does not occur, or after the last position, keep every bit"),
-        again("the same bits in a second run"), simple("versions 1 and 2: dwte and dwpe");
+        again("the same bits in a second run"), simple("version 1: dwte and dwpe"),
+        sorted("positions, sorted by token, ascending within one");
     struct Shape { int B, T, V, C; };
     for (auto [B, T, V, C] :
          {Shape{1, 1, 1, 8}, {1, 9, 3, 24}, {3, 5, 20, 8}, {2, 8, 5, 136}, {4, 33, 9, 264}, {3, 43, 150, 248},
@@ -268,6 +188,10 @@ void test_backward(uint64_t seed) {
             const size_t n = (size_t)B * T * C, te = (size_t)V * C, all = te + (size_t)(T + 1) * C;   // dwte, then dwpe
             Random random(seed, n * 10 + kind);
             const Batch batch(text((Text)kind, B * T, V, random), B, T, V);
+            const std::vector<int> ints = batch.device.read();
+            const size_t positions = 2 * batch.tokens.size();   // where they begin
+            auto key = [&](size_t i) { return std::make_pair(batch.tokens[ints[positions + i]], ints[positions + i]); };
+            for (int i = 1; i < B * T; i++) sorted.is(key(i - 1) < key(i), "they are not");
             std::vector<int> count(V, 0);
             for (int token : batch.tokens) count[token]++;
             const std::vector<floatX> d = random.normals(n);
@@ -279,14 +203,13 @@ void test_backward(uint64_t seed) {
             for (DType type : {F32, BF16})
                 for (bool accumulate : {false, true}) {
                     GradBuffer dwte(te, type), dwpe(all - te, type);
-                    std::vector<float> before = floats(random.normals(all, 0, 3));
-                    for (float& x : before) x = (float)(__nv_bfloat16)x;
+                    std::vector<float> before = random.grads(all, 3);
                     for (int v = 0; v < V; v++)   // zeros whose sign adding 0 to them would change
                         if (count[v] == 0) before[(size_t)v * C] = -0.0f, before[(size_t)v * C + C - 1] = NAN;
                     if (!accumulate) std::fill(before.begin() + te, before.end(), NAN);
                     std::vector<float> first;
-                    for (int version : {3, 0, 4, 2, 1}) {   // 3, 0 and 4 are the trainer's
-                        if (version == 1 && type == BF16) continue;   // rounds too often to say much; see test_many_terms
+                    for (Version version : {TRAINERS, AGAIN, WRITTEN, ONE}) {
+                        if (version == ONE && type == BF16) continue;   // rounds too often to say much
                         set_case("B %d, T %d, V %d, C %d, %s, %s gradients, dwpe %s, version %d", B, T, V, C, TEXT_NAMES[kind],
                                  dtype_name(type), accumulate ? "added to" : "written", version);
                         dwte.write({before.begin(), before.begin() + te});
@@ -294,40 +217,19 @@ void test_backward(uint64_t seed) {
                         batch.backward(version, dwte.grad(), dwpe.grad(), dout.p, accumulate, C);
                         std::vector<float> got = dwte.read(), got_pe = dwpe.read();
                         got.insert(got.end(), got_pe.begin(), got_pe.end());
-                        if (version == 3) first = got;
-                        if (version == 0) again.is(same_bits(got, first), "other bits");
-                        const double store = type == F32 ? EPS32 : EPS16 / 2;   // close() doubles it: a sum that is cut must fail
-                        Property& sums = version == 1 || version == 2 ? simple : type == F32 ? sums32 : sums16;
+                        if (version == TRAINERS) first = got;
+                        if (version == AGAIN) again.is(same_bits(got, first), "other bits");
+                        Property& sums = version == ONE ? simple : type == F32 ? sums32 : sums16;
                         for (size_t i = 0; i < all; i++) {
-                            const double was = (i < te ? version != 4 : accumulate) ? before[i] : 0;
+                            const double was = (i < te ? version != WRITTEN : accumulate) ? before[i] : 0;
                             if (i < te ? count[i / C] == 0 : i >= te + (size_t)T * C) untouched.equal(i, got[i], before[i]);
-                            else sums.close(i, got[i], sum[i] + was, terms[i] + fabs(was), store);
+                            else sums.close(i, got[i], sum[i] + was, terms[i] + fabs(was), store_of(type));
                         }
                     }
                 }
         }
     printf("backward\n");
-    report({&sums32, &sums16, &untouched, &again, &simple});
-}
-
-// Why sums are made in fp32 even where the gradient is bf16: 4096 terms of 1.
-void test_many_terms() {
-    Property right("a token that occurs 4096 times has a gradient of 4096, in fp32 and bf16"),
-        wrong("version 1 in bf16 stops at 256");
-    const int B = 4, T = 1024, C = 8;
-    const Batch batch(std::vector<int>(B * T, 0), B, T, 1);
-    Buffer<floatX> dout(std::vector<floatX>((size_t)B * T * C, (floatX)1.0f));
-    for (DType type : {F32, BF16})
-        for (int version : {3, 1}) {
-            set_case("%s, version %d", dtype_name(type), version);
-            GradBuffer dwte(C, type), dwpe((size_t)T * C, type);
-            dwte.write(std::vector<float>(C, 0.0f));
-            batch.backward(version, dwte.grad(), dwpe.grad(), dout.p, false, C);
-            const bool stops = version == 1 && type == BF16;
-            for (float x : dwte.read()) (stops ? wrong : right).equal(0, x, stops ? 256 : 4096);
-            for (float x : dwpe.read()) right.is(x == B, "dwpe is not the number of texts");
-        }
-    report({&right, &wrong});
+    report({&sums32, &sums16, &untouched, &again, &sorted, &simple});
 }
 
 void test_special(uint64_t seed) {
@@ -341,7 +243,7 @@ void test_special(uint64_t seed) {
         Buffer<floatX> dout(d);
         GradBuffer dwte((size_t)V * C, type), dwpe((size_t)T * C, type);
         dwte.write(std::vector<float>((size_t)V * C, 0.0f));
-        batch.backward(3, dwte.grad(), dwpe.grad(), dout.p, false, C);
+        batch.backward(TRAINERS, dwte.grad(), dwpe.grad(), dout.p, false, C);
         return std::make_pair(dwte.read(), dwpe.read());
     };
     for (DType type : {F32, BF16})
@@ -394,17 +296,17 @@ void test_far(uint64_t seed) {
             if (far)
                 embedding_backward(dwte, dwpe, dout.p(far), positions.p, bucket_token.p, bucket_start.p, 2, true, true, B, T, C, 0);
             else
-                embedding_backward(dwte, dwpe, dout.p(far), near_positions.p, one.p, bucket_start.p, 1, true, true, 2, 1, (int)count, 0);
+                embedding_backward(dwte, dwpe, dout.p(far), near_positions.p, one.p, bucket_start.p, 1, true, true, 2, 1,
+                                   (int)count, 0);
         });
     }
     report({&forward, &backward});
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// benchmark
+// ---- benchmark
 
-// Bytes: a row of wte or dwte counts once for all positions that have its token. The tokens' own 4 bytes are left out: they are
-// 4 / C of an element's.
+// Bytes: a row of wte or dwte counts once for all positions that have its token. The tokens' own 4 bytes are left out: they are 4 /
+// C of an element's.
 void bench(const char* model, int BT, int C) {
     const int V = 50257, T = 1024, B = BT / T;
     const double X = sizeof(floatX), G = sizeof(float);
@@ -418,13 +320,11 @@ void bench(const char* model, int BT, int C) {
     for (GradBuffer* g : {&dwte, &dwpe}) g->fill();
     auto forward = [&](auto layer) { return [&, layer] { layer(out.p, batch.device.p, wte.p, wpe.p, B, T, C, 0); }; };
     const Grad te = dwte.grad(), pe = dwpe.grad();
-    auto backward = [&](int version) { return [&, version] { batch.backward(version, te, pe, out.p, false, C); }; };
+    auto backward = [&](Version version) { return [&, version] { batch.backward(version, te, pe, out.p, false, C); }; };
     t.row("forward, version 1: one kernel per step", once + 2 * X, forward(embedding_forward_1));
-    t.row("forward, version 2: one kernel, one element per thread", once, forward(embedding_forward_2));
-    t.row("forward, version 3: the trainer's, 8 elements per thread", once, forward(embedding_forward));
-    t.row("backward, version 1: one thread per channel, down all positions", X + gradients, backward(1));
-    t.row("backward, version 2: sorted positions, one warp per token", 2 * X + gradients, backward(2));
-    t.row("backward, version 3: the trainer's, 8 warps per token", 2 * X + gradients, backward(3));
+    t.row("forward, version 2: the trainer's, 8 elements per thread", once, forward(embedding_forward));
+    t.row("backward, version 1: one thread per channel, down all positions", X + gradients, backward(ONE));
+    t.row("backward, version 2: the trainer's, sorted positions, 8 warps per token", 2 * X + gradients, backward(TRAINERS));
 }
 
 int main(int argc, char** argv) {
@@ -435,9 +335,7 @@ int main(int argc, char** argv) {
     test_misuse(o, {refuses_12("embedding_forward: C", forward), refuses_12("embedding_backward: C", backward)});
     printf("embedding, %s\n", dtype_name(FLOATX));
     test_forward(o.seed);
-    test_buckets(o.seed);
     test_backward(o.seed);
-    test_many_terms();
     test_special(o.seed);
     test_far(o.seed);
     return finish(o);

@@ -1,21 +1,19 @@
 /*
-The three matmuls of a linear layer and the gradient of its bias: the trainer's, tested, and simpler ones beside them to learn
-from. The trainer leaves matmuls to cuBLASLt; here is what such a library does about memory, as far as plain arithmetic goes.
+The three matmuls of a linear layer and the gradient of its bias: the trainer's, tested, and simpler ones beside them to learn from.
+The trainer leaves matmuls to cuBLASLt; here is what such a library does about memory, as far as plain arithmetic goes.
 
-    make dev/cuda/matmul && ./dev/cuda/matmul [--bench]        or, with nothing but the CUDA Toolkit:
-    nvcc -O3 -std=c++17 -arch=sm_90 dev/cuda/matmul.cu -lcublasLt -o matmul
+    make dev/cuda/matmul && ./dev/cuda/matmul [--bench]
 
-With inp (rows, C), weight (OC, C), out and dout (rows, OC): out = inp W^T + bias, dinp = dout W, dW (+)= dout^T inp, dbias (+)=
-the sum of dout over its rows. C and OC are multiples of 8, rows can be any number. Sums are in fp32. Weight and bias gradients
-are fp32 or floatX, written or added to.
+With inp (rows, C), weight (OC, C), out and dout (rows, OC): out = inp W^T + bias, dinp = dout W, dW (+)= dout^T inp, dbias (+)= the
+sum of dout over its rows. C and OC are multiples of 8, rows can be any number. Sums are in fp32. Weight and bias gradients are fp32
+or floatX, written or added to.
 */
 #define TESTING
 #include "../../train_gpt2.cu"
 
 #include "common.cuh"
 
-// ---------------------------------------------------------------------------------------------------------------------
-// versions of the matmul
+// ---- versions of the matmul
 //
 // All three are D[i][j] = sum over k of A[i][k] * B[k][j], and differ in which neighbours of A and of B stand side by side in
 // memory. So a kernel takes the distances, and one kernel does for all.
@@ -32,22 +30,13 @@ __device__ void product_store(const Product& p, int i, int j, float sum) {
     if (p.bias != nullptr) sum += (float)p.bias[j];
     grad_store(p.out, (size_t)i * p.n + j, sum, p.accumulate);
 }
-Product forward_product(floatX* out, const floatX* inp, const floatX* weight, const floatX* bias, int rows, int C, int OC) {
-    return {rows, OC, C, inp, weight, (size_t)C, 1, 1, (size_t)C, bias, {out, FLOATX}, false};
-}
-Product backward_input_product(floatX* dinp, const floatX* dout, const floatX* weight, int rows, int C, int OC) {
-    return {rows, C, OC, dout, weight, (size_t)OC, 1, (size_t)C, 1, nullptr, {dinp, FLOATX}, false};
-}
-Product backward_weight_product(Grad dweight, const floatX* dout, const floatX* inp, bool accumulate, int rows, int C, int OC) {
-    return {OC, C, rows, dout, inp, 1, (size_t)OC, (size_t)C, 1, nullptr, dweight, accumulate};
-}
 
-// Version 1: one thread per element of D, which walks along a row of A and down a column of B. For the 2 flops of a
-// multiplication and an addition it loads 4 bytes in bf16: 0.5 flop per byte. Every element of A is loaded n times and every one
-// of B m times; caches take much of that, but they too can deliver only so much. Forward is the worst of the three: neighbouring
-// lanes have neighbouring j, W stands there as (OC, C), and a load touches 32 lines to use 2 bytes of each.
-// A large GPU adds and multiplies 60e12 times a second in fp32 and reads some 4e12 bytes: it wants 15 flops for each byte, and
-// its tensor cores, which make ten times as many or more, want 200 and up. That is what the versions below are about.
+// Version 1: one thread per element of D, which walks along a row of A and down a column of B. For the 2 flops of a multiplication
+// and an addition it loads 4 bytes in bf16: 0.5 flop per byte. Every element of A is loaded n times and every one of B m times;
+// caches take much of that, but they too can deliver only so much. Forward is the worst of the three: neighbouring lanes have
+// neighbouring j, W stands there as (OC, C), and a load touches 32 lines to use 2 bytes of each.
+// A large GPU adds and multiplies 60e12 times a second in fp32 and reads some 4e12 bytes: it wants 15 flops for each byte, and its
+// tensor cores, which make ten times as many or more, want 200 and up. That is what the versions below are about.
 __global__ void matmul_1_kernel(Product p) {
     int tiles = (p.n + 31) / 32;   // blocks of 8 x 32 elements of D
     int i = blockIdx.x / tiles * 8 + threadIdx.y, j = blockIdx.x % tiles * 32 + threadIdx.x;
@@ -57,17 +46,13 @@ __global__ void matmul_1_kernel(Product p) {
     for (int k = 0; k < p.k; k++) sum += (float)a[k * p.a_k] * (float)b[k * p.b_k];
     product_store(p, i, j, sum);
 }
-void matmul_1(const Product& p, cudaStream_t stream) {
-    matmul_1_kernel<<<ceil_div(p.m, 8) * ceil_div(p.n, 32), dim3(32, 8), 0, stream>>>(p);
-    cudaCheck(cudaGetLastError());
-}
 
 // Version 2: a block makes a tile of 32 x 32 elements of D. It brings tiles of 32 x 32 of A and of B into shared memory, each
-// thread one element, neighbours reading neighbours whichever way the matrix lies, and uses each element 32 times: 2 * 32^3
-// flops for 2 * 32^2 elements are 16 flops per byte in bf16. (The 33rd column keeps lanes that write one below the other out of
-// the same bank.) The next limit is shared memory: it delivers 32 floats per clock to a multiprocessor that could multiply and
-// add 128 times, and a warp's step wants two such deliveries, one of A (the same for all lanes) and one of B. An eighth of the
-// peak, at best.
+// thread one element, neighbours reading neighbours whichever way the matrix lies, and uses each element 32 times: 2 * 32^3 flops
+// for 2 * 32^2 elements are 16 flops per byte in bf16. (The 33rd column keeps lanes that write one below the other out of the same
+// bank.) The next limit is shared memory: it delivers 32 floats per clock to a multiprocessor that could multiply and add 128
+// times, and a warp's step wants two such deliveries, one of A (the same for all lanes) and one of B. An eighth of the peak, at
+// best.
 __global__ void __launch_bounds__(1024) matmul_2_kernel(Product p) {
     __shared__ float a[32][33], b[32][33];   // [i][k] and [k][j]
     int tiles = (p.n + 31) / 32, x = threadIdx.x, y = threadIdx.y;
@@ -85,21 +70,16 @@ __global__ void __launch_bounds__(1024) matmul_2_kernel(Product p) {
     }
     if (i0 + y < p.m && j0 + x < p.n) product_store(p, i0 + y, j0 + x, sum);
 }
-void matmul_2(const Product& p, cudaStream_t stream) {
-    matmul_2_kernel<<<ceil_div(p.m, 32) * ceil_div(p.n, 32), dim3(32, 32), 0, stream>>>(p);
-    cudaCheck(cudaGetLastError());
-}
 
 // Version 3: a tile of 128 x 128 per block and 8 x 8 elements of D per thread, in registers. From memory comes a quarter of what
-// version 2 reads: 64 flops per byte. From shared memory a thread reads 8 elements of A and 8 of B for 64 multiplications, where
-// it read 2 for one: plain arithmetic is the limit now, no longer its supply. 8 steps of k are brought at a time, half of the
-// threads for A and half for B, each 8 neighbours with one load of 16 bytes; the next ones are on their way while these are
-// used. A thread's rows are two groups of 4, 64 apart, and so are its columns, so that neighbouring threads read neighbouring
-// banks.
+// version 2 reads: 64 flops per byte. From shared memory a thread reads 8 elements of A and 8 of B for 64 multiplications, where it
+// read 2 for one: plain arithmetic is the limit now, no longer its supply. 8 steps of k are brought at a time, half of the threads
+// for A and half for B, each 8 neighbours with one load of 16 bytes; the next ones are on their way while these are used. A
+// thread's rows are two groups of 4, 64 apart, and so are its columns, so that neighbouring threads read neighbouring banks.
 //
-// Version 4, the trainer's, is cuBLASLt. It goes on in the same manner: tiles of 128 x 256 or so, 85 flops per byte, several
-// steps of k ahead, copied to shared memory without passing through registers. And a warp multiplies whole tiles in tensor
-// cores, with more than ten times the flops of plain arithmetic, of which nothing here makes use.
+// Version 4, the trainer's, is cuBLASLt. It goes on in the same manner: tiles of 128 x 256 or so, 85 flops per byte, several steps
+// of k ahead, copied to shared memory without passing through registers. And a warp multiplies whole tiles in tensor cores, with
+// more than ten times the flops of plain arithmetic, of which nothing here makes use.
 __global__ void __launch_bounds__(256) matmul_3_kernel(Product p) {
     constexpr int TILE = 128, K = VEC;
     __shared__ float a[K][TILE + 4], b[K][TILE + 4];   // [k][i] and [k][j]
@@ -145,32 +125,50 @@ __global__ void __launch_bounds__(256) matmul_3_kernel(Product p) {
         if (i < p.m && j < p.n) product_store(p, i, j, sum[e / 8][e % 8]);
     }
 }
-void matmul_3(const Product& p, cudaStream_t stream) {
-    matmul_3_kernel<<<ceil_div(p.m, 128) * ceil_div(p.n, 128), 256, 0, stream>>>(p);
-    cudaCheck(cudaGetLastError());
+
+void matmul_simple(int version, const Product& p) {
+    if (version == 1) matmul_1_kernel<<<ceil_div(p.m, 8) * ceil_div(p.n, 32), dim3(32, 8)>>>(p);
+    else if (version == 2) matmul_2_kernel<<<ceil_div(p.m, 32) * ceil_div(p.n, 32), dim3(32, 32)>>>(p);
+    else matmul_3_kernel<<<ceil_div(p.m, 128) * ceil_div(p.n, 128), 256>>>(p);
 }
 
-void matmul_simple(int version, const Product& p, cudaStream_t stream) {
-    if (version == 1) matmul_1(p, stream);
-    else if (version == 2) matmul_2(p, stream);
-    else matmul_3(p, stream);
+// The three matmuls of a linear layer, each from the tensors that it takes.
+enum Which { FORWARD, NO_BIAS, INPUT, WEIGHT, WEIGHT_ADDED };
+const char* const NAMES[] = {"forward", "forward without bias", "backward, input", "backward, weight",
+                             "backward, weight, added to"};
+struct Operands {
+    const floatX *inp, *weight, *bias, *dout;
+    Grad out;   // (rows, OC), (rows, C) or (OC, C)
+};
+constexpr int TRAINERS = 4;   // the version
+void run(Which which, int version, const Operands& o, int rows, int C, int OC) {
+    const size_t c = C, oc = OC;
+    const floatX* bias = which == FORWARD ? o.bias : nullptr;
+    const bool add = which == WEIGHT_ADDED;
+    if (version < TRAINERS) {
+        if (which <= NO_BIAS) matmul_simple(version, {rows, OC, C, o.inp, o.weight, c, 1, 1, c, bias, o.out, false});
+        else if (which == INPUT) matmul_simple(version, {rows, C, OC, o.dout, o.weight, oc, 1, c, 1, nullptr, o.out, false});
+        else matmul_simple(version, {OC, C, rows, o.dout, o.inp, 1, oc, c, 1, nullptr, o.out, add});
+    } else {
+        if (which <= NO_BIAS) matmul_forward((floatX*)o.out.p, o.inp, o.weight, bias, rows, C, OC, 0);
+        else if (which == INPUT) matmul_backward_input((floatX*)o.out.p, o.dout, o.weight, rows, C, OC, 0);
+        else matmul_backward_weight(o.out, o.dout, o.inp, add, rows, C, OC, 0);
+    }
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// versions of the bias gradient
+// ---- versions of the bias gradient
 
 // Version 1, bias_backward_1 of common.cuh: one thread per column. The 32 lanes of a warp read 64 bytes, half a line, and 3072
 // columns are 96 warps on a GPU that can hold 8000 and needs thousands of loads on their way to keep its memory busy. And 65536
 // additions stand in a row. 2 bytes per element, as few as can be, but slowly.
 //
-// Version 2, the trainer's bias_backward: 8 columns per lane, so a warp reads 512 bytes; up to 64 slices of the rows, so that
-// there are 64 times as many blocks, of 8 warps that take every eighth row of the slice; and a second, small kernel that adds
-// the slices in their order. The same 2 bytes, near the speed of memory. Atomics would save the second kernel, and with it the
-// order: the sums would differ from run to run. (Where a kernel of the trainer has the tensor in its hands anyway, it makes
-// these sums on its way: see gelu.cu and layernorm.cu.)
+// Version 2, the trainer's bias_backward: 8 columns per lane, so a warp reads 512 bytes; up to 64 slices of the rows, so that there
+// are 64 times as many blocks, of 8 warps that take every eighth row of the slice; and a second, small kernel that adds the slices
+// in their order. The same 2 bytes, near the speed of memory. Atomics would save the second kernel, and with it the order: the sums
+// would differ from run to run. (Where a kernel of the trainer has the tensor in its hands anyway, it makes these sums on its way:
+// see gelu.cu and layernorm.cu.)
 
-// ---------------------------------------------------------------------------------------------------------------------
-// tests of the matmul
+// ---- tests of the matmul
 
 struct Layer {   // everything that a linear layer is given
     int rows, C, OC;
@@ -184,46 +182,24 @@ struct Layer {   // everything that a linear layer is given
     }
 };
 
-enum Which { FORWARD, NO_BIAS, INPUT, WEIGHT, WEIGHT_ADDED };
-const char* const NAMES[] = {"forward", "forward without bias", "backward, input", "backward, weight",
-                             "backward, weight, added to"};
-constexpr int TRAINERS = 4;   // the version
-
-// One of the five, into elements of type T.
-template <class T>
-std::vector<T> compute(Which which, int version, const Layer& l, const std::vector<T>& before = {}) {
+std::vector<float> compute(Which which, int version, const Layer& l, DType type, const std::vector<float>& before = {}) {
     Buffer<floatX> inp(l.inp), weight(l.weight), bias(l.bias), dout(l.dout);
-    Buffer<T> out((size_t)(which >= WEIGHT ? l.OC : l.rows) * (which == FORWARD || which == NO_BIAS ? l.OC : l.C));
-    const bool add = which == WEIGHT_ADDED;
-    if (add) out.write(before);
-    const Grad grad = {out.p, std::is_same<T, float>::value ? F32 : BF16};
-    floatX *to = (floatX*)out.p, *b = which == FORWARD ? bias.p : nullptr;
-    if (which <= NO_BIAS) {
-        if (version == TRAINERS) matmul_forward(to, inp.p, weight.p, b, l.rows, l.C, l.OC, 0);
-        else matmul_simple(version, forward_product(to, inp.p, weight.p, b, l.rows, l.C, l.OC), 0);
-    } else if (which == INPUT) {
-        if (version == TRAINERS) matmul_backward_input(to, dout.p, weight.p, l.rows, l.C, l.OC, 0);
-        else matmul_simple(version, backward_input_product(to, dout.p, weight.p, l.rows, l.C, l.OC), 0);
-    } else {
-        if (version == TRAINERS) matmul_backward_weight(grad, dout.p, inp.p, add, l.rows, l.C, l.OC, 0);
-        else matmul_simple(version, backward_weight_product(grad, dout.p, inp.p, add, l.rows, l.C, l.OC), 0);
-    }
+    GradBuffer out((size_t)(which >= WEIGHT ? l.OC : l.rows) * (which <= NO_BIAS ? l.OC : l.C), type);
+    if (which == WEIGHT_ADDED) out.write(before);
+    run(which, version, {inp.p, weight.p, bias.p, dout.p, out.grad()}, l.rows, l.C, l.OC);
     return out.read();
 }
 
 // Against double precision, every version. The trainer's with tensors that lie 16 bytes beside the alignment of cudaMalloc, too.
-template <class T>
-void test_type(Which which, const Layer& l, Property (&versions)[5], Property& again) {
-    const bool wide = std::is_same<T, float>::value, forward = which <= NO_BIAS, weight = which >= WEIGHT;
+void test_type(Which which, const Layer& l, DType type, Property (&versions)[5], Property& again) {
+    const bool forward = which <= NO_BIAS, weight = which >= WEIGHT;
     const int m = weight ? l.OC : l.rows, n = forward ? l.OC : l.C, K = forward ? l.C : weight ? l.rows : l.OC;
     const Doubles a = doubles(forward ? l.inp : l.dout), b = doubles(weight ? l.inp : l.weight);
-    std::vector<T> before;
-    Random random(7, l.rows);
-    for (int i = 0; which == WEIGHT_ADDED && i < m * n; i++) before.push_back((T)(10 * random.normal()));
+    const std::vector<float> before = Random(7, l.rows).grads((size_t)m * n);
     Doubles out, terms;
     for (int i = 0; i < m; i++)
         for (int j = 0; j < n; j++) {
-            double sum = which == FORWARD ? (float)l.bias[j] : which == WEIGHT_ADDED ? (float)before[i * n + j] : 0;
+            double sum = which == FORWARD ? (float)l.bias[j] : which == WEIGHT_ADDED ? before[i * n + j] : 0;
             double size = fabs(sum);
             for (int k = 0; k < K; k++) {
                 double x = (weight ? a[k * m + i] : a[i * K + k]) * (forward ? b[j * K + k] : b[k * n + j]);
@@ -233,11 +209,10 @@ void test_type(Which which, const Layer& l, Property (&versions)[5], Property& a
         }
     const size_t usual = guard_bytes;
     for (int version : {1, 2, 3, TRAINERS, TRAINERS}) {
-        set_case("%s, rows %d, C %d, OC %d, %s, version %d", NAMES[which], l.rows, l.C, l.OC, wide ? "fp32" : "bf16", version);
-        const std::vector<T> got = compute<T>(which, version, l, before);
-        for (size_t i = 0; i < got.size(); i++)
-            versions[version].close(i, (float)got[i], out[i], terms[i], wide ? EPS32 : EPS16);
-        if (version == TRAINERS) again.is(same_bits(got, compute<T>(which, version, l, before)), "other bits");
+        set_case("%s, rows %d, C %d, OC %d, %s, version %d", NAMES[which], l.rows, l.C, l.OC, dtype_name(type), version);
+        const std::vector<float> got = compute(which, version, l, type, before);
+        for (size_t i = 0; i < got.size(); i++) versions[version].close(i, got[i], out[i], terms[i], store_of(type));
+        if (version == TRAINERS) again.is(same_bits(got, compute(which, version, l, type, before)), "other bits");
         if (version == TRAINERS && usual > 0) guard_bytes = 16;
     }
     guard_bytes = usual;
@@ -251,8 +226,8 @@ void test_matmul(uint64_t seed) {
         for (Shape s : {Shape{8, 8}, Shape{24, 40}, Shape{136, 8}, Shape{8, 264}, Shape{72, 136}, Shape{264, 32}}) {
             const Layer l(seed, rows, s.C, s.OC);
             for (Which which : {FORWARD, NO_BIAS, INPUT, WEIGHT, WEIGHT_ADDED}) {
-                test_type<floatX>(which, l, versions, again);
-                if (!kFP32 && which >= WEIGHT) test_type<float>(which, l, versions, again);
+                test_type(which, l, FLOATX, versions, again);
+                if (!kFP32 && which >= WEIGHT) test_type(which, l, F32, versions, again);
             }
         }
     report({&versions[TRAINERS], &versions[3], &versions[2], &versions[1], &again});
@@ -263,22 +238,21 @@ void test_special(uint64_t seed) {
     const Layer clean(seed, 37, 40, 136);
     const int r = 35, c = 9, o = 131;
     enum { NOTHING, ROW, COLUMN };
-    struct Case { const char* where; int forward, input, weight; };
+    struct Case { const char* name; std::vector<floatX> Layer::*in; int at, forward, input, weight; };
     for (int version = 1; version <= TRAINERS; version++)
-        for (float bad : {NAN, -INFINITY})
-            for (const Case& k : {Case{"inp", ROW, NOTHING, COLUMN}, Case{"weight", COLUMN, COLUMN, NOTHING},
-                                  Case{"bias", COLUMN, NOTHING, NOTHING}, Case{"dout", NOTHING, ROW, ROW}}) {
-                set_case("%f in %s, version %d", bad, k.where, version);
+        for (float odd : {NAN, -INFINITY})
+            for (const Case& k : {Case{"inp", &Layer::inp, r * 40 + c, ROW, NOTHING, COLUMN},
+                                  {"weight", &Layer::weight, o * 40 + c, COLUMN, COLUMN, NOTHING},
+                                  {"bias", &Layer::bias, o, COLUMN, NOTHING, NOTHING},
+                                  {"dout", &Layer::dout, r * 136 + o, NOTHING, ROW, ROW}}) {
+                set_case("%f in %s, version %d", odd, k.name, version);
                 Layer l = clean;
-                std::string w = k.where;
-                (w == "inp"      ? l.inp[r * l.C + c]
-                 : w == "weight" ? l.weight[o * l.C + c]
-                 : w == "bias"   ? l.bias[o]
-                                 : l.dout[r * l.OC + o]) = (floatX)bad;
+                (l.*k.in)[k.at] = (floatX)odd;
                 auto check = [&](Which which, int where, int row, int column, int columns) {
-                    check_reach(p, compute<floatX>(which, version, l), compute<floatX>(which, version, clean), [&](size_t i) {
+                    auto reach = [&](size_t i) {
                         return where == ROW ? (int)i / columns == row : where == COLUMN && (int)i % columns == column;
-                    }, NAMES[which]);
+                    };
+                    check_reach(p, compute(which, version, l, FLOATX), compute(which, version, clean, FLOATX), reach, NAMES[which]);
                 };
                 check(FORWARD, k.forward, r, o, l.OC);
                 check(INPUT, k.input, r, c, l.C);
@@ -287,8 +261,7 @@ void test_special(uint64_t seed) {
     report({&p});
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// tests of the bias gradient
+// ---- tests of the bias gradient
 
 void test_bias(uint64_t seed) {
     Property trainers("bias gradient"), again("the same bits in a second run"), one("version 1: bias gradient"),
@@ -299,8 +272,7 @@ void test_bias(uint64_t seed) {
             if (rows == 4101 && OC != 40) continue;
             Random random(seed, 1000000 + OC * 10000 + rows);
             const std::vector<floatX> d = random.normals((size_t)rows * OC, 0.25f);
-            std::vector<float> before(OC);
-            for (float& x : before) x = (float)(__nv_bfloat16)(10 * random.normal());
+            const std::vector<float> before = random.grads(OC);
             Doubles sum(OC), terms(OC);
             for (size_t i = 0; i < d.size(); i++) sum[i % OC] += (float)d[i], terms[i % OC] += fabs((float)d[i]);
             Buffer<floatX> dout(d);
@@ -313,15 +285,14 @@ void test_bias(uint64_t seed) {
                                  accumulate ? "added to" : "written", version);
                         GradBuffer dbias(OC, type);
                         if (accumulate) dbias.write(before);
-                        if (version == 1) bias_backward_1(dbias.grad(), dout.p, accumulate, rows, OC, 0);
+                        if (version == 1) bias_backward_1(dbias.grad(), dout.p, accumulate, rows, OC);
                         else bias_backward(dbias.grad(), scratch.p, dout.p, accumulate, rows, OC, 0);
                         const std::vector<float> got = dbias.read();
                         if (version == 3) again.is(same_bits(got, first), "other bits");
                         first = got;
                         for (int c = 0; c < OC; c++) {
                             const double was = accumulate ? before[c] : 0;
-                            (version == 1 ? one : trainers)
-                                .close(c, got[c], sum[c] + was, terms[c] + fabs(was), type == BF16 ? EPS16 : EPS32);
+                            (version == 1 ? one : trainers).close(c, got[c], sum[c] + was, terms[c] + fabs(was), store_of(type));
                         }
                     }
             auto run = [&](const std::vector<floatX>& d) {
@@ -375,37 +346,21 @@ void test_bias_far(uint64_t seed) {
     report({&p});
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// benchmark
+// ---- benchmark
 
-struct BenchLayer {
-    Buffer<floatX> inp, weight, bias, out;   // inp and out take the parts of dinp and dout
-    GradBuffer dweight, dbias;
-    Buffer<float> scratch;
-    BenchLayer(int rows, int C, int OC)
-        : inp((size_t)rows * C), weight((size_t)OC * C), bias(OC), out((size_t)rows * OC), dweight((size_t)OC * C, FLOATX),
-          dbias(OC, F32), scratch((size_t)COLSUM_SLICES * OC) {
-        for (Buffer<floatX>* b : {&inp, &weight, &bias, &out}) b->fill();
-    }
-};
 void bench_matmul(const char* model, const char* name, int rows, int C, int OC, bool all_versions) {
     BenchTable t((size_t)rows * OC, BenchTable::FLOPS, "GPT-2 %s: %s, rows %d, C %d, OC %d", model, name, rows, C, OC);
-    BenchLayer l(t.here(rows, 1), t.here(C, 8), t.here(OC, 8));
-    auto versions = [&](const char* what, const Product& p, std::function<void()> trainers) {
-        const char* names[] = {"version 1: one element per thread", "version 2: a tile in shared memory",
-                               "version 3: 8 x 8 elements in registers", "version 4: the trainer's, cuBLASLt"};
+    const size_t r = t.here(rows, 1), c = t.here(C, 8), oc = t.here(OC, 8);
+    Buffer<floatX> inp(r * c), weight(oc * c), bias(oc), out(r * oc), dweight(oc * c);   // inp, out: dinp, dout too
+    for (Buffer<floatX>* b : {&inp, &weight, &bias, &out}) b->fill();
+    const char* names[] = {"version 1: one element per thread", "version 2: a tile in shared memory",
+                           "version 3: 8 x 8 elements in registers", "version 4: the trainer's, cuBLASLt"};
+    for (Which which : {FORWARD, INPUT, WEIGHT})
         for (int v = all_versions ? 1 : 3; v <= TRAINERS; v++)
-            t.row((std::string(what) + ", " + names[v - 1]).c_str(), 2.0 * C, [&] {
-                if (v == TRAINERS) trainers();
-                else matmul_simple(v, p, 0);
+            t.row(std::string(NAMES[which]) + ", " + names[v - 1], 2.0 * C, [&] {
+                const floatX* to = which == FORWARD ? out.p : which == INPUT ? inp.p : dweight.p;
+                run(which, v, {inp.p, weight.p, bias.p, out.p, {(void*)to, FLOATX}}, rows, C, OC);
             });
-    };
-    versions("forward", forward_product(l.out.p, l.inp.p, l.weight.p, l.bias.p, rows, C, OC),
-             [&] { matmul_forward(l.out.p, l.inp.p, l.weight.p, l.bias.p, rows, C, OC, 0); });
-    versions("backward, input", backward_input_product(l.inp.p, l.out.p, l.weight.p, rows, C, OC),
-             [&] { matmul_backward_input(l.inp.p, l.out.p, l.weight.p, rows, C, OC, 0); });
-    versions("backward, weight", backward_weight_product(l.dweight.grad(), l.out.p, l.inp.p, false, rows, C, OC),
-             [&] { matmul_backward_weight(l.dweight.grad(), l.out.p, l.inp.p, false, rows, C, OC, 0); });
 }
 void bench(const char* model, int rows, int C) {
     constexpr int Vp = 50304;
@@ -419,11 +374,13 @@ void bench(const char* model, int rows, int C) {
 
     const int OC = 4 * C;
     BenchTable t((size_t)rows * OC, BenchTable::BYTES, "GPT-2 %s: bias gradient, rows %d, OC %d", model, rows, OC);
-    BenchLayer l(t.here(rows, 1), 8, OC);
-    t.row("version 1: one thread per column", sizeof(floatX),
-          [&] { bias_backward_1(l.dbias.grad(), l.out.p, false, rows, OC, 0); });
+    Buffer<floatX> dout(t.here(t.n, OC));
+    dout.fill();
+    GradBuffer dbias(OC, F32);
+    Buffer<float> scratch((size_t)COLSUM_SLICES * OC);
+    t.row("version 1: one thread per column", sizeof(floatX), [&] { bias_backward_1(dbias.grad(), dout.p, false, rows, OC); });
     t.row("version 2: the trainer's, 64 slices of the rows", sizeof(floatX),
-          [&] { bias_backward(l.dbias.grad(), l.scratch.p, l.out.p, false, rows, OC, 0); });
+          [&] { bias_backward(dbias.grad(), scratch.p, dout.p, false, rows, OC, 0); });
 }
 
 int main(int argc, char** argv) {
