@@ -1093,16 +1093,10 @@ classifier_kernel(floatX* logits, float* losses, const int* targets, float dloss
     int target = targets[row];
     float target_logit = (float)x[target];   // before it is overwritten
     float max = -INFINITY, sum = 0;
-    auto load_logits = [&](int c) {   // exp of a padded one is 0
-        Floats f = load(x + c);
-        if (c + VEC > V) {
-            for (int k = 0; k < VEC; k++)
-                if (c + k >= V) f[k] = -INFINITY;
-        }
-        return f;
-    };
     for (int c = threadIdx.x * VEC; c < V; c += blockDim.x * VEC) {
-        Floats f = load_logits(c);
+        Floats f = load(x + c);
+        for (int k = 0; c + VEC > V && k < VEC; k++)
+            if (c + k >= V) f[k] = -INFINITY;
         float vec_max = max;
         for (int k = 0; k < VEC; k++) vec_max = fmaxf(vec_max, f[k]);
         if (vec_max > max) {
@@ -1125,12 +1119,14 @@ classifier_kernel(floatX* logits, float* losses, const int* targets, float dloss
     if (!train) return;
     float scale = 1.0f / sum;
     for (int c = threadIdx.x * VEC; c < Vp; c += blockDim.x * VEC) {
-        Floats f = load_logits(c);
+        Floats f = load(x + c);
         for (int k = 0; k < VEC; k++) f[k] = exp_e(f[k] - row_max) * scale;
         if ((unsigned)(target - c) < VEC) {   // true for one vector of the row: a branch costs less than 8 selects
             for (int k = 0; k < VEC; k++) f[k] -= c + k == target ? 1.0f : 0.0f;
         }
         for (int k = 0; k < VEC; k++) f[k] *= dloss;
+        for (int k = 0; c + VEC > V && k < VEC; k++)
+            if (c + k >= V) f[k] = 0;
         store(x + c, f);
     }
 }

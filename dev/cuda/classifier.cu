@@ -7,7 +7,7 @@ learn from. Section 3 of train_gpt2.cu has them under "loss".
 A row of V logits x and a target t: loss = log sum exp(x) - x[t], and in training x becomes (softmax(x) - onehot(t)) * dloss. exp
 overflows beyond 88, so everything is taken relative to the row's maximum m: p = exp(x - m) / sum exp(x - m), loss = log sum exp(x -
 m) + m - x[t]. A row has Vp >= V columns, a multiple of 8. Whatever stands in columns V and up takes no part, and its gradient is 0.
-loss_sum adds up the losses of a micro-batch.
+sum_kernel adds up the losses of a micro-batch.
 */
 #define TESTING
 #include "../../train_gpt2.cu"
@@ -283,7 +283,7 @@ void test_loss_sum(uint64_t seed) {
             auto run = [&](const std::vector<float>& losses, bool accumulate, float before) {
                 total.write({before});
                 l.write(losses);
-                loss_sum(total.p, l.p, accumulate, n, 0);
+                sum_kernel<<<1, 256>>>(total.p, l.p, accumulate, n);
                 return total.read()[0];
             };
             for (bool accumulate : {false, true}) {

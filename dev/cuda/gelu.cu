@@ -238,7 +238,7 @@ std::vector<Shape> shapes(int bits) {
 // Codes are compared with those of the sum inp + bias that fp32 makes: exactly.
 void test_forward(const Act& h, uint64_t seed) {
     Property value("forward: GELU, NaN and infinities too; codes, every bit"),
-        again("forward: the same bits in place, in a second run, with nothing kept, by act_recompute"),
+        again("forward: the same bits in place, in a second run, with nothing kept"),
         one("forward, version 1", "of the rounded sum");
     const std::vector<float> special = special_values(h);
     for (auto [rows, OC] : shapes(h.bits))
@@ -274,9 +274,6 @@ void test_forward(const Act& h, uint64_t seed) {
                     if (h.bits > 0) one.equal(i, k1[i], code_reference(h, sum));
                     if (fabsf(sum) <= 100) one.close(i, (float)y1[i], reference(sum).value, 2 * fabsf(sum));
                 }
-            } else if (h.bits == 0) {
-                act_recompute<0>(dropped.p, x.p, rows, OC, 0);
-                again.is(same_bits(y, dropped.read()), "other bits");
             }
             h.forward[TRAINERS](x.p, kept2.p, x.p, bias_p, rows, OC);
             again.is(same_bits(y, x.read()) && same_bits(k, kept2.read()), "other bits");
@@ -464,9 +461,7 @@ int main(int argc, char** argv) {
         return bench_models(bench);
     }
     test_misuse(o, {refuses_12("act_forward: OC", [] { act_forward<0>(nullptr, nullptr, nullptr, nullptr, 1, 12, 0); }),
-                    refuses_12("act_backward: OC", [] { act_backward<2>(nullptr, {}, nullptr, nullptr, false, 1, 12, 0); }),
-                    {"recomputing from codes", "codes of 2 bits do not give an activation back",
-                     [] { act_recompute<2>(nullptr, nullptr, 1, 8, 0); }}});
+                    refuses_12("act_backward: OC", [] { act_backward<2>(nullptr, {}, nullptr, nullptr, false, 1, 12, 0); })});
     printf("gelu, %s\n", dtype_name(FLOATX));
     test_functions();
     for (const Act& h : {act_of<0>(), act_of<1>(), act_of<2>(), act_of<3>(), act_of<4>()}) {

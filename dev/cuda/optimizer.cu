@@ -1,6 +1,6 @@
 /*
 The optimizer's step over all parameter tensors: the norm of all gradients, the verdict that follows from it, and AdamW; and the
-weights that training starts from. The trainer's kernels, tested, and simpler ones beside them to learn from. Section 4 of
+weights that training starts from. The trainer's kernels, tested, and simpler ones beside them to learn from. Section 5 of
 train_gpt2.cu has them.
 
     make dev/cuda/optimizer && ./dev/cuda/optimizer [--bench]
@@ -14,8 +14,7 @@ beta1^t, c2 = 1 - beta2^t:
 
 x is the fp32 master copy of a weight, where there is one; the weight is then its nearest bf16. Without a master copy x is the
 weight itself, and what comes out is rounded to one of the two bf16 beside it by chance, so that it is right on average. A step that
-the verdict skips changes nothing. There are 1 to 16 tensors, with gradients in fp32 or bf16. A thread owns 8 neighbouring elements,
-so a tensor has a multiple of 8.
+the verdict skips changes nothing. Gradients are fp32 or bf16. A thread owns 8 neighbouring elements, so a tensor has a multiple of 8.
 */
 #define TESTING
 #include "../../train_gpt2.cu"
@@ -29,11 +28,19 @@ so a tensor has a multiple of 8.
 // Each reads every gradient once: 4 bytes per element in fp32, 2 in bf16. What differs is how much of the GPU reads, how often the
 // host waits, and how many additions stand one after the other.
 
-// Version 1: one tensor at a time. A kernel adds the squares into at most 1024 partial sums, they are copied to the host, the host
-// adds them up (in double precision, since it costs nothing) and goes on to the next tensor. GPT-2 has 16 tensors: 16 times the GPU
-// runs dry, and waits for a copy, the host and the next launch, ten microseconds or more, where all gradients of the 124M model,
-// 498 MB in fp32, take 150 at an H100's 3.35 TB/s. 10 of the 16 are vectors, for which a few blocks run, or one. And the norm ends
-// up on the host, so that AdamW has to wait until it has been there and back.
+// Version 1. A kernel adds the squares of a tensor into at most 1024 partial sums, they are copied to the host, and the host adds them
+// up (in double precision, since it costs nothing) and goes on to the next tensor. GPT-2 has 16 tensors: 16 times the GPU runs dry,
+// and waits for a copy, the host and the next launch, ten microseconds or more, where all gradients of the 124M model, 498 MB in
+// fp32, take 150 at an H100's 3.35 TB/s. And the norm ends up on the host, so that AdamW has to wait until it has been there and back.
+struct Tensors {   // that the optimizer works on, as model_update finds them
+    std::vector<OptTensor> t;
+    std::vector<size_t> share;   // elements of one rank's share of each
+    int blocks = 0;              // of the sum of squares
+    void add(const OptTensor& tensor, size_t n) {
+        t.push_back(tensor), share.push_back(n);
+        if (n > 0) blocks += ceil_div(n, OPT_BLOCK) * (int)(tensor.n / n);
+    }
+};
 __global__ void square_sum_1_kernel(float* partial, Grad grad, size_t n) {
     __shared__ float shared[8];
     float sum = 0;
@@ -45,30 +52,36 @@ __global__ void square_sum_1_kernel(float* partial, Grad grad, size_t n) {
     if (threadIdx.x == 0) partial[blockIdx.x] = sum;
 }
 constexpr int BLOCKS_1 = 1024;
-float square_sum_1(float* partial, const OptTable& table) {   // partial (BLOCKS_1)
+float square_sum_1(float* partial, const Tensors& tensors) {   // partial (BLOCKS_1)
     double sum = 0;
     std::vector<float> on_host(BLOCKS_1);
-    for (int t = 0; t < table.count; t++) {
-        int blocks = std::min(ceil_div(table.t[t].n, OPT_BLOCK), BLOCKS_1);
+    for (const OptTensor& t : tensors.t) {
+        int blocks = std::min(ceil_div(t.n, OPT_BLOCK), BLOCKS_1);
         if (blocks == 0) continue;
-        square_sum_1_kernel<<<blocks, 256>>>(partial, table.t[t].grad, table.t[t].n);
+        square_sum_1_kernel<<<blocks, 256>>>(partial, t.grad, t.n);
         cudaCheck(cudaMemcpy(on_host.data(), partial, blocks * sizeof(float), cudaMemcpyDeviceToHost));   // waits for the kernel
-        for (int b = 0; b < blocks; b++) sum += (double)on_host[b] * table.t[t].norm_weight;
+        for (int b = 0; b < blocks; b++) sum += (double)on_host[b];
     }
     return (float)sum;
 }
 
-// Version 2, the trainer's, launched as model_update does: one launch over all tensors, in equal pieces, and a second launch for
-// the sum of the pieces. The host waits for nothing, and the result stays where it is used. A block takes 2048 elements of one
-// tensor, whichever that is; it looks for its tensor among the 16 by their first blocks. At 124M that is 60784 blocks, and the
-// whole GPU reads until the end. (With a block per tensor 16 blocks would be at work, and that of wte, a third of the model, long
-// after the others. And a thread would add 150000 squares one after the other: in fp32, which has 24 bits, what is 2^24 times
-// smaller than a sum is lost.) A thread takes 8 neighbours at a time, 16 bytes in bf16, where it loaded 2 before; so tensors are
-// whole vectors of 8. It adds 8 squares, then there are trees, and 238 partial sums per thread in the second kernel: less than 300
-// additions stand one after the other. The partial sums cost 4 bytes for 2048 elements.
-void square_sum_2(float* sum, float* partial, const OptTable& table) {   // partial (blocks)
-    square_sum_kernel<<<table.blocks, 256>>>(partial, table);
-    partial_sum_kernel<<<1, 256>>>(sum, partial, table.blocks);
+// Version 2, the trainer's, launched as model_update does: the sums of all blocks of all tensors lie in one array, and a last launch
+// adds them up. The host waits for nothing, and the result stays where it is used. A block takes 2048 elements: at 124M there are
+// 60784, and the whole GPU reads until the end. (With a block per tensor 16 blocks would be at work, and that of wte, a third of the
+// model, long after the others. And a thread would add 150000 squares one after the other: in fp32, which has 24 bits, what is 2^24
+// times smaller than a sum is lost.) A thread takes 8 neighbours at a time, 16 bytes in bf16, where it loaded 2 before. It adds 8
+// squares, then there are trees, and 238 partial sums per thread in the last kernel: less than 300 additions stand one after the
+// other. The partial sums cost 4 bytes for 2048 elements.
+void square_sum_2(float* sum, float* partial, const Tensors& tensors) {   // partial (blocks)
+    float* at = partial;
+    for (size_t k = 0; k < tensors.t.size(); k++) {
+        const size_t share = tensors.share[k];
+        if (share == 0) continue;
+        const dim3 grid(ceil_div(share, OPT_BLOCK), tensors.t[k].n / share);
+        square_sum_kernel<<<grid, 256>>>(at, tensors.t[k].grad, share);
+        at += grid.x * grid.y;
+    }
+    sum_kernel<<<1, 256>>>(sum, partial, false, (unsigned)(at - partial));
 }
 
 // ---- versions of AdamW
@@ -76,9 +89,8 @@ void square_sum_2(float* sum, float* partial, const OptTable& table) {   // part
 // There is almost no arithmetic here and nothing to sum: what counts is bytes, launches, and how x is rounded.
 
 // Version 1: one kernel for all of the formula, with m, v and x in registers between its lines: 22 bytes. (One kernel for each
-// line, as when every operation on tensors is a call into a library, would move 36.) But it takes one tensor at a time. GPT-2 has
-// 16, so there are 16 launches, and 10 of the tensors are so small that a launch takes longer than what it launches. And a thread
-// takes one element, so a load is 2 or 4 bytes where the hardware moves 16 at once.
+// line, as when every operation on tensors is a call into a library, would move 36.) But a thread takes one element, so a load is 2 or
+// 4 bytes where the hardware moves 16 at once.
 //
 // And how it rounds is wrong. bf16 has 8 bits: the neighbours of a weight of 1 are 0.004 and 0.008 away. AdamW's update is about
 // lr, say 0.0001. The nearest bf16 to 1 - 0.0001 is 1, in this step and in all that follow: a weight that is large beside lr never
@@ -97,20 +109,22 @@ template <Rounding ROUNDING> __global__ void adamw_1_kernel(OptTensor t, const V
     if constexpr (ROUNDING == CUT && !kFP32) t.param[i] = __float2bfloat16_rz(x);
     else t.param[i] = (floatX)x;
 }
-template <Rounding ROUNDING> void adamw_1(const OptTable& table, const Verdict* verdict, AdamW a) {
-    for (int k = 0; k < table.count; k++)
-        if (table.t[k].n > 0) adamw_1_kernel<ROUNDING><<<ceil_div(table.t[k].n, 256), 256>>>(table.t[k], verdict, a);
+template <Rounding ROUNDING> void adamw_1(const Tensors& tensors, const Verdict* verdict, AdamW a) {
+    for (const OptTensor& t : tensors.t)
+        if (t.n > 0) adamw_1_kernel<ROUNDING><<<ceil_div(t.n, 256), 256>>>(t, verdict, a);
 }
 
-// Version 2, the trainer's, launched as model_update does: one launch for all tensors, in pieces of 2048 elements again, and 8
-// elements per thread, in loads of 16 bytes. The bytes stay: g 2, m 4 + 4, v 4 + 4, x 2 + 2. What is new is the rounding. 16 random
+// Version 2, the trainer's, launched as model_update does: 8 elements per thread, in loads of 16 bytes. The bytes stay: g 2, m 4 + 4, v 4 + 4, x 2 + 2. What is new is the rounding. 16 random
 // bits are added below those that bf16 keeps, and then it is cut: 1 - 0.0001 becomes 0.996 in one of 39 steps and 1 in the others,
 // which is right on average, for every value. The bits are a hash of seed, step, tensor and element: no state to keep, the same in
 // any order of threads, on any number of GPUs that share the tensor, and after a resume.
 //
 // A master copy in fp32 leaves nothing to chance. It costs 4 + 4 bytes, less the reading of the weight: 28 bytes per step, and 4
 // bytes of memory for each weight.
-void adamw_2(const OptTable& table, const Verdict* verdict, AdamW a) { adamw_kernel<<<table.blocks, 256>>>(table, verdict, a); }
+void adamw_2(const Tensors& tensors, const Verdict* verdict, AdamW a) {
+    for (const OptTensor& t : tensors.t)
+        if (t.n > 0) adamw_kernel<<<ceil_div(t.n, OPT_BLOCK), 256>>>(t, verdict, a);
+}
 
 // Only the trainer's knows master copies and shares.
 const struct { const char* name; decltype(&adamw_2) run; Rounding rounding; } versions[] = {
@@ -123,7 +137,7 @@ struct Tensor {
     size_t n;   // of a share
     DType grad_type;
     bool master = false;
-    float decay = 0, norm_weight = 1;
+    float decay = 0;
     size_t offset = 0;
     int shares = 1;
     size_t size() const { return n * shares; }
@@ -164,15 +178,14 @@ struct Device {
     std::vector<Tensor> tensors;
     std::vector<std::unique_ptr<Memory>> memory;
     Buffer<Verdict> verdict;
-    OptTable table = {};
+    Tensors table;
 
     Device(const std::vector<Tensor>& tensors) : tensors(tensors), verdict(1) {
         for (const Tensor& t : tensors) {
             memory.push_back(std::make_unique<Memory>(t));
             Memory& d = *memory.back();
-            table.t[table.count++] = {d.param.p, d.grad.grad(), d.m.p, d.v.p, t.master ? d.master.p : nullptr, t.n, t.offset,
-                                      t.decay, t.norm_weight, (unsigned)memory.size() - 1, table.blocks, 0};
-            table.blocks += ceil_div(t.n, OPT_BLOCK) * t.shares;
+            table.add({d.param.p, d.grad.grad(), d.m.p, d.v.p, t.master ? d.master.p : nullptr, t.size(), t.offset, t.decay,
+                       (unsigned)memory.size() - 1}, t.n);
         }
     }
     void write(const std::vector<State>& states, float clip = 1, bool skip = false) {
@@ -195,15 +208,13 @@ std::vector<State> random_states(const std::vector<Tensor>& tensors, Random rand
     return states;
 }
 
-// Sizes around what a warp takes and what a block does, and none at all; fewer tensors than a table holds, as many, and one; of
-// both types, with and without a master copy, in one share and in several; every fifth begins far into its whole; every fourth
-// counts elsewhere.
+// Sizes around what a warp takes and what a block does, and none at all; of both types, with and without a master copy, in one share
+// and in several; every fifth begins far into its whole.
 std::vector<Tensor> tensors_of(int count) {
     const size_t sizes[] = {2056, 8, 4096, 2040, 0, 2048, 24, 6152, 16, 4088, 4104, 40, 248, 256, 264, 1000};
     std::vector<Tensor> tensors;
     for (int k = 0; k < count; k++)
-        tensors.push_back({sizes[(k + count) % 16], (k + count / 4) % 2 ? BF16 : F32, k % 4 >= 2, k % 3 ? 0.1f : 0.0f,
-                           k % 4 == 3 ? 0.0f : 1.0f, k % 5 == 4 ? ((size_t)1 << 33) + 8 : 0, k % 3 == 1 ? 3 : 1});
+        tensors.push_back({sizes[(k + count) % 16], (k + count / 4) % 2 ? BF16 : F32, k % 4 >= 2, k % 3 ? 0.1f : 0.0f, k % 5 == 4 ? ((size_t)1 << 33) + 8 : 0, k % 3 == 1 ? 3 : 1});
     return tensors;
 }
 
@@ -221,7 +232,7 @@ void test_norm(uint64_t seed) {
         norm("the norm, by the verdict"), clipped("clip"), simple("version 1: the sum"),
         nan("a NaN or an infinity anywhere: the step is skipped, and not remembered; other blocks' sums keep their bits");
     std::vector<std::vector<Tensor>> tables;
-    for (int count = 1; count <= MAX_PARAMS; count++) tables.push_back(tensors_of(count));
+    for (int count = 1; count <= 16; count++) tables.push_back(tensors_of(count));
     tables.push_back({{256 * OPT_BLOCK, BF16}, {OPT_BLOCK + 8, BF16}});   // 258 partial sums
     int number = 0;
     for (std::vector<Tensor> tensors : tables) {
@@ -232,7 +243,7 @@ void test_norm(uint64_t seed) {
         const std::vector<State> states = random_states(tensors, Random(seed, 100 + number));
         Device d(tensors);
         d.write(states);
-        const OptTable& table = d.table;
+        const Tensors& table = d.table;
         Buffer<float> squares(table.blocks), squares2(table.blocks), total(1), total2(1), partial(BLOCKS_1);
         square_sum_2(total.p, squares.p, table);
         square_sum_2(total2.p, squares2.p, table);
@@ -245,11 +256,11 @@ void test_norm(uint64_t seed) {
                 for (size_t first = 0; first < tensors[t].n; first += OPT_BLOCK, block++) {
                     double part = 0;
                     for (size_t i = first; i < std::min(tensors[t].n, first + OPT_BLOCK); i++)
-                        part += (double)states[t].grad[share + i] * states[t].grad[share + i] * tensors[t].norm_weight;
+                        part += (double)states[t].grad[share + i] * states[t].grad[share + i];
                     parts.close(block, blocks[block], part, part, EPS32);
                     reference += part;
                 }
-        parts.is(block == table.blocks, "another number of blocks");
+        parts.is(block == (size_t)table.blocks, "another number of blocks");
         sum.close(0, ours[0], reference, reference, EPS32);
         if (whole) simple.close(0, square_sum_1(partial.p, table), reference, reference, EPS32);
 
@@ -272,7 +283,7 @@ void test_norm(uint64_t seed) {
         for (bool last : {false, true})   // in the first element of the first tensor, or in the last of the last
             for (float value : {NAN, INFINITY, -1e20f}) {
                 const size_t t = last ? tensors.size() - 1 : 0;
-                if (tensors[t].n == 0 || tensors[t].norm_weight == 0) continue;
+                if (tensors[t].n == 0) continue;
                 set_case("table %d: %g in the %s tensor", number, value, last ? "last" : "first");
                 std::vector<State> broken = states;
                 (last ? broken[t].grad.back() : broken[t].grad.front()) = value;
@@ -463,7 +474,7 @@ void test_step(uint64_t seed) {
                simple = {{"version 1: m and v", counted}, {""}, {"version 1: weight, nearest or cut", bits}};
     Property again("the same bits in a second run"), skipped("a step that is skipped changes nothing", "every bit"),
         untouched("gradients stay as they are", "every bit");
-    for (int count : {1, 2, 5, MAX_PARAMS})
+    for (int count : {1, 2, 5, 16})
         for (int version : {TRAINER, ONE, ONE_CUT})
             for (int t : {1, 3, 1000}) {
                 const auto& v = versions[version];
@@ -537,7 +548,7 @@ void test_special(uint64_t seed) {
     report({&nan, &large});
 }
 
-// Index arithmetic beyond 2^31 and 2^32, in the second of two tensors: its first block, those at 2^31 and 2^32, and its last.
+// Index arithmetic beyond 2^31 and 2^32: the first block, those at 2^31 and 2^32, and the last.
 template <class T> void test_far(uint64_t seed) {
     const DType type = sizeof(T) == 4 ? F32 : BF16;
     const size_t window = OPT_BLOCK, tail = 24, n = ((size_t)1 << 32) + window + tail, blocks = ceil_div(n, OPT_BLOCK);
@@ -555,14 +566,11 @@ template <class T> void test_far(uint64_t seed) {
         param.at = grad.at = m.at = v.at = at, partial.at = at / OPT_BLOCK;
         param.rows = grad.rows = m.rows = v.rows = count / 8;
         check_far(p, {&param, &grad, &m, &v, &partial}, {(int64_t)(at / OPT_BLOCK)}, [&](bool far) {
-            OptTable table = {};
             const Grad g = {grad.p(far), type};
-            const size_t offset = ((size_t)3 << 33) + (far ? 0 : at);
-            table.t[1] = {param.p(far), g, m.p(far), v.p(far), nullptr, far ? n : count, offset, 0.1f, 1, 1, 0, 0};
-            table.count = 2;
-            table.blocks = far ? blocks : 1;
-            square_sum_kernel<<<table.blocks, 256>>>(partial.p(far), table);
-            adamw_2(table, verdict.p, a);
+            const size_t offset = ((size_t)3 << 33) + (far ? 0 : at), all = far ? n : count;
+            square_sum_kernel<<<ceil_div(all, OPT_BLOCK), 256>>>(partial.p(far), g, all);
+            const OptTensor tensor = {param.p(far), g, m.p(far), v.p(far), nullptr, all, offset, 0.1f, 1};
+            adamw_kernel<<<ceil_div(all, OPT_BLOCK), 256>>>(tensor, verdict.p, a);
         });
     }
     report({&p});
@@ -648,26 +656,25 @@ void normal_within(Property& p, size_t i, float ours, uint64_t seed, int which) 
 void test_init(uint64_t seed) {
     Property hash("the hash: numbers that a run of another day, or another build, must get too", "every bit"),
         value("init, normal: Box and Muller's formula", "9 roundings, and 2 of the angle"),
-        constant("init, constant; a master copy of weights that have none", "every bit");
+        constant("init, constant; a master copy as its weights are", "every bit");
     set_case("hash64");
     hash.is(hash64(0, 0, 0) == 0x58016df76f315627 && hash64(1337, 2, 3) == 0x67557fdf3673ae4f &&
                 hash64(~(uint64_t)0, (uint64_t)1 << 40, ((uint64_t)1 << 33) + 5) == 0xe87dba3bf7ea9880, "another number");
     hash.equal(0, hash_uniform(0), 0x1p-24);                    // never 0, whose logarithm is infinite
     hash.equal(1, hash_uniform(~(uint64_t)0), 1 - 0x1p-24);     // nor 1
-    auto init_normal = [=](floatX* param, size_t n, int which) {   // as model_init does
-        init_normal_kernel<<<ceil_div(n, 256), 256>>>(param, n, 0.02f, seed, which);
+    auto init = [=](floatX* param, size_t n, size_t drawn, int which) {   // as model_init does
+        init_kernel<<<ceil_div(n, 256), 256>>>(param, n, drawn, 0.02f, 1, seed, which);
     };
     for (size_t n : {1, 7, 255, 256, 257, 511, 512, 513, 1031}) {
         set_case("n %zu", n);
         Buffer<floatX> x(n);
-        init_normal(x.p, n, 3);
+        init(x.p, n, n - n / 3, 3);
         const std::vector<floatX> a = x.read();
-        for (size_t i = 0; i < n; i++) normal_within(value, i, (float)a[i], seed, 3);
+        for (size_t i = 0; i < n - n / 3; i++) normal_within(value, i, (float)a[i], seed, 3);
+        for (size_t i = n - n / 3; i < n; i++) constant.equal(i, (float)a[i], 1);
         Buffer<float> master(n);
         widen_kernel<<<ceil_div(n, 256), 256>>>(master.p, x.p, n);
         constant.is(same_bits(master.read(), floats(a)), "the master copy is another");
-        init_constant_kernel<<<ceil_div(n, 256), 256>>>(x.p, n, 1);
-        for (floatX c : x.read()) constant.equal(n, (float)c, 1);
     }
     report({&hash, &value, &constant});
 
@@ -676,10 +683,9 @@ void test_init(uint64_t seed) {
     FarBuffer<floatX> far(many);
     if (far.p == nullptr) return;
     Property beyond("init, normal and constant: the last of 2^32 elements", "as above");
-    run_blocks({(1 << 24) + 1}, [&] { init_normal(far.p, many, 15); });
-    for (size_t i = many - 3; i < many; i++) normal_within(beyond, i, (float)far.read(i, 1)[0], seed, 15);
-    run_blocks({(1 << 24) + 1}, [&] { init_constant_kernel<<<ceil_div(many, 256), 256>>>(far.p, many, 1); });
-    for (floatX x : far.read(many - 3, 3)) beyond.equal(0, (float)x, 1);
+    run_blocks({(1 << 24) + 1}, [&] { init(far.p, many, many - 1, 15); });
+    for (size_t i = many - 3; i < many - 1; i++) normal_within(beyond, i, (float)far.read(i, 1)[0], seed, 15);
+    beyond.equal(0, (float)far.read(many - 1, 1)[0], 1);
     report({&beyond});
 }
 
@@ -701,33 +707,31 @@ void bench(const char* model, const Config& config) {
     square.fill(0, 0.001f);
     param.fill();
     auto table = [&](DType grad_type, bool with_master) {
-        OptTable table = {};
+        Tensors table;
         size_t at = 0;
         for (int p = 0; p < NUM_PARAMS; p++) {
             ParamShape s = param_shape(config, p);
             size_t count = u.here(s.elements(), VEC);
-            table.t[p] = {param.p + at, Grad{grad.p, grad_type} + at, mean.p + at, square.p + at,
-                          with_master ? master.p + at : nullptr, count, 0, s.cols ? 0.1f : 0.0f, 1, (unsigned)p, table.blocks, 0};
-            table.blocks += ceil_div(count, OPT_BLOCK);
+            table.add({param.p + at, Grad{grad.p, grad_type} + at, mean.p + at, square.p + at, with_master ? master.p + at : nullptr, count,
+                       0, s.cols ? 0.1f : 0.0f, (unsigned)p}, count);
             at += count;
         }
-        table.count = NUM_PARAMS;
         return table;
     };
-    const OptTable plain = table(FLOATX, false), exact = table(FLOATX, true), wide = table(F32, true);
-    Buffer<float> partial(std::max(plain.blocks, (unsigned)BLOCKS_1)), sum(1);
+    const Tensors plain = table(FLOATX, false), exact = table(FLOATX, true), wide = table(F32, true);
+    Buffer<float> partial(std::max(plain.blocks, BLOCKS_1)), sum(1);
     for (DType type : {F32, BF16}) {   // of several micro-batches per step, and of one
-        const OptTable t = table(type, false);
+        const Tensors t = table(type, false);
         auto row = [&](const char* name, auto run) {
             u.row(name + std::string(", ") + dtype_name(type), dtype_size(type), run);
         };
-        row("norm, version 1: one tensor at a time, added up by the host", [&] { square_sum_1(partial.p, t); });
-        row("norm, version 2: the trainer's, in equal pieces", [&] { square_sum_2(sum.p, partial.p, t); });
+        row("norm, version 1: added up by the host, tensor by tensor", [&] { square_sum_1(partial.p, t); });
+        row("norm, version 2: the trainer's, added up by a kernel", [&] { square_sum_2(sum.p, partial.p, t); });
     }
     BenchTable t(n, BenchTable::BYTES, "GPT-2 %s: AdamW, %zu parameters in %d tensors", model, n, (int)NUM_PARAMS);
     AdamW a = hyper(1337, 1, 1);
-    t.row("AdamW, version 1: one kernel, one tensor at a time", 16 + 3 * X, [&] { adamw_1<NEAREST>(plain, verdict.p, a); });
-    t.row("AdamW, version 2: the trainer's, all tensors in one launch", 16 + 3 * X, [&] { adamw_2(plain, verdict.p, a); });
+    t.row("AdamW, version 1: an element a thread", 16 + 3 * X, [&] { adamw_1<NEAREST>(plain, verdict.p, a); });
+    t.row("AdamW, version 2: the trainer's, 8 elements a thread", 16 + 3 * X, [&] { adamw_2(plain, verdict.p, a); });
     t.row("AdamW, version 2 with a master copy", 24 + 2 * X, [&] { adamw_2(exact, verdict.p, a); });
     if (!kFP32) t.row("AdamW, version 2 with a master copy, gradients in fp32", 28 + X, [&] { adamw_2(wide, verdict.p, a); });
 }
