@@ -7,7 +7,8 @@
 A mutant is one change in one __global__ or __device__ function: a barrier (__syncthreads, __syncwarp, cp_async_wait...) that is
 gone, a < or > whose boundary is moved (< and <= change places) or that is reversed (< becomes >=), an == that becomes !=. Its name
 is its line of code, with the change in brackets: `if (i [< to <=] n) {`; comments, line numbers and the order of functions do not
-matter. What is decided when compiling has none: if constexpr, static_assert, constexpr, and the loops after #pragma unroll.
+matter. What is decided when compiling has none: if constexpr, static_assert, constexpr, and
+loops of constant length.
 Comparisons are told from template arguments by the blanks around them, as clang-format puts them.
 
 All mutants are in one build of each program of dev/cuda: a copy of the trainer has `a <= M >= b` for `a < b`, where M knows the
@@ -58,7 +59,7 @@ EQUIVALENT = [
      "it copies one more tile, whose rows are checked against T, into the stage that is free; nobody reads it"),
     ("heads - first [< to <=] together ?", 1, "where they are equal either is the size"),
     ("if ((unsigned)(target - c) [< to <=] VEC)", 1, "where they are equal the target is none of the vector's elements"),
-    ("if (c + VEC [> to >=] V) {", 2, "where they are equal no element of the vector lies beyond V"),
+    ("c + VEC [> to >=] V && k < VEC", 2, "where they are equal no element of the vector lies beyond V"),
     ("if (t0 + j - first_query [> to >=] 16 * M - 1)", 2, "the left side is a multiple of 16, the right one less than such: they are never equal"),
     ("if (first_key() - (t0 + j) [> to >=] 15)", 1, "the left side is a multiple of 16: they are never equal"),
     ("8 * N - 1) [<= to <] 0 &&", 1, "the left side is odd: it is never 0"),
@@ -75,7 +76,8 @@ UNBLANKED = r"(?<![\s<>=!-])(?:<=|>=|==|!=)|(?:<=|(?<![<>])>=|==|!=)(?![\s<>=])"
 BRACKETS = r"\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)"
 NO_CODE = [r"//[^\n]*|/\*.*?\*/|\"(?:\\.|[^\"\\\n])*\"|'(?:\\.|[^'\\\n])'", r"#ifdef __CUDACC__.*?(?=#else|#endif)"]
 COMPILE_TIME = [rf"\bif constexpr {BRACKETS}", r"\b(?:static_assert|constexpr)\b[^;{]*;",
-                rf"#pragma unroll[ \d]*\n *for (?!\([^;]*; \w+ < [a-z]\w*;){BRACKETS}", r"^ *#[^\n]*"]
+                rf"#pragma unroll[ \d]*\n *for (?!\([^;]*; \w+ < [a-z]\w*;){BRACKETS}", r"\b\w+ < (?:VEC|ATT_VECS|ATT_CHANNELS|N|\(1 << BITS\) - 1|1u << BITS); \w+(?=\+\+| <<=| \+= 2|, )", r"\bo > 0; o >>= 1",
+                r"^ *#[^\n]*"]
 CHANGES = {"<": ["<=", ">="], "<=": ["<", ">"], ">": [">=", "<="], ">=": [">", "<"], "==": ["!="], "!=": ["=="]}
 KIND = {"<": "LT", "<=": "LE", ">": "GT", ">=": "GE", "==": "EQ", "!=": "NE"}
 
