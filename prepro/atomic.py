@@ -9,7 +9,6 @@ import os
 import re
 import stat
 
-
 def destination(path):
     """(path, None), the path a file's or still nobody's, its links followed; or (None, open file): a device, a FIFO, or what
     this process has open already (/dev/stdout, the shell's >(...)) is written to as it is. Renaming over it would take it away."""
@@ -32,7 +31,6 @@ def destination(path):
     fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK | os.O_NOCTTY)  # a FIFO that nobody reads is refused, not waited for
     os.set_blocking(fd, True)
     return None, open(fd, "wb")
-
 
 @contextlib.contextmanager
 def atomic(*paths):

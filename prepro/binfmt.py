@@ -49,10 +49,8 @@ TOKEN_VERSIONS = {magic: {version} for magic, version, _ in TOKENS.values()}
 MODEL_VERSIONS = {3: "<f4", 5: "<u2"}  # fp32; bf16 as its upper 16 bits
 MAX_COUNT = 2**31 - 1  # counts stand in an int32
 
-
 class Error(Exception):
     """What went wrong, in a message for people: the file, what was expected, what was found."""
-
 
 @contextlib.contextmanager
 def writing(where):
@@ -62,13 +60,10 @@ def writing(where):
         raise Error(f"{where}: could not write there: {e.strerror}; no file of this run was left: "
                     "make room, or name another place") from None
 
-
-# ----------------------------------------------------------------------------
-# the scripts
+# ---- the scripts -----------------------------------------------------------------------------------
 
 class Stopped(BaseException):
     """A signal that ends the program; as an exception, so that what is half-written is cleaned up."""
-
 
 def run(program, work):
     """Calls work(). Trouble is one line on stderr, and the exit status 1, or 128 + the signal's number."""
@@ -98,7 +93,6 @@ def run(program, work):
     if say.failed:
         sys.exit(f"{program}: the files are written, but not all of the output: {say.failed}")
 
-
 def say(*words, **how):
     """print(), but a stdout that takes no more does not end the work. Whoever closed a pipe (| head) has seen enough."""
     try:
@@ -111,20 +105,15 @@ def say(*words, **how):
             say.failed = e.strerror
         sys.stdout = open(os.devnull, "w")
 
-
 say.failed = None
-
 
 def _header(*values):
     return struct.pack("<256i", *values, *[0] * (256 - len(values)))
 
-
-# ----------------------------------------------------------------------------
-# reading: checked before believed
+# ---- reading: checked before believed --------------------------------------------------------------
 
 KINDS = {MODEL_MAGIC: "a GPT-2 model", STATE_MAGIC: "a debug state", TOKENIZER_MAGIC: "a tokenizer", 20240520: "16-bit tokens",
          20240801: "32-bit tokens", 20240803: "a Llama model", 20240527: "a run's state"}
-
 
 def _read_header(path, kind, versions):
     """versions: {magic: versions that we read}. Returns the header as a list of int and the body's size."""
@@ -148,19 +137,15 @@ def _read_header(path, kind, versions):
         raise Error(f"{path}: expected {kind} version {' or '.join(map(str, sorted(versions[magic])))}, found version {version}")
     return header, found.st_size - HEADER_BYTES
 
-
 def _check_body(path, what, expected, found):
     if expected != found:
         raise Error(f"{path}: expected {expected} bytes behind the header ({what}), found {found}; "
                     "the file is damaged or cut short: write it again")
 
-
-# ----------------------------------------------------------------------------
-# tokens
+# ---- tokens ----------------------------------------------------------------------------------------
 
 def token_bits(vocab):
     return 16 if vocab <= 65536 else 32
-
 
 def write_tokens(f, count, pieces, vocab):
     """Writes arrays of ids, `count` in all, to an open file, 16 bits each where the vocabulary fits."""
@@ -173,7 +158,6 @@ def write_tokens(f, count, pieces, vocab):
             raise Error(f"{f.name}: ids run from {ids.min()} to {ids.max()}, the vocabulary from 0 to {vocab - 1}")
         f.write(memoryview(np.ascontiguousarray(ids, dtype)).cast("B"))
 
-
 def read_tokens(path):
     """The ids, mapped and not loaded."""
     header, body = _read_header(path, "token file", TOKEN_VERSIONS)
@@ -184,9 +168,7 @@ def read_tokens(path):
     _check_body(path, f"{count} tokens of {dtype.itemsize} bytes", count * dtype.itemsize, body)
     return np.memmap(path, dtype, "r", HEADER_BYTES, (count,))
 
-
-# ----------------------------------------------------------------------------
-# tokenizer: what each id prints
+# ---- tokenizer: what each id prints ----------------------------------------------------------------
 
 def write_tokenizer(f, tokens, eot):
     """To an open file."""
@@ -197,7 +179,6 @@ def write_tokenizer(f, tokens, eot):
             raise Error(f"{f.name}: a token has 1 to 255 bytes, but token {i} has {len(token)}")
     f.write(_header(TOKENIZER_MAGIC, 2, len(tokens), eot))
     f.write(b"".join(bytes([len(token)]) + token for token in tokens))
-
 
 def read_tokenizer(path):
     """Returns a list of bytes, one per id, and the end-of-text id."""
@@ -221,9 +202,7 @@ def read_tokenizer(path):
     _check_body(path, f"{count} tokens", at, len(body))
     return tokens, eot
 
-
-# ----------------------------------------------------------------------------
-# GPT-2 models
+# ---- GPT-2 models ----------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Config:
@@ -258,17 +237,14 @@ class Config:
     def count(self):
         return sum(map(math.prod, self.shapes().values()))  # of Python's integers: a header's sizes cannot overflow here
 
-
 def to_bf16(x):
     """float32 -> the upper 16 bits, to nearest, ties to even; a NaN stays one."""
     bits = np.ascontiguousarray(x, "<f4").view("<u4")
     rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
     return np.where(np.isnan(x), (bits >> 16) | 0x40, rounded).astype("<u2")
 
-
 def from_bf16(u):
     return (u.astype("<u4") << 16).view("<f4")
-
 
 def write_model(path, config, tensors, version=3):
     with atomic(path) as (f,):
@@ -279,18 +255,15 @@ def write_model(path, config, tensors, version=3):
                 raise Error(f"{path}: expected {name} of shape {shape}, found {tensor.shape}")
             f.write((to_bf16(tensor) if version == 5 else tensor).tobytes())
 
-
 def _read_arrays(path, arrays):
     """arrays: [(dtype, shape)], one after the other behind the header."""
     with open(path, "rb") as f:
         f.seek(HEADER_BYTES)
         return [np.fromfile(f, dtype, int(np.prod(shape))).reshape(shape) for dtype, shape in arrays]
 
-
 def model_version(path):
     """3 for fp32, 5 for bf16."""
     return _read_header(path, "GPT-2 model", {MODEL_MAGIC: set(MODEL_VERSIONS)})[0][1]
-
 
 def read_model(path):
     """Returns a Config and {name: float32 array}; version 5 is widened."""
@@ -304,15 +277,12 @@ def read_model(path):
     arrays = _read_arrays(path, [(dtype, shape) for shape in config.shapes().values()])
     return config, dict(zip(config.shapes(), map(from_bf16, arrays) if header[1] == 5 else arrays))
 
-
-# ----------------------------------------------------------------------------
-# debug states: what a model must compute
+# ---- debug states: what a model must compute -------------------------------------------------------
 
 def _state_arrays(config, B, T, n):
     """What a state holds, in its order: ids, logits, the loss, all gradients, the losses of n steps."""
     return [("<i4", (B, T)), ("<i4", (B, T)), ("<f4", (B, T, config.V)), ("<f4", ()),
             *(("<f4", shape) for shape in config.shapes().values()), ("<f4", (n,))]
-
 
 def write_state(path, config, x, y, logits, loss, grads, losses):
     """x, y (B,T); logits (B,T,V); grads as a model's tensors; losses: one per AdamW step."""
@@ -321,7 +291,6 @@ def write_state(path, config, x, y, logits, loss, grads, losses):
         f.write(_header(STATE_MAGIC, 2, *x.shape, len(losses)))
         for value, (dtype, shape) in zip(values, _state_arrays(config, *x.shape, len(losses))):
             f.write(np.asarray(value, dtype).reshape(shape).tobytes())
-
 
 def read_state(path, config):
     """Returns {"x", "y", "logits", "loss", "grads": {name: array}, "losses"}."""
@@ -336,7 +305,6 @@ def read_state(path, config):
         if ids.min() < 0 or ids.max() >= config.V:
             raise Error(f"{path}: expected ids from 0 to {config.V - 1} in {name}, found {ids.min()} to {ids.max()}")
     return {"x": x, "y": y, "logits": logits, "loss": loss, "grads": dict(zip(config.shapes(), grads)), "losses": losses}
-
 
 # ----------------------------------------------------------------------------
 
@@ -353,7 +321,6 @@ def describe(path):
         return f"debug state, B={header[2]} T={header[3]} n={header[4]}, {body} bytes"
     ids = read_tokens(path)
     return f"tokens, {ids.dtype.itemsize * 8} bit, {len(ids)} of them, ids {ids.min()} to {ids.max()}"
-
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):

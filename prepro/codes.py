@@ -40,17 +40,14 @@ CODES = {
     },
 }
 
-
 def thresholds(function="gelu-tanh", bits=2):
     """The float nearest to each constant, which is what kernels compare with; as float64."""
     return np.array(CODES[function][bits][0], np.float32).astype(np.float64)
-
 
 def codes(x, function="gelu-tanh", bits=2):
     """uint8: how many thresholds are below x. Numpy sorts a NaN behind everything, so that it gets
     the highest code, whose slope carries it on."""
     return np.searchsorted(thresholds(function, bits), np.asarray(x, np.float64), side="left").astype(np.uint8)
-
 
 def slopes(x, function="gelu-tanh", bits=2):
     """h~'(x), in float64."""

@@ -20,7 +20,6 @@ from binfmt import Error
 
 PAIRS = [("ln1", "qkv"), ("ln2", "fc")]
 
-
 def merge(tensors):
     """Returns a dict like tensors, merged: what has changed in float64, the rest as it was."""
     merged = dict(tensors)
@@ -30,7 +29,6 @@ def merge(tensors):
         merged[matmul + "b"] = b + np.einsum("loc,lc->lo", w, beta)
         merged[norm + "w"], merged[norm + "b"] = np.ones_like(gamma), np.zeros_like(beta)
     return merged
-
 
 def work(a):
     if os.path.exists(a.out) and os.path.exists(a.model) and os.path.samefile(a.model, a.out):
@@ -54,14 +52,12 @@ def work(a):
     binfmt.say("the final norm keeps its gamma and beta: the matrix behind it is the embedding")
     binfmt.say(f"wrote {a.out}")
 
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="IN.bin", help="a GPT-2 model, fp32 or bf16")
     parser.add_argument("out", metavar="OUT.bin")
     a = parser.parse_args()
     binfmt.run("merge_norm.py", lambda: work(a))
-
 
 if __name__ == "__main__":
     main()

@@ -30,17 +30,14 @@ try:
 except ImportError:
     raise SystemExit("reference.py needs PyTorch: apt-get install python3-torch, or pip install torch in a venv") from None
 
-# ----------------------------------------------------------------------------
-# the model
+# ---- the model -------------------------------------------------------------------------------------
 
 def layernorm(x, w, b):
     x = x - x.mean(-1, keepdim=True)
     return x / torch.sqrt((x * x).mean(-1, keepdim=True) + 1e-5) * w + b
 
-
 def gelu(x):
     return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
-
 
 class CodedGelu(torch.autograd.Function):
     """The forward pass is GELU's own. The backward pass knows of x just its code."""
@@ -57,7 +54,6 @@ class CodedGelu(torch.autograd.Function):
         slopes = torch.tensor(codes.CODES["gelu-tanh"][ctx.bits][1], dtype=dout.dtype)
         return dout * slopes[code.long()], None
 
-
 class CodedActivation:
     """GELU by codes of so many bits, which notes per call how near an x came to a threshold: nearer
     than a trainer's rounding, and its code may be another."""
@@ -70,7 +66,6 @@ class CodedActivation:
         self.calls.append((x.numel(), float(distance)))
         return CodedGelu.apply(x, self.bits)
 
-
 def attention(x, NH):
     """x (B,T,3C): the queries of all heads, then the keys, then the values. Returns (B,T,C)."""
     B, T, C = x.shape[0], x.shape[1], x.shape[2] // 3
@@ -79,7 +74,6 @@ def attention(x, NH):
     future = torch.ones(T, T, dtype=torch.bool).triu(1)
     p = torch.softmax(scores.masked_fill(future, -math.inf), -1)
     return (p @ v).transpose(1, 2).reshape(B, T, C)
-
 
 def forward(params, config, x, activation=gelu):
     """params: {name: tensor, or a list with one per layer}. Returns logits (B,T,V)."""
@@ -95,14 +89,11 @@ def forward(params, config, x, activation=gelu):
     h = layernorm(h, params["lnfw"], params["lnfb"])
     return h @ params["wte"][: config.V].T  # the head is the embedding; its padding has no logits
 
-
 def cross_entropy(logits, y):
     logp = logits - torch.logsumexp(logits, -1, keepdim=True)
     return -logp.gather(-1, y.unsqueeze(-1)).mean()
 
-
-# ----------------------------------------------------------------------------
-# its numbers
+# ---- its numbers -----------------------------------------------------------------------------------
 
 def random_model(config, seed):
     """Weights under which every path carries something of order one.
@@ -127,13 +118,11 @@ def random_model(config, seed):
     tensors["wte"][config.V:] = 0
     return tensors
 
-
 def random_batch(config, B, T, seed):
     """Small ids come often, so that rows of the embedding collect from many places; the first and the last id always come."""
     ids = (config.V * np.random.RandomState(seed + 1000003).rand(B, T + 1) ** 2).astype(np.int64)
     ids[0, 0], ids[0, -1] = config.V - 1, 0
     return ids[:, :-1], ids[:, 1:]
-
 
 def to_params(tensors):
     """One leaf per layer, in float64: decay goes by a tensor's own rank, not by the file's stack."""
@@ -142,16 +131,13 @@ def to_params(tensors):
     outside = ("wte", "wpe", "lnfw", "lnfb")
     return {name: leaf(t) if name in outside else [leaf(layer) for layer in t] for name, t in tensors.items()}
 
-
 def leaves(params):
     return [leaf for value in params.values() for leaf in (value if isinstance(value, list) else [value])]
-
 
 def gradients(params):
     """As the model's file has them: the layers stacked."""
     return {name: np.stack([leaf.grad.numpy() for leaf in value]) if isinstance(value, list)
             else value.grad.numpy().copy() for name, value in params.items()}
-
 
 def compute(config, tensors, x, y, steps, activation=gelu):
     """Returns logits, loss, gradients and the losses of the steps."""
@@ -173,7 +159,6 @@ def compute(config, tensors, x, y, steps, activation=gelu):
         optimizer.step()
         losses.append(loss.item())
     return (*result, losses)
-
 
 # ----------------------------------------------------------------------------
 
@@ -222,7 +207,6 @@ def work(a):
     binfmt.say(f"norms of the gradients: {' '.join(f'{name} {np.linalg.norm(g):.3g}' for name, g in grads.items())}")
     binfmt.say(f"wrote {'' if a.model else a.out + '.bin and '}{a.out}_state.bin")
 
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_mutually_exclusive_group(required=True)
@@ -239,7 +223,6 @@ def main():
     parser.add_argument("--out", required=True, metavar="PREFIX")
     a = parser.parse_args()
     binfmt.run("reference.py", lambda: work(a))
-
 
 if __name__ == "__main__":
     main()

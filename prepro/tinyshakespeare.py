@@ -18,7 +18,6 @@ URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshake
 SIZE = 1115394
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
-
 def check(parts, source):
     digest, size = hashlib.sha256(), 0
     for part in parts:
@@ -27,7 +26,6 @@ def check(parts, source):
     if digest.hexdigest() != SHA256:
         raise Error(f"{source}: expected {SIZE} bytes with SHA-256 {SHA256}, found {size} bytes with {digest.hexdigest()}; "
                     f"it is damaged or another text (text.py takes any): get it again from {URL}")
-
 
 def download(path):
     try:
@@ -42,7 +40,6 @@ def download(path):
             f.write(data)
     text.say(f"wrote {path}, from {URL}")
 
-
 def prepare(file, out, **options):
     path = file or os.path.join(out, "input.txt")
     if not file and not os.path.exists(path):
@@ -52,14 +49,12 @@ def prepare(file, out, **options):
     check(text.blocks(path), path)
     text.prepare([path], out, **options)
 
-
 def main():
     parser = argparse.ArgumentParser(description="Tiny Shakespeare to token files.", epilog=__doc__.split("\n\n", 2)[2])
     parser.add_argument("--file", metavar="COPY", help="the text, where there is no network")
     text.add_options(parser, "data/tinyshakespeare")
     a = parser.parse_args()
     binfmt.run("tinyshakespeare.py", lambda: prepare(**vars(a)))
-
 
 if __name__ == "__main__":
     main()

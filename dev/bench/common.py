@@ -15,7 +15,6 @@ sys.path.insert(0, os.path.join(ROOT, "prepro"))
 DEPTHS = {6: (384, 6), 12: (768, 12), 24: (1024, 16), 36: (1280, 20), 48: (1600, 25), 60: (1920, 30), 72: (2880, 30), 84: (3456, 36)}
 Size = namedtuple("Size", "L H C T V")
 
-
 def model_size(text):
     """What -e says, as a Size: d12, or gpt2:L4,H4,C128,T64,V257."""
     name, given = text.removeprefix("gpt2:"), {"T": 1024, "V": 50257}
@@ -28,10 +27,8 @@ def model_size(text):
         raise ValueError(f"{text}: expected one of {' '.join(f'd{d}' for d in DEPTHS)}, or a size like gpt2:L4,H4,C128,T64,V257")
     return Size(*(given[k] for k in Size._fields))
 
-
 def padded(V):
     return -(-V // 128) * 128
-
 
 def read_log(path):
     """The lines of a --log file; of a file that is not there or not whole, none."""
@@ -41,7 +38,6 @@ def read_log(path):
     except (OSError, ValueError):
         return []
 
-
 def ledger(program, options):
     """The rows of --estimate=json."""
     done = subprocess.run([program, *map(str, options), "--estimate=json"], stdin=subprocess.DEVNULL, capture_output=True, text=True)
@@ -49,13 +45,11 @@ def ledger(program, options):
         sys.exit(done.stderr.strip())
     return json.loads(done.stdout)["rows"]
 
-
 def kept(rows):
     """What backward needs, of a ledger: (bytes of it all, what a layer keeps in units of B*T*C elements)."""
     saved = [row for row in rows if row["kind"] == "saved"]
     unit = next(row["bytes"] for row in saved if row["name"] == "atty")  # (L, B, T, C)
     return sum(row["bytes"] for row in saved), sum(row["bytes"] for row in saved if row["scope"] == "layer") / unit
-
 
 def prepare(files, out):
     """Writes out/train.bin and val.bin, of bytes, and says nothing; returns how many tokens they have."""
@@ -69,7 +63,6 @@ def prepare(files, out):
             sys.exit(f"{os.path.basename(sys.argv[0])}: {e}")
     return [len(binfmt.read_tokens(f"{out}/{name}.bin")) for name in ("train", "val")]
 
-
 def commit():
     """This tree's, with a + where files differ from it."""
     def git(*args):
@@ -79,7 +72,6 @@ def commit():
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
-
 def digest(*patterns):
     """Of the files that match."""
     h = hashlib.sha256()
@@ -87,7 +79,6 @@ def digest(*patterns):
         with open(path, "rb") as f:
             h.update(os.path.relpath(path, ROOT).encode() + b"\0" + f.read())
     return h.hexdigest()
-
 
 def pyplot():
     """Matplotlib's pyplot, drawing into files; None, said in a line, where it is not installed."""
@@ -99,7 +90,6 @@ def pyplot():
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     return plt
-
 
 def save(plt, figure, path, dpi=120):
     """The same figure gives the same bytes."""

@@ -24,10 +24,8 @@ DIR = "build/demo"
 ALL = rb""
 SHORT = rb"val loss|step +\d+/|kept for backward|device memory|stop"  # the lines that a second training is worth
 
-
 def title(words):
     print(f"\n==== {words}\n", flush=True)
-
 
 def find_texts(typed):
     """The files that TEXT names: one whose name it is, spaces and all, or several, with a shell's patterns and quotes."""
@@ -40,7 +38,6 @@ def find_texts(typed):
     found = [[word] if os.path.exists(word) else sorted(glob.glob(os.path.expanduser(word))) or [word] for word in words]
     return sum(found, []) or [os.path.relpath(os.path.join(ROOT, "dev/bench/fixtures/shakespeare.txt"))]
 
-
 def check(files):
     """Ends with the first that cannot be read, before anything is built."""
     for path in files:
@@ -48,7 +45,6 @@ def check(files):
         if wrong or not os.access(path, os.R_OK):
             sys.exit(f"demo: {path}: {wrong or 'cannot be read'}; expected a text, as in: make demo TEXT=my.txt, or "
                      "TEXT=\"'my text.txt' b.txt\"")
-
 
 def tokens(files):
     """Writes the token files; returns how many tokens train and val have."""
@@ -58,7 +54,6 @@ def tokens(files):
     print(f"{what}: {train + val} bytes, each of them a token.\nThe model learns {train} and is examined on the other {val}.")
     return train, val
 
-
 def sizes(gpu, shortest):
     """Model, batch (one that the shortest of the files can fill), steps and learning rate: a minute or so on two CPU cores."""
     if gpu and shortest > 32 * 256:
@@ -66,7 +61,6 @@ def sizes(gpu, shortest):
     import text
     B, T = text.batch_that_fits(shortest)
     return "gpt2:L4,H4,C128,T64,V257", B, T, 300, "2e-3"
-
 
 def train(command, every, lines=ALL):
     """Runs the trainer and passes on the lines that begin so, but of its steps only some; a terminal shows the others for a
@@ -99,12 +93,10 @@ def train(command, every, lines=ALL):
         sys.exit(status if status > 0 else 1)
     return time.time() - begin
 
-
 def go_on(command, more):
     """The command that takes a run on to more steps: the same, but for how many, and that it resumes."""
     at = command.index("-x")
     return [*command[:at], "-x", str(more), *command[at + 2:], "-y", "1"]
-
 
 def result_table(exact, approxbp):
     """Lines that set two runs beside each other; a run is (the lines of its log, what it keeps)."""
@@ -116,7 +108,6 @@ def result_table(exact, approxbp):
             "  of them kept for backward", "kept per layer, units of B*T*C"]
     columns = [["exact", *column(*exact)], ["USE_APPROXBP=1", *column(*approxbp)]]
     return [f"{row:30s} {left:>16s} {right:>16s}" for row, left, right in zip(["", *rows], *columns)]
-
 
 def main():
     parser = argparse.ArgumentParser(description="The demo behind make demo.")
@@ -162,7 +153,6 @@ def main():
           f"with --recompute 0 the exact one keeps {kept(ledger(exact, [*shape, '-r', '0']))[1]:.2f} units a layer.\n")
     print("\n".join(result_table(*((read_log(f"{DIR}/{name}.jsonl"), kept(ledger(program, shape)))
                                   for name, program in (("exact", exact), ("approxbp", approxbp))))))
-
 
 if __name__ == "__main__":
     try:

@@ -27,43 +27,34 @@ from common import pyplot, save
 
 from codes import CODES
 
-# ----------------------------------------------------------------------------
-# the activations, each with its derivative
-
+# ---- the activations, each with its derivative -----------------------------------------------------
 
 def gelu_tanh(x):
     return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
-
 
 def gelu_tanh_slope(x):
     t = np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
     return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * x * x)
 
-
 def silu(x):
     return x * special.expit(x)
-
 
 def silu_slope(x):
     s = special.expit(x)
     return s + x * s * (1 - s)
 
-
 FUNCTIONS = {"gelu-tanh": (gelu_tanh, gelu_tanh_slope), "silu": (silu, silu_slope)}
 
-# ----------------------------------------------------------------------------
-# integrals: Gauss-Legendre with 16 nodes on panels of at most half a unit. That is exact to double precision for these functions
+# ---- integrals: Gauss-Legendre with 16 nodes on panels of at most half a unit. That is exact to double precision for these functions ----
 # wherever they are smooth, so a panel must not contain a kink.
 
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(16)
 FAR = 60.0  # beyond it |h - max(x, 0)| is below 1e-24 for both
 
-
 def integral(f, lo, hi):
     edges = np.linspace(lo, hi, max(1, math.ceil(2 * (hi - lo))) + 1)
     half = np.diff(edges)[:, None] / 2
     return float((half * WEIGHTS * f(edges[:-1, None] + half + half * NODES)).sum())
-
 
 def slope_error(slope, c, slopes):
     """Relative squared error of h~' against h', x ~ N(0,1)."""
@@ -71,9 +62,7 @@ def slope_error(slope, c, slopes):
     pieces = [integral(lambda x: (slope(x) - s)**2 * np.exp(-0.5 * x * x), lo, hi) for s, lo, hi in zip(slopes, edges, edges[1:])]
     return sum(pieces) / integral(lambda x: slope(x)**2 * np.exp(-0.5 * x * x), -13, 13)
 
-
-# ----------------------------------------------------------------------------
-# the fit
+# ---- the fit ---------------------------------------------------------------------------------------
 
 class Problem:
     """The objective as a function of c alone, a eliminated, with an exact gradient.
@@ -133,9 +122,7 @@ class Problem:
         q = np.concatenate([c[:1], np.log(np.diff(c) + 0.01)])
         return thresholds(optimize.minimize(value, q, jac=True, method="BFGS", options={"gtol": 1e-8, "maxiter": 600}).x)
 
-
 STARTS = 40
-
 
 def fit(function, bits, seed=1):
     """(thresholds, slopes) of the best of many starts. They are denser where h bends more: |h''|^(2/5) is the density that a best
@@ -160,9 +147,7 @@ def fit(function, bits, seed=1):
     slopes[-1] = 1
     return c, slopes
 
-
-# ----------------------------------------------------------------------------
-# output
+# ---- output ----------------------------------------------------------------------------------------
 
 def report(function, bits, c, slopes):
     def line(what, c, slopes):
@@ -173,7 +158,6 @@ def report(function, bits, c, slopes):
     line("fitted", c, slopes)
     if bits == 2:
         line("published", *map(np.array, CODES[function][2]))
-
 
 def plot(path, results):
     """h and h~ above, their derivatives below; results: {(function, bits): (thresholds, slopes)}."""
@@ -200,7 +184,6 @@ def plot(path, results):
     save(plt, figure, path, dpi=110)
     print(f"wrote {path}")
 
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--function", choices=[*FUNCTIONS, "all"], default="all")
@@ -213,7 +196,6 @@ def main():
         report(function, bits, *found)
     if a.plot:
         plot(a.plot, results)
-
 
 if __name__ == "__main__":
     main()

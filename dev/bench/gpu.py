@@ -36,8 +36,7 @@ from atomic import atomic
 SCRATCH = os.path.join(ROOT, "build/scratch")
 TOKENS, TINY_TOKENS = os.path.join(SCRATCH, "tokens.bin"), os.path.join(SCRATCH, "tiny.bin")
 
-# ----------------------------------------------------------------------------
-# modes, peers, sizes
+# ---- modes, peers, sizes ---------------------------------------------------------------------------
 
 # variant: the parts of its name are the flags of its build, or a peer's. BEST: the faster of -ge 0 and 2, as measured at -r 0
 Mode = namedtuple("Mode", "row variant options")
@@ -70,27 +69,22 @@ TRY = [Model("124M", "gpt2:L2,H2,C64,T32,V50257", 2, 32, 0), Model("1558M", "gpt
 STEPS, TRY_STEPS = {"fixed": 30, "largest": 26}, {"fixed": 8, "largest": 8}
 WARMUP = 5  # steps that are not timed; the median is of the others: 25, or 21
 
-# ----------------------------------------------------------------------------
-# jobs
+# ---- jobs ------------------------------------------------------------------------------------------
 
 # expect: what the output must match; need: seconds without which it is not begun; read: makes figures of (output, about); about:
 # what else its line of results says
 Job = namedtuple("Job", "name command expect need read about", defaults=[lambda text, about: {}, {}])
 
-
 def path(variant, program):
     return os.path.join(ROOT, "build", variant, program)
 
-
 def kernel_programs():
     return sorted("dev/cuda/" + os.path.basename(p)[:-3] for p in glob.glob(os.path.join(ROOT, "dev/cuda/*.cu")))
-
 
 TINY = ["-e", "gpt2:L2,H2,C128,T64,V257", "-b", "2", "-t", "64", "-x", "3", "-v", "0", "-s", "0", "-i", TINY_TOKENS]
 # three steps, and the same losses and norms once more
 TWICE = "(?s)" + ".*".join([r"loss (\d\.\d+) \| norm (\d{1,2}\.\d+) "] * 3 + [rf"loss \{i} \| norm \{i + 1} " for i in (1, 3, 5)])
 CHECKED = ["gpu-bf16", "gpu-fp32", "gpu-approxbp-bf16", "gpu-approxbp-fp32", "gpu-norm-bf16", "gpu-norm-fp32"]
-
 
 def check_jobs(a, m):
     """In the order in which they are wanted when time is short."""
@@ -115,7 +109,6 @@ def check_jobs(a, m):
                 for tool in ("memcheck", "racecheck", "initcheck") for k in kernels]
     return jobs + (checked if m.sanitizer else [])
 
-
 def train(a, m, model, batch, who, round=1, steps=None):
     """A training run of ours or a peer's, at the batch for all or at the largest power of two that fits."""
     B, steps = model.B, str(steps or a.steps[batch])
@@ -133,7 +126,6 @@ def train(a, m, model, batch, who, round=1, steps=None):
              "B": B, "T": model.T, "warmup": a.warmup}
     need = (45 if batch == "largest" else 20) * (2 if model.name == LARGE.name else 1) + 60 * ("compile" in who.options)
     return Job(f"{model.name}, {batch}, {who.row}, round {round}", command, rf"^step +{steps}/{steps} ", need, read_steps, about)
-
 
 def bench_jobs(a, m):
     """The modes that are compared most come first and again after a while, so that a GPU that gets slower shows."""
@@ -154,7 +146,6 @@ def bench_jobs(a, m):
             *trains(large, "largest", [BOTH, EXACT_R1, NORM, EXACT_R2, EXACT]), *trains(large, "fixed", [EXACT_R2, ACT, FUSED]),
             *trains(small, "largest", [ACT, FUSED]), *trains(large, "largest", [ACT, FUSED])]
 
-
 def peers_jobs(a, m):
     """Ours run again in the same call, so that a peer is compared with a figure of the same minutes."""
     small, large = a.models
@@ -164,7 +155,6 @@ def peers_jobs(a, m):
             (large, "largest", COMPILED), (large, "largest", EAGER)]
     there = {"torch": a.python, "llm.c": a.llmc}
     return [train(a, m, *want) for want in plan if there.get(want[2].variant, True)]
-
 
 def fill(job, known, memory):
     """A job's command, with what only earlier runs can tell: the faster -ge, and the largest batch that a peer's memory at the
@@ -181,9 +171,7 @@ def fill(job, known, memory):
         return None
     return [{"BEST": best, "LARGEST": str(largest)}.get(x, x) for x in job.command]
 
-
-# ----------------------------------------------------------------------------
-# figures, from what a program prints
+# ---- figures, from what a program prints -----------------------------------------------------------
 
 def read_steps(text, about):
     """Ours, llm.c's and torch_baseline.py's print steps alike."""
@@ -196,15 +184,12 @@ def read_steps(text, about):
     return {**found, "loss": float(steps[-1][0]), "timed_steps": len(ms), "ms": round(middle, 3), "ms_least": min(ms),
             "ms_most": max(ms), "tokens_per_s": round(tokens / middle * 1e3, 1)}
 
-
 def read_rows(text, about):
     return {"rows": [json.loads(line) for line in text.splitlines() if line.startswith("{") and '"ms"' in line]}
-
 
 LIBRARY = "[library]"
 BEFORE_THE_FIRST_STEP = {"init_kernel", "widen_kernel"}
 UNITS = {"ns": 1e-6, "nsecond": 1e-6, "us": 1e-3, "usecond": 1e-3, "ms": 1, "msecond": 1, "s": 1e3, "second": 1e3}
-
 
 def read_profile(text, about):
     """{kernel: calls and ms} of ncu's CSV; what is not ours is the library's, which is matmuls."""
@@ -219,9 +204,7 @@ def read_profile(text, about):
             k["ms"] = round(k["ms"] + float(row["Metric Value"].replace(",", "")) * UNITS[row["Metric Unit"]], 6)
     return {"kernels": kernels}
 
-
-# ----------------------------------------------------------------------------
-# running
+# ---- running ---------------------------------------------------------------------------------------
 
 class Clock:
     """The stage's time, less what writing the results takes. A signal ends it, and what runs."""
@@ -237,9 +220,7 @@ class Clock:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(group, signal.SIGKILL)
 
-
 Done = namedtuple("Done", "status text seconds timed_out")
-
 
 def execute(command, seconds, clock, env=None, given=""):
     """Runs a command to its end, or for so many seconds; what it has started ends with it. Its output is the last MB."""
@@ -260,7 +241,6 @@ def execute(command, seconds, clock, env=None, given=""):
         clock.running.discard(p.pid)
         out.seek(max(0, out.seek(0, os.SEEK_END) - (1 << 20)))
         return Done(p.returncode, out.read().decode(errors="replace"), round(time.monotonic() - begin, 2), timed_out)
-
 
 class Memory:
     """What the whole GPU holds at its most during a run, more than before it: nvidia-smi, asked ten times a second."""
@@ -286,14 +266,11 @@ class Memory:
         self.thread.join()
         return (max(self.used) - self.used[0] or None) if self.used else None
 
-
 def written(command):
     """A command as one would type it in the project's folder."""
     return shlex.join(os.path.join(".", os.path.relpath(x, ROOT)) if x.startswith(ROOT + os.sep) else x for x in command)
 
-
 ERROR = r"^=+ (Invalid|Uninitialized|Error: Race|Warning: Race)"  # as compute-sanitizer says it
-
 
 def state(job, done):
     """What ran out of time without an error has neither passed nor failed, nor has a sanitizer that does not know the GPU."""
@@ -301,7 +278,6 @@ def state(job, done):
         return "ok"
     no_answer = done.timed_out or "Device not supported" in done.text
     return "unfinished" if no_answer and not re.search(ERROR, done.text, re.M) else "failed"
-
 
 def load(file):
     """(head, {id: entry}) of a stage's lines; the last of them may be cut off."""
@@ -311,7 +287,6 @@ def load(file):
             with contextlib.suppress(ValueError):
                 lines.append(json.loads(line))
     return (lines[0] if lines and "gpu" in lines[0] else {}), {x["id"]: x for x in lines if "id" in x}
-
 
 def run_jobs(file, head, jobs, clock, m, env=None, known={}, again=False):
     """Runs those of the jobs that are not done yet; returns {name: entry} of all that have run. known: other stages' entries."""
@@ -351,9 +326,7 @@ def run_jobs(file, head, jobs, clock, m, env=None, known={}, again=False):
             list(pool.map(one, group))
     return entries
 
-
-# ----------------------------------------------------------------------------
-# the machine, and what is built and made for it
+# ---- the machine, and what is built and made for it ------------------------------------------------
 
 class Machine:
     """The GPU that the programs will see, and the tools; of a dry run, none."""
@@ -389,18 +362,15 @@ class Machine:
         """'NVIDIA H200' is h200."""
         return re.sub(r"[^a-z0-9]+", "-", re.sub(r"^nvidia\s+", "", self.gpu.lower())).strip("-") or "gpu"
 
-
 def wanted(jobs):
     """{variant: [program]} that the jobs run."""
     found = [re.fullmatch(re.escape(path("", "")) + r"(gpu-[^/]+)/(.+)", x) for job in jobs for x in job.command]
     pairs = dict.fromkeys((x[1], x[2]) for x in found if x)
     return {v: [program for variant, program in pairs if variant == v] for v, _ in pairs}
 
-
 def make_command(variant, programs, arch):
     flags = [FLAGS[part] for part in variant.split("-")]
     return ["make", "-k", "-Otarget", *programs, f"BUILD={path(variant, '')}", f"ARCH={arch}", *flags]
-
 
 def build(jobs, arch, clock, env, sources):
     """All variants at once, on all cores; returns the programs that did not compile."""
@@ -416,13 +386,11 @@ def build(jobs, arch, clock, env, sources):
     programs = [path(v, program) for v, programs in variants.items() for program in programs] if done.status else []
     return [p for p in programs if not os.path.exists(p) or os.path.getmtime(p) < newest]
 
-
 def write_tokens(file, ids):
     if not os.path.exists(file):
         with atomic(file) as (f,):
             f.write(b"".join(n.to_bytes(4, "little") for n in (20240520, 1, len(ids), *[0] * 253)))
             array("H", ids).tofile(f)
-
 
 def make_tokens(count):
     """Few ids are frequent and most are rare, as in a text: the embedding's backward minds, nothing else does."""
@@ -432,18 +400,15 @@ def make_tokens(count):
     write_tokens(TINY_TOKENS, rng.choices(range(256), k=4000))
     write_tokens(TOKENS, rng.choices(ids, cum_weights=weights, k=count))
 
-
 def torch_of(python):
     code = "import torch; print('PyTorch', torch.__version__, 'CUDA', torch.version.cuda)"
     return subprocess.run([python, "-c", code], capture_output=True, text=True).stdout.strip()
-
 
 # what a stage's figures depend on
 SOURCES = {"check": ["*.cu", "Makefile", "dev/cuda/*.cu*", "dev/test/fixtures/*"],
            "bench": ["train_gpt2.cu", "Makefile", "dev/cuda/*.cu*"],
            "peers": ["train_gpt2.cu", "Makefile", "dev/bench/torch_baseline.py"]}
 OUR_VARIABLES = "ARCH PRECISION USE_APPROXBP APPROX_ACT MS_NORM CPU SAN MULTI_GPU PTXAS BUILD MAKEFLAGS MFLAGS MAKELEVEL".split()
-
 
 def run_stage(name, a, m):
     """Returns how many jobs failed."""
@@ -482,7 +447,6 @@ def run_stage(name, a, m):
         sys.exit(128 + clock.signal)
     return len(failed)
 
-
 def main():
     sys.stdout.reconfigure(line_buffering=True)
     parser = argparse.ArgumentParser(prog="gpu.sh", description="Tests and measures on one GPU; dev/bench/README.md explains.")
@@ -513,7 +477,6 @@ def main():
             print(f"{what} is not installed: what needs it is left out")
     failed = [run_stage(name, a, m) for name in (["check", "bench", "peers"] if a.stage == "all" else [a.stage])]
     sys.exit(1 if any(failed) else 0)
-
 
 if __name__ == "__main__":
     main()

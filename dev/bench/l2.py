@@ -30,18 +30,15 @@ GPUS = {"H100, H200": Gpu(132, 50, 50, "sm_90"), "the same": Gpu(132, 50, 30, "s
         "RTX 3090": Gpu(82, 6, 6, "sm_86"), "RTX 4090": Gpu(128, 72, 72, "sm_89"), "B200": Gpu(148, 126, 126, "sm_100"),
         "RTX 5090": Gpu(170, 96, 96, "sm_120")}
 
-
 def blocks(kernel, HS, arch):
     """That a multiprocessor holds at a time; dev/test/test_ptxas.py holds this to what the kernels take."""
     if HS == 128:
         return 1 if arch in ("sm_86", "sm_89", "sm_120") else 2  # where shared memory is small
     return 3 if kernel == "forward" and arch not in ("sm_100", "sm_120") else 2
 
-
 # shape: B sequences of T, NH query heads, NKV key-value heads, HS channels. rows of a block; order: (head, first row) of each
 Shape = namedtuple("Shape", "B T NH NKV HS")
 Launch = namedtuple("Launch", "kernel rows order")
-
 
 def orders(program, shape, l2):
     """[Launch] of the three kernels, as the trainer has them where the L2 cache has so many MB."""
@@ -56,7 +53,6 @@ def orders(program, shape, l2):
             launches[-1].order.append(tuple(map(int, line.split())))
     return launches
 
-
 def tiles_of(launch, shape, head, first):
     """The tiles that a block reads, and the head that they are of (its own rows' head aside)."""
     group = shape.NH // shape.NKV
@@ -64,10 +60,8 @@ def tiles_of(launch, shape, head, first):
         return [(head * group + h, i) for h in range(group) for i in range(first // TILE, -(-shape.T // TILE))]
     return [(head // group, i) for i in range(-(-min(first + launch.rows, shape.T) // TILE))]
 
-
 # bytes that come from memory if each tile does so once, and that do come; how long it takes, of the time if all were busy to the end
 Result = namedtuple("Result", "once read makespan")
-
 
 def simulate(launch, shape, slots, l2, seed=1):
     """slots: blocks that the GPU holds at a time. l2: MB."""
@@ -119,7 +113,6 @@ def simulate(launch, shape, slots, l2, seed=1):
         heapq.heappush(events, (time + 1 + JITTER * (rng.random() - 0.5), slot, block, tiles, i + 1))
     return Result(len(seen) * pair, read, end * slots / work)
 
-
 def main():
     program, shape = sys.argv[1] if len(sys.argv) > 1 else os.path.join(ROOT, "build/cpu/dev/cuda/attention"), Shape(64, 1024, 12, 12, 64)
     print(f"{'GPU':12s} {'L2, MB':>7s}  {'kernel':8s} {'blocks':>7s} {'at once':>8s} {'MB, once':>9s} {'MB read':>8s} {'times':>6s} {'makespan/ideal':>15s}")
@@ -129,7 +122,6 @@ def main():
             r = simulate(launch, shape, slots, gpu.usable)
             print(f"{name:12s} {gpu.usable:7d}  {launch.kernel:8s} {len(launch.order):7d} {slots:8d} {r.once / 1e6:9.0f} {r.read / 1e6:8.0f} "
                   f"{r.read / r.once:6.2f} {r.makespan:15.3f}")
-
 
 if __name__ == "__main__":
     main()

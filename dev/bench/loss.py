@@ -31,14 +31,11 @@ from atomic import atomic
 NAMES = {"exact": "exact", "act": "APPROX_ACT=2", "norm": "MS_NORM=1", "both": "USE_APPROXBP=1"}
 SOURCES = "README.md Makefile *.cu prepro/*.py dev/cpu/*.py dev/bench/*.py dev/test/*.py dev/cpu/include/**/*.h".split()
 
-
 def stop(message):
     sys.exit(f"loss.py: {message}")
 
-
 def build_command(mode, out, flags):
     return ["make", "-s", "train_gpt2", f"BUILD={out}/{mode}", "USE_APPROXBP=0" if mode == "exact" else NAMES[mode], *flags]
-
 
 def build(mode, out, flags):
     command = build_command(mode, out, flags)
@@ -47,13 +44,11 @@ def build(mode, out, flags):
         stop(f"{mode} could not be built")
     return f"./{out}/{mode}/train_gpt2"
 
-
 def tokens(files, out):
     """Writes out/train.bin and val.bin, and says what they are."""
     train, val = common.prepare(files, out)
     return {"files": [os.path.basename(f) for f in files], "train_tokens": train, "val_tokens": val,
             "sha256": {name: common.digest(os.path.abspath(f"{out}/{name}")) for name in ("train.bin", "val.bin")}}
-
 
 def run(name, command, key):
     """A run's log, from before if it is of the same program, text and options and came to its end."""
@@ -72,7 +67,6 @@ def run(name, command, key):
         with open(f"{name}.txt") as f:
             stop(f"{shlex.join(command)}\nended with status {status}:\n" + "".join(f.readlines()[-5:]).rstrip())
     return log, f"{time.time() - begin:.0f} seconds"
-
 
 def run_all(a, programs, data):
     """Every mode with every seed, or what is left of that; returns the runs."""
@@ -94,9 +88,7 @@ def run_all(a, programs, data):
                      "units_per_layer": common.kept(common.ledger(programs[mode], options))[1], "command": shlex.join(command)})
     return runs
 
-
-# ----------------------------------------------------------------------------
-# what came of it
+# ---- what came of it -------------------------------------------------------------------------------
 
 def summary(runs):
     """{mode: ...} in the order of the runs. The spread is the largest loss of a mode's seeds less the smallest. A mode is no worse
@@ -114,13 +106,11 @@ def summary(runs):
         of["no_worse"] = of["difference"] <= exact["spread"] if known else None
     return result
 
-
 def verdict(of):
     known = {None: "not known (that takes exact and two seeds)", True: "yes", False: "NO"}
     return [f"{NAMES[mode]}: no worse than exact by more than the spread over seeds: {known[x['no_worse']]}" + (
             "" if x["no_worse"] is None else f" ({x['difference']:+.4f}; exact's seeds spread over {of['exact']['spread']:.4f})")
             for mode, x in of.items() if mode != "exact"]
-
 
 def markdown(a, data, of):
     """The table, and the verdict on each mode."""
@@ -136,7 +126,6 @@ def markdown(a, data, of):
               f"{data['train_tokens']:,} bytes to learn, {data['val_tokens']:,} to be examined on). Spread: largest less smallest "
               "over the seeds. Units: B\\*T\\*C elements that a layer keeps for its backward, statistics included.", ""]
     return "\n".join(lines + verdict(of)) + "\n"
-
 
 def plot(a, runs, path):
     """Validation loss over steps, a band from the smallest to the largest over seeds around the mean; beside it the same less
@@ -159,7 +148,6 @@ def plot(a, runs, path):
     figure.suptitle(f"{a.model}, {a.seeds} seed{'s' * (a.seeds > 1)}: mean, and from smallest to largest", fontsize=10)
     common.save(plt, figure, path)
     return True
-
 
 def main():
     parser = argparse.ArgumentParser(description="Losses of exact and approximate training beside each other.")
@@ -216,7 +204,6 @@ def main():
         os.makedirs(a.write, exist_ok=True)
         for name in names:
             shutil.copyfile(f"{a.out}/{name}", f"{a.write}/{name}")
-
 
 if __name__ == "__main__":
     try:

@@ -13,12 +13,10 @@ MODES = [("exact\n-r 0", "cpu-bf16", "-r 0"), ("exact\n-r 1", "cpu-bf16", "-r 1"
 KINDS = {"param": "parameters", "optimizer": "optimizer", "saved": "activations kept for backward"}
 PARTS = [*KINDS.values(), "logits", "gradients and the rest"]
 
-
 def parts(rows):
     """{part: bytes} of a ledger, the parts in order."""
     of = [(KINDS.get(row["kind"], PARTS[-1]) if row["name"] != "logits" else "logits", row["bytes"]) for row in rows]
     return {name: sum(n for part, n in of if part == name) for name in PARTS}
-
 
 def draw(bars, title, path):
     """bars: {mode: {part: bytes}}."""
@@ -38,13 +36,11 @@ def draw(bars, title, path):
     ax.spines[["top", "right"]].set_visible(False)
     save(plt, figure, path)
 
-
 def main():
     shape = "-e d12 -b 64 -t 1024".split()
     bars = {name: parts(ledger(os.path.join(ROOT, "build", variant, "train_gpt2"), [*shape, *options.split()]))
             for name, variant, options in MODES}
     draw(bars, f"Memory of a training step, --estimate {' '.join(shape)}, bf16", os.path.join(ROOT, "dev/bench/results/cpu/memory.png"))
-
 
 if __name__ == "__main__":
     main()

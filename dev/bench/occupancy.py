@@ -45,12 +45,10 @@ ALONE = ["sum_kernel", "verdict_kernel", "init_kernel", "widen_kernel"]
 
 Used = namedtuple("Used", "registers shared spills")
 
-
 def launch_of(kernel):
     """A kernel's launch: by its name with the first of its template's arguments, or without."""
     name, numbers = re.fullmatch(r"(\w+)(?:<(.*)>)?", kernel).groups()
     return LAUNCHES.get(f"{name}<{(numbers or '').split(',')[0]}>", LAUNCHES.get(name))
-
 
 def read_log(text):
     """{(kernel, architecture): Used}; spills: bytes that go to local memory and come back, or lie there."""
@@ -65,7 +63,6 @@ def read_log(text):
         used["".join(template(mangled)), target] = Used(int(took[0]), int(shared[1]) if shared else 0, max(stores + loads, stack))
     return used
 
-
 def resident(target, registers, shared, threads):
     """Blocks of so many threads that a multiprocessor holds at a time."""
     limits, warps = LIMITS[target], -(-threads // 32)
@@ -73,7 +70,6 @@ def resident(target, registers, shared, threads):
     by_registers = 4 * (65536 // 4 // of_warp) // warps
     by_shared = (limits.shared << 10) // (-(-(shared + 1024) // 128) * 128)
     return min(by_registers, by_shared, limits.warps // warps, limits.blocks)
-
 
 def table(used):
     """Markdown: a kernel a row, an architecture a column."""
@@ -93,7 +89,6 @@ def table(used):
         shared = {used[k].shared + dynamic for k in used if k[0] == kernel}
         lines.append(f"| `{kernel}` | {threads} | {max(shared):,} | " + " | ".join(cells) + " |")
     return lines
-
 
 def main():
     parser = argparse.ArgumentParser(description="Registers, blocks and warps of the kernels, by architecture.")
@@ -116,7 +111,6 @@ def main():
         text = f.read()
     with open(path, "w", encoding="utf-8") as f:
         f.write(report.between(text, "occupancy", lines, path))
-
 
 if __name__ == "__main__":
     main()

@@ -27,9 +27,7 @@ NOTHING = "–"
 PLACES = [("README.md", "results"), ("dev/bench/README.md", "budget"), ("dev/cuda/README.md", "shares")]
 NOT_YET = ["No GPU has run this yet; what `dev/bench/gpu.sh` measures will stand here."]
 
-
-# ----------------------------------------------------------------------------
-# what there is
+# ---- what there is ---------------------------------------------------------------------------------
 
 def load(folder):
     """{GPU's folder: {stage: (head, [entry])}}; a try is no measurement."""
@@ -44,46 +42,36 @@ def load(folder):
         found.setdefault(os.path.basename(os.path.dirname(path)), {})[os.path.basename(path)[:-6]] = head, list(entries.values())
     return found
 
-
 def entries(data, stage, what):
     """Of a stage, those that have such a figure."""
     return [e for e in data.get(stage, ({}, []))[1] if what in e]
-
 
 def of(data, stage, model, batch, row):
     """The runs of a row, one per round, whatever came of them."""
     return [e for e in entries(data, stage, "model") if (e["model"], e["batch"], e["row"]) == (model, batch, row)]
 
-
 def measured(data, stage, model, batch, row):
     return [e for e in of(data, stage, model, batch, row) if "tokens_per_s" in e]
-
 
 def mean(runs, what):
     values = [e[what] for e in runs if e.get(what) is not None]
     return sum(values) / len(values) if values else None
 
-
 def why(runs):
     """In place of a number."""
     return "failed" if any(e["status"] == "failed" for e in runs) else NOTHING
 
-
 def gib(n):
     return f"{n / 2**30:.1f}" if n else NOTHING
 
-
 def percent(part, whole):
     return f"{100 * part / whole:.0f} %" if whole else NOTHING
-
 
 def table(head, rows, left=1):
     lines = [head, ["---"] * left + ["---:"] * (len(head) - left), *rows]
     return ["| " + " | ".join(map(str, cells)) + " |" if i != 1 else "|" + "|".join(cells) + "|" for i, cells in enumerate(lines)]
 
-
-# ----------------------------------------------------------------------------
-# README.md: modes and peers
+# ---- README.md: modes and peers --------------------------------------------------------------------
 
 def peak_flops(name):
     """What the trainer takes for the GPU's peak, or None."""
@@ -92,11 +80,9 @@ def peak_flops(name):
     known = re.findall(r'\{"([^"]+)", (\d+)\}', known[1]) if known else []
     return next((float(tflops) * 1e12 for part, tflops in known if part in (name or "")), None)
 
-
 def model_flops(s):
     """A token's flops as the trainer's MFU has them: 6 for each weight of a matmul, and attention."""
     return 6 * (s.V * s.C + 12 * s.L * s.C * s.C) + 6 * s.L * s.C * s.T
-
 
 def speed_table(data, model):
     """A row for each mode and peer at the fixed batch, and at the largest that fits."""
@@ -124,7 +110,6 @@ def speed_table(data, model):
             "largest B", "tokens/s", "GPU's peak, GiB"]
     return [*table(head, rows), ""] if rows else []
 
-
 def results_section(found):
     lines = []
     for data in found.values():
@@ -147,15 +132,12 @@ def results_section(found):
               "and peers are explained in [dev/bench/README.md](dev/bench/README.md)."]
     return lines if found else NOT_YET
 
-
-# ----------------------------------------------------------------------------
-# dev/bench/README.md: the budget
+# ---- dev/bench/README.md: the budget ---------------------------------------------------------------
 
 # What the budget takes for granted of an H200: flops/s of matmuls and of attention, bytes/s of element-wise kernels.
 # Seen there at most: 790e12 of one large bf16 matmul, 4.3e12 of a copy.
 MATMUL, FORWARD, BACKWARD, BACKWARD_MMA, COPY = 600e12, 230e12, 190e12, 130e12, 4e12
 MATMUL_CEILING, COPY_CEILING = 790e12, 4.3e12
-
 
 def flops(s):
     """{term: (from the shapes, flops of a token)}, forward."""
@@ -164,28 +146,23 @@ def flops(s):
              "fcproj": f"2 · 4·{C} · {C} · {L}", "lm-head": f"2 · {C} · {Vp}"}
     return {name: (text, eval(text.replace("·", "*"))) for name, text in terms.items()}
 
-
 def attention_flops(s):
     """Forward: two products (scores; their sum of values), of which causality leaves (T+1)/2 keys to a query on average."""
     return 4 * s.C * (s.T + 1) / 2 * s.L
-
 
 def term(kernel):
     """Which of the budget's terms a kernel of a profile, or of traffic.py, belongs to."""
     terms = {"attention_forward": "forward", "attention_backward": "backward", gpu.LIBRARY: "matmuls", traffic.MATMUL: "matmuls"}
     return next((name for begin, name in terms.items() if kernel.startswith(begin)), "others")
 
-
 def counted(s, mode):
     """What traffic.py counts of a mode of gpu.py."""
     name = {gpu.EXACT.row: traffic.BASE, gpu.FUSED.row: "exact, -ge 2"}.get(mode.row, mode.row)
     return traffic.Count(s, next(m for m in traffic.MODES if m.name == name))
 
-
 def element_wise(count):
     """{kernel: bytes of a step}: all but matmuls and attention."""
     return {k: n for k, n in count.bytes().items() if term(k) == "others"}
-
 
 def microseconds(count, backward=BACKWARD):
     """(matmuls, attention forward, attention backward, element-wise) of a token, by the budget."""
@@ -193,18 +170,15 @@ def microseconds(count, backward=BACKWARD):
     return (3 * sum(n for _, n in flops(s).values()) / MATMUL * 1e6, attention_flops(s) / FORWARD * 1e6,
             2.5 * attention_flops(s) / backward * 1e6, sum(element_wise(count).values()) / COPY / (s.B * s.T) * 1e6)
 
-
 def profiles_of(found, *modes):
     """[(GPU's folder, mode, {kernel: microseconds of a token})] of what was profiled."""
     return [(where, mode, {k: v["ms"] * 1e3 / (e["B"] * e["T"]) for k, v in e["kernels"].items()})
             for where, data in found.items() for mode in modes for e in entries(data, "bench", "kernels") if e["row"] == mode.row]
 
-
 def took(profile, choose, work, unit, digits):
     """Measured microseconds of some kernels, and the rate that they are."""
     t = sum(us for k, us in profile.items() if choose(k))
     return f"{t:.{digits}f} ({work / t * 1e6 / 1e12:,.{1 if unit == 'TB/s' else 0}f} {unit})" if t else NOTHING
-
 
 def terms_table(s, found):
     """The budget of exact, -r 0 -ge 0; measured is a profile of that mode."""
@@ -232,7 +206,6 @@ def terms_table(s, found):
     head = ["a token's", "from the shapes", "MFLOP or KB", "at", "µs"]
     return table([*head, *(f"measured, µs ({where})" for where, *_ in profiles)], rows, left=2)
 
-
 def passes_table(s, found):
     """Bytes and microseconds of each element-wise kernel, exact -r 0 and USE_APPROXBP=1."""
     bytes_of = {mode: element_wise(counted(s, mode)) for mode in (gpu.EXACT, gpu.BOTH)}
@@ -250,7 +223,6 @@ def passes_table(s, found):
     return table(["kernel", "exact, KB a token", "µs at 4 TB/s", "USE_APPROXBP=1, KB", "µs",
                   *(f"measured, {'exact' if mode is gpu.EXACT else mode.row} ({where})" for where, mode, _ in profiles)], rows)
 
-
 def modes_table(s, found):
     """The budget of each mode, and what a run reaches of it."""
     rows = []
@@ -265,7 +237,6 @@ def modes_table(s, found):
     return table(["mode", "matmuls", "attention", "other kernels", "sum, µs a token", "tokens/s",
                   *(f"measured, tokens/s ({where})" for where in found)], rows)
 
-
 def sweeps_table(found):
     """What gpu.sh has tried of settings that are chosen by hand; nothing where no GPU has."""
     speeds = {mode: [mean(measured(data, "bench", gpu.SMALL.name, "fixed", mode.row), "tokens_per_s") for data in found.values()]
@@ -275,7 +246,6 @@ def sweeps_table(found):
     rows = [[f"`{mode.options}`", *(f"{v:,.0f}" if v else NOTHING for v in values)] for mode, values in speeds.items()]
     return ["", "Settings that are chosen by hand, tokens/s (exact; the first two with what is the default):", "",
             *table(["options", *found], rows)]
-
 
 def budget_section(found):
     found = {where: data for where, data in found.items() if "bench" in data}
@@ -297,9 +267,7 @@ def budget_section(found):
             "the matmul is not. `-r 1`, `-r 2` and `MS_NORM=1` are counted at `-ge 0`, and run at what is faster:", "",
             *modes_table(s, found), *sweeps_table(found)]
 
-
-# ----------------------------------------------------------------------------
-# dev/cuda/README.md: the kernels
+# ---- dev/cuda/README.md: the kernels ---------------------------------------------------------------
 
 def shares_section(found):
     lines = []
@@ -316,8 +284,6 @@ def shares_section(found):
     return lines[:-1] or NOT_YET
 
 
-# ----------------------------------------------------------------------------
-
 def between(text, name, lines, path):
     """The text with these lines between its markers; None if it has no such markers."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
@@ -326,7 +292,6 @@ def between(text, name, lines, path):
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
         sys.exit(f"report.py: {path}: expected one {begin} and one {end} after it")
     return text[:text.index(begin) + len(begin)] + "\n" + "\n".join(lines) + "\n" + text[text.index(end):]
-
 
 def main():
     parser = argparse.ArgumentParser(description="Tables and plots of dev/bench/results.")
@@ -357,7 +322,6 @@ def main():
                 f.write(new.encode())
             print(f"{name}: written")
     sys.exit(1 if stale else 0)
-
 
 if __name__ == "__main__":
     main()

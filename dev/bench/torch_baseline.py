@@ -27,16 +27,13 @@ try:
 except ImportError:
     sys.exit("torch_baseline.py: this Python has no PyTorch; install it (pytorch.org) or run another Python")
 
-
 def attention_by_hand(q, k, v, is_causal):
     """For a PyTorch before 2.0, which does not have the function: it stores T x T scores."""
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))
     future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
     return scores.masked_fill(future, -math.inf).softmax(-1).to(v.dtype) @ v
 
-
 attention = getattr(F, "scaled_dot_product_attention", attention_by_hand)
-
 
 class Attention(nn.Module):
     def __init__(self, C, heads):
@@ -49,7 +46,6 @@ class Attention(nn.Module):
         q, k, v = (part.view(B, T, self.heads, C // self.heads).transpose(1, 2) for part in self.qkv(x).split(C, dim=2))
         return self.out(attention(q, k, v, is_causal=True).transpose(1, 2).reshape(B, T, C))
 
-
 class Block(nn.Module):
     def __init__(self, C, heads):
         super().__init__()
@@ -59,7 +55,6 @@ class Block(nn.Module):
     def forward(self, x):
         x = x + self.attention(self.ln1(x))
         return x + self.down(F.gelu(self.up(self.ln2(x)), approximate="tanh"))
-
 
 class GPT2(nn.Module):
     def __init__(self, size):
@@ -81,7 +76,6 @@ class GPT2(nn.Module):
         logits = F.linear(self.norm(x), self.tokens.weight)  # the head is the embedding
         return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1))
 
-
 def read_tokens(path, V):
     """A token file of 16 bits: a header of 256 int32, then the ids."""
     with open(path, "rb") as f:
@@ -89,7 +83,6 @@ def read_tokens(path, V):
     if list(head[:2]) != [20240520, 1] or head[2] != len(body) or max(body) >= V:
         sys.exit(f"torch_baseline.py: {path}: expected a token file of 16 bits, as prepro/text.py writes, with ids below {V}")
     return torch.tensor(body.tolist(), dtype=torch.long)
-
 
 def batches(ids, B, T, device):
     """Sequences one after the other; moved to the device from pinned memory."""
@@ -101,7 +94,6 @@ def batches(ids, B, T, device):
             pair = pair.pin_memory().to(device, non_blocking=True)
         yield pair.view(2, B, T)
         at = at + B * T if at + 2 * B * T + 1 <= len(ids) else 0
-
 
 def train(a, device):
     """(losses, milliseconds) of the steps."""
@@ -142,7 +134,6 @@ def train(a, device):
     ms = [begun.elapsed_time(ended) if cuda else (ended - begun) * 1e3 for begun, ended in zip(marks, marks[1:])]
     return [float(loss) for loss in losses], ms
 
-
 def main():
     parser = argparse.ArgumentParser(description="Times GPT-2's training in PyTorch.")
     parser.add_argument("-e", "--model", default="d12", metavar="SIZE", help="d12, or a size like gpt2:L2,H2,C64,T32,V257 (d12)")
@@ -170,7 +161,6 @@ def main():
         print(f"step {step:5d}/{a.steps} | loss {pair[0]:.4f} | {pair[1]:.2f} ms")
     if a.device == "cuda":
         print(f"{torch.cuda.max_memory_allocated()} bytes allocated, {torch.cuda.max_memory_reserved()} bytes reserved")
-
 
 if __name__ == "__main__":
     main()

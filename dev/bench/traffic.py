@@ -37,7 +37,6 @@ AGAIN = {"forward": 1.0, "dq": 1.0, "dkv": 1.0}
 # element: bytes of a weight or an activation; micro: micro-batches per step; master: fp32 copies of bf16 weights
 Shape = namedtuple("Shape", "L NH C maxT V B T micro element master chunks")
 
-
 def shape(model, B, T, total=None, precision="BF16", chunks=None):
     """What -e, -b, -t, -d and --loss-chunks say; a size that makes no sense is a ValueError."""
     n = model_size(model)
@@ -53,7 +52,6 @@ def shape(model, B, T, total=None, precision="BF16", chunks=None):
     if -(-B * T // whole) == -(-B * T // rows):
         rows = whole
     return Shape(n.L, n.H, n.C, n.T, n.V, B, T, (total or B * T) // (B * T), element, element == 2, -(-B * T // rows))
-
 
 def tensors(s, m):
     """Bytes of each tensor, of one layer or of the model, under the ledger's name where it is on the ledger.
@@ -99,9 +97,7 @@ def tensors(s, m):
     t["squares"], t["step_state"] = 4 * sum(-(-n // 2048) for n in layered.values()), 4 * (2 + 6 + 2 * 128 + 1)
     return t
 
-
-# ----------------------------------------------------------------------------
-# the launches of a step, in their order
+# ---- the launches of a step, in their order --------------------------------------------------------
 #
 #   phase, how often, kernel, of what, tensors read > written + gradients written, in which modes
 #
@@ -175,7 +171,6 @@ update   | step   | adamw                     |                      | grads m v
 """
 Launch = namedtuple("Launch", "phase per kernel what reads writes grads modes")
 
-
 def launch(line):
     phase, per, kernel, what, moved, *modes = (x.strip() for x in line.split("|"))
     reads, _, writes = moved.partition(">")
@@ -183,10 +178,8 @@ def launch(line):
     kernel += "" if kernel == MATMUL else "_kernel"
     return Launch(phase, per, kernel, what, *(tuple(x.split()) for x in (reads, writes, grads)), modes[0] if modes else "True")
 
-
 LAUNCHES = [launch(line) for line in TABLE.strip().splitlines()]
 WIDE = {"fch", "fch_gelu", "dfch"}  # the (B,T,4C) tensors
-
 
 class Count:
     """A mode's launches with their bytes. rows: (launch, calls, bytes read, bytes written in a step)."""
@@ -240,7 +233,6 @@ class Count:
         names += ["ln1", "ln2"] * (m.norm or m.r < 2) + ["stream"] * (0 if m.norm else 2) + ["fch_gelu"] * (m.bits > 0 or m.r < 1)
         return sum(self.tensors[name] for name in names) / self.unit()
 
-
 def report(s, counts):
     """Three tables, a column per mode."""
     def table(title, rows):
@@ -267,7 +259,6 @@ def report(s, counts):
         ["reads and writes of (B,T,4C) tensors", *(c.wide()[0] for c in counts)],
         ["kernels with such a tensor", *(c.wide()[1] for c in counts)]])
 
-
 def main():
     parser = argparse.ArgumentParser(description="Bytes that a step moves, by kernel and mode.")
     parser.add_argument("-e", "--model", default="d12", help="d12, or a size like gpt2:L4,H4,C128,T64,V257 (d12)")
@@ -281,7 +272,6 @@ def main():
     except ValueError as e:
         parser.error(str(e))
     report(s, [Count(s, m) for m in MODES])
-
 
 if __name__ == "__main__":
     main()

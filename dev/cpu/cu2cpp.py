@@ -46,10 +46,8 @@ ALIGNMENT = re.compile(r'\b(?:alignas|__align__)\s*\([^()]*\)\s*')
 DECLARATOR = re.compile(rf'\s*((?:{ALIGNMENT.pattern})?[^&()]*?)\s*(\**)\s*({NAME})\s*((?:\[[^]]*\]\s*)*)', re.S)
 KNOWN = 'cu2cpp knows  __shared__ T a[N][M], *b, c;  and  extern __shared__ T name[];  with alignas before the type or the keyword'
 
-
 class CudaError(Exception):
     pass
-
 
 class Source:
     """One file. `code` is its text with blanks where literals, comments and directives stand, so that a place in one is the same place
@@ -190,7 +188,6 @@ class Source:
             return begin, end, f'{Source(path).translate()}\n#line {self.text.count(chr(10), 0, end) + 1} "{self.path}"\n'
         return begin, end, '\n' * text.count('\n')
 
-
 def main():
     parser = argparse.ArgumentParser(description='Rewrite kernel launches and __shared__ so that g++ can compile a CUDA file.')
     parser.add_argument('source', metavar='IN.cu')
@@ -203,7 +200,6 @@ def main():
     # nvcc includes cuda_runtime.h before the first line of every source; so do we
     with open(arguments.output, 'w', encoding='utf-8', errors='surrogateescape') as f:
         f.write('#include <cuda_runtime.h>\n' + body)
-
 
 if __name__ == '__main__':
     main()

@@ -17,18 +17,15 @@ for number, action in ((signal.SIGINT, signal.default_int_handler), (signal.SIGH
     if signal.getsignal(number) == signal.SIG_IGN:
         signal.signal(number, action)
 
-
 @pytest.fixture
 def lab(tmp_path):
     """A folder of its own, in which the trainer runs."""
     return Lab(tmp_path)
 
-
 @pytest.fixture(scope="module")
 def shared_lab(tmp_path_factory):
     """One for a whole file of tests, for those that only compare logs."""
     return Lab(tmp_path_factory.mktemp("lab"))
-
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem):
@@ -43,7 +40,6 @@ def pytest_pyfunc_call(pyfuncitem):
                        cwd=ROOT, timeout=300)
     assert done.status == 0 and "1 passed" in done.out, done.out + done.err
     return True
-
 
 def pytest_unconfigure(config):
     """The last lines: each reason to skip with the tests that it skips, then how many passed, failed and were skipped."""

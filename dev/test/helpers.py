@@ -22,12 +22,10 @@ FIXTURES = ROOT / "dev/test/fixtures"
 
 NO_NVCC = "nvcc is not installed (CUDA Toolkit)"
 
-
 @functools.lru_cache(None)
 def nvcc():
     there = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
     return there if os.access(there, os.X_OK) else None
-
 
 @functools.lru_cache(None)
 def gpu():
@@ -36,7 +34,6 @@ def gpu():
     except OSError:
         return False
     return done.stdout.startswith("GPU")
-
 
 def program(variant, name="train_gpt2"):
     """The path of a built program. What this machine cannot build is a skip, what was not built a failure."""
@@ -53,23 +50,19 @@ def program(variant, name="train_gpt2"):
         pytest.fail(f"{path} was not built: make variants", pytrace=False)
     return path
 
-
 def library(name, package=None):
     """A Python library that some tests use, or a skip that says what would bring it."""
     return pytest.importorskip(name, reason=f"Python's {name} is not installed ({f'Debian: {package}' if package else f'PyPI: {name}'})")
 
-
 def heeding_modes():
     """What goes before a command to which the modes of files are to matter, as they do not to root."""
     return ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
-
 
 def mpirun(ranks):
     """The command that starts so many processes, whoever we are and however few cores there are."""
     if not shutil.which("mpirun"):
         pytest.skip("mpirun is not installed (Debian: openmpi-bin)")
     return ["mpirun", "--oversubscribe", *(["--allow-run-as-root"] if os.geteuid() == 0 else []), "-np", str(ranks)]
-
 
 def environment(**extra):
     """Ours, without what would change a program behind a test's back."""
@@ -78,7 +71,6 @@ def environment(**extra):
     env.update({k: str(v) for k, v in extra.items()})
     return env
 
-
 def execute(*command, cwd, env=None, timeout=120, before=None, input=None):
     """Runs a program to its end; before() is called in the new process first."""
     reads = {"stdin": subprocess.DEVNULL} if input is None else {"input": input}
@@ -86,19 +78,16 @@ def execute(*command, cwd, env=None, timeout=120, before=None, input=None):
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, **reads)
     return SimpleNamespace(status=done.returncode, out=done.stdout.decode(errors="replace"), err=done.stderr.decode(errors="replace"))
 
-
 def script(path, *arguments, status=0, cwd=ROOT, timeout=900, prefix=(), **how):
     """Runs a Python script of the tree, which shows no traceback. Returns its output, or what it says on stderr if it is to fail."""
     done = execute(*prefix, sys.executable, "-B", ROOT / path, *arguments, cwd=cwd, timeout=timeout, **how)
     assert done.status == status and "Traceback" not in done.err, done.out[-1500:] + done.err[-1500:]
     return done.err if status else done.out
 
-
 # ---- token files ---------------------------------------------------------------------------------
 
 def header(*values):
     return struct.pack("<256i", *values, *[0] * (256 - len(values)))
-
 
 def write_tokens(path, ids, bits=16, magic=None, version=None, count=None, cut=0):
     """A token file; magic, version and count can be told to lie, and cut bytes be missing at its end."""
@@ -107,10 +96,8 @@ def write_tokens(path, ids, bits=16, magic=None, version=None, count=None, cut=0
     Path(path).write_bytes((header(magic or default_magic, version or default_version, len(ids) if count is None else count)
                             + body)[:1024 + len(body) - cut])
 
-
 def write_tokenizer(path, tokens, eot):
     Path(path).write_bytes(header(20240328, 2, len(tokens), eot) + b"".join(bytes([len(t)]) + t for t in tokens))
-
 
 def words(n, vocab=257, seed=1):
     """n tokens that a model can learn something about: a few words of letters, in random order."""
@@ -121,17 +108,14 @@ def words(n, vocab=257, seed=1):
         text += rng.choice(vocabulary)
     return [c % vocab for c in text[:n]]
 
-
 # ---- models --------------------------------------------------------------------------------------
 
 SLOTS = ["wte", "wpe", "ln1w", "ln1b", "qkvw", "qkvb", "attprojw", "attprojb", "ln2w", "ln2b",
          "fcw", "fcb", "fcprojw", "fcprojb", "lnfw", "lnfb"]
 MATRICES = ["wte", "wpe", "qkvw", "attprojw", "fcw", "fcprojw"]
 
-
 def padded(V):
     return (V + 127) // 128 * 128
-
 
 class Shape:
     """Sizes of a GPT-2; size() is what -e takes."""
@@ -151,16 +135,13 @@ class Shape:
     def header(self, version):
         return header(20240326, version, self.T, self.V, self.L, self.H, self.C, self.Vp)
 
-
 def to_bf16(values):
     """float32 values to the upper 16 bits, to nearest, ties to even."""
     bits = struct.unpack(f"<{len(values)}I", struct.pack(f"<{len(values)}f", *values))
     return [(b + 0x7FFF + (b >> 16 & 1)) >> 16 for b in bits]
 
-
 def from_bf16(bits):
     return list(struct.unpack(f"<{len(bits)}f", struct.pack(f"<{len(bits)}I", *[b << 16 for b in bits])))
-
 
 def random_model(shape, seed=1, std=0.08):
     """{name: values}, in float32 that bf16 can hold, so that both versions of the file say the same."""
@@ -171,16 +152,13 @@ def random_model(shape, seed=1, std=0.08):
         tensors["wte"][i] = 0.0
     return tensors
 
-
 def model_bytes(shape, tensors, version):
     flat = [x for name in SLOTS for x in tensors[name]]
     body = struct.pack(f"<{len(flat)}f", *flat) if version == 3 else struct.pack(f"<{len(flat)}H", *to_bf16(flat))
     return shape.header(version) + body
 
-
 def write_model(path, shape, tensors, version=3):
     Path(path).write_bytes(model_bytes(shape, tensors, version))
-
 
 def read_model(path, shape):
     """{name: values} after checking what any model of this shape must be. Values are as stored, widened to float."""
@@ -197,7 +175,6 @@ def read_model(path, shape):
         at += n
     return tensors
 
-
 # ---- training ------------------------------------------------------------------------------------
 
 LONG = {  # alias: long option
@@ -211,7 +188,6 @@ LONG = {  # alias: long option
 SMALL = {"--train-data": "train.bin", "--val-data": "val.bin", "--model": Shape().size(), "--batch": 2, "--seq-len": 32, "--steps": 4,
          "--lr": 1e-3, "--val-every": 0, "--sample-every": 0}
 
-
 def options(*given):
     """SMALL's options with those given in their place, as typed: options("--steps", 3) or options("-x", 3)."""
     merged, flags, given = {name: (name, value) for name, value in SMALL.items()}, [], list(given)
@@ -224,12 +200,10 @@ def options(*given):
         merged[LONG.get(typed, typed)] = (typed, value)
     return [str(x) for pair in merged.values() if pair[1] is not None for x in pair] + flags
 
-
 def read_log(path):
     """The lines of a --log file, each checked to be JSON (which has no NaN)."""
     with open(path) as f:
         return [json.loads(line, parse_constant=pytest.fail) for line in f]
-
 
 class Lab:
     """A folder with train.bin, val.bin and tokenizer.bin in it, in which the trainer runs."""
@@ -267,22 +241,18 @@ class Lab:
         where = self.path(folder)
         return {p.name: p.read_bytes() for p in sorted(where.iterdir()) if p.name != ".lock" and p.is_file()} if where.exists() else {}
 
-
 def names(step):
     """Of the files of a checkpoint of one process."""
     return [f"model_{step:08d}.bin", f"state_{step:08d}_00000.bin", f"DONE_{step:08d}"]
-
 
 def learned(result):
     """What two runs that compute the same have in common: the log without its clock."""
     clock = ("ms", "tokens_per_s", "mfu")
     return [{k: v for k, v in line.items() if k not in clock} for line in result.log]
 
-
 def close(a, b, tolerance):
     """Two lists of numbers, or two numbers, to a relative tolerance."""
     return a == pytest.approx(b, rel=tolerance, abs=0)
-
 
 def says(message, *parts):
     """Every part stands in a message, whatever its line breaks."""

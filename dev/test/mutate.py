@@ -83,16 +83,13 @@ KIND = {"<": "LT", "<=": "LE", ">": "GT", ">=": "GE", "==": "EQ", "!=": "NE"}
 
 Mutant = namedtuple("Mutant", "number function name begin end operator")   # begin, end: of the operator, or the barrier's statement
 
-
 class MutateError(Exception):
     pass
-
 
 def blank(patterns, text):
     for pattern in patterns:
         text = re.sub(pattern, lambda m: re.sub(r"[^\n]", " ", m[0]), text, flags=re.S | re.M)
     return text
-
 
 def functions(code):
     """(name, begin, end) of the body of each device function: it ends on its line, or with a bracket as far left as it begins."""
@@ -101,7 +98,6 @@ def functions(code):
         name = re.search(r"(operator\W+|\w+)\(", re.sub(r"(__launch_bounds__|__align__|alignas)\([^)]*\)", "", head[2]))
         if "constexpr" not in head[0]:
             yield re.sub(r"\s", "", name[1]), head.end(), end.end()
-
 
 def find(text):
     """The mutants of a source, in its order; each operator's share a begin."""
@@ -118,7 +114,6 @@ def find(text):
                 mutants.append(Mutant(len(mutants) + 1, function, " ".join(name.split()), m.start(), m.end(), m[0]))
     return mutants
 
-
 def match_equivalents(mutants, entries=None):
     """{number: argument}; an entry that does not fit as many mutants as it says is an error."""
     found = {}
@@ -128,7 +123,6 @@ def match_equivalents(mutants, entries=None):
             raise MutateError(f"EQUIVALENT: {piece}: expected {count} mutants, found {len(fits)}")
         found.update(dict.fromkeys(fits, argument))
     return found
-
 
 # ---- the copy that has them all ------------------------------------------------------------------
 
@@ -199,7 +193,6 @@ INLINE bool operator==(Left<K, A> left, B b) {
 }  // namespace mutation
 """
 
-
 def mutated(text, mutants):
     """The source with every mutant switchable; a line stays where it is."""
     pieces, position = [], 0
@@ -215,7 +208,6 @@ def mutated(text, mutants):
         position = m.end
     return "".join(pieces) + text[position:]
 
-
 # ---- building and running ------------------------------------------------------------------------
 
 Build = namedtuple("Build", "name flags orders")
@@ -224,7 +216,6 @@ ORDERS = {"forward": {}, "reverse": {"SIMT_ORDER": "reverse"}, "priority 1": {"S
           "not poisoned": {"SIMT_POISON": "0"}}   # what nobody wrote is not NaN, which fmaxf would pass over, but what was there before
 BUILDS = [Build("bf16", [], list(ORDERS)), Build("san", ["SAN=1"], ["forward"]), Build("fp32", ["PRECISION=FP32"], list(ORDERS))]
 interrupted = threading.Event()
-
 
 def build(text, mutants, names, how, jobs):
     """Makes the programs in a copy of the tree, in which only what has changed is written again."""
@@ -240,7 +231,6 @@ def build(text, mutants, names, how, jobs):
                            "CXXFLAGS=-w -O1 -fwhole-program -include mutation.h"], cwd=OUT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     if done.returncode != 0:
         raise MutateError(done.stderr[:6000])
-
 
 def run(program, env, seconds=600):
     """(what was wrong, output) of a program that runs to its end, or until it has had the time that it may."""
@@ -259,7 +249,6 @@ def run(program, env, seconds=600):
             status = process.returncode
             said = re.search(rb"simt error: [^\n]{0,60}|AddressSanitizer|runtime error|written beside a tensor|FAIL", err + out)
             return status and (said[0].decode(errors="replace") if said else f"status {status}"), out
-
 
 class Program:
     """One build, and what it did without a mutant: its seconds and output, and the mutants that would make a difference."""
@@ -287,7 +276,6 @@ class Program:
                 return f"{self.name} {self.how.name} {order}: {wrong or 'other output than in another order'}"
         return None
 
-
 def in_parallel(function, items, jobs):
     """[function(item)]; Ctrl-C ends what runs."""
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
@@ -299,17 +287,14 @@ def in_parallel(function, items, jobs):
             pool.shutdown(cancel_futures=True)
             raise
 
-
 def say(text):
     print(text, flush=True)
-
 
 # ---- the result ----------------------------------------------------------------------------------
 
 def fingerprint(text):
     """Of the code alone: comments and blanks do not count."""
     return hashlib.sha256("".join(re.sub(NO_CODE[0].split('|"')[0], "", text, flags=re.S).split()).encode()).hexdigest()[:16]
-
 
 def summary(text, mutants, killed, equivalent):
     """What goes into mutation.json; killed: {number: by what}."""
@@ -319,7 +304,6 @@ def summary(text, mutants, killed, equivalent):
     return {"source": fingerprint(text), "date": datetime.date.today().isoformat(), "mutants": len(mutants), "killed": len(killed),
             "score": round(len(killed) / max(1, len(everyone - set(equivalent))), 4), "survived": names(everyone - set(equivalent) - set(killed)),
             "equivalent": names(equivalent), "kills": sorted(f"{m.function}: {m.name} -- {killed[m.number]}" for m in mutants if m.number in killed)}
-
 
 def main():
     parser = argparse.ArgumentParser(description="Mutation testing of train_gpt2.cu's kernels by the programs of dev/cuda.")
@@ -354,7 +338,6 @@ def main():
     say(f"{len(chosen)} mutants, {len(killed)} killed, {len(result['survived'])} survived, {len(result['equivalent'])} equivalent; "
         f"{100 * result['score']:.1f} % of those not equivalent are killed ({100 * ENOUGH:.0f} % is enough), in {time.monotonic() - begin:.0f} s")
     return 0 if result["score"] >= ENOUGH and not wrong else 1
-
 
 if __name__ == "__main__":
     try:

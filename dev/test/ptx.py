@@ -39,7 +39,6 @@ ONE_BY_ONE = {
     ("attention_backward_dkv_tc_kernel", "qkv"): (ANY, True, FRAGMENT)}
 CONSTANTS = ("__cudart_i2opi_f",)  # a table of the compiler's own, for sines of large numbers
 
-
 def parameters(source):
     """{kernel: names of its parameters}, None for those that are numbers"""
     found = {}
@@ -52,18 +51,15 @@ def parameters(source):
         found[name] = [None if number.match(part) else re.findall(r"\w+", part)[-1] for part in parts]
     return found
 
-
 def template(mangled):
     """A kernel's name, and its template's numbers: <64, 2>"""
     name = re.search(r"[a-z]\w*?_kernel", mangled)[0]
     numbers = re.match(r"(?:I(?:L[a-z]n?\d+E)+E)?", mangled[mangled.index(name) + len(name):])[0]
     return name, f"<{', '.join(re.findall(r'L[a-z](n?[0-9]+)E', numbers))}>" if numbers else ""
 
-
 def kernels(ptx):
     """[(a kernel's name, its template's numbers, its body)]"""
     return [(*template(mangled), body) for mangled, body in re.findall(r"\.entry (\w+)\((.*?)\n}", ptx, re.S)]
-
 
 def loads(body):
     """[(where an address came from, bytes)]: the number of a parameter, or a symbol's name; ? where it is not clear."""
@@ -107,7 +103,6 @@ def loads(body):
         return found
     return [(origins(address), size) for address, size in addresses]
 
-
 def widths(ptx, source):
     """{(kernel, template's numbers): {tensor: Counter of bytes a load}}"""
     names, found = parameters(source), {}
@@ -117,7 +112,6 @@ def widths(ptx, source):
             of = {names[name][o] if isinstance(o, int) else o for o in origins} - {None}
             read[" or ".join(sorted(of)) or "?"][size] += 1
     return found
-
 
 def flags(ptx, source):
     """What is read more narrowly than it should be: a line each, with the kernel's name."""
@@ -136,7 +130,6 @@ def flags(ptx, source):
                 lines.append(f"{kernel}{numbers}: {tensor} is read by {seen}; expected loads of 16 bytes besides")
     return lines
 
-
 def main():
     wrong = 0
     for path in sys.argv[1:]:
@@ -144,7 +137,6 @@ def main():
         wrong += len(found)
         print(*found, f"{path}: {len(found)} tensors are read too narrowly", sep="\n")
     sys.exit(wrong > 0)
-
 
 if __name__ == "__main__":
     main()

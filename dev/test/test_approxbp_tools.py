@@ -18,7 +18,6 @@ import merge_norm  # noqa: E402
 
 TABLE = [(function, bits) for function in ("gelu-tanh", "silu") for bits in (1, 2, 3, 4)]
 
-
 # ---- the table -----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("function, bits", TABLE)
@@ -29,13 +28,11 @@ def test_constraints(function, bits):
     assert slopes[0] == 0 and slopes[-1] == 1
     assert abs(math.fsum(np.diff(slopes) * c)) < 3e-15  # sum a c; sum a = 1 is the line above
 
-
 def test_two_bits_are_the_published_ones():
     assert codes.CODES["gelu-tanh"][2] == ((-3.1858810036855245, -0.001178821281161997, 3.190832613414926),
                                            (0, -0.04922261145617846, 1.0487405950855512, 1))
     assert codes.CODES["silu"][2] == ((-6.3050461001646445, -0.0008684942046214787, 6.325815242089708),
                                       (0, -0.04060357190528599, 1.0403218566243820, 1))
-
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 def test_the_trainer_has_the_table(bits):
@@ -43,7 +40,6 @@ def test_the_trainer_has_the_table(bits):
     body = re.search(rf"StepFunction<{bits}> gelu_steps<{bits}>\(\) \{{.*?return \{{(.*?)\}};", text, re.S)[1]
     found = [[float(x.rstrip("f")) for x in part.split(",")] for part in re.findall(r"\{([^{}]*)\}", body)]
     assert found == [list(part) for part in codes.CODES["gelu-tanh"][bits]]
-
 
 @pytest.mark.parametrize("function, bits", TABLE)
 def test_codes_by_a_loop(function, bits):
@@ -58,7 +54,6 @@ def test_codes_by_a_loop(function, bits):
     assert codes.codes(np.float32([np.nan, -np.nan]), function, bits).tolist() == 2 * [2**bits - 1]
     assert codes.slopes(np.float32([-far, far, np.nan]), function, bits).tolist() == [0, 1, 1]
 
-
 # ---- fit_codes.py --------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
@@ -66,14 +61,11 @@ def fit_codes():
     library("scipy", "python3-scipy")
     return importlib.import_module("fit_codes")
 
-
 @pytest.mark.parametrize("function", ["gelu-tanh", "silu"])
 def test_the_table_is_the_fit(fit_codes, function):
     """3 bits, which is not symmetric for GELU. The table's 2 bits are the published ones."""
     for found, table in zip(fit_codes.fit(function, 3), codes.CODES[function][3]):
         np.testing.assert_allclose(found, table, rtol=0, atol=1e-9)
-
-
 
 def test_fit_codes_program(fit_codes, tmp_path):
     library("matplotlib", "python3-matplotlib")
@@ -82,14 +74,12 @@ def test_fit_codes_program(fit_codes, tmp_path):
     assert (tmp_path / "new/codes.png").read_bytes()[:4] == b"\x89PNG"
     assert "choose from" in script("dev/bench/fit_codes.py", "--bits", 5, status=2)
 
-
 # ---- reference.py --approxbp ---------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def reference():
     library("torch", "python3-torch")
     return importlib.import_module("reference")
-
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 def test_coded_gelu(reference, bits):
@@ -106,7 +96,6 @@ def test_coded_gelu(reference, bits):
     assert activation.calls == [(x.size, 0.0)]
     assert reference.CodedActivation(bits)(torch.tensor([math.nan], dtype=torch.float64)).isnan().all()
 
-
 @pytest.mark.parametrize("args, what", [(["--act-bits", 3], "--approxbp"), (["--margin", 1e-5], "--approxbp"),
                                         (["--approxbp", "--margin", 0], "above 0"), (["--approxbp", "--margin", "nan"], "above 0"),
                                         (["--approxbp", "--margin", 5, "--steps", 0], "no seed from 1 to 1000")])
@@ -116,7 +105,6 @@ def test_reference_errors(reference, tmp_path, monkeypatch, args, what):
     with pytest.raises(SystemExit, match=what):
         reference.main()
     assert os.listdir(tmp_path) == []
-
 
 # ---- merge_norm.py -------------------------------------------------------------------------------
 
@@ -142,7 +130,6 @@ def test_merge_norm(tmp_path, version):
         assert (new[name] == old[name]).all()
     assert script("prepro/merge_norm.py", tmp_path / "out.bin", tmp_path / "again.bin").count("nothing to merge") == 2
     assert (tmp_path / "again.bin").read_bytes() == (tmp_path / "out.bin").read_bytes()
-
 
 def test_merge_errors(tmp_path):
     model, out = FIXTURES / "gpt2_c96.bin", tmp_path / "out.bin"

@@ -12,7 +12,6 @@ from helpers import ROOT, Shape, random_model, write_model
 sys.path.insert(0, str(ROOT / "prepro"))
 from atomic import atomic  # noqa: E402
 
-
 def merge(folder, out, status=0):
     """merge_norm.py, a script that writes one file; what it says."""
     done = subprocess.run([sys.executable, ROOT / "prepro/merge_norm.py", "m.bin", out], cwd=folder, stdin=subprocess.DEVNULL,
@@ -20,10 +19,8 @@ def merge(folder, out, status=0):
     assert done.returncode == status and b"Traceback" not in done.stderr, done.stderr
     return done.stderr.decode() if status else done.stdout
 
-
 def names(folder):
     return sorted(os.listdir(folder))
-
 
 def test_what_a_killed_process_left_is_swept(tmp_path):
     dead = subprocess.Popen(["true"])
@@ -33,7 +30,6 @@ def test_what_a_killed_process_left_is_swept(tmp_path):
     with atomic(tmp_path / "t.bin") as (f,):
         f.write(b"whole")
     assert names(tmp_path) == ["t.bin", "t.bin.1.tmp", "t.bin.mine.tmp"], "process 1 is alive"
-
 
 def test_links_stay_links(tmp_path):
     """A link, a chain of them that ends nowhere yet, one to another folder; and what is replaced keeps its permissions."""
@@ -50,7 +46,6 @@ def test_links_stay_links(tmp_path):
     assert [(tmp_path / name).read_bytes() for name in ("far/old", "d")] == [b"1", b"2"]
     assert (tmp_path / "far/old").stat().st_mode & 0o777 == 0o640
     assert names(tmp_path) == ["a", "b", "d", "far"] and names(tmp_path / "far") == ["c", "old"]
-
 
 def test_what_is_no_file_is_not_replaced(tmp_path):
     """Devices and FIFOs are written to, and what this process has open; a folder is refused, and so is a FIFO that nobody reads."""

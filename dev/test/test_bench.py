@@ -27,7 +27,6 @@ VARIANT = {(0, False): "cpu-bf16", (2, False): "cpu-act-bf16", (0, True): "cpu-n
 TRY = "gpt2:L3,H2,C32,T32,V257"  # three layers: a first, a middle and a last one
 B, T = 2, 32
 
-
 # ---- traffic.py ----------------------------------------------------------------------------------
 
 MODES = [*traffic.MODES,
@@ -36,11 +35,9 @@ MODES = [*traffic.MODES,
          traffic.Mode("norm, -r 2 -ge 2", "-r 2 -ge 2", 0, True, 2, 2),
          traffic.Mode("both, -r 1", "-r 1", 2, True, 1, 0)]
 
-
 def case(mode):
     """The program that is this mode, and its options."""
     return program(VARIANT[mode.bits, mode.norm]), ["-e", TRY, "-b", B, "-t", T, *mode.flags.split()]
-
 
 def calls_of_a_step(lab, mode, *options, steps=2):
     """{kernel: calls} as the program makes them; a kernel's name without its template arguments."""
@@ -57,14 +54,12 @@ def calls_of_a_step(lab, mode, *options, steps=2):
             calls[name] = calls.get(name, 0) + int(n) / steps
     return calls
 
-
 @pytest.mark.parametrize("mode", MODES, ids=lambda m: m.name)
 def test_kernels_and_calls_are_the_programs(shared_lab, mode):
     assert calls_of_a_step(shared_lab, mode) == traffic.Count(traffic.shape(TRY, B, T), mode).calls()
     if mode.name in (traffic.BASE, "USE_APPROXBP=1"):
         counted = traffic.Count(traffic.shape(TRY, B, T, total=3 * B * T, chunks=2), mode).calls()
         assert calls_of_a_step(shared_lab, mode, "-d", 3 * B * T, "--loss-chunks", 2, steps=1) == counted
-
 
 @pytest.mark.parametrize("micro", [1, 2])
 @pytest.mark.parametrize("mode", MODES, ids=lambda m: m.name)
@@ -88,7 +83,6 @@ def test_tensors_are_the_ledgers(mode, micro):
     for what, prefix in (("m", "m_"), ("master", "master_"), ("grads", "d_")):
         assert count.tensors[what] == sum(row["bytes"] for row in rows if row["name"].startswith(prefix)), what
 
-
 def test_what_the_flag_promises():
     """No matmul more, no more passes over (B,T,4C) tensors and less traffic than with a separate GELU kernel; what README.md says."""
     for precision, size in (("BF16", "d48"), ("FP32", "d12"), ("BF16", "d12")):
@@ -104,14 +98,12 @@ def test_what_the_flag_promises():
              [{m.name: traffic.Count(traffic.shape("d12", 8, 1024), m) for m in traffic.MODES}]]
     assert said == ["2.7 B·T·C", "costs 0.3", "1.3 more", "5.3 more", "saves 0.6"]  # if these change, README.md does
 
-
 def test_traffic_prints():
     text = script("dev/bench/traffic.py")
     assert re.search(r"^  against exact -r 0 -ge 0 +\+0.00 .* -2.71$", text, re.M)
     assert len(re.findall(r"^(?:forward|backward) ", text, re.M)) == 39 and re.search(r"^sum +163.33  339", text, re.M)
     for wrong in (["-e", "d13"], ["-e", "gpt2:L2,H2"], ["-e", "gpt2:L2,H3,C32"], ["-t", "2048"], ["-d", "1000"]):
         assert wrong[1] in script("dev/bench/traffic.py", *wrong, status=2)
-
 
 # ---- memory.py -----------------------------------------------------------------------------------
 
@@ -131,7 +123,6 @@ def test_memory_is_the_estimates(tmp_path, monkeypatch):
     monkeypatch.undo()
     memory.draw(drawn, "title", str(tmp_path / "x.png"))
     assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
-
 
 # ---- loss.py -------------------------------------------------------------------------------------
 
@@ -159,11 +150,9 @@ def test_loss_trains_and_resumes(tmp_path):
     assert common.read_log(log)[-1]["done"]
     assert "from before" not in script("dev/bench/loss.py", *arguments, "--lr", "2e-3", cwd=tmp_path)
 
-
 def made_up(mode, *finals):
     return [{"mode": mode, "seed": seed, "val": [[0, 5.5], [10, final]], "peak_bytes": 100, "units_per_layer": 12.0}
             for seed, final in enumerate(finals, 1)]
-
 
 def test_loss_judges_by_the_spread(tmp_path):
     finals = {"exact": (2.0, 2.1, 2.05), "act": (2.1, 2.2, 2.1), "norm": (2.2, 2.2, 2.2), "both": (1.9, 1.8, 1.9)}
@@ -180,7 +169,6 @@ def test_loss_judges_by_the_spread(tmp_path):
     library("matplotlib", "python3-matplotlib")
     assert loss.plot(a, runs, str(tmp_path / "x.png")) and (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
 
-
 def test_loss_builds_what_it_says(tmp_path):
     """make, asked what it would do, compiles each mode with that mode's flags."""
     act, norm = "-DAPPROX_ACT=2", "-DMS_NORM=1"
@@ -190,12 +178,10 @@ def test_loss_builds_what_it_says(tmp_path):
         assert done.returncode == 0, done.stderr
         assert set(re.findall(r"-D(?:APPROX_ACT|MS_NORM)=\w+", done.stdout)) == defines
 
-
 def test_loss_says_what_is_wrong(tmp_path):
     for wrong, status, said in ((["--modes", "fast"], 2, "--modes fast"), (["--steps", 0], 2, "--steps 0"),
                                 (["--text", "nowhere.txt", "--out", "out"], 1, "nowhere.txt: no such file")):
         assert said in script("dev/bench/loss.py", *wrong, status=status, cwd=tmp_path)
-
 
 # ---- demo.py -------------------------------------------------------------------------------------
 
@@ -208,7 +194,6 @@ def test_demo_finds_texts(tmp_path, monkeypatch, typed, found):
     for name in {"a.txt", "b.txt", "my text.txt", *(found if typed != "*.txt" else [])} - {"gone.txt"}:
         (tmp_path / name).write_text("text")
     assert demo.find_texts(typed) == found
-
 
 def test_the_text_of_the_demo_is_fixed():
     """The README's figures are of this text, and its memory is that of today's programs."""
@@ -226,10 +211,8 @@ def test_the_text_of_the_demo_is_fixed():
     assert [list(shown.groups())[i::2] for i in (0, 1)] == columns, "take the table of make demo into README.md"
     assert hashlib.sha256(text).hexdigest() == "2443e759d5c264434fae34891cf12cd9116876bdac5a66d46e77bfbf8fea8f99"
 
-
 SMALL_DEMO = ["-i", "build/demo/train.bin", "-j", "build/demo/val.bin", "-e", TRY,
               *"-b 2 -t 32 -l 2e-3 -u 2 -q 0.05 -c 0.1 -s 0 -o out".split()]
-
 
 @pytest.fixture
 def demo_folder(tmp_path, monkeypatch):
@@ -238,7 +221,6 @@ def demo_folder(tmp_path, monkeypatch):
     (tmp_path / demo.DIR).mkdir(parents=True)
     demo.tokens(["t.txt"])
     return tmp_path
-
 
 def test_the_demo_goes_on(demo_folder):
     """Its last hint is the same run with more steps: every option is there again, and the trainer has nothing to say against it."""
@@ -250,7 +232,6 @@ def test_the_demo_goes_on(demo_folder):
     assert done.status == 0 and (demo_folder / "out/DONE_00000012").exists(), done.err
     assert not re.search("other|differ|change", done.err, re.I), done.err
     assert [line["step"] for line in common.read_log("log.jsonl") if "train_loss" in line] == list(range(1, 13))
-
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_demo_is_interrupted(demo_folder, number):
@@ -268,7 +249,6 @@ def test_the_demo_is_interrupted(demo_folder, number):
     assert process.returncode == 128 + number and "Traceback" not in err and time.time() - begin < 20, err
     assert "Interrupted" in out and list((demo_folder / "out").glob("DONE_*"))
 
-
 def test_the_demo_of_make_is_interrupted(tmp_path):
     """While it reads the text, too."""
     os.mkfifo(tmp_path / "text")
@@ -279,7 +259,6 @@ def test_the_demo_of_make_is_interrupted(tmp_path):
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=20)
     assert process.returncode == 130 and "Traceback" not in err, err
-
 
 def test_demo_table():
     def log(last, peak):

@@ -23,15 +23,12 @@ PRECISIONS = {"bf16": 0, "fp32": 1}
 BOTH = [(name, precision) for name in NAMES for precision in PRECISIONS]
 ORDERS = {"forward": {}, "reverse": {}, "priority1": {"SIMT_SEED": 1}, "priority2": {"SIMT_SEED": 2}}
 
-
-# ----------------------------------------------------------------------------
-# building, all of it at once on two cores, as soon as the first test wants something
+# ---- building, all of it at once on two cores, as soon as the first test wants something -----------
 
 @functools.lru_cache(None)
 def make_variable(name):
     makefile = f"include dev/cpu/cpu.mk\nshow:\n\t@echo $({name})\n"
     return subprocess.run(["make", "-s", "-f", "-", "show"], input=makefile, cwd=ROOT, text=True, check=True, stdout=subprocess.PIPE).stdout.split()
-
 
 def build_cpu(name, precision, san):
     """A warning is an error. -fwhole-program: what a file does not use of the trainer is not compiled, which is most of it. -O1
@@ -44,12 +41,10 @@ def build_cpu(name, precision, san):
                        "-o", program, *make_variable("CPU_LDLIBS"), cwd=ROOT, timeout=600)
     return done, program
 
-
 def build_gpu(name):
     """What nvcc makes of the kernels, and whether g++ takes what nvcc makes of the rest; not linked, to save time."""
     return execute(nvcc(), "-O3", "-std=c++17", "-arch=sm_90", "-Xptxas", "-v", "-Idev/cuda", f"dev/cuda/{name}.cu", "-o", OUT / f"{name}-nvcc",
                    "-c", "-Xcompiler", "-fsyntax-only", cwd=ROOT, timeout=600)
-
 
 def build_and_run(name, precision, san=False):
     """A build, and {which run: what it said} in each order; where threads are told by two of them, with another seed."""
@@ -63,7 +58,6 @@ def build_and_run(name, precision, san=False):
         runs.update({f"{n} threads": run(program, "--seed", 7, OMP_NUM_THREADS=n) for n in (1, 2)}, bench=run(program, "--bench"))
         runs["json"] = run(program, "--json")
     return done, runs
-
 
 @pytest.fixture(scope="module")
 def runs():
@@ -83,10 +77,8 @@ def runs():
             return runs
         yield of
 
-
 def run(program, *arguments, **env):
     return execute(program, *arguments, cwd=ROOT, env={"OMP_NUM_THREADS": 1, **env}, timeout=600)
-
 
 # ----------------------------------------------------------------------------
 
@@ -99,12 +91,10 @@ def test_in_every_order(runs, name, precision):
         assert re.search(r"^checksum [0-9a-f]{16} \(seed 1337\)\nall is well$", of[order].out, re.M), of[order].out
     assert len({of[order].out for order in ORDERS}) == 1, [of[order].out for order in ORDERS]
 
-
 @pytest.mark.parametrize("name", NAMES)
 def test_with_sanitizers(runs, name):
     done = runs(name, "san")["san"]
     assert (done.status, done.err) == (0, ""), done.out[-500:] + done.err
-
 
 @pytest.mark.parametrize("name", NAMES)
 def test_two_threads_another_seed(runs, name):
@@ -115,7 +105,6 @@ def test_two_threads_another_seed(runs, name):
     assert one.out == two.out and "(seed 7)" in one.out
     assert one.out.splitlines()[-2].split()[1] != of["forward"].out.splitlines()[-2].split()[1]
 
-
 BYTES = {"layernorm": {"forward, version 1": 14, "forward, version 2: the": 8, "backward, version 1": 26, "backward, version 2: the": 8,
                        "unfold": 10},
          "classifier": {"loss, version 3": 2, "loss and gradient, version 3": 4},
@@ -123,7 +112,6 @@ BYTES = {"layernorm": {"forward, version 1": 14, "forward, version 2: the": 8, "
                        "AdamW, version 2 with a master copy, gradients": 30},
          "gelu": {"forward, version 1": 8, "forward, version 2": 4, "2 bits: forward, version 2": 4.25, "backward, version 1": 8,
                   "backward, version 2": 6, "2 bits: backward, version 2": 4.25}}
-
 
 @pytest.mark.parametrize("name", NAMES)
 def test_bench_without_a_gpu(runs, name):
@@ -143,18 +131,15 @@ def test_bench_without_a_gpu(runs, name):
         found = [r["bytes_per_element"] for r in rows if r["version"].startswith(row) and "bytes_per_element" in r]
         assert found == [count, count], (row, found)
 
-
 @pytest.mark.parametrize("name", NAMES)
 def test_the_readme_has_a_table_of_it(name):
     assert f"`{name}.cu`" in (ROOT / "dev/cuda/README.md").read_text()
-
 
 def test_attention_over_1000_positions(runs):
     """All of it, where the usual run takes the blocks with the most to do."""
     runs("attention", "bf16")
     done = run(OUT / "attention-bf16", "--large")
     assert done.status == 0 and "all is well" in done.out, done.out + done.err
-
 
 def test_arguments(runs):
     runs(NAMES[0], "bf16")
@@ -163,7 +148,6 @@ def test_arguments(runs):
     for wrong in (["--sede", "1"], ["--seed"], ["--seed", "x"]):
         done = run(program, *wrong)
         assert done.status == 2 and wrong[0] in done.err and "expected" in done.err
-
 
 @pytest.mark.skipif(not nvcc(), reason=NO_NVCC)
 @pytest.mark.parametrize("name", NAMES)
@@ -175,24 +159,19 @@ def test_nvcc(runs, name):
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
     assert len(spills) > 30 and set(spills) == {("0", "0")}, said
 
-
-# ----------------------------------------------------------------------------
-# the order of attention's blocks
+# ---- the order of attention's blocks ---------------------------------------------------------------
 
 H100 = l2.GPUS["H100, H200"]
 GPT2 = l2.Shape(64, 1024, 12, 12, 64)
-
 
 def simulated(launch, shape, gpu=H100):
     result = l2.simulate(launch, shape, gpu.sms * l2.blocks(launch.kernel, shape.HS, gpu.arch), gpu.usable)
     print(f"{tuple(shape)} {launch.kernel}: tiles are read {result.read / result.once:.2f} times, makespan/ideal {result.makespan:.3f}")
     return result.read / result.once, result.makespan
 
-
 def all_heads_at_once(launch):
     """The longest blocks of all heads, then the next ones: best for the makespan, worst for the cache."""
     return launch._replace(order=sorted(launch.order, key=lambda block: block[1] if launch.kernel == "dkv" else -block[1]))
-
 
 @pytest.mark.parametrize("gpu", l2.GPUS)
 def test_attention_reads_tiles_once(runs, gpu):
@@ -207,7 +186,6 @@ def test_attention_reads_tiles_once(runs, gpu):
             assert abs(times - traffic.AGAIN[launch.kernel]) < 0.05
             times, makespan = simulated(all_heads_at_once(launch), GPT2)
             assert times > 4 and makespan < 1.03, "the simulation does not see what the order is for"
-
 
 # Few heads, or few that fit the cache: then some multiprocessors are idle at the end whatever the order, and the makespan is held
 # against the best order's.

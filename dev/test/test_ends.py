@@ -18,7 +18,6 @@ from helpers import Shape, environment, execute, names, options, program, random
 
 LONG = ["-x", 100000, "-o", "out"]
 
-
 @contextlib.contextmanager
 def started(lab, *given, when=b"train_loss", times=3, where="log.jsonl", **how):
     """A long run whose log (or output, out.txt) has these words so many times; it is killed in the end."""
@@ -36,7 +35,6 @@ def started(lab, *given, when=b"train_loss", times=3, where="log.jsonl", **how):
         process.kill()
         process.communicate()
 
-
 def ended(lab, process):
     """(exit status, stderr, last step) of a run that was told to end; it has left a whole checkpoint of that step, and no more."""
     out, err = process.communicate(timeout=60)
@@ -46,9 +44,7 @@ def ended(lab, process):
     assert log[-1]["done"] is False and log[-1]["steps"] == step
     return process.returncode, err.decode(), step
 
-
 TERM, HUP = signal.SIGTERM, signal.SIGHUP
-
 
 @pytest.mark.parametrize("sent, ignored", [*(([n], None) for n in (signal.SIGINT, TERM, HUP, signal.SIGXCPU, signal.SIGUSR1)),
                                            ([TERM, HUP] * 5, None), ([HUP, TERM], HUP)])
@@ -64,7 +60,6 @@ def test_a_signal_saves(lab, sent, ignored):
     assert status == 128 + (TERM if TERM in sent else sent[0])
     assert len(lab.train("-o", "out", "-y", 1, "-x", step + 1).losses) == 1
 
-
 def interrupted(lab, *given, **how):
     """(stderr, stdout, log) of a long run without --out that is ended by Ctrl-C when its output has these words."""
     with started(lab, "-x", 100000, *given, where="out.txt", times=1, **how) as process:
@@ -73,13 +68,11 @@ def interrupted(lab, *given, **how):
     assert process.returncode == 130, err
     return err, lab.path("out.txt").read_text(errors="replace"), read_log(lab.path("log.jsonl"))
 
-
 def test_ctrl_c_without_a_folder(lab):
     err, out, log = interrupted(lab, "-b", 64, "-e", "gpt2:L4,H2,C32,T32,V257", when=b"step     3")
     step = log[-1]["steps"]
     assert f"stopping after step {step}; a second Ctrl-C ends at once" in err and f"interrupted after step {step}; without --out" in out
     assert re.search(r"steps of about \d+\.\d s are to come: 0?\d+:\d\d:\d\d", out), "a long run says how long"
-
 
 @pytest.mark.parametrize("given, when", [
     (["-v", 1, "-m", 10**6], b"start "), (["-s", 1, "-g", 10**6], b"---- sample"), (["-x", 0, "-v", 1, "-m", 10**6], b"start ")])
@@ -91,7 +84,6 @@ def test_ctrl_c_ends_what_takes_long(lab, given, when):
     assert not any("val_loss" in line for line in log) and "val loss" not in out and log[-1]["done"] is False
     assert ("DONE_00000001" in lab.files("out")) == ("-s" in given)
 
-
 def test_a_terminal_sees_a_validation_go_on(lab):
     ours, theirs = pty.openpty()
     done = subprocess.run([program("cpu-bf16"), *options("-x", 0, "-v", 1, "-m", 3)], cwd=lab.folder, env=environment(), stdin=subprocess.DEVNULL,
@@ -99,7 +91,6 @@ def test_a_terminal_sees_a_validation_go_on(lab):
     assert done.returncode == 0 and b"\rvalidating 1/3\rvalidating 2/3\rvalidating 3/3" in os.read(ours, 1 << 16)
     os.close(theirs)
     os.close(ours)
-
 
 @pytest.mark.parametrize("number", [None, signal.SIGINT])
 def test_nobody_reads_the_output(lab, number):
@@ -113,12 +104,10 @@ def test_nobody_reads_the_output(lab, number):
     assert status == 128 + (number or signal.SIGPIPE)
     says(err, f"interrupted after step {step}", f"--resume 1 goes on after step {step}")
 
-
 def test_closed_stdout_gets_into_no_file(lab):
     done = execute("sh", "-c", 'exec "$@" >&-', "sh", program("cpu-bf16"), *options("-o", "out", "--log", "log.jsonl"), cwd=lab.folder)
     assert done.status == 1 and len(read_log(lab.path("log.jsonl"))) == 5
     lab.train("-o", "out", "-y", 1, "-x", 5)
-
 
 # ---- disks that are full -------------------------------------------------------------------------
 
@@ -131,7 +120,6 @@ def test_a_checkpoint_that_fails_ends_nothing(lab, failing, kept, status):
     says(result.err, "model_00000004.bin", "no checkpoint of step 4")
     assert len(result.steps) == 6 and set(lab.files("out")) == {name for step in kept for name in names(step)}
 
-
 @pytest.mark.parametrize("log", ["/dev/full", "reader gone"])
 def test_a_log_that_fails_ends_nothing(lab, log):
     if log != "/dev/full":
@@ -143,12 +131,10 @@ def test_a_log_that_fails_ends_nothing(lab, log):
     says(done.err, log, "training goes on")
     assert set(lab.files("out")) == set(names(60))
 
-
 def test_a_limit_that_no_checkpoint_fits_is_said_at_the_start(lab):
     done = lab.run(*options("-o", "out"), status=1, before=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10000, 10000)))
     says(done.err, "-o out", "ulimit -f")
     assert "step     1" not in done.out and lab.files("out") == {}
-
 
 # ---- one folder, one run -------------------------------------------------------------------------
 
@@ -166,7 +152,6 @@ def test_one_folder_one_run(lab):
         first.wait()
         assert len(lab.train("-o", "out").losses) == 4, "the kernel has released it"
 
-
 @pytest.mark.parametrize("make", [lambda p: p.symlink_to("../train.bin"), lambda p: p.symlink_to("../nothing"), os.mkfifo, os.mkdir],
                          ids=["link", "dangling link", "fifo", "folder"])
 def test_a_lock_that_is_not_ours(lab, make):
@@ -176,7 +161,6 @@ def test_a_lock_that_is_not_ours(lab, make):
     says(lab.run(*options("-o", "out"), status=1).err, "-o out", ".lock")
     assert lab.path("train.bin").read_bytes() == before and not lab.path("nothing").exists()
 
-
 def test_two_that_start_together(lab):
     runs = [subprocess.Popen([str(program("cpu-bf16")), *options("-x", 20, "-n", 2, "-nk", 2, "-o", "out", "--seed", i)], cwd=lab.folder,
                              env=environment(), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) for i in range(3)]
@@ -184,11 +168,9 @@ def test_two_that_start_together(lab):
     assert sorted(run.returncode for run in runs) == [0, 1, 1], said
     assert set(lab.files("out")) == set(names(18) + names(20))
 
-
 def test_evaluation_needs_no_lock(lab):
     with started(lab, *LONG, "-n", 1):
         lab.run(*options("-x", 0, "-v", 1, "-o", "out", "-y", 1, "--log", "other.jsonl"))
-
 
 # ---- names that are no files of ours -------------------------------------------------------------
 
@@ -200,13 +182,11 @@ def node(path, device=(1, 3)):
     except OSError as e:
         pytest.skip(f"cannot make a device: {e}")
 
-
 def test_a_device_as_a_log_stays_one(lab):
     node(lab.path("null"))
     lab.run(*options("-x", 2, "-o", "out", "--log", "null"))
     lab.run(*options("-x", 4, "-o", "out", "-y", 1, "--log", "null"))
     assert stat.S_ISCHR(os.stat(lab.path("null")).st_mode)
-
 
 @pytest.mark.parametrize("name", ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"])
 def test_a_log_to_what_is_open_already(lab, name):
@@ -219,7 +199,6 @@ def test_a_log_to_what_is_open_already(lab, name):
     text = lab.path("all").read_text()
     assert text.count("train_loss") == 4 and "device " in text and "step     4/4" in text
 
-
 def test_a_log_behind_links(lab):
     lab.path("place").mkdir()
     lab.path("a").symlink_to("place/b")        # relative, in a chain that ends nowhere yet
@@ -231,7 +210,6 @@ def test_a_log_behind_links(lab):
     assert stat.S_IMODE(lab.path("c").stat().st_mode) == 0o640
     assert [line["step"] for line in read_log(lab.path("c")) if "train_loss" in line] == [1, 2, 3, 4]
 
-
 def test_a_fifo_as_a_log(lab):
     os.mkfifo(lab.path("fifo"))
     says(lab.run(*options("--log", "fifo"), status=1).err, "--log fifo", "nobody reads")
@@ -239,7 +217,6 @@ def test_a_fifo_as_a_log(lab):
     time.sleep(0.2)
     lab.run(*options("--log", "fifo"))
     assert reader.communicate(timeout=30)[0].count(b"train_loss") == 4
-
 
 @pytest.mark.parametrize("resume", [0, 1])
 @pytest.mark.parametrize("name", ["train.bin", "val.bin", "start.bin", "out/model_00000002.bin", "out/DONE_00000002", "notes.jsonl", "out", "link"])
@@ -254,11 +231,9 @@ def test_what_is_no_log_is_refused(lab, name, resume):
     says(done.err, f"--log {name}")
     assert before == ({name: lab.path(name).read_bytes() for name in before[0]}, lab.files("out"))
 
-
 @pytest.mark.parametrize("log", ["out/model_00000004.bin", "out/DONE_00000004", "./out/../out/state_00000004_00000.bin"])
 def test_a_log_where_a_checkpoint_will_be(lab, log):
     says(lab.run(*options("-o", "out", "--log", log), status=1).err, log, "checkpoint")
-
 
 def test_checkpoints_behind_links(lab):
     """A link stays one, and what it leads to is replaced with its permissions; a device is written to."""
@@ -274,12 +249,10 @@ def test_checkpoints_behind_links(lab):
     assert sorted(lab.files("far")) == ["model", "state"]
     lab.train("-x", 5, "-o", "out", "-y", 1)
 
-
 @pytest.mark.parametrize("kind", ["file", "link to nothing", "link to a file"])
 def test_out_is_no_folder(lab, kind):
     lab.path("out").write_text("mine") if kind == "file" else lab.path("out").symlink_to("none" if "nothing" in kind else "train.bin")
     says(lab.run(*options("-o", "out"), status=1).err, "-o out", "expected a folder")
-
 
 @pytest.mark.parametrize("mode", [0o500, 0o600, 0o300])
 def test_out_without_permission(lab, mode):
@@ -290,14 +263,12 @@ def test_out_without_permission(lab, mode):
         says(lab.run(*options("-o", "out", "-y", resume), status=1).err, "out", "cannot")
     lab.path("out").chmod(0o700)
 
-
 def test_leftovers_are_swept(lab):
     lab.path("out").mkdir()
     for name in ("model_00000007.bin.tmp", "state_00000007_00000.bin.tmp", "DONE_00000007.tmp", "mine.tmp"):
         lab.path(f"out/{name}").write_bytes(b"half")
     lab.train("-x", 2, "-o", "out")
     assert set(lab.files("out")) == {*names(2), "mine.tmp"}
-
 
 # ---- models that are no good ---------------------------------------------------------------------
 
@@ -313,7 +284,6 @@ def test_bad_news_do_not_push_out_good_news(lab, rate, every, keep, variant):
     assert lab.files("out") == before
     assert lab.train("-x", 8, "-o", "out", "-y", 1, variant=variant).losses[-1] < 6
 
-
 @pytest.mark.parametrize("variant, w", [("cpu-fp32", 1), ("cpu-bf16", 1), ("cpu-bf16", 0)])
 def test_a_step_that_is_not_finite_changes_nothing(lab, variant, w):
     """The loss is finite, so that each step's validation shows the weights, but the gradient's squares are not."""
@@ -325,7 +295,6 @@ def test_a_step_that_is_not_finite_changes_nothing(lab, variant, w):
     assert [line["grad_norm"] for line in result.steps] == [None] * 5
     assert len(result.vals) == 6 and len(set(result.vals)) == 1 and result.vals[0] > 1
     assert lab.files("out") == {}
-
 
 def test_a_model_that_is_not_finite(lab):
     tensors = random_model(Shape())
@@ -342,7 +311,6 @@ def test_a_model_that_is_not_finite(lab):
     assert len(result.steps) == 10, "ten in a row end the run"
     assert "rate" in result.err and "resume" in result.err
 
-
 def test_a_validation_that_is_not_finite_keeps_checkpoints_out(lab):
     """Token 200 has a logit of minus infinity: no harm, until it is a target, and that it is in the validation data alone."""
     shape = Shape()
@@ -355,18 +323,15 @@ def test_a_validation_that_is_not_finite_keeps_checkpoints_out(lab):
     result = lab.train("-e", "start.bin", "-v", 1, "-x", 2, "-n", 1, "-o", "out", status=3)
     assert None not in result.losses and result.vals == [None] * 3 and lab.files("out") == {}
 
-
 # ---- data that change while a run reads them: what was learned is saved --------------------------
 
 def cut_off(path):
     os.truncate(path, 2000)
 
-
 def other_ids(path):
     with open(path, "r+b") as f:
         f.seek(1024)
         f.write(b"\xff" * 6000)
-
 
 @pytest.mark.parametrize("name", ["train.bin", "val.bin"])
 @pytest.mark.parametrize("change", [cut_off, other_ids, os.unlink])

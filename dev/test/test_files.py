@@ -13,7 +13,6 @@ from helpers import (MATRICES, Shape, environment, header, learned, library, mod
 
 VERSIONS = {"cpu-fp32": 3, "cpu-bf16": 5}  # what each build writes
 
-
 # ---- models that the trainer writes --------------------------------------------------------------
 
 @pytest.mark.parametrize("variant", VERSIONS)
@@ -35,7 +34,6 @@ def test_initialisation(lab, variant):
     layer = len(tensors["qkvw"]) // shape.L
     assert tensors["qkvw"][:layer] != tensors["qkvw"][layer:2 * layer]
 
-
 # ---- models that it did not write ----------------------------------------------------------------
 
 @pytest.mark.parametrize("variant, V", [("cpu-fp32", 257), ("cpu-bf16", 300), ("cpu-bf16", 384)])
@@ -52,7 +50,6 @@ def test_a_model_of_an_independent_writer_loads(lab, variant, V):
         seen.append(learned(result))
     assert seen[0] == seen[1]  # the values are such that bf16 holds them
 
-
 def test_a_model_with_wider_values_is_rounded_to_nearest(lab):
     shape = Shape(L=1, H=1, C=32, T=32, V=257)
     tensors = {name: [x * 1.001 for x in values] for name, values in random_model(shape).items()}
@@ -62,7 +59,6 @@ def test_a_model_with_wider_values_is_rounded_to_nearest(lab):
     flat = [x for values in tensors.values() for x in values]
     assert list(struct.unpack(f"<{len(flat)}H", body)) == to_bf16(flat)
 
-
 # ---- tokens --------------------------------------------------------------------------------------
 
 def test_ids_beyond_16_bits(lab):
@@ -71,7 +67,6 @@ def test_ids_beyond_16_bits(lab):
     write_tokens(lab.path("low.bin"), words(300), bits=32)
     size = ["-e", "gpt2:L1,H1,C16,T16,V70000", "-t", 16, "-b", 1, "-x", 2]
     assert lab.train("-i", "high.bin", *size).losses != lab.train("-i", "low.bin", *size).losses
-
 
 def test_shards(lab):
     """An epoch sees each window of each shard once; the order depends on the seed and changes with the epoch. The weights stay as
@@ -92,7 +87,6 @@ def test_shards(lab):
     orders = {tuple(epochs("shard_*.bin", seed, None)) for seed in range(1, 6)}
     assert len(orders) > 1 and all(sorted(order) == sorted(alone) for order in orders)
 
-
 # ---- bad input -----------------------------------------------------------------------------------
 
 def model_with(**lies):
@@ -102,7 +96,6 @@ def model_with(**lies):
     for slot, value in lies.items():
         struct.pack_into("<i", data, 4 * int(slot[1:]), value)
     return bytes(data)
-
 
 SIZE = 156160  # of the truth: 1024 + 4 * 38784
 
@@ -130,7 +123,6 @@ BAD_MODELS = {  # what the message must name: what was expected and what was fou
     "over 64 bits": (lambda: model_with(s2=2**31 - 1, s3=2**31 - 1, s4=2**31 - 1, s6=2**31 - 2, s5=2, s7=2**31 - 1), [2**31 - 1]),
 }
 
-
 @pytest.mark.parametrize("name", BAD_MODELS)
 def test_bad_model(lab, name):
     make, named = BAD_MODELS[name]
@@ -138,7 +130,6 @@ def test_bad_model(lab, name):
     done = lab.run(*options("-e", "bad.bin", "-o", "out"), status=1, env={"SIMT_MEMORY": 10**9})
     says(done.err, "bad.bin", "-e", *named)
     assert lab.files("out") == {}
-
 
 BAD_TOKENS = {
     "magic": (dict(magic=20240521), ["20240520", "20240521"]),
@@ -153,7 +144,6 @@ BAD_TOKENS = {
     "empty": (dict(cut=8000 + 1024), ["0"]),
 }
 
-
 @pytest.mark.parametrize("option", ["-i", "-j"])
 @pytest.mark.parametrize("name", BAD_TOKENS)
 def test_bad_tokens(lab, name, option):
@@ -161,7 +151,6 @@ def test_bad_tokens(lab, name, option):
     write_tokens(lab.path("bad.bin"), words(4000), **how)
     done = lab.run(*options(option, "bad.bin", "-v", 1), status=1)
     says(done.err, "bad.bin", "expected", "found", "prepro/", *named)
-
 
 @pytest.mark.parametrize("option, bits, where, wrong", [("-i", 16, 0, 257), ("-i", 16, 3999, 257), ("-i", 32, 40, 257), ("-i", 32, 7, 2**32 - 1),
                                                         ("-j", 16, 2000, 257), ("-j", 32, 3999, 257)])
@@ -172,7 +161,6 @@ def test_id_beyond_the_vocabulary(lab, option, bits, where, wrong):
     done = lab.run(*options(option, "bad.bin", "-v", 1, "-x", None), status=1)
     says(done.err, "bad.bin", wrong, "256", "prepro/")
 
-
 @pytest.mark.parametrize("option", ["-i", "-j"])
 @pytest.mark.parametrize("pattern", ["none.bin", "none_*.bin", "empty/*.bin", "empty", "no/folder.bin"])
 def test_missing_data(lab, option, pattern):
@@ -180,7 +168,6 @@ def test_missing_data(lab, option, pattern):
     done = lab.run(*options(option, pattern, "-v", 1), status=1)
     says(done.err, pattern, *["prepro/text.py"] * (pattern != "empty"))
     says(lab.run(*options("-e", pattern), status=1).err, pattern)
-
 
 @pytest.mark.parametrize("option", ["-i", "-j"])
 def test_a_batch_larger_than_the_shard(lab, option):
@@ -190,12 +177,10 @@ def test_a_batch_larger_than_the_shard(lab, option):
     write_tokens(lab.path("short.bin"), words(65))
     lab.train(option, "short.bin", "-v", 1, "-x", 2)
 
-
 def test_a_bad_shard_among_good_ones(lab):
     for i in range(3):
         write_tokens(lab.path(f"shard_{i}.bin"), words(1000), cut=10 * (i == 2))
     says(lab.run(*options("-i", "shard_*.bin", "-x", 1), status=1).err, "shard_2.bin")
-
 
 def test_tokenizers(lab):
     """Damaged ones; and without one ids are printed."""
@@ -207,7 +192,6 @@ def test_tokenizers(lab):
     lab.path("tokenizer.bin").unlink()
     assert "printed as ids" in lab.train("-s", 2).out
 
-
 # ---- places that cannot be written to. Tests may run as root, for whom every folder is writable, so: not a folder. 
 
 @pytest.mark.parametrize("option, place", [("-o", "train.bin/out"), ("-o", "/proc/none/out"), ("-o", "/dev/null/out"),
@@ -217,7 +201,6 @@ def test_a_place_that_cannot_be(lab, option, place):
     done = lab.run(*options(option, place), status=1)
     says(done.err, place)
     assert "step     1" not in done.out
-
 
 def small_disk(lab, size, *given):
     """(exit status, stderr) of a run whose files can grow to so many bytes, as on a full disk; the limit comes after the run has
@@ -229,7 +212,6 @@ def small_disk(lab, size, *given):
         resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, size))
         err = process.communicate(timeout=60)[1]
     return process.returncode, err
-
 
 @pytest.mark.parametrize("culprit, fraction", [("model_{}.bin", 0), ("model_{}.bin", 0.999), ("state_{}_00000.bin", 0.5), ("state_{}_00000.bin", 0.999)])
 def test_full_disk(lab, culprit, fraction):
@@ -244,7 +226,6 @@ def test_full_disk(lab, culprit, fraction):
     says(err, culprit.format("00000008"), "no checkpoint of step 8", culprit.format("00000016"))
     assert learned(lab.train(*given, "-o", "out", "-y", 1))[:14] == learned(straight)[2:16]
     assert lab.files("out") == lab.files("straight")
-
 
 @pytest.fixture
 def disk(lab):
@@ -263,7 +244,6 @@ def disk(lab):
             pytest.skip("a tmpfs cannot be mounted here")
     yield mount
     unmount()
-
 
 def test_a_disk_that_is_too_small(lab, disk):
     """A checkpoint of SMALL has 0.5 MB. Where not one fits this is said at the start; where some do, how many."""

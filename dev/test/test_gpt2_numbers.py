@@ -9,28 +9,23 @@ EXACT = ["gpt2_c96", "gpt2_hs64", "gpt2_hs80"]
 CODES = ["gpt2_approx_c96", "gpt2_approx_hs64"]  # for builds whose GELU keeps 2 bits; a shared norm is exact
 VARIANTS = {"bf16": EXACT, "fp32": EXACT, "approxbp-bf16": CODES, "approxbp-fp32": CODES}   # the halves of approxbp: test_modes.py
 
-
 def check(variant, pair, status=0, state=None, cwd=FIXTURES, **env):
     done = execute(program(variant, "test_gpt2"), FIXTURES / f"{pair}.bin", state or FIXTURES / f"{pair}_state.bin", cwd=cwd, env=env, timeout=400)
     assert done.status == status, done.out[-4000:] + done.err[-4000:]
     return done
 
-
 @pytest.mark.parametrize("variant, pair", [(f"{where}-{mode}", pair) for where in ("cpu", "gpu") for mode, pairs in VARIANTS.items() for pair in pairs])
 def test_numbers(variant, pair, tmp_path):
     check(variant, pair, cwd=tmp_path)
-
 
 def test_sanitized(tmp_path):
     """Exact and in bf16: the trainer, in test_determinism.py."""
     check("san-approxbp-fp32", "gpt2_approx_c96", cwd=tmp_path, SIMT_POISON=1)
 
-
 def fused(done):
     """The lines about GELU in cuBLASLt's epilogue, and the others."""
     lines = done.out.splitlines()
     return [x for x in lines if "--gelu-fusion" in x], [x for x in lines if "--gelu-fusion" not in x]
-
 
 @pytest.mark.parametrize("variant", ["cpu-bf16", "cpu-fp32"])
 def test_another_gelu_in_the_epilogue(variant, tmp_path):
@@ -44,7 +39,6 @@ def test_another_gelu_in_the_epilogue(variant, tmp_path):
     assert {way for way in (1, 2) if any(f"--gelu-fusion {way}" in line and "FAIL" in line for line in ways)} == {1, 2}
     assert not any("FAIL" in line for line in others)
 
-
 @pytest.fixture(scope="module")
 def other_shapes(tmp_path_factory):
     folder, files = tmp_path_factory.mktemp("shapes"), []
@@ -57,12 +51,10 @@ def other_shapes(tmp_path_factory):
         files += [folder / f"s{seed}.bin", folder / f"s{seed}_state.bin"]
     return files
 
-
 @pytest.mark.parametrize("variant", ["cpu-bf16", "cpu-fp32"])
 def test_other_shapes(variant, other_shapes, tmp_path):
     done = execute(program(variant, "test_gpt2"), *other_shapes, cwd=tmp_path, timeout=400)
     assert done.status == 0, "\n".join(line for line in done.out.splitlines() if "ok" not in line) + done.err[-2000:]
-
 
 @pytest.mark.parametrize("variant", ["cpu-bf16", "cpu-fp32"])
 def test_wrong_numbers_fail(variant, tmp_path):
@@ -77,7 +69,6 @@ def test_wrong_numbers_fail(variant, tmp_path):
     failed = [line.split("FAIL ")[1] for line in out.splitlines() if "FAIL" in line]
     assert [what for what in ("logits", "loss", "gradient d_wte", "AdamW step  9") if not any(x.startswith(what) for x in failed)] == []
     assert not any(x.startswith("gradient d_") and "d_wte" not in x for x in failed) and "nan" not in out.lower()
-
 
 def test_files_that_do_not_fit_are_refused(tmp_path):
     model, state, none = FIXTURES / "gpt2_c96.bin", FIXTURES / "gpt2_c96_state.bin", tmp_path / "none.bin"

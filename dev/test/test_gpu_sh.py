@@ -19,12 +19,10 @@ import gpu  # noqa: E402
 
 SCRIPT = ROOT / "dev/bench/gpu.sh"
 
-
 def dry(stage, *more):
     done = execute(SCRIPT, stage, "--dry-run", *more, cwd=ROOT, env={"PYTHON": sys.executable, "PATH": "/usr/bin:/bin"})
     assert done.status == 0, done.err
     return [shlex.split(line) for line in done.out.splitlines()]
-
 
 def test_dry_run_needs_no_gpu_and_names_every_program():
     check, bench, peers = dry("check"), dry("bench"), dry("peers", "--llmc", "/nowhere")
@@ -42,9 +40,7 @@ def test_dry_run_needs_no_gpu_and_names_every_program():
         names = [job.name for job in jobs(ARGUMENTS, gpu.Machine())]
         assert len(set(names)) == len(names)
 
-
 ARGUMENTS = SimpleNamespace(models=[gpu.SMALL, gpu.LARGE], steps=gpu.STEPS, warmup=gpu.WARMUP, pytest=True, python="python3", llmc=None)
-
 
 def test_the_trainer_takes_every_command():
     """Every run of bench and peers, asked of the CPU build of the same variant for its memory."""
@@ -58,7 +54,6 @@ def test_the_trainer_takes_every_command():
         done = execute(program(f"cpu-{variant}"), *options, "--estimate=json", cwd=ROOT)
         assert done.status == 0 and json.loads(done.out)["total_bytes"] > 1e9, (variant, options, done.err)
 
-
 def test_wrong_arguments():
     for wrong, said in ((["chekc"], "chekc"), (["check", "--minutes", "0"], "--minutes 0"), (["peers", "--llmc", "/nowhere"], "/nowhere")):
         done = execute(SCRIPT, *wrong, cwd=ROOT, env={"PYTHON": sys.executable})
@@ -66,11 +61,9 @@ def test_wrong_arguments():
     done = execute(SCRIPT, cwd=ROOT, env={"PYTHON": "no-such-python"})
     assert done.status == 1 and "no-such-python" in done.err
 
-
 @pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed (Debian: shellcheck)")
 def test_shellcheck():
     assert execute("shellcheck", SCRIPT, cwd=ROOT).out == ""
-
 
 def test_no_gpu(tmp_path, monkeypatch):
     for name, script in (("nvidia-smi", "exit 9"), ("nvcc", "exit 0")):
@@ -80,21 +73,17 @@ def test_no_gpu(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="no GPU is visible"):
         gpu.Machine().find()
 
-
 # ---- running -------------------------------------------------------------------------------------
 
 HEAD = {"gpu": "a GPU", "driver": "1", "cuda": "13.0", "source": "s"}
 
-
 def sh(name, script, expect="done", need=0, **more):
     return gpu.Job(name, ["sh", "-c", script], expect, need, **more)
-
 
 def run(file, *jobs, clock=None, **more):
     entries = gpu.run_jobs(str(file), {**HEAD, **more}, jobs, clock or gpu.Clock(1), gpu.Machine())
     assert gpu.load(file)[1] == entries  # the file has it all
     return {name: e["status"] for name, e in entries.items()}
-
 
 def test_jobs(tmp_path):
     """What passes, fails, or finds no time; and the second call, which runs no more than what did not pass."""
@@ -115,7 +104,6 @@ def test_jobs(tmp_path):
     gpu.run_jobs(str(file), {**HEAD, "driver": "2"}, jobs(False), gpu.Clock(1), gpu.Machine(), again=True)
     assert (tmp_path / "ran").read_text() == "x\nx\nx\n"
 
-
 def test_what_hangs_is_ended(tmp_path):
     done = gpu.execute(["sh", "-c", "echo before; sleep 60 & sleep 60"], 1, gpu.Clock(1))
     assert done.timed_out and done.text == "before\n" and done.seconds < 30
@@ -129,13 +117,11 @@ def test_what_hangs_is_ended(tmp_path):
         assert gpu.state(sh("x", ""), gpu.Done(-9, text, 1, True)) == expected
     assert gpu.state(sh("x", ""), gpu.Done(1, "Device not supported", 1, False)) == "unfinished"
 
-
 def test_twice():
     steps = "".join(f"step {i}/3 | loss 5.{i} | norm 1.{i} | lr 1e-3 | 7.{i} ms |\n" for i in (1, 2, 3))
     assert re.search(gpu.TWICE, steps + "more\n" + steps)
     assert not re.search(gpu.TWICE, steps + steps.replace("1.2 ", "1.7 ")) and not re.search(gpu.TWICE, steps)
     assert not re.search(gpu.TWICE, 2 * steps.replace("5.2", "nan")) and not re.search(gpu.TWICE, 2 * steps.replace("1.2 ", "321.2 "))
-
 
 def test_memory():
     memory = gpu.Memory(["sh", "-c", "echo 100; sleep 0.2; echo '[N/A]'; echo 300; echo 200; exec sleep 60"])
@@ -144,7 +130,6 @@ def test_memory():
         time.sleep(0.05)
     assert memory.peak() == 200 << 20
     assert gpu.Memory(["true"]).peak() is None
-
 
 def test_programs_that_did_not_compile(tmp_path, monkeypatch):
     """make's failure, and what is left of an earlier build: neither counts as built."""
@@ -160,7 +145,6 @@ def test_programs_that_did_not_compile(tmp_path, monkeypatch):
     missing = [gpu.path("gpu-bf16", name) for name in ("train_gpt2", "dev/cuda/old")]
     assert gpu.build(jobs, "90", gpu.Clock(1), None, ["Makefile"]) == missing
     assert "an error" in (tmp_path / "build.log").read_text()
-
 
 # ---- what programs print -------------------------------------------------------------------------
 
@@ -178,7 +162,6 @@ def test_steps():
     job = gpu.bench_jobs(ARGUMENTS, gpu.Machine())[0]
     assert re.search(job.expect, text, re.M) and not re.search(job.expect, text.replace(" 30/30", " 29/30"), re.M)
 
-
 def test_profile():
     rows = (("init_normal_kernel(float*)", "us", "9"), ("void attention_forward_tc_kernel<64>(x)", "us", "1,500.5"),
             ("nvjet_128x256", "ms", "2"), ("splitKreduce_kernel<32>", "ns", "1000"), ("adamw_kernel(t)", "nsecond", "500"))
@@ -186,7 +169,6 @@ def test_profile():
         f'"0","{kernel}","gpu__time_duration.sum","{unit}","{value}"\n' for kernel, unit, value in rows)
     assert gpu.read_profile(text, {})["kernels"] == {"attention_forward_tc_kernel": {"calls": 1, "ms": 1.5005},
                                                      gpu.LIBRARY: {"calls": 2, "ms": 2.001}, "adamw_kernel": {"calls": 1, "ms": 0.0005}}
-
 
 def test_what_earlier_runs_decide():
     def entry(row, **more):
@@ -200,7 +182,6 @@ def test_what_earlier_runs_decide():
     for known, B in (({}, None), ({"B": 64, "peak_bytes": 30 << 30}, "128"), ({"B": 64, "peak_bytes": 60 << 30}, None)):
         command = gpu.fill(eager, {"124M, fixed, PyTorch, eager, round 1": entry(gpu.EAGER.row, **known)}, 80 << 30)
         assert command is None if B is None else command[command.index("-b") + 1] == B
-
 
 # ---- the PyTorch side ----------------------------------------------------------------------------
 

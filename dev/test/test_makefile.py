@@ -9,7 +9,6 @@ import pytest
 
 from helpers import ROOT, execute
 
-
 @pytest.fixture
 def tree(tmp_path):
     """The Makefile, the CPU backend, and two programs that build in no time. make() runs there."""
@@ -26,22 +25,18 @@ def tree(tmp_path):
     make.folder = tmp_path
     return make
 
-
 def says(tree, program):
     return execute(tree.folder / program, cwd=tree.folder).out.strip()
-
 
 def up_to_date(tree, *arguments):
     """make -q: 0 if there is nothing to do, 1 if there is."""
     return {0: True, 1: False}[tree("-q", *arguments, status=None).status]
-
 
 def touch(tree, *names):
     """As if they had been written a little later than all that was written before."""
     later = time.time() + 5
     for name in names:
         os.utime(tree.folder / name, (later, later))
-
 
 def test_help(tree):
     text = tree().out
@@ -50,7 +45,6 @@ def test_help(tree):
         assert re.search(rf"^make {word}\b", text, re.M), word
     flags = re.search(r"^FLAG_NAMES := (.*)", (ROOT / "Makefile").read_text(), re.M)[1].split()
     assert len(flags) > 15 and [flag for flag in flags if not re.search(rf"^ *{flag}=", text, re.M)] == []
-
 
 def test_builds_and_rebuilds(tree):
     flags = ["train_gpt2", "test_gpt2", "CPU=1"]
@@ -71,7 +65,6 @@ def test_builds_and_rebuilds(tree):
     tree("clean")
     assert not any((tree.folder / name).exists() for name in ("build", "train_gpt2", "test_gpt2")) and (tree.folder / "train_gpt2.cu").exists()
 
-
 def test_variants_side_by_side(tree):
     before = set(tree.folder.iterdir())
     tree("-j2", "train_gpt2", "test_gpt2", "CPU=1", "BUILD=one")
@@ -80,14 +73,12 @@ def test_variants_side_by_side(tree):
     assert set(tree.folder.iterdir()) - before == {tree.folder / "one", tree.folder / "two"}
     assert up_to_date(tree, "train_gpt2", "test_gpt2", "CPU=1", "BUILD=one")
 
-
 def test_a_build_that_fails_leaves_no_old_program(tree):
     tree("train_gpt2", "CPU=1")
     (tree.folder / "train_gpt2.cu").write_text("int main() { return wrong; }\n")
     touch(tree, "train_gpt2.cu")
     assert "train_gpt2.cu:1" in tree("train_gpt2", "CPU=1", status=2).err
     assert not (tree.folder / "train_gpt2").exists()
-
 
 def test_a_build_that_cannot_begin_leaves_the_old_program(tree, monkeypatch):
     """Tools are hidden by a PATH that has all the others."""
@@ -97,14 +88,12 @@ def test_a_build_that_cannot_begin_leaves_the_old_program(tree, monkeypatch):
         monkeypatch.setenv("PATH", str(path_without(tree.folder / f"bin{i}", hidden)))
         assert tree("-W", "train_gpt2.cu", "train_gpt2", *flags, status=2).err and says(tree, "train_gpt2") == "fp32 0", (flags, hidden)
 
-
 def path_without(folder, *hidden):
     folder.mkdir()
     for tool in "bash sh make python3 g++ as ld rm mkdir printf grep dirname uname nproc cat true mpicxx id tail sed head cut".split():
         if tool not in hidden and shutil.which(tool):
             (folder / tool).symlink_to(shutil.which(tool))
     return folder
-
 
 @pytest.mark.parametrize("flags, said", [
     *[([f"PRECISION={value}"], "BF16 or FP32") for value in ("FP16", "", "BF16 FP32", "fp32")], (["APPROX_ACT=5"], "one of 0 1 2 3 4"),
@@ -118,11 +107,9 @@ def test_bad_flags(tree, flags, said):
     assert flags[0].split("=")[0] in done.err and said in done.err
     assert not (tree.folder / "train_gpt2").exists()
 
-
 def commands(tree, *arguments):
     """What would be called; needs no nvcc."""
     return tree("-n", "train_gpt2", "NVCC=nvcc", *arguments).out
-
 
 def test_gpu_commands(tree):
     default = commands(tree, "CPU=0", "ARCH=80 89 90")
@@ -131,7 +118,6 @@ def test_gpu_commands(tree):
     assert "-lcublas" not in default.split() and "use_fast_math" not in default and "FP32" not in default
     one = commands(tree, "CPU=0", "ARCH=90", "PRECISION=FP32", "PTXAS=1", "NVCCFLAGS=-DMORE")
     assert "sm_80" not in one and "--threads" not in one and all(part in one for part in ("-DFP32=1", "-Xptxas -v", "-DMORE"))
-
 
 @pytest.mark.parametrize("capabilities, chosen", [(["9.0", "9.0"], ["sm_90"]), (["8.9", "12.0"], ["sm_89", "sm_120"]), ([], [])])
 def test_visible_gpus_decide(tree, monkeypatch, capabilities, chosen):
@@ -147,7 +133,6 @@ def test_visible_gpus_decide(tree, monkeypatch, capabilities, chosen):
         assert "No GPU is visible" in tree("train_gpt2", "NVCC=nvcc").out and (tree.folder / "build/train_gpt2.cpp").exists()
         assert "No GPU" not in tree("train_gpt2", "CPU=1", "BUILD=quiet").out
         assert set(re.findall(r"code=(\w+)", commands(tree, "CPU=0"))) == {"sm_80", "sm_89", "sm_90", "compute_90"}
-
 
 # ---- what is installed, and by whom --------------------------------------------------------------
 
@@ -168,7 +153,6 @@ def somebody(tree, monkeypatch):
         return done
     return make
 
-
 def test_without_root_one_line_says_what_to_install(somebody):
     """What we can do without is said, and skipped."""
     for sudo in ({}, {"sudo": "exit 1"}):
@@ -179,13 +163,11 @@ def test_without_root_one_line_says_what_to_install(somebody):
     done = somebody("setup-test", python3='case "$*" in *ensurepip*|*torch*) exit 1;; esac')
     assert re.fullmatch(r"Tests that need these are skipped: no sudo here; root must run: apt-get install python3-venv .*python3-torch.*\n", done.out), done.out
 
-
 def test_what_apt_does_not_know_is_left_out(somebody):
     done = somebody("setup-test", sudo='case "$1" in -*) exit 0;; esac; "$@"',
                     **{"apt-get": 'case "$*" in *-s*torch) exit 100;; esac', "env": 'shift; exec "$@"'})
     install = [line for line in done.calls.splitlines() if line.startswith("apt-get") and " install " in line and " -s " not in line]
     assert len(install) == 1 and "python3-numpy" in install[0] and "python3-venv" in install[0] and "torch" not in install[0], done.calls
-
 
 def test_pips_reason_is_shown(tree, somebody):
     venv = tree.folder / "build/venv/bin"
@@ -194,7 +176,6 @@ def test_pips_reason_is_shown(tree, somebody):
     (venv / "python").chmod(0o755)
     done = somebody("setup-test", python3="exit 0")
     assert done.out.count("pip could not install") == done.out.count(": No matching distribution for it") >= 3, done.out
-
 
 @pytest.mark.parametrize("target, given", [("test", "TESTS=dev/test/nowhere.py"), ("quick", "TESTS=dev/cpu/nowhere"), ("demo", "TEXT=nowhere.txt"),
                                            ("demo", "TEXT=Makefile no where"), ("demo", "TEXT=dev"), ("demo", "TEXT='x"), ("demo", "TEXT=no*.txt")])
@@ -211,7 +192,6 @@ def test_what_is_not_there_is_said_before_anything_is_built(tree, monkeypatch, t
     assert given.split("=")[0] in done.err and not re.search("[Bb]uilding", done.out + done.err), done.out + done.err
     assert [p.name for p in (tree.folder / "build").iterdir()] == ["venv"]
 
-
 # ----------------------------------------------------------------------------
 
 @pytest.mark.parametrize("trainer", sorted(ROOT.glob("train_*.cu")), ids=lambda path: path.name)
@@ -220,7 +200,6 @@ def test_a_trainer_is_one_file(trainer):
     assert included and [name for name in included if not name.startswith("<")] == []
     names = {p.name for folder in ("dev", "prepro") for p in (ROOT / folder).rglob("*") if p.suffix in (".h", ".cuh") and "cpu" not in p.parts}
     assert not names & {name.strip("<>") for name in included}
-
 
 def test_continuous_integration_is_make_test():
     assert os.access(ROOT / ".ci/run", os.X_OK) and "make test" in (ROOT / ".ci/run").read_text()

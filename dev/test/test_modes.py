@@ -8,10 +8,8 @@ from helpers import Shape, close, names, random_model, read_model, write_model
 
 MODES = {"exact": "cpu-bf16", "act": "cpu-act-bf16", "norm": "cpu-norm-bf16", "both": "cpu-approxbp-bf16"}
 
-
 def estimate(lab, mode, *given):
     return json.loads(lab.run("--estimate=json", *given, variant=MODES[mode]).out)
-
 
 @pytest.mark.parametrize("mode, r, units", [("exact", 0, 16), ("exact", 1, 12), ("exact", 2, 10), ("act", 0, 12.5), ("act", 1, 12.5), ("act", 2, 10.5),
                                             ("norm", 0, 14), ("norm", 1, 10), ("norm", 2, 10), ("both", 0, 10.5), ("both", 1, 10.5), ("both", 2, 10.5)])
@@ -20,12 +18,10 @@ def test_units(lab, mode, r, units):
                if row["kind"] == "saved" and row["scope"] == "layer")
     assert close(kept / (12 * 64 * 1024 * 768 * 2), units, 0.015)
 
-
 def test_the_flag_saves_what_it_says(lab):
     """Of a plan whose logits are small: what the flag does not touch, a larger chunk of them, would hide what it saves."""
     exact, both = (estimate(lab, mode, "-e", "d12", "-b", 64, "-t", 1024, "-r", 0, "--loss-chunks", 32)["total_bytes"] for mode in ("exact", "both"))
     assert both <= 0.71 * exact
-
 
 @pytest.mark.parametrize("like, mode", [("exact", "norm"), ("both", "act")])
 def test_modes_with_one_derivative_compute_the_same(lab, like, mode):
@@ -47,17 +43,14 @@ def test_modes_with_one_derivative_compute_the_same(lab, like, mode):
         there = [(a, b) for a, b in zip(signs, moves[mode][name]) if a]
         assert sum(a == b for a, b in there) > (0.75 if name == "qkvb" else 0.9) * len(there) > 0, name
 
-
 def test_the_ledger_names_the_mode(lab):
     for mode, words in {"exact": "exact GELU, separate norms", "act": "GELU in 2 bits, separate norms",
                         "norm": "exact GELU, one tensor for a norm and its matmul", "both": "nothing is left to compute again"}.items():
         assert words in lab.run("--estimate", "-e", "d12", "-r", 1, variant=MODES[mode]).out
 
-
 def test_no_epilogue_makes_codes(lab):
     done = lab.run("--estimate", "-e", "d12", "-ge", 1, variant="cpu-act-bf16", status=2)
     assert "-ge 1" in done.err and "APPROX_ACT=0" in done.err
-
 
 def test_a_checkpoint_goes_from_mode_to_mode(lab):
     """Parameters mean the same in every mode: gamma and beta are not merged into the weights. Forward is the exact one in each."""

@@ -13,7 +13,6 @@ from helpers import Shape, close, environment, execute, mpirun, options, program
 RANKS = 2
 OVERSUBSCRIBE = {"OMP_NUM_THREADS": 1, "OMPI_MCA_rmaps_base_oversubscribe": 1}
 
-
 def train(lab, name, *given, ranks=RANKS, status=0, **env):
     """A run of so many processes; returns its log."""
     done = execute(*mpirun(ranks), program("cpu-multi-fp32"), *options("--log", f"{name}.jsonl", "-f", 0, *given), cwd=lab.folder,
@@ -21,17 +20,14 @@ def train(lab, name, *given, ranks=RANKS, status=0, **env):
     assert done.status == status, done.out[-1000:] + done.err[-3000:]
     return (done, read_log(lab.path(f"{name}.jsonl"))) if status == 0 else (done, [])
 
-
 def losses(log):
     return [line["train_loss"] for line in log if "train_loss" in line]
-
 
 def test_two_ranks_train_as_one_does_with_twice_the_batch(lab):
     """With -z 1 they train as with -z 0, to the bit: the next test."""
     _, one = train(lab, "one", "-b", 4, "-x", 6, ranks=1)
     _, two = train(lab, "two", "-b", 2, "-x", 6)
     assert len(losses(one)) == 6 and close(losses(one), losses(two), 1e-5)
-
 
 # C 48 in 3 layers can be shared out among 3; of C 32 among 3, and of L 3 among 2 and 4, only some tensors can
 @pytest.mark.parametrize("ranks, shape, seed", [(1, Shape(), 1), (2, Shape(), 2), (2, Shape(L=3, H=3, C=48), 3), (3, Shape(L=3, H=3, C=48), 1),
@@ -47,7 +43,6 @@ def test_a_shared_out_optimizer_is_smaller_and_equal(lab, ranks, shape, seed):
     assert lab.files("whole")["model_00000004.bin"] == lab.files("shared")["model_00000004.bin"]
     assert (shared[-1]["peak_bytes"] < whole[-1]["peak_bytes"]) == (ranks > 1) and shared[-1]["peak_bytes"] == shared[-1]["estimate_bytes"]
 
-
 @pytest.mark.parametrize("zero", [0, 1])
 def test_resume(lab, zero):
     how = ["-z", zero, "-d", 256, "-k", "constant"]
@@ -58,14 +53,12 @@ def test_resume(lab, zero):
     assert losses(resumed) == losses(straight)[3:]
     assert lab.files("half")["model_00000006.bin"] == lab.files("straight")["model_00000006.bin"]
 
-
 def test_a_checkpoint_that_one_rank_cannot_write_is_none(lab):
     """A folder stands where the second rank's temporary file should: what the first has written goes too, and training goes on."""
     lab.path("out/state_00000002_00001.bin.tmp/x").mkdir(parents=True)
     done, log = train(lab, "log", "-x", 4, "-n", 2, "-o", "out")
     assert "no checkpoint of step 2" in done.err and len(losses(log)) == 4
     assert set(lab.files("out")) == {"model_00000004.bin", "state_00000004_00000.bin", "state_00000004_00001.bin", "DONE_00000004"}
-
 
 def test_a_signal_saves(lab):
     """mpirun hands SIGUSR1 on. (After Ctrl-C it gives its processes one second.)"""
@@ -81,14 +74,12 @@ def test_a_signal_saves(lab):
     step = len(losses(read_log(lab.path("log"))))
     assert set(lab.files("out")) == {f"model_{step:08d}.bin", f"state_{step:08d}_00000.bin", f"state_{step:08d}_00001.bin", f"DONE_{step:08d}"}
 
-
 def test_another_number_of_ranks_is_refused(lab):
     train(lab, "two", "-x", 2, "-o", "out")
     for ranks in (1, 3):
         done, _ = train(lab, "other", "-x", 4, "-o", "out", "-y", 1, ranks=ranks, status=1)
         assert f"by a run on 2 GPUs, this one has {ranks}" in done.err
     train(lab, "look", "-x", 0, "-v", 1, "-o", "out", "-y", 1, ranks=3)  # the weights are everybody's
-
 
 def test_ranks_with_different_memory_take_one_batch(lab):
     launcher, trainer = mpirun(1), program("cpu-multi-fp32")
@@ -100,7 +91,6 @@ def test_ranks_with_different_memory_take_one_batch(lab):
     assert done.status == 0, done.err[-2000:]
     assert 5 < losses(read_log(lab.path("auto.jsonl")))[0] < 6   # ln 257 = 5.55; another divisor would show
 
-
 def test_two_processes_with_one_gpu_are_refused(lab):
     """However many GPUs each of them sees: one, number 0, is what SLURM shows to a task that has one of its own."""
     train(lab, "own", "-x", 1)
@@ -109,10 +99,8 @@ def test_two_processes_with_one_gpu_are_refused(lab):
     assert done.err.count("share the GPU") == 1
     train(lab, "alone", "-x", 1, ranks=1, SIMT_PCI=0x105)
 
-
 LAUNCHED = [("mpirun", {"OMPI_COMM_WORLD_SIZE": 2}), ("mpirun", {"PMI_SIZE": 4, "PMI_RANK": 0}), ("mpirun", {"MV2_COMM_WORLD_SIZE": 2}),
             ("mpirun", {"PMI_RANK": 1}), ("mpirun", {"PMIX_RANK": 1}), ("srun", {"SLURM_STEP_NUM_TASKS": 2, "SLURM_NTASKS": 2})]
-
 
 # a build with MPI: Open MPI itself looks at the last two, and ends the program
 @pytest.mark.parametrize("variant, launcher, env", [("cpu-fp32", *x) for x in LAUNCHED] + [("cpu-multi-fp32", *x) for x in LAUNCHED[:-2]])
@@ -124,7 +112,6 @@ def test_processes_that_do_not_know_of_each_other_are_refused(lab, variant, laun
     assert done.status == 1 and not lab.files("out")
     name, value = list(env.items())[0]
     says(done.err, f"{launcher} started several", f"{name}={value}", "start it with mpirun" if "multi" in variant else "MULTI_GPU=1")
-
 
 @pytest.mark.parametrize("env", [{"SLURM_NTASKS": 8, "SLURM_PROCID": 0, "SLURM_JOB_ID": 1}, {"SLURM_NTASKS": 8, "SLURM_STEP_NUM_TASKS": 1},
                                  {"OMPI_COMM_WORLD_SIZE": 1, "PMIX_RANK": 0}, {"PMI_SIZE": 1, "PMI_RANK": 0}])

@@ -51,10 +51,8 @@ FOUND = ["sum_kernel: for (int i = 0; i [< to <=] n; i++) out[i] = 0;", "sum_ker
          "operator(): __device__ bool operator()(int i) const { return i [< to <=] n; }",
          "operator(): __device__ bool operator()(int i) const { return i [< to >=] n; }"]
 
-
 def names(text):
     return [f"{m.function}: {m.name}" for m in mutate.find(text)]
-
 
 def test_what_is_found():
     """By its code alone: other comments, other lines and another order of functions change no name."""
@@ -64,12 +62,10 @@ def test_what_is_found():
     assert sorted(names("\n\nstruct Sizes" + sizes + kernel)) == sorted(FOUND)
     assert mutate.fingerprint(reworded) == mutate.fingerprint(SOURCE) != mutate.fingerprint(SOURCE.replace("i < n", "i <= n"))
 
-
 @pytest.mark.parametrize("code", ["a<=b", "a <=b", "a==b", "a>= b"])
 def test_what_is_not_understood_is_an_error(code):
     with pytest.raises(mutate.MutateError, match="line 2: .* without blanks"):
         mutate.find(f"__global__ void k(int a, int b) {{\n    if ({code}) a = 1;\n}}\n")
-
 
 # Each line is a case: its operator, and what it decides as it stands and in either mutant.
 CASES = {"__device__ int f0() { int a = 2; unsigned b = 2; return a < b; }": "0 1 1",
@@ -80,7 +76,6 @@ CASES = {"__device__ int f0() { int a = 2; unsigned b = 2; return a < b; }": "0 
          "__device__ int f5() { int a = 6; return (a & 2) != 0 && a >= 6; }": "1 0 0 0",
          "__device__ int f6() { int n = 0; for (int i = 0; i < 3 && n <= 100; i++) n++; return n; }": "3 4 0 3 0",
          "__device__ int f7() { int n = 1; __syncthreads(); return n + late; }": "2 1"}
-
 
 def test_mutants_decide_as_they_say(tmp_path):
     text = "\n".join(CASES)
@@ -103,7 +98,6 @@ def test_mutants_decide_as_they_say(tmp_path):
     assert {n for n, o in by_mutant.items() if o != original} <= seen
     assert not seen & {3, 5, 6}   # -1 is not at the boundary, a NaN on neither side
 
-
 def test_the_trainer():
     """Every barrier of the trainer's kernels has a mutant, and every entry of EQUIVALENT is about as many as it says."""
     text = mutate.SOURCE.read_text()
@@ -113,7 +107,6 @@ def test_the_trainer():
     assert mutate.match_equivalents(mutants)
     with pytest.raises(mutate.MutateError, match="expected 1 mutants, found 0"):
         mutate.match_equivalents(mutants, [("if (lane [== to !=] 0) nothing = like[this];", 1, "it is not there")])
-
 
 @pytest.mark.skipif(not mutate.RESULT.exists(), reason="mutate.py has not been run")
 def test_result():

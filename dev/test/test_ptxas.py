@@ -15,7 +15,6 @@ import occupancy  # noqa: E402
 pytestmark = pytest.mark.skipif(not nvcc(), reason=NO_NVCC)
 each_variant = pytest.mark.parametrize("variant", ["nvcc-bf16", "nvcc-approxbp-bf16", "fp32"])
 
-
 @pytest.fixture(scope="module")
 def build(tmp_path_factory):
     """build(variant): what nvcc said, and its PTX for sm_80. The first two are built by `make variants`, for all architectures; fp32
@@ -33,9 +32,7 @@ def build(tmp_path_factory):
         return done.out + done.err, next(folder.glob("*.ptx")).read_text()
     return of
 
-
-# ----------------------------------------------------------------------------
-# registers
+# ---- registers -------------------------------------------------------------------------------------
 
 @each_variant
 def test_no_kernel_spills(build, variant):
@@ -51,7 +48,6 @@ def test_no_kernel_spills(build, variant):
     spills = [f"{kernel} on {target}: {u.spills} bytes" for (kernel, target), u in sorted(used.items()) if u.spills and kernel != "init_normal_kernel"]
     assert not spills, "registers are spilled to memory, or arrays lie there, in\n" + "\n".join(spills)
 
-
 def test_the_table_of_occupancy(build):
     """It is the README's, and the simulation of the L2 cache has its blocks."""
     used = {**occupancy.read_log(build("nvcc-approxbp-bf16")[0]), **occupancy.read_log(build("nvcc-bf16")[0])}
@@ -66,7 +62,6 @@ def test_the_table_of_occupancy(build):
     written = re.search(r"nvcc (\S+):\n\n<!-- occupancy:begin -->\n(.*)\n<!-- occupancy:end -->", text, re.S)
     if written[1] in execute(nvcc(), "--version", cwd=ROOT).out:  # another compiler's registers are others
         assert written[2].split("\n") == occupancy.table(used), "python3 dev/bench/occupancy.py --write"
-
 
 def test_launches_of_the_table(tmp_path):
     """Threads and shared memory of a block are those of a step of GPT-2 124M: a layer of it, on the CPU."""
@@ -90,19 +85,15 @@ def test_launches_of_the_table(tmp_path):
             assert launches <= table[kernel], kernel
     assert len(seen) > 20
 
-
-# ----------------------------------------------------------------------------
-# loads
+# ---- loads -----------------------------------------------------------------------------------------
 
 def trainer():
     return (ROOT / "train_gpt2.cu").read_text()
-
 
 @each_variant
 def test_loads_are_16_bytes(build, variant):
     found = ptx.flags(build(variant)[1], trainer())
     assert not found, "narrow loads of global memory:\n" + "\n".join(found)
-
 
 def test_a_kernel_that_reads_narrowly_is_named(build):
     """Each kernel in turn, with its 16-byte loads made narrow."""
@@ -119,7 +110,6 @@ def test_a_kernel_that_reads_narrowly_is_named(build):
         changed += 1
     assert changed >= 15
 
-
 def test_a_vector_by_reference_is_found(tmp_path):
     """The way it came about: nvcc reads a vector that a function takes by reference element by element."""
     source = "".join("""
@@ -132,7 +122,6 @@ __global__ void NAME_kernel(float* out, const NAME_vec* inp, size_t n) { if (thr
     assert done.status == 0, done.err
     assert ptx.flags((tmp_path / "x.ptx").read_text(), source) == ["reference_kernel: inp is read by 8 of 2 bytes; expected 16 bytes a load"]
 
-
 def test_attention_runs_on_tensor_cores(build):
     """Heads of 64 and 128 channels: products by mma.sync from ldmatrix, tiles by cp.async, nothing in local memory."""
     found = [(name + numbers, body) for name, numbers, body in ptx.kernels(build("nvcc-bf16")[1]) if re.match(r"attention_\w+_tc_kernel", name)]
@@ -142,7 +131,6 @@ def test_attention_runs_on_tensor_cores(build):
                             "ldmatrix.sync.aligned.m8n8.x4.trans.shared", "cp.async.cg.shared.global", "cp.async.wait_all", "ex2.approx"):
             assert instruction in body, (name, instruction)
         assert ".local" not in body, name
-
 
 def test_the_plain_command():
     """The command of the trainer's first lines and of the README is what make calls. (That the file needs no other: test_makefile.py.)"""

@@ -11,7 +11,6 @@ import gpu  # noqa: E402
 import report  # noqa: E402
 import traffic  # noqa: E402
 
-
 def run(monkeypatch, *arguments):
     """Exit status."""
     monkeypatch.setattr(sys, "argv", ["report.py", *map(str, arguments)])
@@ -19,25 +18,21 @@ def run(monkeypatch, *arguments):
         report.main()
     return ended.value.code
 
-
 def test_the_files_are_in_step(monkeypatch):
     """If this fails: python3 dev/bench/report.py --write"""
     assert run(monkeypatch, "--check") == 0
     assert "<!-- budget:begin -->" in (ROOT / "dev/bench/README.md").read_text()
-
 
 def rows_of(lines):
     """[cells] of Markdown tables' rows, without heads."""
     cells = [[c.strip() for c in line.strip("|").split(" | ")] for line in lines if line.startswith("|")]
     return [c for i, c in enumerate(cells) if "---" not in c[0] and not (i + 1 < len(cells) and "---" in cells[i + 1][0])]
 
-
 def test_without_results_nothing_is_guessed(tmp_path):
     assert report.load(str(tmp_path)) == {}
     assert report.results_section({}) == report.shares_section({}) == report.NOT_YET
     budget = report.budget_section({})
     assert len(rows_of(budget)) > 25 and "measured" not in "".join(budget)
-
 
 def test_the_budget_adds_up():
     """Against a second way to count: the trainer's own flops, which are 6 a weight and 6 L C T for attention."""
@@ -53,7 +48,6 @@ def test_the_budget_adds_up():
     assert float(sums[2]) == pytest.approx(us[3], abs=1e-4)
     assert sum(float(c[2]) for c in rows if c[2] != "–") == pytest.approx(us[3], abs=1e-3)
 
-
 def test_the_mfu_is_the_trainers():
     """flops per token as the trainer has them: 6 for each weight of a matmul, the head unpadded, and 6 L C T."""
     s = traffic.shape("d12", 1, 1024)
@@ -61,17 +55,14 @@ def test_the_mfu_is_the_trainers():
     assert report.peak_flops("NVIDIA H200") == 989e12 and report.peak_flops("NVIDIA H100 PCIe") == 756e12
     assert report.peak_flops("Fake 200") is None
 
-
 # ---- made-up results -----------------------------------------------------------------------------
 
 HEAD = {"gpu": "NVIDIA H200", "driver": "999.1", "cuda": "13.0", "commit": "0123456789abcdef", "source": "0", "python": "PyTorch 9"}
-
 
 def entry(model, batch, row, speed, B, peak=20 << 30, program="ours", status="ok", **more):
     figures = {"tokens_per_s": speed, "peak_bytes": peak, "ledger_bytes": 18 << 30} if speed else {}
     return {"id": f"{model}, {batch}, {row}{more}", "status": status, "model": model, "batch": batch, "row": row, "program": program,
             "round": 1, "B": B, "T": 1024, **figures, **more}
-
 
 @pytest.fixture
 def results(tmp_path):
@@ -94,7 +85,6 @@ def results(tmp_path):
         (tmp_path / f"results/{name}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in [head, *entries]))
     return tmp_path / "results"
 
-
 def test_results(results):
     found = report.load(str(results))
     assert set(found) == {"h200"}  # a try is no measurement
@@ -115,7 +105,6 @@ def test_results(results):
     assert terms["`-r 0 -ge 0 --loss-chunks 8`"][1:] == ["412,345"] and terms["`-r 0 -ge 0 --loss-chunks 4`"][1:] == ["–"]
     shares = rows_of(report.shares_section(found))
     assert shares == [["`gelu.cu`", "c: 3", "0.500", "3,900 GB/s", "91 %"], ["`other.cu`", "failed", "–", "–", "–"]]
-
 
 def test_write_and_check(results, tmp_path, monkeypatch):
     for path, name in report.PLACES:

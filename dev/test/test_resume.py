@@ -11,17 +11,14 @@ import pytest
 
 from helpers import ROOT, Shape, environment, learned, names, options, program, random_model, says, write_model, write_tokens, words
 
-
 def checkpoint(files, step):
     return {name: files[name] for name in names(step)}
-
 
 def copy_of_step(lab, source, step, to):
     """A folder as it was when this checkpoint was the last."""
     lab.path(to).mkdir()
     for name in names(step):
         shutil.copy(lab.path(source) / name, lab.path(to) / name)
-
 
 @pytest.mark.parametrize("variant", ["cpu-bf16", "cpu-fp32"])
 @pytest.mark.parametrize("mode", [
@@ -42,7 +39,6 @@ def test_resume_is_exact(lab, mode, variant):
     assert [line for line in learned(resumed)[:-1] if line not in learned(straight)] == []
     assert checkpoint(lab.files("resumed"), 10) == checkpoint(lab.files("straight"), 10)
 
-
 @pytest.mark.parametrize("chosen", [["--loss-chunks", 3], ["-b", "auto"]], ids=["chunks", "batch"])
 def test_what_memory_decides_is_decided_once(lab, chosen):
     """A resumed run has the chunks of the loss, and the batch, that it began with, however much memory is free now."""
@@ -59,7 +55,6 @@ def test_what_memory_decides_is_decided_once(lab, chosen):
         copy_of_step(lab, "straight", 3, "other")
         says(lab.train("--loss-chunks", 2, "-x", 6, "-o", "other", "-y", 1).out, "note: --loss-chunks was 3, is 2")
 
-
 def test_keep(lab):
     """The newest -nk checkpoints, 0 for all; without -n there is one, at the end. That they are written changes nothing."""
     mine = ["model_best.bin", "notes.txt", "model_00000001.bin.copy"]
@@ -74,7 +69,6 @@ def test_keep(lab):
     assert sorted(lab.files("all")) == sorted(names(1) + names(2) + names(3)) and sorted(lab.files("one")) == sorted(names(3))
     assert learned(every) == learned(one)
 
-
 def test_leftovers_of_a_killed_run_do_not_disturb(lab):
     """A checkpoint without its DONE does not count, nor does half a file."""
     lab.train("-x", 4, "-n", 2, "-o", "out")
@@ -86,7 +80,6 @@ def test_leftovers_of_a_killed_run_do_not_disturb(lab):
     assert len(lab.train("-x", 4, "-o", "out", "-y", 1).steps) == 2
     assert lab.files("out") == before
 
-
 def test_resume_of_a_finished_run(lab):
     lab.train("-x", 3, "-o", "out", "-v", 1, "-s", 1)
     before, log = lab.files("out"), lab.path("log1.jsonl").read_bytes()
@@ -96,7 +89,6 @@ def test_resume_of_a_finished_run(lab):
         assert "val loss" not in done.out and "---- sample" not in done.out
     assert lab.files("out") == before and lab.path("log1.jsonl").read_bytes() == log
 
-
 def test_an_earlier_run_is_not_written_over(lab):
     """Without -y 1, a folder that holds checkpoints is refused before the first step."""
     lab.train("-x", 2, "-o", "out")
@@ -104,7 +96,6 @@ def test_an_earlier_run_is_not_written_over(lab):
     done = lab.run(*options("-x", 4, "-o", "out"), status=1)
     says(done.err, "-o out", "step 2", "--resume 1")
     assert lab.files("out") == before
-
 
 def test_killed_at_any_moment(lab):
     """SIGKILL again and again while it writes a checkpoint at each step; at last the run is as if nothing had happened."""
@@ -127,7 +118,6 @@ def test_killed_at_any_moment(lab):
     lab.train("-x", 40, "-n", 40, "-o", "out", "-y", 1)
     assert checkpoint(lab.files("out"), 40) == checkpoint(lab.files("straight"), 40)
 
-
 # ---- states that cannot be gone on from ----------------------------------------------------------
 
 @pytest.fixture
@@ -136,16 +126,13 @@ def stopped(lab):
     lab.train("-x", 2, "-o", "out")
     return lab
 
-
 STATE = "out/state_00000002_00000.bin"
-
 
 def damage(path, at=None, value=None, cut=None):
     data = bytearray(path.read_bytes())
     if at is not None:
         struct.pack_into("<i", data, at, value)
     path.write_bytes(data[:cut])
-
 
 @pytest.mark.parametrize("how, named", [
     (dict(cut=-1), ["expected", "found"]), (dict(cut=600), [600]), (dict(cut=0), [0]), (None, []),
@@ -159,14 +146,12 @@ def test_damaged_state(stopped, how, named):
     says(done.err, "state_00000002_00000.bin", *named)
     assert stopped.files("out") == before
 
-
 def test_a_state_without_its_model_or_with_another(stopped):
     stopped.train("-e", Shape(C=64).size(), "-x", 2, "-o", "other")
     stopped.path("out/model_00000002.bin").unlink()
     says(stopped.run(*options("-x", 4, "-o", "out", "-y", 1), status=1).err, "model_00000002.bin")
     shutil.copy(stopped.path("other/model_00000002.bin"), stopped.path("out/model_00000002.bin"))
     says(stopped.run(*options("-e", None, "-x", 4, "-o", "out", "-y", 1), status=1).err, "state_00000002_00000.bin")
-
 
 def test_other_data_than_the_state_was_made_with(stopped):
     """A position in the data means nothing in others: longer, shorter, or as long and with one other token."""
@@ -176,13 +161,11 @@ def test_other_data_than_the_state_was_made_with(stopped):
         done = stopped.run(*options("-i", f"{name}.bin", "-x", 4, "-o", "out", "-y", 1), status=1)
         says(done.err, "state_00000002_00000.bin", "same -i", "-e out/model_00000002.bin")
 
-
 def test_the_same_data_under_another_name(stopped):
     """What counts is the tokens: neither the name nor the type of an id."""
     write_tokens(stopped.path("moved.bin"), words(4000), bits=32)
     result = stopped.train("-i", "moved.bin", "-x", 4, "-o", "out", "-y", 1)
     assert len(result.losses) == 2 and "note: --steps was 2, is 4" in result.out
-
 
 # ---- what a resumed run does otherwise -----------------------------------------------------------
 
@@ -192,10 +175,8 @@ CHANGES = [("-x", 4, "--steps was 2, is 4"), ("-k", "wsd", "--schedule was cosin
            ("-b", 4, "--batch was 2, is 4"), ("-d", 128, "--total-batch was 64, is 128"), ("--loss-chunks", 2, "--loss-chunks was 1, is 2"),
            ("-a", 1, "--overfit was 0, is 1"), ("-ge", 1, "--gelu-fusion was 0, is 1"), ("--seed", 5, "its own --seed, 1337")]
 
-
 def notes(result):
     return {line[6:] for line in result.out.splitlines() if line.startswith("note: ")}
-
 
 @pytest.mark.parametrize("option, value, note", CHANGES, ids=[c[0] for c in CHANGES])
 def test_a_change_is_said(stopped, option, value, note):
@@ -205,14 +186,12 @@ def test_a_change_is_said(stopped, option, value, note):
     assert seen == expected | ({"--total-batch was 64, is 128"} if option == "-b" else set())
     assert notes(stopped.train("-x", 4, "-o", "out", "-y", 1)) or option == "-x"  # and the next one compares with this one
 
-
 def test_another_build_is_said(lab):
     lab.train("-x", 2, "-w", 0, "-o", "out")
     assert {"PRECISION was BF16, is FP32", "--tf32 was 0, is 1"} <= notes(lab.train("-x", 3, "-w", 0, "-o", "out", "-y", 1, variant="cpu-fp32"))
     if (ROOT / "build/cpu-approxbp-bf16").exists():   # make quick has none
         more = notes(lab.train("-x", 4, "-w", 0, "-o", "out", "-y", 1, variant="cpu-approxbp-bf16"))
         assert {"APPROX_ACT was 0, is 2", "MS_NORM was 0, is 1", "PRECISION was FP32, is BF16"} <= more
-
 
 def test_a_state_without_settings_is_gone_on_from(stopped):
     """As older programs wrote it: without them, and without a checksum of the data."""
@@ -222,7 +201,6 @@ def test_a_state_without_settings_is_gone_on_from(stopped):
     damage(stopped.path("out/state_00000003_00000.bin"), at=40 * 4, value=2**30)
     says(stopped.run(*options("-x", 4, "-o", "out", "-y", 1), status=1).err, "state_00000003_00000.bin", "settings")
 
-
 @pytest.mark.parametrize("other", [dict(L=1), dict(H=4), dict(C=64), dict(T=64), dict(V=258)], ids=str)
 def test_another_model_is_refused(stopped, other):
     """By size or by file; a file of the same size is not read, and that is said."""
@@ -231,7 +209,6 @@ def test_another_model_is_refused(stopped, other):
         says(stopped.run(*options("-e", model, "-x", 3, "-o", "out", "-y", 1), status=2).err, f"-e {model}", "another model", "leave -e out")
     write_model(stopped.path("start.bin"), Shape(), random_model(Shape()))
     assert any("start.bin is not read" in note for note in notes(stopped.train("-e", "start.bin", "-x", 3, "-o", "out", "-y", 1)))
-
 
 def test_a_shard_that_is_gone_costs_no_checkpoint(lab):
     """The tokens of the next step are prepared early; what is wrong with them is said when the step comes, after the checkpoint before."""

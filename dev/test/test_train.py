@@ -7,7 +7,6 @@ from helpers import MATRICES, SLOTS, Shape, close, random_model, read_model, wri
 
 EXACT = {"cpu-fp32": 1e-5, "cpu-bf16": 1e-2}  # relative rounding of a loss after a few steps
 
-
 @pytest.mark.parametrize("variant, w", [("cpu-fp32", 1), ("cpu-bf16", 1), ("cpu-bf16", 0)])
 def test_it_learns(lab, variant, w):
     result = lab.train("-x", 60, "-l", 3e-3, "-u", 5, "-q", 0.1, "-b", 4, "-v", 30, "-w", w, variant=variant)
@@ -15,7 +14,6 @@ def test_it_learns(lab, variant, w):
     assert result.losses[-1] < 0.6 * result.losses[0]
     assert result.vals[0] == pytest.approx(math.log(257), rel=0.05)
     assert result.vals[0] > result.vals[1] > result.vals[2] and result.vals[2] < 0.65 * result.vals[0]
-
 
 def test_sampling_prints_what_was_learnt(lab):
     """And a line ends once, however a tokenizer cuts its end: in one token or in two."""
@@ -27,7 +25,6 @@ def test_sampling_prints_what_was_learnt(lab):
         out = lab.train(*given, "-e", "out/model_00000060.bin", "-x", 0).out
         assert 3 * ("ab\n" if c == b"\r" else "abc\n") in out and "\r" not in out, (c, d)
 
-
 def test_sampling_options(lab):
     def sample(*given):
         out = lab.train("-x", 0, "-s", 1, "-g", 30, *given).out
@@ -36,14 +33,11 @@ def test_sampling_options(lab):
     assert sample("--top-k", 200) == sample("--top-k", 200)
     assert sample("--top-k", 200) != sample("--top-k", 1)
 
-
 def test_samples_and_validations_change_no_loss(lab):
     assert lab.train("-s", 1).losses == lab.train("-v", 1).losses == lab.train().losses
 
-
 def test_overfit_repeats_one_batch(lab):
     assert [len(set(lab.train("-a", a, "-l", 0, "-x", 5).losses)) for a in (1, 0)] == [1, 5]
-
 
 # ---- the same mathematics by another way ---------------------------------------------------------
 
@@ -53,10 +47,8 @@ def start(lab, **shape):
     write_model(lab.path("start.bin"), shape, random_model(shape, std=0.1))
     return shape
 
-
 def norms(result):
     return [line["grad_norm"] for line in result.steps]
-
 
 @pytest.mark.parametrize("variant", EXACT)
 @pytest.mark.parametrize("usual, others", [
@@ -76,7 +68,6 @@ def test_another_way(lab, variant, usual, others):
             assert result.losses == results[0].losses and norms(result) == norms(results[0])
             assert lab.files(f"out{i + 1}")["model_00000005.bin"] == lab.files("out0")["model_00000005.bin"]
 
-
 @pytest.mark.parametrize("size", [dict(H=1, C=16, T=7), dict(H=3, C=96, T=40, V=301), dict(H=1, C=64, T=130), dict(H=2, C=16, T=16, V=5), dict(L=1, H=2, C=256, T=16)])
 def test_sizes(lab, size):
     """Shapes that are no powers of two, in bf16 as in fp32."""
@@ -86,7 +77,6 @@ def test_sizes(lab, size):
     fp32, bf16 = lab.train(*given, variant="cpu-fp32"), lab.train(*given, variant="cpu-bf16")
     assert close(bf16.losses, fp32.losses, 2e-2)
     assert close(norms(bf16), norms(fp32), 8e-2)
-
 
 # ---- the optimizer -------------------------------------------------------------------------------
 
@@ -103,7 +93,6 @@ def rate(schedule, step, steps, peak, warmup, final):
             "linear": peak - (peak - low) * progress,
             "cosine": low + (peak - low) * 0.5 * (1 + math.cos(math.pi * progress))}[schedule]
 
-
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "wsd"])
 @pytest.mark.parametrize("warmup, final", [(0, 0.1), (5, 0.0), (5, 1.0), (20, 0.1)])
 def test_schedules(shared_lab, schedule, warmup, final):
@@ -111,12 +100,10 @@ def test_schedules(shared_lab, schedule, warmup, final):
     expected = [rate(schedule, step, 20, 2e-3, warmup, final) for step in range(20)]
     assert [line["lr"] for line in result.steps] == pytest.approx(expected, rel=1e-3, abs=1e-9)
 
-
 def after_one_step(lab, shape, *given):
     folder = f"out{lab.runs}"
     lab.train("-e", "start.bin", "-x", 1, *given, "-o", folder, variant="cpu-fp32")
     return read_model(lab.path(folder) / "model_00000001.bin", shape)
-
 
 def test_weight_decay_is_for_matrices(lab):
     """Decoupled: w shrinks by rate * decay * w, and biases and gammas by nothing."""
@@ -133,7 +120,6 @@ def test_weight_decay_is_for_matrices(lab):
             assert decayed[name] == plain[name], name
     assert not any(decayed["wte"][shape.V * shape.C:]), "rows of the padding stay 0"
 
-
 def test_first_step_of_adam(lab):
     """m / sqrt(v) of the first step is the gradient's sign: each weight with a gradient moves by the rate."""
     shape = start(lab)
@@ -142,7 +128,6 @@ def test_first_step_of_adam(lab):
     moves = [abs(a - b) for name in ("qkvw", "fcw", "fcprojw", "ln1w", "lnfb") for a, b in zip(after[name], before[name])]
     assert sum(x == pytest.approx(lr, rel=0.02) for x in moves) > 0.9 * len(moves)
     assert max(moves) < 1.01 * lr
-
 
 def test_gradient_clipping(lab):
     """AdamW divides by the gradient's own size, unless clipping takes it far below epsilon: then nothing moves."""
@@ -154,7 +139,6 @@ def test_gradient_clipping(lab):
     assert loose[0].losses == loose[1].losses
     tight = lab.train("-e", "start.bin", "-x", 3, "--grad-clip", 1e-3, variant="cpu-fp32")
     assert norms(tight)[0] == norms(loose[0])[0] > 1e-3  # the norm in the log is the one before clipping
-
 
 def test_master_weights_keep_small_steps(lab):
     """Steps far below a bf16 weight's resolution: lost without a master copy but for stochastic rounding, kept with one."""

@@ -31,7 +31,6 @@ int more;
 the end of b
 """
 
-
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """run(a, b): what twins.py says of two files with these texts, or of how they differ."""
@@ -48,16 +47,13 @@ def run(tmp_path, monkeypatch):
     call.folder = tmp_path
     return call
 
-
 def test_the_trainers():
     done = execute("make", "-s", "twins", cwd=ROOT)
     assert done.status == 0 and f"{len(twins.SECTIONS)} sections" in done.out, done.out + done.err
 
-
 def test_same_in_any_place_and_order(run):
     assert run(A, B) == "twins: 2 sections are the same in both"
     assert run(A, B, files=["a.cu"]).startswith("twins: 3 sections in a.cu")
-
 
 @pytest.mark.parametrize("old, new, line_a, line_b", [
     ("int sum;\n", "int  sum;\n", "a.cu:3: int sum;", "b.cu:6: int  sum;"),
@@ -68,7 +64,6 @@ def test_same_in_any_place_and_order(run):
 def test_a_difference_is_named(run, old, new, line_a, line_b):
     output = run(A, B.replace(old, new))
     assert output.startswith("error: twin 'sums' differs") and f"{line_a}\n" in output and f"{line_b}\n" in output
-
 
 @pytest.mark.parametrize("text, message", [
     (A[:A.rindex("// ==== end twin")], "'only a has this' has no end"),
@@ -87,7 +82,6 @@ def test_bad_marks(run, text, message):
         assert output.startswith("error: a.cu") and message in output
     assert run(A, B[B.index("between"):]) == "error: b.cu: it has no twin 'files', which the list of dev/test/twins.py has"
 
-
 def test_sync_copies_into_the_other(run):
     changed = A.replace("int more;", "int much;\nint more;").replace("open();", "close();")
     run(A, B)
@@ -98,7 +92,6 @@ def test_sync_copies_into_the_other(run):
     assert stat.S_IMODE((run.folder / "b.cu").stat().st_mode) == 0o640 and sorted(os.listdir(run.folder)) == ["a.cu", "b.cu"]
     run(A, B.replace("int sum;", "long sum;"), "--sync", "b.cu")   # and the other way
     assert (run.folder / "a.cu").read_text() == A.replace("int sum;", "long sum;")
-
 
 def test_sync_writes_nothing_when_a_mark_is_bad(run):
     bad = B + "// ==== twin: only a has this\n"

@@ -24,10 +24,8 @@ BEGIN = re.compile(r"// ==== twin: (\S.*?)\s*")
 END = re.compile(r"// ==== end twin\s*")
 LIKE_A_MARK = re.compile(r"\s*//\s*=+\s*(end\s+)?twin\b.*")  # so that a mistyped mark is not just a comment
 
-
 class TwinError(Exception):
     pass
-
 
 def read(path, listed):
     """The lines of a file, with their ends, and its sections: {name: (first, last)}, the lines between the marks as a range."""
@@ -56,7 +54,6 @@ def read(path, listed):
         raise TwinError(f"{path}:{start}: twin '{name}' has no end")
     return lines, sections
 
-
 def compare(path_a, path_b, listed):
     """Raises for the first section that differs; returns how many there are."""
     (lines_a, a), (lines_b, b) = read(path_a, listed), read(path_b, listed)
@@ -71,7 +68,6 @@ def compare(path_a, path_b, listed):
                                 f"make twins SYNC={path_a} copies all of {path_a}'s into the other")
     return len(both)
 
-
 def sync(source, target, listed):
     """Copies the source's sections over the target's of the same name; all of them, or none."""
     (from_lines, a), (lines, b) = read(source, listed), read(target, listed)
@@ -83,7 +79,6 @@ def sync(source, target, listed):
     with atomic(target) as (f,):
         f.write("".join(lines).encode())
     return changed
-
 
 def main(arguments, listed=SECTIONS, in_one_file=IN_ONE_FILE):
     parser = argparse.ArgumentParser(description="Compares the sections that two files share.")
@@ -106,7 +101,6 @@ def main(arguments, listed=SECTIONS, in_one_file=IN_ONE_FILE):
         target = a.files[a.files[0] == a.sync]
         said = f"twins: {sync(a.sync, target, listed)} sections of {target} changed\n"
     return f"{said}twins: {compare(*a.files, listed)} sections are the same in both"
-
 
 if __name__ == "__main__":
     try:

@@ -19,26 +19,21 @@ ORDERS = {name: dict(zip(('SIMT_ORDER', 'SIMT_SEED'), name.split()))
           for name in ['forward', 'reverse', 'priority 1', 'priority 2', 'priority 3', 'priority 4']}
 in_every_order = pytest.mark.parametrize('order', ORDERS)
 
-
 def run(command, **env):
     """The finished process, stdout and stderr together. Options of the backend come from the test alone."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith('SIMT_')}
     return subprocess.run(command, env={**clean, **env}, cwd=ROOT, text=True, errors='replace', timeout=300,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
-
 def make_variable(name):
     makefile = f'include {CPU}/cpu.mk\nshow:\n\t@echo $({name})\n'
     return subprocess.run(['make', '-s', '-f', '-', 'show'], input=makefile, cwd=ROOT, text=True, check=True, stdout=subprocess.PIPE).stdout.split()
 
-
 CXX, CXXFLAGS, SANFLAGS, LDLIBS, TRANSLATE = map(make_variable, ['CPU_CXX', 'CPU_CXXFLAGS', 'CPU_SANFLAGS', 'CPU_LDLIBS', 'CPU_TRANSLATE'])
 CXXFLAGS += os.environ.get('CXXFLAGS', '').split()  # of make test CXXFLAGS=...
 
-
 def translate(source, output):
     return run(TRANSLATE + [source, '-o', output])
-
 
 def build(name, *flags, compiler=CXX):
     """Translate and compile HERE/name.cu; the path of the program. A warning from our headers is an error."""
@@ -50,12 +45,10 @@ def build(name, *flags, compiler=CXX):
     assert result.returncode == 0, result.stdout
     return program
 
-
 # Everything is compiled at once, on two cores, before the first test that runs something.
 BUILDS = {name: () for name in ['device_test', 'bf16_test', 'launch_test', 'matmul_test', 'ptx_test', 'errors']}
 BUILDS['planted'] = ('-O1',)
 SAN_BUILDS = ['device_test', 'planted', 'errors']
-
 
 @pytest.fixture(scope='session')
 def programs():
@@ -63,7 +56,6 @@ def programs():
         jobs = {name: pool.submit(build, name, *flags) for name, flags in BUILDS.items()}
         jobs.update({name + '_san': pool.submit(build, name, *SANFLAGS) for name in SAN_BUILDS})
         return {name: job.result() for name, job in jobs.items()}
-
 
 # ---- what correct programs do -------------------------------------------------------------------------
 
@@ -74,22 +66,18 @@ def test_in_every_order(programs, name, order):
         result = run([programs[name]], OMP_NUM_THREADS=threads, **ORDERS[order])
         assert result.returncode == 0, result.stdout
 
-
 @pytest.mark.parametrize('name', ['bf16_test', 'launch_test', 'matmul_test', 'device_test_san'])
 def test_program(programs, name):
     result = run([programs[name]])
     assert result.returncode == 0, result.stdout
 
-
 def test_matmul_has_the_same_bits_on_any_number_of_threads(programs):
     assert len({re.search('digest .*', run([programs['matmul_test']], OMP_NUM_THREADS=n).stdout)[0] for n in ('1', '2', '5')}) == 1
-
 
 # ---- the planted bugs ---------------------------------------------------------------------------------
 
 def in_all_orders(programs, *arguments):
     return [run([programs['planted'], *arguments], **order) for order in ORDERS.values()]
-
 
 @pytest.mark.parametrize('name', PLANTED)
 def test_clean_twin_passes_in_every_order_and_with_sanitizers(programs, name):
@@ -97,13 +85,11 @@ def test_clean_twin_passes_in_every_order_and_with_sanitizers(programs, name):
     assert all(o.returncode == 0 and 'nan' not in o.stdout for o in outputs), outputs
     assert len({o.stdout for o in outputs}) == 1
 
-
 @pytest.mark.parametrize('name', ['missing_syncthreads', 'missing_syncwarp', 'float_atomics'])
 def test_results_differ_between_orders(programs, name):
     forward, reverse, *priority = [o.stdout for o in in_all_orders(programs, name, 'bug')]
     assert (forward == reverse) == (name == 'float_atomics')             # which a random order alone can tell
     assert any(o not in (forward, reverse) for o in priority)
-
 
 def test_write_past_the_end_is_reported(programs):
     result = run([programs['planted'], 'past_the_end', 'bug'])
@@ -114,13 +100,11 @@ def test_write_past_the_end_is_reported(programs):
     assert result.returncode != 0 and 'heap-buffer-overflow' in result.stdout
     assert re.search(rf"#0 .*planted\.cu:{line_of('planted', 'past_the_end')}\b", result.stdout), result.stdout
 
-
 def test_unwritten_shared_memory_is_nan(programs):
     result = run([programs['planted'], 'unwritten_shared', 'bug'])
     assert result.stdout.count('nan') == 1
     # without the poison it would have gone unseen
     assert 'nan' not in run([programs['planted'], 'unwritten_shared', 'bug'], SIMT_POISON='0').stdout
-
 
 @in_every_order
 def test_divergent_barrier_is_reported(programs, order):
@@ -129,12 +113,10 @@ def test_divergent_barrier_is_reported(programs, order):
     assert 'simt error: divergent barrier' in result.stdout and 'exchange_kernel' in result.stdout
     assert all(f"planted.cu:{line_of('planted', barrier)}" in result.stdout for barrier in ('one_barrier', 'the_other')), result.stdout
 
-
 @in_every_order
 def test_missing_wait_for_an_asynchronous_copy_shows(programs, order):
     result = run([programs['ptx_test'], 'bug'], **ORDERS[order])
     assert result.returncode == 1 and ' 384 failed' in result.stdout, result.stdout      # all that is copied
-
 
 def test_example_of_the_readme(tmp_path):
     """Its kernel is the file's, its commands run as they stand there, and print what it says."""
@@ -150,13 +132,11 @@ def test_example_of_the_readme(tmp_path):
         assert result.stdout == expected, command
         assert (result.returncode != 0) == (' race' in command or ' overrun' in command)
 
-
 # ---- errors that are named ----------------------------------------------------------------------------
 
 def line_of(name, what):
     with open(os.path.join(HERE, name + '.cu')) as f:
         return next(i + 1 for i, line in enumerate(f) if line.rstrip().endswith('// at ' + what))
-
 
 ERRORS = {
     'own_mask': r'simt error: lane \d+ calls __ballot_sync at \S*errors\.cu:{line} with mask 0x000001ff, which does not name it',
@@ -173,7 +153,6 @@ ERRORS = {
     'stack_overflow': r'simt error: stack overflow.*\n.*deep_kernel',
 }
 
-
 @pytest.mark.parametrize('order', list(ORDERS)[:3])
 @pytest.mark.parametrize('name', ERRORS)
 def test_error_is_named(programs, name, order):
@@ -184,13 +163,11 @@ def test_error_is_named(programs, name, order):
     assert result.returncode != 0
     assert re.search(expected, result.stdout), result.stdout
 
-
 @pytest.mark.parametrize('name,report', [('shared_overflow', 'out of bounds'), ('before_start', 'heap-buffer-overflow'), ('null_pointer', 'null pointer')])
 def test_sanitizers_see_shared_and_device_memory(programs, name, report):
     result = run([programs['errors_san'], name])
     assert result.returncode != 0
     assert report in result.stdout and re.search(r'errors\.cu:\d+', result.stdout), result.stdout
-
 
 # ---- options ------------------------------------------------------------------------------------------
 
@@ -201,12 +178,10 @@ def test_wrong_option_is_an_error_that_names_it(programs, name, value):
     assert result.returncode == 2
     assert f'simt error: {name}={value}: must be' in result.stdout
 
-
 def test_memory_is_counted_and_limited(programs):
     result = run([programs['launch_test'], 'accounting'], SIMT_MEMORY='1M', SIMT_REPORT='1')
     assert result.returncode == 0, result.stdout
     assert 'simt: peak 1048576 bytes, now 0 bytes' in result.stdout
-
 
 @pytest.mark.parametrize('limit', [20000, 50000, 100000, 150000, 200000, 300000, 400000, 600000, 2000000])
 @pytest.mark.parametrize('name', ['matmul_test', 'device_test'])
@@ -217,24 +192,20 @@ def test_a_memory_limit_is_named_and_ends_the_program(programs, name, limit):
     assert result.returncode == 0 or re.search(rf'simt error: out of host memory: .*\(ulimit -v {limit}\)|cudaErrorMemoryAllocation', result.stdout), result.stdout
     assert result.returncode == 1 or name == 'device_test' or limit >= 300000
 
-
 @pytest.mark.parametrize('limits,threads', [('ulimit -s 1000000; ulimit -v 2200000', '4'), ('true', '99999999999999999999'), ('true', '2,1'), ('ulimit -s 64', '2')])
 def test_fewer_threads_and_odd_stacks_change_nothing(programs, limits, threads):
     result = run(['bash', '-c', f'{limits}; exec {programs["matmul_test"]}'], OMP_NUM_THREADS=threads)
     assert result.returncode == 0, result.stdout
     assert ('of 4 threads could be started' in result.stdout) == (threads == '4'), result.stdout
 
-
 def test_a_stack_that_is_too_small_is_named(programs):
     result = run(['bash', '-c', f'ulimit -s 32; exec {programs["device_test"]}'])
     assert result.returncode == 1 and 'simt error: the limit on a stack is 32 KiB (ulimit -s)' in result.stdout
-
 
 def test_profile_names_kernels_and_matmuls(programs):
     output = run([programs['device_test']], SIMT_PROFILE='1').stdout
     assert re.search(r'\d+\.\d+ +\d+\.\d% +1 +96 +\d+ +96 +0  collective_kernel', output), output
     assert '[matmul]' in run([programs['matmul_test']], SIMT_PROFILE='1').stdout
-
 
 # ---- the preprocessor ---------------------------------------------------------------------------------
 
@@ -242,7 +213,6 @@ def translated(tmp_path, text, name='x.cu'):
     (tmp_path / name).write_text(text)
     result = translate(str(tmp_path / name), str(tmp_path / 'x.cpp'))
     return result, (tmp_path / 'x.cpp').read_text() if result.returncode == 0 else ''
-
 
 @pytest.mark.parametrize('text,message', [
     ('void f() {\n  int a = 1 <<< 2;\n}', r'x\.cu:2: error: .*<<<'),
@@ -266,14 +236,12 @@ def test_unknown_form_is_an_error_with_its_line(tmp_path, text, message):
     assert re.search(message, result.stdout), result.stdout
     assert not (tmp_path / 'x.cpp').exists()
 
-
 def test_what_is_no_form_is_left_alone(tmp_path):
     text = ('// k<<<1, 2>>>(); and __shared__ in a comment\n/* <<< */\nconst char* s = "<<<__shared__" R"(k<<<1, 2>>>())" R"x(")" <<<)x";\n'
             "char c = '\"', d = '\\''; int n = 1'000'000 << 2 >> 1; auto f = a<b<c<int>>>(); int x = 0x1'ff;\n#error don't <<<\n")
     result, output = translated(tmp_path, text)
     assert result.returncode == 0, result.stdout
     assert output == f'#include <cuda_runtime.h>\n#line 1 "{tmp_path}/x.cu"\n' + text
-
 
 def test_lines_are_kept(tmp_path):
     (tmp_path / 'sub').mkdir()
@@ -291,11 +259,9 @@ def test_lines_are_kept(tmp_path):
     assert re.findall(r'sub/y\.cu:(\d+):\d+: error: .must_be_in_a_function. .*does not name a type',
                       run(CXX + CXXFLAGS + ['-fsyntax-only', str(tmp_path / 'x.cpp')]).stdout) == ['3', '5']
 
-
 # ---- the tests are CUDA; NCCL -------------------------------------------------------------------------
 
 NVCC = shutil.which('nvcc') or next((p for p in ['/usr/local/cuda/bin/nvcc'] if os.path.exists(p)), None)
-
 
 @pytest.mark.skipif(not NVCC, reason='nvcc is not installed (CUDA Toolkit)')
 @pytest.mark.parametrize('name', ['device_test', 'matmul_test'])
@@ -304,9 +270,7 @@ def test_nvcc_accepts_it_without_a_warning(name):
     result = run([NVCC, '-std=c++17', '-arch=sm_80', '-c', os.path.join(HERE, name + '.cu'), '-o', os.path.join(OUT, name + '.o')])
     assert result.returncode == 0 and result.stdout == '', result.stdout
 
-
 needs_mpi = pytest.mark.skipif(not (shutil.which('mpicxx') and shutil.which('mpirun')), reason='mpicxx or mpirun is not installed (Debian: libopenmpi-dev openmpi-bin)')
-
 
 @pytest.fixture(scope='session')
 def nccl():
@@ -314,12 +278,10 @@ def nccl():
     allow = {'OMPI_ALLOW_RUN_AS_ROOT': '1', 'OMPI_ALLOW_RUN_AS_ROOT_CONFIRM': '1', 'OMPI_MCA_rmaps_base_oversubscribe': '1'}
     return lambda *arguments: run(['mpirun', '-np', '2', program, *arguments], **allow)
 
-
 @needs_mpi
 def test_nccl_between_two_processes(nccl):
     result = nccl()
     assert result.returncode == 0 and result.stdout.count(' 0 failed') == 2, result.stdout
-
 
 @needs_mpi
 @pytest.mark.parametrize('mistake,calls', [
