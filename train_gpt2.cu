@@ -1542,44 +1542,46 @@ attention_forward_tc_kernel(bf16* out, float* lse, const bf16* qkv, AttShape sha
     const uint32_t tiles = shared_address(tc_tiles);
     const TileReader<HS> read;
     const AttBlock block = att_block(shape, shape.NH, TC_BLOCK<HS>, true);
-    const int T = shape.T, stride = (int)shape.stride(), end = min(block.first + TC_BLOCK<HS>, T);
-    const int first_query = block.first + threadIdx.x / 32 * 16 * M;   // the warp's
-    const bf16* k_head = qkv + shape.qkv_at(block.b, 0, shape.k_head(block.h));
+    const int T = shape.T, stride = (int)shape.stride(), to_v = shape.NKV * HS, end = min(block.first + TC_BLOCK<HS>, T);
+    auto first_query = [&] { return block.first + (int)opaque(threadIdx.x) / 32 * 16 * M; };   // the warp's
+    const bf16 *row0 = qkv + (size_t)block.b * T * stride, *k_head = row0 + shape.k_head(block.h) * HS;
     const float scale = shape.scale * LOG2E;   // exp(x) = exp_2(x * LOG2E)
-    auto stage = [&](int t0) { return tiles + t0 / TC_ROWS % 2 * 2 * TC_TILE<HS>; };
-    auto load = [&](int t0) { tc_load_tiles<HS>(stage(t0), k_head, stride, k_head + shape.NKV * HS, stride, t0, T); };
-    load(0);
     TcRows<HS> q;
     TcSums<HS> o = {};
-    float max[2 * M], sum[2 * M] = {};   // of the lane's rows
-    tc_load_rows<HS>(q, qkv + shape.qkv_at(block.b, 0, block.h), stride, first_query, T);
-    for (int r = 0; r < 2 * M; r++) max[r] = -INFINITY;
-    for (int t0 = 0; t0 < end; t0 += TC_ROWS) {
-        const uint32_t k_tile = stage(t0), v_tile = k_tile + TC_TILE<HS>;
+    float max[M][2], sum[M][2] = {};   // of the lane's rows
+    tc_load_rows<HS>(q, row0 + block.h * HS, stride, first_query(), T);
+#pragma unroll
+    for (int m = 0; m < M; m++) max[m][0] = max[m][1] = -INFINITY;
+    tc_load_tiles<HS>(tiles, k_head, stride, k_head + to_v, stride, 0, T);
+    for (int t0 = 0, stage = 0; t0 < end; t0 += TC_ROWS, stage ^= 1) {
+        const uint32_t k_tile = tiles + stage * 2 * TC_TILE<HS>, v_tile = k_tile + TC_TILE<HS>;
         cp_async_wait_all();
         __syncthreads();   // the copies of all threads are complete, and no thread reads the tiles before any more
-        if (t0 + TC_ROWS < end) load(t0 + TC_ROWS);
+        if (t0 + TC_ROWS < end)
+            tc_load_tiles<HS>(tiles + (stage ^ 1) * 2 * TC_TILE<HS>, k_head, stride, k_head + to_v, stride, t0 + TC_ROWS, T);
 #pragma unroll 1
         for (int j = 0; j < TC_ROWS; j += KEYS) {
-            if (t0 + j - first_query > 16 * M - 1) break;   // masked for all queries of the warp, as is what follows
+            if (t0 + j - first_query() > 16 * M - 1) break;   // masked for all queries of the warp, as is what follows
             float s[KEYS / 8][M][4] = {};                   // q k^T
             tc_scores<HS>(s, q, read, k_tile, j);
 #pragma unroll
-            for (int r = 0; r < 2 * M; r++) {
-                const int m = r / 2, i = r % 2 * 2;   // the row's elements of a c: [m][i] and [m][i + 1]
-                if (i == 0) tc_mask<false, KEYS / 8>(s, m, first_query + 16 * m, t0 + j, T);
-                float new_max = max[r];
-                for (int n = 0; n < KEYS / 8; n++) new_max = fmaxf(new_max, fmaxf(s[n][m][i], s[n][m][i + 1]));
-                new_max = fmaxf(new_max, __shfl_xor_sync(ALL_LANES, new_max, 1));   // over the 4 lanes that share the row
-                new_max = fmaxf(new_max, __shfl_xor_sync(ALL_LANES, new_max, 2));
-                float shrink = exp_2((max[r] - new_max) * scale);
-                max[r] = new_max;
-                sum[r] *= shrink;
-                for (int n = 0; n < HS / 8; n++) o[m][n][i] *= shrink, o[m][n][i + 1] *= shrink;
-                for (int n = 0; n < KEYS / 4; n++) {
-                    float& p = s[n / 2][m][i + n % 2];   // in place of s
-                    p = exp_2(p * scale - new_max * scale);
-                    sum[r] += p;   // of this lane's columns; those of the row's 4 lanes are added at the end
+            for (int m = 0; m < M; m++) {
+                tc_mask<false, KEYS / 8>(s, m, first_query() + 16 * m, t0 + j, T);
+#pragma unroll
+                for (int half = 0; half < 2; half++) {   // the lane's row of c[0] and c[1], then that of c[2] and c[3]
+                    float new_max = max[m][half];
+                    for (int n = 0; n < KEYS / 8; n++) new_max = fmaxf(new_max, fmaxf(s[n][m][2 * half], s[n][m][2 * half + 1]));
+                    new_max = fmaxf(new_max, __shfl_xor_sync(ALL_LANES, new_max, 1));   // over the 4 lanes that share the row
+                    new_max = fmaxf(new_max, __shfl_xor_sync(ALL_LANES, new_max, 2));
+                    float shrink = exp_2((max[m][half] - new_max) * scale);
+                    max[m][half] = new_max;
+                    sum[m][half] *= shrink;
+                    for (int n = 0; n < HS / 8; n++) o[m][n][2 * half] *= shrink, o[m][n][2 * half + 1] *= shrink;
+                    for (int n = 0; n < KEYS / 4; n++) {
+                        float& p = s[n / 2][m][2 * half + n % 2];   // in place of s
+                        p = exp_2(p * scale - new_max * scale);
+                        sum[m][half] += p;   // of this lane's columns; those of the row's 4 lanes are added at the end
+                    }
                 }
             }
 #pragma unroll
@@ -1592,12 +1594,12 @@ attention_forward_tc_kernel(bf16* out, float* lse, const bf16* qkv, AttShape sha
     }
 #pragma unroll
     for (int r = 0; r < 2 * M; r++) {
-        const int query = first_query + lane_row() + 8 * r, m = r / 2, i = r % 2 * 2;
-        const float total = neighbours_sum<4>(sum[r]), factor = 1.0f / total;
-        for (int n = 0; n < HS / 8; n++) o[m][n][i] *= factor, o[m][n][i + 1] *= factor;
-        if (lane_col() == 0 && query < T) lse[shape.lse_at(block.b, block.h, query)] = max[r] * shape.scale + logf(total);
+        const int query = first_query() + lane_row() + 8 * r, m = r / 2, half = r % 2;
+        const float total = neighbours_sum<4>(sum[m][half]), factor = 1.0f / total;
+        for (int n = 0; n < HS / 8; n++) o[m][n][2 * half] *= factor, o[m][n][2 * half + 1] *= factor;
+        if (lane_col() == 0 && query < T) lse[shape.lse_at(block.b, block.h, query)] = max[m][half] * shape.scale + logf(total);
     }
-    tc_store<HS>(out + shape.out_at(block.b, 0, block.h), shape.NH * HS, o, first_query, T, 1);
+    tc_store<HS>(out + shape.out_at(block.b, 0, block.h), shape.NH * HS, o, first_query(), T, 1);
 }
 
 // Backward by rows of queries: dq. `partial` gets the sums of dq over the block's rows, for the gradient of the bias of the matmul
@@ -1692,12 +1694,12 @@ attention_backward_dkv_tc_kernel(bf16* dqkv, float* partial, const bf16* dout, c
     };
     const int first_head = block.h * shape.group(), last_head = first_head + shape.group() - 1;   // that share these keys
     int stage = 0;
-    load_stage(stage, first_head, block.first);
     TcRows<HS> k, v;
     TcSums<HS> dk = {}, dv = {};
     tc_load_rows<HS>(k, k_head, stride, first_key(), T);
     if constexpr (!TC_V_SHARED<HS>) tc_load_rows<HS>(v, k_head + to_v, stride, first_key(), T);
     else for (int m = 0; m < M; m++) tc_load_tile<HS>(v_tile + m * TC_TILE<HS>, k_head + to_v, stride, block.first + 64 * m, T);
+    load_stage(stage, first_head, block.first);
     for (int h = first_head; h <= last_head; h++)
         for (int t0 = block.first; t0 < T; t0 += TC_ROWS, stage ^= 1) {   // earlier queries see none of these keys
             const uint32_t q_tile = tiles + stage * 2 * TC_TILE<HS>, dout_tile = q_tile + TC_TILE<HS>;

@@ -74,11 +74,11 @@ def test_the_table_is_the_fit(fit_codes, function):
 def test_errors_of_the_slope(fit_codes, function):
     """By sampling; of GELU the figures that train_gpt2.cu quotes."""
     h, slope = fit_codes.FUNCTIONS[function]
-    x = np.random.RandomState(1).randn(1000000)
+    x = np.random.RandomState(1).randn(200000)
     np.testing.assert_allclose((h(x + 1e-5) - h(x - 1e-5)) / 2e-5, slope(x), atol=1e-9)
     for bits, said in ((1, 0.1025), (2, 0.1273), (3, None), (4, None)):
         error = fit_codes.slope_error(slope, *map(np.array, codes.CODES[function][bits]))
-        assert ((codes.slopes(x, function, bits) - slope(x))**2).mean() / (slope(x)**2).mean() == pytest.approx(error, rel=0.02)
+        assert ((codes.slopes(x, function, bits) - slope(x))**2).mean() / (slope(x)**2).mean() == pytest.approx(error, rel=0.05)
         assert function == "silu" or said is None or error == pytest.approx(said, abs=1e-4)
 
 def test_fit_codes_program(fit_codes, tmp_path):
