@@ -75,6 +75,7 @@ equal to the bit. Sections between "==== twin" marks stand in train_llama.cu too
 #include <stdlib.h>
 #include <string.h>
 #include <sys/file.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/statvfs.h>
 #include <time.h>
@@ -621,6 +622,7 @@ void add_norm_backward(floatX* dresidual,    // (rows, C), added to if accumulat
                        const float* mean, const float* rstd, const floatX* gamma,   // (rows); (rows); (C). MS_LN, RMS: no mean
                        bool accumulate_residual, bool accumulate, int rows, int C, cudaStream_t stream) {
     check_vec("add_norm_backward: C", C);
+    if (MS_LN) dgamma = dbeta = {};   // norm_unfold makes them
     int slices = norm_slices(rows), threads = std::min(ceil_div(C, 32 * VEC) * 32, NORM_THREADS);
     add_norm_backward_kernel<MS_LN, RMS><<<dim3(slices, ceil_div(C, threads * VEC)), threads, 0, stream>>>(
         dresidual, scratch, dout, kept, mean, rstd, gamma, accumulate_residual, rows, C);
@@ -2755,7 +2757,9 @@ FILE* open_with_header(const char* path, void* header, int magic, const char* wh
     struct stat s;
     FILE* f = fd >= 0 && fstat(fd, &s) == 0 ? fdopen(fd, "rb") : nullptr;
     if (f == nullptr) fail("cannot open %s (%s): %s; %s", path, what, strerror(errno), remedy);
-    if (!S_ISREG(s.st_mode)) fail("%s is a folder, a pipe or a device; expected %s in a regular file; %s", path, what, remedy);
+    if (!S_ISREG(s.st_mode))
+        fail("%s is %s; expected %s in a regular file; %s", path,
+             S_ISDIR(s.st_mode) ? "a folder" : S_ISFIFO(s.st_mode) ? "a pipe" : "a device", what, remedy);
     if (fread(header, 1, HEADER_BYTES, f) != HEADER_BYTES)
         fail("%s: expected %s with a header of %zu bytes, found a file of %zu bytes; %s", path, what, HEADER_BYTES, file_size(f),
              remedy);
@@ -2783,12 +2787,18 @@ void sync_folder(const std::string& folder) {   // a new name is on the disk onl
     close(fd);
 }
 
+// Where a name leads, after all links: to a file, or to nothing yet.
+std::string follow_links(std::string path) {
+    char link[PATH_MAX];
+    for (ssize_t n, links = 0; links < 40 && (n = readlink(path.c_str(), link, sizeof link)) >= 0; links++)   // Linux follows as many
+        path = (link[0] == '/' ? "" : folder_of(path) + "/") + std::string(link, n);
+    return path;
+}
 // Writes a file that appears under its name when it is whole. `fill` gives its bytes to put(data, bytes). After the first failure
 // nothing more is written and nothing is left. Returns what went wrong, or an empty text.
 using Put = std::function<void(const void* data, size_t bytes)>;
 std::string write_file(const std::string& name, const std::function<void(const Put& put)>& fill) {
-    char real[PATH_MAX];
-    const std::string path = realpath(name.c_str(), real) ? real : name, temporary = path + ".tmp";   // a link stays a link
+    const std::string path = follow_links(name), temporary = path + ".tmp";   // a link stays a link
     auto cannot = [&](const char* what) { return std::string("cannot ") + what + " " + name + ": " + strerror(errno); };
     struct stat old;
     const bool exists = stat(path.c_str(), &old) == 0;
@@ -2979,7 +2989,8 @@ void loader_open(Loader& d, const char* option, const char* pattern, int T, int 
         d.shards.push_back(shard_check_header(name.c_str()));
         d.tokens += d.shards.back().tokens;
     }
-    if (d.shards.empty()) fail("%s %s: no such file, and none matches it as a pattern; %s", option, pattern, TOKENS_REMEDY);
+    if (d.shards.empty())
+        fail("%s %s: %s; %s", option, pattern, names.empty() ? "no such file, and none matches it as a pattern" : "is a folder", TOKENS_REMEDY);
     double sum = 0, begin = now_seconds();
     for (size_t i = world.rank; i < d.shards.size(); i += world.size) {   // the ranks share the work
         progress("reading shards", i, d.shards.size(), begin);
@@ -3892,12 +3903,21 @@ void check_room(const Settings& s, const Model& model, int steps) {
     const double weights = HEADER_BYTES + (double)param_count(model.config) * sizeof(floatX);
     const double need = weights + world_sum((double)state_bytes(model)), MiB = 1 << 20;
     if (world.rank != 0 || steps <= 0) return;
+    struct rlimit limit;
+    if (getrlimit(RLIMIT_FSIZE, &limit) == 0 && std::max(weights, need - weights) > (double)limit.rlim_cur)
+        fail_option("out", "the files of a checkpoint have up to %.3f MiB, but this process may write %.3f MiB (ulimit -f)",
+                    std::max(weights, need - weights) / MiB, limit.rlim_cur / MiB);
     struct statvfs disk;
     if (statvfs(s.out.c_str(), &disk) != 0 || disk.f_blocks == 0) return;   // it does not say
     const double room = (double)(geteuid() == 0 ? disk.f_bfree : disk.f_bavail) * disk.f_frsize;
     if (room < need)
         fail_option("out", "a checkpoint takes %.3f MiB, but %.3f MiB are free there; free some space, or name a folder on another disk",
                     need / MiB, room / MiB);
+    double more = s.checkpoint_every > 0 ? ceil((double)steps / s.checkpoint_every) : 1;
+    if (s.keep > 0) more = std::min(more, std::max(1.0, s.keep + 1.0 - checkpoints_in(s.out).size()));   // one more, and one goes
+    if (room < more * need)
+        printf("note: %s has room for %.0f more checkpoints of %.1f MiB, and this run would add %.0f (--keep N keeps the newest N)\n",
+               s.out.c_str(), floor(room / need), need / MiB, more);
 }
 
 // Opens the log. What is no file is written to as it is: a device, a FIFO, or what this process has open (/dev/stdout, the shell's
@@ -3911,8 +3931,7 @@ void log_open(Log& log, const Settings& s, int resume_step) {
         if (log.fd < 0) fail_option("log", "cannot write there: %s", strerror(errno));
         return;
     }
-    char real[PATH_MAX];
-    const std::string path = realpath(name, real) ? real : s.log;
+    const std::string path = follow_links(s.log);
     struct stat at = {}, folder, out;
     if (!s.out.empty() && is_checkpoint_name(path.substr(path.rfind('/') + 1)) && stat(folder_of(path).c_str(), &folder) == 0 &&
         stat(s.out.c_str(), &out) == 0 && folder.st_dev == out.st_dev && folder.st_ino == out.st_ino)

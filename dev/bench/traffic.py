@@ -103,7 +103,7 @@ def tensors(s, m):
 #
 # A gradient is read too where the launch is not the first of the step to write it. How often: layer, once per layer and
 # micro-batch; next, the same but for the last layer; micro, once per micro-batch; chunk, once per chunk of the loss; unfold, once
-# per layer and step; step. A norm's backward reads its input or, where the norm is shared, z: both have the stream's size.
+# per layer and step; step; tensor, once per step over all of the 16 tensors, by a launch for each. A norm's backward reads its input or, where the norm is shared, z: both have the stream's size.
 
 MATMUL = "[matmul]"  # as the profile has it
 TABLE = """
@@ -128,7 +128,7 @@ loss     | chunk  | [matmul]                  | lm-head              | lnf_chunk
 loss     | chunk  | classifier                |                      | logits targets > logits losses_chunk
 loss     | chunk  | [matmul]                  | lm-head, weight      | logits lnf_chunk > + d_wte
 loss     | chunk  | [matmul]                  | lm-head, input       | logits wte > lnf_chunk
-loss     | micro  | loss_sum                  |                      | losses >
+loss     | micro  | sum                       |                      | losses >
 backward | micro  | add_norm_backward        | lnf                  | lnf stream lnf_mean lnf_rstd gamma > dresid sums_lnf
 backward | micro  | colsum_finish             | lnf                  | sums_lnf > + d_lnfb d_lnfw d_fcprojb
 backward | layer  | act_forward               | GELU, again          | fch > fch_gelu | not bits and r >= 1
@@ -150,8 +150,8 @@ backward | layer  | [matmul]                  | attproj, input       | dresid at
 backward | layer  | attention_backward_dq_tc  |                      | scratch_c qkv kv_dq atty lse > dq delta sums_q | tc
 backward | layer  | attention_backward_dkv_tc |                      | scratch_c qkv qdout_dkv lse delta > dkv sums_kv | tc
 backward | layer  | colsum_finish             | qkv, bias            | sums_q sums_kv > + d_qkvb | tc
-backward | layer  | attention_backward_dq     |                      | scratch_c qkv atty lse > dq delta | not tc
-backward | layer  | attention_backward_dkv    |                      | scratch_c qkv lse delta > dkv | not tc
+backward | layer  | attention_backward        | by queries           | scratch_c qkv atty lse > dq delta | not tc
+backward | layer  | attention_backward        | by keys              | scratch_c qkv lse delta > dkv | not tc
 backward | layer  | colsum                    | qkv, bias            | dqkv > sums_3c | not tc
 backward | layer  | colsum_finish             | qkv, bias            | sums_3c > + d_qkvb | not tc
 backward | layer  | add_norm_forward         | ln1, again           | stream affine > ln1 ln1_mean ln1_rstd | r == 2 and not norm
@@ -164,10 +164,10 @@ backward | unfold | norm_unfold               | ln1 + qkv            | d_qkvw d_
 backward | unfold | colsum_finish             | ln1 + qkv            | sums_qkvw > + d_ln1w d_ln1b | norm
 backward | micro  | embedding_backward_wte    |                      | dresid positions buckets d_wte_rows > d_wte_rows
 backward | micro  | embedding_backward_wpe    |                      | dresid > + d_wpe_rows
-update   | step   | square_sum                |                      | grads > squares
-update   | step   | partial_sum               |                      | squares >
+update   | tensor | square_sum                |                      | grads > squares
+update   | step   | sum                       |                      | squares >
 update   | step   | verdict                   |                      | step_state > step_state
-update   | step   | adamw                     |                      | grads m v optimized > m v master params
+update   | tensor | adamw                     |                      | grads m v optimized > m v master params
 """
 Launch = namedtuple("Launch", "phase per kernel what reads writes grads modes")
 
@@ -187,7 +187,7 @@ class Count:
         self.shape, self.mode, self.tensors = s, m, tensors(s, m)
         # how often, and how many tensors a gradient of that kind is in a step
         often = {"layer": (s.L * s.micro, s.L), "next": ((s.L - 1) * s.micro, s.L - 1), "micro": (s.micro, 1),
-                 "chunk": (s.chunks * s.micro, 1), "unfold": (s.L, s.L), "step": (1, 1)}
+                 "chunk": (s.chunks * s.micro, 1), "unfold": (s.L, s.L), "step": (1, 1), "tensor": (1, 1)}
         tc = s.element == 2 and s.C // s.NH in (64, 128)  # is attention on tensor cores?
         self.rows = []
         for a in LAUNCHES:
@@ -200,7 +200,7 @@ class Count:
         """{kernel: launches in a step}"""
         total = Counter()
         for a, n, _, _ in self.rows:
-            total[a.kernel] += n
+            total[a.kernel] += 16 * n if a.per == "tensor" else n
         return dict(total)
 
     def bytes(self):

@@ -32,6 +32,7 @@ ONE_BY_ONE = {
     ("classifier_kernel", "logits"): (1, True, "the target's logit"),
     **{(f"act_backward_kernel<{bits}>", "kept"): (1, False, "a thread's 8 codes, all of them in one load") for bits in (1, 2, 3, 4)},
     ("widen_kernel", "inp"): (1, False, "once, before the first step"),
+    ("sum_kernel", "x"): (ANY, False, "neighbouring lanes, neighbouring floats"),
     ("attention_forward_tc_kernel", "qkv"): (ANY, True, FRAGMENT),
     ("attention_backward_dq_tc_kernel", "qkv"): (ANY, True, FRAGMENT),
     ("attention_backward_dq_tc_kernel", "out"): (ANY, False, FRAGMENT),

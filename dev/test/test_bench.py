@@ -50,7 +50,7 @@ def calls_of_a_step(lab, mode, *options, steps=2):
     calls = {}
     for n, name in table:
         name = re.sub("<.*>", "", name)
-        if name not in ("init_normal_kernel", "init_constant_kernel", "widen_kernel"):  # before the first step
+        if name not in ("init_kernel", "widen_kernel"):  # before the first step
             calls[name] = calls.get(name, 0) + int(n) / steps
     return calls
 

@@ -71,7 +71,7 @@ def interrupted(lab, *given, **how):
 def test_ctrl_c_without_a_folder(lab):
     err, out, log = interrupted(lab, "-b", 64, "-e", "gpt2:L4,H2,C32,T32,V257", when=b"step     3")
     step = log[-1]["steps"]
-    assert f"stopping after step {step}; a second Ctrl-C ends at once" in err and f"interrupted after step {step}; without --out" in out
+    assert "stopping after this step; a second Ctrl-C ends at once" in err and f"interrupted after step {step}; without --out" in out
     assert re.search(r"steps of about \d+\.\d s are to come: 0?\d+:\d\d:\d\d", out), "a long run says how long"
 
 @pytest.mark.parametrize("given, when", [
@@ -80,7 +80,7 @@ def test_ctrl_c_ends_what_takes_long(lab, given, when):
     """A validation or a sample that would go on for minutes; what it has so far is no result."""
     write_tokens(lab.path("val.bin"), words(10**6, seed=2))
     err, out, log = interrupted(lab, "-o", "out", *given, when=when)
-    assert "stopping after step" in err
+    assert "stopping after this step" in err
     assert not any("val_loss" in line for line in log) and "val loss" not in out and log[-1]["done"] is False
     assert ("DONE_00000001" in lab.files("out")) == ("-s" in given)
 

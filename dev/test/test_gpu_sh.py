@@ -163,7 +163,7 @@ def test_steps():
     assert re.search(job.expect, text, re.M) and not re.search(job.expect, text.replace(" 30/30", " 29/30"), re.M)
 
 def test_profile():
-    rows = (("init_normal_kernel(float*)", "us", "9"), ("void attention_forward_tc_kernel<64>(x)", "us", "1,500.5"),
+    rows = (("init_kernel(float*)", "us", "9"), ("void attention_forward_tc_kernel<64>(x)", "us", "1,500.5"),
             ("nvjet_128x256", "ms", "2"), ("splitKreduce_kernel<32>", "ns", "1000"), ("adamw_kernel(t)", "nsecond", "500"))
     text = '==PROF== Connected\n"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"\n' + "".join(
         f'"0","{kernel}","gpu__time_duration.sum","{unit}","{value}"\n' for kernel, unit, value in rows)
