@@ -622,12 +622,12 @@ void add_norm_backward(floatX* dresidual,    // (rows, C), added to if accumulat
                        const float* mean, const float* rstd, const floatX* gamma,   // (rows); (rows); (C). MS_LN, RMS: no mean
                        bool accumulate_residual, bool accumulate, int rows, int C, cudaStream_t stream) {
     check_vec("add_norm_backward: C", C);
-    if (MS_LN) dgamma = dbeta = {};   // norm_unfold makes them
     int slices = norm_slices(rows), threads = std::min(ceil_div(C, 32 * VEC) * 32, NORM_THREADS);
     add_norm_backward_kernel<MS_LN, RMS><<<dim3(slices, ceil_div(C, threads * VEC)), threads, 0, stream>>>(
         dresidual, scratch, dout, kept, mean, rstd, gamma, accumulate_residual, rows, C);
     cudaCheck(cudaGetLastError());
-    colsum_finish({dbias, dgamma, dbeta}, MS_LN ? 1 : RMS ? 2 : 3, scratch, slices, C, accumulate, stream);
+    if (MS_LN) colsum_finish({dbias}, 1, scratch, slices, C, accumulate, stream);   // norm_unfold makes the others
+    else colsum_finish({dbias, dgamma, dbeta}, RMS ? 2 : 3, scratch, slices, C, accumulate, stream);
 }
 
 // ---- matmul, by cuBLASLt
