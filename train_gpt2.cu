@@ -59,6 +59,7 @@ A tensor marked . is not kept: backward computes it again (-r), or does not need
 Nothing here uses a float atomic and every sum has one fixed order, so two runs with one seed, batch and number of loss chunks are
 equal to the bit. Sections between "==== twin" marks stand in train_llama.cu too, byte for byte (make twins).
 */
+const char* program_name = "train_gpt2";   // before every message
 // ==== twin: numbers and errors
 // ==== 1. numbers and errors ======================================================================================================
 
@@ -126,8 +127,6 @@ inline const char* dtype_name(DType type) {
     return type == F32 ? "fp32" : type == BF16 ? "bf16" : type == I32 ? "int32" : "byte";
 }
 inline cudaDataType_t cuda_dtype(DType type) { return type == F32 ? CUDA_R_32F : CUDA_R_16BF; }
-
-const char* program_name = "train_gpt2";
 
 // Every fatal message leaves through here: what was expected, what was found, what to do next. Status 1 is a run that could
 // not go on, 2 a command line that makes no sense, 3 a loss that is no longer a number.
