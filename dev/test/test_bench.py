@@ -101,7 +101,7 @@ def test_what_the_flag_promises():
 def test_traffic_prints():
     text = script("dev/bench/traffic.py")
     assert re.search(r"^  against exact -r 0 -ge 0 +\+0.00 .* -2.71$", text, re.M)
-    assert len(re.findall(r"^(?:forward|backward) ", text, re.M)) == 39 and re.search(r"^sum +163.33  339", text, re.M)
+    assert len(re.findall(r"^(?:forward|backward) ", text, re.M)) == 39 and re.search(r"^sum +163.33  369", text, re.M)
     for wrong in (["-e", "d13"], ["-e", "gpt2:L2,H2"], ["-e", "gpt2:L2,H3,C32"], ["-t", "2048"], ["-d", "1000"]):
         assert wrong[1] in script("dev/bench/traffic.py", *wrong, status=2)
 
