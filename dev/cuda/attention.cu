@@ -385,7 +385,7 @@ void test_random(uint64_t seed, bool large) {
     for (int HS : {8, 24, 32, 40, 64, 72, 80, 96, 128}) {
         shapes.insert(shapes.end(), {{3, 1, 6, 2, HS}, {HS > 64 ? 1 : 2, 31, 4, HS > 64 ? 1 : 2, HS}, {1, 65, 2, 1, HS}});
         for (int T : {63, 64, 128, 129})
-            if (HS == 24 || HS == 40 || HS == 64 || HS == 72 || HS == 128) shapes.push_back({1, T, 1, 1, HS});
+            if (HS == 24 || HS == 40 || HS == 64 || HS == 72 || HS == 128) shapes.push_back({1, T, T == 64 ? 2 : 1, 1, HS});
         if (HS == 24 || HS == 64 || HS == 128) shapes.push_back({1, 257, 1, 1, HS});
         if (large && HS >= 64 && HS % 64 == 0) shapes.push_back({1, 1000, 1, 1, HS});
     }
