@@ -120,11 +120,11 @@ static_assert(kActBits >= 0 && kActBits <= 4, "APPROX_ACT is 0 (exact) or 1 to 4
 
 // The type of weights, activations and (with one micro-batch per step) gradients. Arithmetic is always fp32.
 using floatX = std::conditional_t<kFP32, float, __nv_bfloat16>;
-enum DType { F32, BF16, I32, BYTE };
+enum DType { F32, BF16, F16, I32, BYTE };
 constexpr DType FLOATX = kFP32 ? F32 : BF16;
-inline size_t dtype_size(DType type) { return type == BF16 ? 2 : type == BYTE ? 1 : 4; }
+inline size_t dtype_size(DType type) { return type == BF16 || type == F16 ? 2 : type == BYTE ? 1 : 4; }
 inline const char* dtype_name(DType type) {
-    return type == F32 ? "fp32" : type == BF16 ? "bf16" : type == I32 ? "int32" : "byte";
+    return type == F32 ? "fp32" : type == BF16 ? "bf16" : type == F16 ? "fp16" : type == I32 ? "int32" : "byte";
 }
 inline cudaDataType_t cuda_dtype(DType type) { return type == F32 ? CUDA_R_32F : CUDA_R_16BF; }
 
@@ -2025,6 +2025,11 @@ double world_reduce(double mine, bool least) {   // of numbers on the host: thei
 double world_sum(double mine) { return world_reduce(mine, false); }
 double world_min(double mine) { return world_reduce(mine, true); }
 void world_barrier() { world_sum(0); }
+void world_sum_host(float* x, size_t n) {   // of arrays on the host, on rank 0
+#ifdef MULTI_GPU
+    MPI_Reduce(world.rank == 0 ? MPI_IN_PLACE : x, x, (int)n, MPI_FLOAT, MPI_SUM, 0, MPI_COMM_WORLD);
+#endif
+}
 void world_sum_floats(float* x, size_t n, cudaStream_t stream) {   // on the device, in place
     if (world.size > 1) ncclCheck(ncclAllReduce(x, x, n, ncclFloat, ncclSum, world.nccl, stream));
 }
@@ -2316,6 +2321,7 @@ struct Model {
     cudaStream_t stream;
     uint64_t seed;
     int updates;        // AdamW steps taken; skipped ones do not count
+    bool weights_in_state;   // of a checkpoint, whose model is written in a type that does not hold all their bits
 };
 // Of layer l.
 const floatX* model_param(const Model& model, int p, int l) {
@@ -3145,64 +3151,729 @@ bool log_close(Log& log) {   // false: lines are missing
     warn("the last lines of %s could not be written", log.path.c_str());
     return false;
 }
-// ==== end twin
-// ---- the file of a model: this header, and then the parameters in the order of enum Param
-struct ModelHeader { int32_t magic, version, maxT, V, L, NH, C, Vp, unused[HEADER_INTS - 8]; };
-constexpr int MODEL_MAGIC = 20240326, MODEL_FP32 = 3, MODEL_BF16 = 5;   // the last two are versions
-const char* MODEL_WHAT = "a GPT-2 model";
-const char* MODEL_REMEDY = "give -e a checkpoint written by train_gpt2 or prepro, or a size such as gpt2:d12";
-ModelHeader model_header(const Config& c) {
-    return {MODEL_MAGIC, kFP32 ? MODEL_FP32 : MODEL_BF16, c.maxT, c.V, c.L, c.NH, c.C, c.Vp};
+// ---- JSON (RFC 8259), as far as the files of a model need it
+//
+// A value is read whole into a tree. Numbers stay text until somebody asks for one. A name that stands twice in an object is an
+// error: readers disagree about which of the two counts.
+
+struct Json {
+    enum Type { ABSENT, JSON_NULL, BOOLEAN, NUMBER, STRING, ARRAY, OBJECT } type = ABSENT;
+    std::string text;                    // of a number or string (UTF-8); "true" or "false"
+    std::vector<std::string> names;      // of an object's members, in the order of the file
+    std::vector<Json> values;            // an object's members, an array's elements
+
+    const Json& operator[](const std::string& name) const {   // ABSENT where there is no such member
+        static const Json absent;
+        const size_t i = std::find(names.begin(), names.end(), name) - names.begin();
+        return type == OBJECT && i < names.size() ? values[i] : absent;
+    }
+    Json& set(const std::string& name, Json value) {   // in place of the member of that name, or as a new one
+        const size_t i = std::find(names.begin(), names.end(), name) - names.begin();
+        if (i == names.size()) names.push_back(name), values.emplace_back();
+        return values[i] = std::move(value);
+    }
+};
+Json json_object() { Json j; j.type = Json::OBJECT; return j; }
+Json json_string(const std::string& s) { Json j; j.type = Json::STRING, j.text = s; return j; }
+Json json_sizes(const std::vector<size_t>& sizes) {
+    Json j;
+    j.type = Json::ARRAY;
+    for (size_t n : sizes) j.values.emplace_back(), j.values.back().type = Json::NUMBER, j.values.back().text = std::to_string(n);
+    return j;
 }
+Json json_bool(bool b) { Json j; j.type = Json::BOOLEAN, j.text = b ? "true" : "false"; return j; }
+Json json_number_value(double x) {   // the shortest text that reads back as the same number; 1e-05 as Python writes it
+    char s[40];
+    for (int digits = 1; digits <= 17; digits++) {
+        snprintf(s, sizeof s, "%.*g", digits, x);
+        if (strtod(s, nullptr) == x) break;
+    }
+    Json j;
+    j.type = Json::NUMBER, j.text = s;
+    return j;
+}
+
+struct JsonReader {
+    const char *begin, *at, *end;
+    std::string error;   // the first one, with its place; after it nothing more is read
+
+    bool wrong(const char* expected) {
+        if (error.empty()) error = std::string("expected ") + expected + " at byte " + std::to_string(at - begin);
+        return false;
+    }
+    void blanks() {
+        while (at < end && (*at == ' ' || *at == '\t' || *at == '\n' || *at == '\r')) at++;
+    }
+    bool take(char c) {
+        blanks();
+        return at < end && *at == c ? at++, true : false;
+    }
+    bool word(const char* w) {
+        const size_t n = strlen(w);
+        return (size_t)(end - at) >= n && memcmp(at, w, n) == 0 ? at += n, true : false;
+    }
+    bool digits() {
+        const char* first = at;
+        while (at < end && *at >= '0' && *at <= '9') at++;
+        return at > first;
+    }
+    bool hex(unsigned& u) {   // of \u0041
+        u = 0;
+        for (int i = 0; i < 4; i++, at++) {
+            if (at >= end || !isxdigit((unsigned char)*at)) return wrong("four hexadecimal digits");
+            u = u * 16 + (*at <= '9' ? *at - '0' : (*at | 32) - 'a' + 10);
+        }
+        return true;
+    }
+    bool string(std::string& s) {   // after its opening quote
+        while (at < end && *at != '"') {
+            const unsigned char c = *at++;
+            if (c < 32) return at--, wrong("no control character in a string");
+            if (c != '\\') {
+                s += (char)c;
+                continue;
+            }
+            if (at >= end) break;
+            const char *escapes = "\"\\/bfnrt", *meaning = "\"\\/\b\f\n\r\t", e = *at++;
+            if (e != 'u') {
+                const char* found = e ? strchr(escapes, e) : nullptr;
+                if (found == nullptr) return at--, wrong("an escape that JSON knows");
+                s += meaning[found - escapes];
+                continue;
+            }
+            unsigned u, low;
+            if (!hex(u)) return false;
+            if (u >= 0xdc00 && u < 0xe000) return wrong("a surrogate's first half before its second");
+            if (u >= 0xd800 && u < 0xdc00) {   // two of them are one character beyond 0xffff
+                if (!word("\\u") || !hex(low) || low < 0xdc00 || low >= 0xe000) return wrong("the second half of a surrogate");
+                u = 0x10000 + ((u - 0xd800) << 10) + (low - 0xdc00);
+            }
+            const int more = u < 0x80 ? 0 : u < 0x800 ? 1 : u < 0x10000 ? 2 : 3;   // bytes of UTF-8 after the first
+            s += (char)(more == 0 ? u : (0xff00 >> (more + 1) & 0xff) | u >> 6 * more);
+            for (int i = more - 1; i >= 0; i--) s += (char)(0x80 | (u >> 6 * i & 63));
+        }
+        return at < end ? at++, true : wrong("the end of the string");
+    }
+    bool value(Json& j, int depth) {
+        blanks();
+        if (at >= end) return wrong("a value");
+        if (depth > 64) return wrong("no more than 64 levels");
+        const char* first = at;
+        if (take('{')) {
+            j.type = Json::OBJECT;
+            if (take('}')) return true;
+            do {
+                std::string name;
+                if (!take('"')) return wrong("a name in quotes");
+                if (!string(name)) return false;
+                if (!take(':')) return wrong("a colon");
+                j.names.push_back(name), j.values.emplace_back();
+                if (!value(j.values.back(), depth + 1)) return false;
+            } while (take(','));
+            if (!take('}')) return wrong("a comma or }");
+            std::vector<std::string> sorted = j.names;
+            std::sort(sorted.begin(), sorted.end());
+            const auto twice = std::adjacent_find(sorted.begin(), sorted.end());
+            return twice == sorted.end() || wrong(("the name " + *twice + " only once before").c_str());
+        }
+        if (take('[')) {
+            j.type = Json::ARRAY;
+            if (take(']')) return true;
+            do {
+                j.values.emplace_back();
+                if (!value(j.values.back(), depth + 1)) return false;
+            } while (take(','));
+            return take(']') || wrong("a comma or ]");
+        }
+        if (take('"')) return j.type = Json::STRING, string(j.text);
+        if (word("true") || word("false")) return j.type = Json::BOOLEAN, j.text.assign(first, at), true;
+        if (word("null")) return j.type = Json::JSON_NULL, true;
+        word("-");
+        if (!word("0") && !digits()) return at = first, wrong("a value");
+        if (word(".") && !digits()) return wrong("a digit");
+        if (word("e") || word("E")) {
+            if (!word("+")) word("-");
+            if (!digits()) return wrong("a digit");
+        }
+        return j.type = Json::NUMBER, j.text.assign(first, at), true;
+    }
+};
+// Reads a whole text. False: `error` says what was expected, and where.
+bool json_read(Json& j, const char* text, size_t bytes, std::string& error) {
+    JsonReader r = {text, text, text + bytes, ""};
+    if (r.value(j, 0) && (r.blanks(), r.at < r.end)) r.wrong("nothing more");
+    error = r.error;
+    return error.empty();
+}
+void json_append_string(std::string& out, const std::string& s) {
+    out += '"';
+    for (unsigned char c : s) {
+        char escaped[8];
+        if (c < 32) snprintf(escaped, sizeof escaped, "\\u%04x", c), out += escaped;
+        else (c == '"' || c == '\\' ? out += '\\' : out) += (char)c;
+    }
+    out += '"';
+}
+// As text, two blanks to a level; one line if `indent` is negative.
+void json_append(std::string& out, const Json& j, int indent) {
+    const bool object = j.type == Json::OBJECT, lines = indent >= 0 && !j.values.empty() && object;
+    if (j.type == Json::STRING) return json_append_string(out, j.text);
+    if (j.type < Json::ARRAY) return void(out += j.type <= Json::JSON_NULL ? "null" : j.text);
+    out += object ? '{' : '[';
+    for (size_t i = 0; i < j.values.size(); i++) {
+        out += i == 0 ? "" : lines ? "," : ", ";
+        if (lines) out += '\n' + std::string(2 * (indent + 1), ' ');
+        if (object) json_append_string(out, j.names[i]), out += ": ";
+        json_append(out, j.values[i], lines ? indent + 1 : -1);
+    }
+    if (lines) out += '\n' + std::string(2 * indent, ' ');
+    out += object ? '}' : ']';
+}
+
+// ---- safetensors: 8 bytes that count the bytes of a JSON header, the header, the elements of one tensor after another
+//
+// A reader trusts nothing: every shape and offset is checked against the bytes that are there before anything is allocated for it.
+// The format knows no gaps and no overlaps, so that a file has one meaning.
+
+std::string shape_text(const std::vector<size_t>& shape) {
+    std::string s = "[";
+    for (size_t i = 0; i < shape.size(); i++) s += (i ? ", " : "") + std::to_string(shape[i]);
+    return s + "]";
+}
+struct SafeTensor {
+    std::string name, file;
+    DType dtype;                 // F32, BF16 or F16: what can be loaded. BYTE: any other
+    std::vector<size_t> shape;
+    size_t begin, end;           // bytes in the file
+};
+bool json_size(const Json& j, size_t& n) {   // a whole number below 2^53
+    const bool digits = j.type == Json::NUMBER && j.text.size() <= 16 && j.text.find_first_not_of("0123456789") == std::string::npos;
+    n = digits ? strtoull(j.text.c_str(), nullptr, 10) : 0;
+    return digits && n < (size_t)1 << 53;
+}
+// The tensors of a file, from its header and the bytes after it. Returns what is wrong, or an empty text.
+std::string safetensors_parse(std::vector<SafeTensor>& tensors, const char* header, size_t bytes, size_t data_bytes) {
+    static const struct { const char* name; size_t size; DType dtype; } types[] = {
+        {"F32", 4, F32}, {"BF16", 2, BF16}, {"F16", 2, F16}, {"F64", 8, BYTE}, {"I64", 8, BYTE}, {"U64", 8, BYTE}, {"I32", 4, BYTE},
+        {"U32", 4, BYTE}, {"I16", 2, BYTE}, {"U16", 2, BYTE}, {"I8", 1, BYTE}, {"U8", 1, BYTE}, {"BOOL", 1, BYTE},
+        {"F8_E4M3", 1, BYTE}, {"F8_E5M2", 1, BYTE}};
+    Json root;
+    std::string error;
+    if (!json_read(root, header, bytes, error)) return "its header is no JSON: " + error;
+    if (root.type != Json::OBJECT) return "its header is no JSON object";
+    for (size_t i = 0; i < root.names.size(); i++) {
+        const Json& j = root.values[i];
+        if (root.names[i] == "__metadata__") continue;
+        const std::string tensor = "tensor " + root.names[i];
+        SafeTensor t = {root.names[i], "", BYTE, {}, 0, 0};
+        const auto type = std::find_if(std::begin(types), std::end(types), [&](auto& known) { return known.name == j["dtype"].text; });
+        if (j["dtype"].type != Json::STRING || type == std::end(types)) return tensor + ": unknown type of elements '" + j["dtype"].text + "'";
+        t.dtype = type->dtype;
+        size_t size = type->size;
+        if (j["shape"].type != Json::ARRAY) return tensor + ": expected a shape, a list of whole numbers";
+        for (const Json& dimension : j["shape"].values) {
+            size_t n;
+            if (!json_size(dimension, n)) return tensor + ": expected a shape, a list of whole numbers";
+            if (__builtin_mul_overflow(size, n, &size)) return tensor + ": a shape of more than 2^64 bytes";
+            t.shape.push_back(n);
+        }
+        const std::vector<Json>& offsets = j["data_offsets"].values;
+        if (j["data_offsets"].type != Json::ARRAY || offsets.size() != 2 || !json_size(offsets[0], t.begin) || !json_size(offsets[1], t.end))
+            return tensor + ": expected data_offsets, two whole numbers";
+        if (t.begin > t.end || t.end > data_bytes)
+            return tensor + ": is at bytes " + offsets[0].text + " to " + offsets[1].text + ", but the file has " + std::to_string(data_bytes) +
+                   " bytes of elements; it is damaged or was cut off";
+        if (t.end - t.begin != size)
+            return tensor + ": a shape of " + shape_text(t.shape) + " takes " + std::to_string(size) + " bytes, but it has " +
+                   std::to_string(t.end - t.begin);
+        tensors.push_back(t);
+    }
+    std::sort(tensors.begin(), tensors.end(), [](const SafeTensor& a, const SafeTensor& b) {
+        return a.begin != b.begin ? a.begin < b.begin : a.end < b.end;
+    });
+    size_t at = 0;
+    for (SafeTensor& t : tensors) {
+        if (t.begin != at) return "tensor " + t.name + ": begins at byte " + std::to_string(t.begin) + ", where the one before ends at " + std::to_string(at);
+        at = t.end;
+        t.begin += 8 + bytes, t.end += 8 + bytes;
+    }
+    return at == data_bytes ? "" : "after its last tensor come " + std::to_string(data_bytes - at) + " more bytes";
+}
+
+// IEEE's 16-bit floats: 1 sign, 5 exponent, 10 mantissa
+inline float half_to_float(uint16_t h) {
+    const uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = h >> 10 & 31, mantissa = h & 0x3ff;
+    const float value = exponent == 31 ? (mantissa ? NAN : INFINITY) : exponent == 0 ? ldexpf((float)mantissa, -24)
+                                       : ldexpf((float)(1024 + mantissa), (int)exponent - 25);
+    return sign ? -value : value;
+}
+inline uint16_t half_from_float(float f) {   // to the nearest, ties to even
+    const uint16_t sign = std::signbit(f) ? 0x8000 : 0;
+    if (f != f) return sign | 0x7e00;
+    const float x = fabsf(f);
+    if (x >= 65520) return sign | 0x7c00;                                     // halfway to 2^16 and beyond: infinity
+    if (x < 0x1p-14f) return sign | (uint16_t)nearbyintf(ldexpf(x, 24));      // subnormal: a multiple of 2^-24
+    int exponent;
+    const float mantissa = nearbyintf(ldexpf(frexpf(x, &exponent), 11));      // 1024 to 2048, the latter of the next exponent
+    return sign | (uint16_t)(((exponent + 13) << 10) + (int)mantissa);
+}
+
+// ---- a model's directory, in Hugging Face's format: config.json, and model.safetensors or shards with an index
+
+struct HfModel {
+    std::string folder;
+    Json config;
+    std::vector<SafeTensor> tensors;   // by name, ascending
+
+    const SafeTensor* find(const std::string& name) const {
+        const auto at = std::lower_bound(tensors.begin(), tensors.end(), name, [](const SafeTensor& t, const std::string& n) { return t.name < n; });
+        return at != tensors.end() && at->name == name ? &*at : nullptr;
+    }
+};
+const char* HF_REMEDY = "expected a model's directory as transformers writes it: config.json and model.safetensors";
+
+// The bytes of a small file.
+std::string read_text(const std::string& path, size_t most) {
+    const int fd = open(path.c_str(), O_RDONLY | O_NONBLOCK | O_CLOEXEC);
+    struct stat s;
+    if (fd < 0 || fstat(fd, &s) != 0) fail("cannot open %s: %s; %s", path.c_str(), strerror(errno), HF_REMEDY);
+    if (!S_ISREG(s.st_mode) || (size_t)s.st_size > most)
+        fail("%s: expected a regular file of at most %zu bytes, found %s; %s", path.c_str(), most,
+             S_ISREG(s.st_mode) ? std::to_string(s.st_size).c_str() : "something else", HF_REMEDY);
+    std::string text(s.st_size, '\0');
+    size_t n = 0;
+    for (ssize_t got; n < text.size() && (got = pread(fd, &text[n], text.size() - n, n)) > 0;) n += got;
+    close(fd);
+    if (n != text.size()) fail("%s: could not be read to its end", path.c_str());
+    return text;
+}
+Json read_json(const std::string& path) {
+    const std::string text = read_text(path, (size_t)100 << 20);
+    Json j;
+    std::string error;
+    if (!json_read(j, text.data(), text.size(), error)) fail("%s: is no JSON: %s", path.c_str(), error.c_str());
+    if (j.type != Json::OBJECT) fail("%s: expected a JSON object", path.c_str());
+    return j;
+}
+// The header of a file of tensors.
+std::vector<SafeTensor> safetensors_open(const std::string& path) {
+    const int fd = open(path.c_str(), O_RDONLY | O_NONBLOCK | O_CLOEXEC);
+    struct stat s;
+    if (fd < 0 || fstat(fd, &s) != 0) fail("cannot open %s: %s; %s", path.c_str(), strerror(errno), HF_REMEDY);
+    if (!S_ISREG(s.st_mode)) fail("%s: expected a regular file; %s", path.c_str(), HF_REMEDY);
+    uint64_t bytes = 0;
+    const size_t size = s.st_size;
+    if (pread(fd, &bytes, 8, 0) != 8 || bytes > (size_t)100 << 20 || bytes + 8 > size)
+        fail("%s: expected safetensors, 8 bytes that count a header of at most 100 MiB and the header, found a file of %zu bytes "
+             "that counts %zu; it is damaged or was cut off", path.c_str(), size, (size_t)bytes);
+    std::string header(bytes, '\0');
+    if (pread(fd, &header[0], bytes, 8) != (ssize_t)bytes) fail("%s: its header could not be read", path.c_str());
+    close(fd);
+    std::vector<SafeTensor> tensors;
+    const std::string error = safetensors_parse(tensors, header.data(), bytes, size - 8 - bytes);
+    if (!error.empty()) fail("%s: %s", path.c_str(), error.c_str());
+    for (SafeTensor& t : tensors) t.file = path;
+    return tensors;
+}
+// Reads the config and all headers. No weight is read yet.
+HfModel hf_open(const std::string& folder) {
+    HfModel m;
+    m.folder = folder;
+    m.config = read_json(folder + "/config.json");
+    const std::string single = folder + "/model.safetensors", index = single + ".index.json";
+    if (file_exists(index) && !file_exists(single)) {
+        const Json map = read_json(index)["weight_map"];
+        std::vector<std::string> files;
+        if (map.type != Json::OBJECT || map.values.empty()) fail("%s: expected a weight_map, which names the file of each tensor", index.c_str());
+        for (const Json& file : map.values) {
+            if (file.type != Json::STRING || file.text.empty() || file.text.find('/') != std::string::npos)
+                fail("%s: expected names of files in the same directory, found '%s'", index.c_str(), file.text.c_str());
+            files.push_back(file.text);
+        }
+        std::sort(files.begin(), files.end());
+        files.erase(std::unique(files.begin(), files.end()), files.end());
+        for (const std::string& file : files)
+            for (const SafeTensor& t : safetensors_open(folder + "/" + file))
+                if (map[t.name].text == file) m.tensors.push_back(t);
+        for (size_t i = 0; i < map.names.size(); i++) {   // checked by counting first: a map of thousands of names
+            const bool there = std::any_of(m.tensors.begin(), m.tensors.end(), [&](const SafeTensor& t) { return t.name == map.names[i]; });
+            if (m.tensors.size() != map.names.size() && !there)
+                fail("%s: tensor %s should be in %s, but is not", index.c_str(), map.names[i].c_str(), map.values[i].text.c_str());
+        }
+    } else {
+        m.tensors = safetensors_open(single);
+    }
+    std::sort(m.tensors.begin(), m.tensors.end(), [](const SafeTensor& a, const SafeTensor& b) { return a.name < b.name; });
+    return m;
+}
+// Elements of a type as floats, and back: rounded to the nearest.
+void load_as(DType type, float* to, const char* from, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        uint16_t h;
+        if (type == F32) memcpy(&to[i], from + 4 * i, 4);
+        else memcpy(&h, from + 2 * i, 2), to[i] = type == F16 ? half_to_float(h) : (float)__ushort_as_bfloat16(h);
+    }
+}
+void store_as(DType type, char* to, const float* from, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        const uint16_t h = type == F16 ? half_from_float(from[i]) : __bfloat16_as_ushort(__float2bfloat16_rn(from[i]));
+        if (type == F32) memcpy(to + 4 * i, &from[i], 4);
+        else memcpy(to + 2 * i, &h, 2);
+    }
+}
+// Elements [first, first + n) of a tensor, as floats.
+void safetensors_read(const SafeTensor& t, size_t first, size_t n, float* out) {
+    const size_t size = dtype_size(t.dtype);
+    static std::string open_path;   // the file that was read last stays open
+    static int fd = -1;
+    if (open_path != t.file) {
+        if (fd >= 0) close(fd);
+        open_path = t.file;
+        fd = open(t.file.c_str(), O_RDONLY | O_CLOEXEC);
+    }
+    std::vector<char> raw(n * size);
+    size_t done = 0;
+    for (ssize_t got; done < raw.size() && (got = pread(fd, &raw[done], raw.size() - done, t.begin + first * size + done)) > 0;) done += got;
+    if (done != raw.size()) fail("%s: tensor %s could not be read: %s", t.file.c_str(), t.name.c_str(), strerror(errno));
+    load_as(t.dtype, out, raw.data(), n);
+}
+
+bool hf_ignores(const std::string& name);                  // of each model, as are these two
+void hf_config_json(const Config& c, Json& j);
+// ---- a model's weights to and from its directory
+// A piece is a tensor of a file, and some rows of one of our parameters: Hugging Face keeps q, k and v apart where we have one weight,
+// and GPT-2's weights (Conv1D) lie transposed in it. hf_pieces (below, of each model) lists a parameter's pieces in the order of rows.
+struct HfPiece {
+    std::string name;
+    size_t rows, cols;        // of ours; cols 0: a vector
+    bool transposed = false;  // in the file, (cols, rows)
+    size_t elements() const { return rows * std::max<size_t>(cols, 1); }
+    std::vector<size_t> shape() const {
+        return cols == 0 ? std::vector<size_t>{rows} : transposed ? std::vector<size_t>{cols, rows} : std::vector<size_t>{rows, cols};
+    }
+};
+std::vector<HfPiece> hf_pieces(const Config& c, int p, int layer);   // layer -1: of a tensor outside the blocks
+// Calls f(parameter, its first element, piece) for all of a model.
+void hf_walk(const Config& c, const std::function<void(int p, size_t first, const HfPiece& piece)>& f) {
+    for (int layer = -1; layer < c.L; layer++)
+        for (int p = 0; p < NUM_PARAMS; p++) {
+            const ParamShape s = param_shape(c, p);
+            if (s.in_layer != (layer >= 0) || s.elements() == 0) continue;
+            size_t first = layer >= 0 ? layer * s.per_layer() : 0;
+            for (const HfPiece& piece : hf_pieces(c, p, layer)) f(p, first, piece), first += piece.elements();
+        }
+}
+
+// Elements [first, first + n) of a parameter, from the host into the weights and, where there are some, this rank's master weights.
+void model_put(Model& model, int p, size_t first, size_t n, const float* values) {
+    const size_t all = param_shape(model.config, p).elements(), begin = shard_offset(all), end = begin + shard_size(all);
+    const size_t from = std::max(first, begin), to = std::min(first + n, end);
+    const std::vector<floatX> rounded(values, values + n);
+    cudaCheck(cudaMemcpy(model.param[p] + first, rounded.data(), n * sizeof(floatX), cudaMemcpyHostToDevice));
+    if (model.master[p] != nullptr && from < to)
+        cudaCheck(cudaMemcpy(model.master[p] + (from - begin), values + (from - first), (to - from) * sizeof(float), cudaMemcpyHostToDevice));
+}
+// The other way, with all their bits. With --zero 1 the master weights are divided among the ranks: then all ranks call this, and each
+// has its own in `values`, and zeros.
+void model_get(const Model& model, int p, size_t first, size_t n, float* values) {
+    if (model.master[p] == nullptr) {
+        std::vector<floatX> weights(n);
+        cudaCheck(cudaMemcpy(weights.data(), model.param[p] + first, n * sizeof(floatX), cudaMemcpyDeviceToHost));
+        std::copy(weights.begin(), weights.end(), values);
+        return;
+    }
+    const size_t all = param_shape(model.config, p).elements(), begin = shard_offset(all), end = begin + shard_size(all);
+    const size_t from = std::max(first, begin), to = std::min(first + n, end);
+    std::fill(values, values + n, 0.0f);
+    if (from < to)
+        cudaCheck(cudaMemcpy(values + (from - first), model.master[p] + (from - begin), (to - from) * sizeof(float), cudaMemcpyDeviceToHost));
+    if (world_shards(all)) world_sum_host(values, n);
+}
+constexpr size_t PIECE = (size_t)1 << 20;   // elements that are on the host at a time; a transposed tensor is there as a whole
+void transpose(float* to, const float* from, size_t rows, size_t cols) {   // to (cols, rows), from (rows, cols)
+    for (size_t r = 0; r < rows; r++)
+        for (size_t c = 0; c < cols; c++) to[c * rows + r] = from[r * cols + c];
+}
+
+// Reads all weights. Each must be there, in its shape, and nothing else that holds weights.
+void hf_load(Model& model, const HfModel& m) {
+    std::vector<std::string> names;
+    for (int p = 0; p < NUM_PARAMS; p++) {   // for the rows that pad the vocabulary
+        const size_t n = param_shape(model.config, p).elements();
+        cudaCheck(cudaMemset(model.param[p], 0, n * sizeof(floatX)));
+        if (model.master[p] != nullptr) cudaCheck(cudaMemset(model.master[p], 0, shard_size(n) * sizeof(float)));
+    }
+    hf_walk(model.config, [&](int p, size_t first, const HfPiece& piece) {
+        const SafeTensor* t = m.find(piece.name);
+        if (t == nullptr) fail("%s: no tensor %s, which its config.json asks for; %s", m.folder.c_str(), piece.name.c_str(), HF_REMEDY);
+        if (t->dtype == BYTE) fail("%s: tensor %s: expected elements of type F32, BF16 or F16", t->file.c_str(), t->name.c_str());
+        if (t->shape != piece.shape())
+            fail("%s: tensor %s: expected the shape %s by config.json, found %s", t->file.c_str(), t->name.c_str(),
+                 shape_text(piece.shape()).c_str(), shape_text(t->shape).c_str());
+        names.push_back(piece.name);
+        const size_t chunk = piece.transposed ? piece.elements() : std::min(PIECE, piece.elements());
+        std::vector<float> values(chunk), turned(piece.transposed ? chunk : 0);
+        for (size_t i = 0; i < piece.elements(); i += chunk) {
+            const size_t n = std::min(chunk, piece.elements() - i);
+            safetensors_read(*t, i, n, values.data());
+            if (piece.transposed) transpose(turned.data(), values.data(), piece.cols, piece.rows);
+            model_put(model, p, first + i, n, piece.transposed ? turned.data() : values.data());
+        }
+    });
+    std::sort(names.begin(), names.end());
+    for (const SafeTensor& t : m.tensors)
+        if (!std::binary_search(names.begin(), names.end(), t.name) && !hf_ignores(t.name))
+            fail("%s: tensor %s is none of the model that config.json describes", t.file.c_str(), t.name.c_str());
+}
+
+// Where a model came from: what is written beside its weights, and in which type those are.
+struct Source {
+    std::string folder;                  // its files of the tokenizer go along; empty: there is none
+    Json config = json_object();         // what we do not know of stays in it
+    DType dtype = FLOATX;
+};
+// Writes a model's directory. All ranks call it, rank 0 writes. Returns what went wrong, or an empty text.
+std::string hf_save(const Model& model, const std::string& folder, const Source& source) {
+    constexpr size_t SHARD_BYTES = (size_t)5 << 30;   // at most, unless one tensor has more
+    struct Part { int p; size_t first; HfPiece piece; };
+    std::vector<std::vector<Part>> shards(1);
+    size_t bytes = 0, total = 0;
+    hf_walk(model.config, [&](int p, size_t first, const HfPiece& piece) {
+        const size_t n = piece.elements() * dtype_size(source.dtype);
+        if (bytes > 0 && bytes + n > SHARD_BYTES) shards.emplace_back(), bytes = 0;
+        shards.back().push_back({p, first, piece});
+        bytes += n, total += n;
+    });
+    std::string error;
+    Json map = json_object();
+    for (size_t shard = 0; shard < shards.size(); shard++) {
+        char file[64] = "model.safetensors";
+        if (shards.size() > 1) snprintf(file, sizeof file, "model-%05zu-of-%05zu.safetensors", shard + 1, shards.size());
+        Json header = json_object();
+        header.set("__metadata__", json_object()).set("format", json_string("pt"));
+        size_t at = 0;
+        for (const Part& part : shards[shard]) {
+            const size_t n = part.piece.elements() * dtype_size(source.dtype);
+            Json& t = header.set(part.piece.name, json_object());
+            t.set("dtype", json_string(source.dtype == F32 ? "F32" : source.dtype == F16 ? "F16" : "BF16"));
+            t.set("shape", json_sizes(part.piece.shape()));
+            t.set("data_offsets", json_sizes({at, at + n}));
+            map.set(part.piece.name, json_string(file));
+            at += n;
+        }
+        std::string text;
+        json_append(text, header, -1);
+        text.resize((text.size() + 7) / 8 * 8, ' ');
+        auto fill = [&](const Put& put) {
+            const uint64_t length = text.size();
+            put(&length, sizeof length);
+            put(text.data(), text.size());
+            for (const Part& part : shards[shard]) {
+                const HfPiece& piece = part.piece;
+                const size_t chunk = piece.transposed ? piece.elements() : std::min(PIECE, piece.elements());
+                std::vector<float> values(chunk), turned(piece.transposed ? chunk : 0);
+                std::vector<char> raw(chunk * dtype_size(source.dtype));
+                for (size_t i = 0; i < piece.elements(); i += chunk) {
+                    const size_t n = std::min(chunk, piece.elements() - i);
+                    model_get(model, part.p, part.first + i, n, values.data());
+                    if (piece.transposed) transpose(turned.data(), values.data(), piece.rows, piece.cols);
+                    store_as(source.dtype, raw.data(), piece.transposed ? turned.data() : values.data(), n);
+                    put(raw.data(), n * dtype_size(source.dtype));
+                }
+            }
+        };
+        if (world.rank > 0) fill([](const void*, size_t) {});   // for what rank 0 asks of the others
+        else if (error.empty()) error = write_file(folder + "/" + file, fill);
+        else fill([](const void*, size_t) {});
+    }
+    if (world.rank > 0) return "";
+    auto write_json = [&](const char* name, const Json& j) {
+        std::string text;
+        json_append(text, j, 0);
+        text += '\n';
+        if (error.empty()) error = write_file(folder + "/" + name, [&](const Put& put) { put(text.data(), text.size()); });
+    };
+    if (shards.size() > 1) {
+        Json index = json_object();
+        index.set("metadata", json_object()).set("total_size", json_sizes({total}).values[0]);
+        index.set("weight_map", map);
+        write_json("model.safetensors.index.json", index);
+    }
+    Json config = source.config;
+    hf_config_json(model.config, config);
+    const char* type = source.dtype == F32 ? "float32" : source.dtype == F16 ? "float16" : "bfloat16";
+    for (const char* name : {"dtype", "torch_dtype"})   // transformers 5 has the first, 4 the second
+        if (config[name].type != Json::ABSENT || strcmp(name, "torch_dtype") == 0) config.set(name, json_string(type));
+    write_json("config.json", config);
+    for (const char* name : {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+                             "tokenizer.model", "chat_template.jinja", "generation_config.json"})
+        if (!source.folder.empty() && error.empty() && file_exists(source.folder + "/" + name)) {
+            const std::string text = read_text(source.folder + "/" + name, (size_t)1 << 30);
+            error = write_file(folder + "/" + name, [&](const Put& put) { put(text.data(), text.size()); });
+        }
+    return error;
+}
+
+// What config.json says under a name, or `usual` where it says nothing (or null). Another type than expected is an error.
+const Json* config_value(const HfModel& m, const char* name, Json::Type type, const char* expected) {
+    const Json& j = m.config[name];
+    if (j.type == Json::ABSENT || j.type == Json::JSON_NULL) return nullptr;
+    if (j.type != type) fail("%s/config.json: %s: expected %s", m.folder.c_str(), name, expected);
+    return &j;
+}
+constexpr int64_t REQUIRED = -1;
+int64_t config_int(const HfModel& m, const char* name, int64_t usual = REQUIRED) {
+    const Json* j = config_value(m, name, Json::NUMBER, "a whole number");
+    size_t n;
+    if (j == nullptr && usual == REQUIRED) fail("%s/config.json: has no %s, which this model needs", m.folder.c_str(), name);
+    if (j == nullptr) return usual;
+    if (!json_size(*j, n) || n > 1 << 30) fail("%s/config.json: %s: expected a whole number up to 2^30, found %s", m.folder.c_str(), name, j->text.c_str());
+    return (int64_t)n;
+}
+double config_number(const HfModel& m, const char* name, double usual) {
+    const Json* j = config_value(m, name, Json::NUMBER, "a number");
+    return j ? strtod(j->text.c_str(), nullptr) : usual;
+}
+bool config_flag(const HfModel& m, const char* name, bool usual) {
+    const Json* j = config_value(m, name, Json::BOOLEAN, "true or false");
+    return j ? j->text == "true" : usual;
+}
+std::string config_text(const HfModel& m, const char* name, const char* usual) {
+    const Json* j = config_value(m, name, Json::STRING, "a text");
+    return j ? j->text : usual;
+}
+[[noreturn]] void config_refuse(const HfModel& m, const char* name, const std::string& found, const char* expected) {
+    fail("%s/config.json: %s is %s; expected %s: %s does nothing else", m.folder.c_str(), name, found.c_str(), expected, program_name);
+}
+// ==== end twin
+// ---- GPT-2's names and settings in Hugging Face's format
+
+std::vector<HfPiece> hf_pieces(const Config& c, int p, int layer) {
+    static const struct { const char* name; bool transposed; } names[NUM_PARAMS] = {
+        {"wte.weight", false}, {"wpe.weight", false}, {"ln_1.weight", false}, {"ln_1.bias", false},
+        {"attn.c_attn.weight", true}, {"attn.c_attn.bias", false}, {"attn.c_proj.weight", true}, {"attn.c_proj.bias", false},
+        {"ln_2.weight", false}, {"ln_2.bias", false}, {"mlp.c_fc.weight", true}, {"mlp.c_fc.bias", false},
+        {"mlp.c_proj.weight", true}, {"mlp.c_proj.bias", false}, {"ln_f.weight", false}, {"ln_f.bias", false}};
+    const ParamShape s = param_shape(c, p);
+    const std::string block = layer >= 0 ? "h." + std::to_string(layer) + "." : "";
+    return {{"transformer." + block + names[p].name, p == WTE ? (size_t)c.V : s.rows, s.cols, names[p].transposed}};   // padding is ours
+}
+// What files may hold besides: masks of attention, and the head, which is wte once more.
+bool hf_ignores(const std::string& name) {
+    auto ends = [&](const std::string& with) { return name.size() >= with.size() && name.compare(name.size() - with.size(), with.size(), with) == 0; };
+    return ends(".attn.bias") || ends(".attn.masked_bias") || name == "lm_head.weight";
+}
+// Older files leave "transformer." out.
+void hf_complete_names(HfModel& m) {
+    for (SafeTensor& t : m.tensors)
+        if (t.name.compare(0, 12, "transformer.") != 0 && t.name != "lm_head.weight") t.name = "transformer." + t.name;
+    std::sort(m.tensors.begin(), m.tensors.end(), [](const SafeTensor& a, const SafeTensor& b) { return a.name < b.name; });
+}
+// The model that a config.json describes. What it asks for and we do not do is refused.
+Config hf_config(const HfModel& m) {
+    const std::string type = config_text(m, "model_type", "");
+    if (type != "gpt2") config_refuse(m, "model_type", "'" + type + "'", "gpt2");
+    Config c = {};
+    c.maxT = (int)config_int(m, "n_positions", 1024), c.V = (int)config_int(m, "vocab_size", 50257);
+    c.L = (int)config_int(m, "n_layer", 12), c.NH = (int)config_int(m, "n_head", 12), c.C = (int)config_int(m, "n_embd", 768);
+    c.Vp = ceil_div(c.V, 128) * 128;
+    const int64_t inner = config_int(m, "n_inner", 4 * (int64_t)c.C);
+    const std::string act = config_text(m, "activation_function", "gelu_new");
+    const double eps = config_number(m, "layer_norm_epsilon", 1e-5);
+    if (inner != 4 * (int64_t)c.C) config_refuse(m, "n_inner", std::to_string(inner), "4 * n_embd");
+    if (act != "gelu_new" && act != "gelu_pytorch_tanh") config_refuse(m, "activation_function", act, "gelu_new");
+    if (fabs(eps - 1e-5) > 1e-12) config_refuse(m, "layer_norm_epsilon", std::to_string(eps), "1e-5");
+    if (!config_flag(m, "tie_word_embeddings", true)) config_refuse(m, "tie_word_embeddings", "false", "true");
+    if (!config_flag(m, "scale_attn_weights", true)) config_refuse(m, "scale_attn_weights", "false", "true");
+    for (const char* name : {"scale_attn_by_inverse_layer_idx", "add_cross_attention"})
+        if (config_flag(m, name, false)) config_refuse(m, name, "true", "false");
+    for (const char* name : {"resid_pdrop", "embd_pdrop", "attn_pdrop"})
+        if (config_number(m, name, 0) > 0 && world.rank == 0)
+            printf("note: %s/config.json has %s %g; this program trains without dropout\n", m.folder.c_str(), name, config_number(m, name, 0));
+    return c;
+}
+void hf_config_json(const Config& c, Json& j) {   // into what the model came with
+    Json architectures;
+    architectures.type = Json::ARRAY, architectures.values = {json_string("GPT2LMHeadModel")};
+    j.set("architectures", architectures);
+    j.set("model_type", json_string("gpt2"));
+    const std::pair<const char*, size_t> numbers[] = {{"vocab_size", c.V}, {"n_positions", c.maxT}, {"n_embd", c.C}, {"n_layer", c.L}, {"n_head", c.NH}};
+    for (auto& [name, value] : numbers) j.set(name, json_sizes({value}).values[0]);
+    if (j["activation_function"].type == Json::ABSENT) j.set("activation_function", json_string("gelu_new"));
+    j.set("layer_norm_epsilon", json_number_value(1e-5));
+    j.set("tie_word_embeddings", json_bool(true));
+    for (const char* name : {"bos_token_id", "eos_token_id"})   // the last token of our own vocabularies ends a text, as GPT-2's does
+        if (j[name].type == Json::ABSENT) j.set(name, json_sizes({(size_t)c.V - 1}).values[0]);
+}
+
+// ---- llm.c's file of a model: this header, and then the parameters in the order of enum Param
+struct BinHeader { int32_t magic, version, maxT, V, L, NH, C, Vp, unused[HEADER_INTS - 8]; };
+constexpr int BIN_MAGIC = 20240326, BIN_FP32 = 3, BIN_BF16 = 5;   // the last two are versions
+const char* BIN_WHAT = "a GPT-2 model";
+const char* MODEL_REMEDY = "give -e a model's directory, llm.c's file of a GPT-2, or a size such as gpt2:d12";
 // The size of the model in a file, after checking it against the size of the file.
-Config model_read_config(const char* path) {
-    ModelHeader h;
-    FILE* f = open_with_header(path, &h, MODEL_MAGIC, MODEL_WHAT, MODEL_REMEDY);
+Config bin_config(const char* path) {
+    BinHeader h;
+    FILE* f = open_with_header(path, &h, BIN_MAGIC, BIN_WHAT, MODEL_REMEDY);
     const size_t size = file_size(f);
     fclose(f);
     const Config c = {h.maxT, h.V, h.Vp, h.L, h.NH, h.C};
     // The limits keep every product below 2^63, so that `expected` is the true size.
     const bool sane = c.maxT > 0 && c.V > 0 && c.V <= 1 << 30 && c.L > 0 && c.L <= 1 << 12 && c.NH > 0 && c.C > 0 &&
                       c.C <= 1 << 16 && c.C % c.NH == 0 && c.Vp == ceil_div(c.V, 128) * 128;
-    if (!sane || (h.version != MODEL_FP32 && h.version != MODEL_BF16))
+    if (!sane || (h.version != BIN_FP32 && h.version != BIN_BF16))
         fail("%s: its header makes no model: version %d (expected version 3, fp32, or 5, bf16), T %d, V %d padded to %d (a "
              "multiple of 128), L %d, NH %d, C %d; %s", path, h.version, c.maxT, c.V, c.Vp, c.L, c.NH, c.C, MODEL_REMEDY);
-    const size_t expected = HEADER_BYTES + param_count(c) * dtype_size(h.version == MODEL_FP32 ? F32 : BF16);
+    const size_t expected = HEADER_BYTES + param_count(c) * dtype_size(h.version == BIN_FP32 ? F32 : BF16);
     if (size != expected)
         fail("%s: its header (T %d, V %d, L %d, NH %d, C %d, version %d) asks for %zu bytes, found %zu; it is damaged or was cut "
              "off; %s", path, c.maxT, c.V, c.L, c.NH, c.C, h.version, expected, size, MODEL_REMEDY);
     return c;
 }
-
-// ==== twin: checkpoints, device, schedule, command line
-// ---- checkpoints: the weights, the state of each rank, and DONE when all of these are whole
-// Reads weights, in whichever of the two types the file has, into an allocated model. Master weights get all their bits.
-void model_load(Model& model, const char* path) {
-    constexpr size_t CHUNK = (size_t)1 << 20;   // elements
-    ModelHeader h;
-    FILE* f = open_with_header(path, &h, MODEL_MAGIC, MODEL_WHAT, MODEL_REMEDY);
-    std::vector<float> wide(CHUNK);
-    std::vector<__nv_bfloat16> half(CHUNK);
-    std::vector<floatX> rounded(CHUNK);
+DType bin_load(Model& model, const char* path) {
+    BinHeader h;
+    FILE* f = open_with_header(path, &h, BIN_MAGIC, BIN_WHAT, MODEL_REMEDY);
+    const DType type = h.version == BIN_FP32 ? F32 : BF16;
+    std::vector<char> raw(PIECE * dtype_size(type));
+    std::vector<float> values(PIECE);
     for (int p = 0; p < NUM_PARAMS; p++) {
-        const size_t n = param_shape(model.config, p).elements(), begin = shard_offset(n), end = begin + shard_size(n);
-        for (size_t i = 0; i < n; i += CHUNK) {
-            const size_t k = std::min(CHUNK, n - i), from = std::max(i, begin), to = std::min(i + k, end);
-            if (h.version == MODEL_FP32) read_bytes(f, path, wide.data(), k * sizeof(float));
-            else read_bytes(f, path, half.data(), k * sizeof(__nv_bfloat16));
-            for (size_t j = 0; j < k; j++) {
-                if (h.version != MODEL_FP32) wide[j] = (float)half[j];
-                rounded[j] = (floatX)wide[j];
-            }
-            cudaCheck(cudaMemcpy(model.param[p] + i, rounded.data(), k * sizeof(floatX), cudaMemcpyHostToDevice));
-            if (model.master[p] != nullptr && from < to)   // [from, to) is in this rank's share
-                cudaCheck(cudaMemcpy(model.master[p] + (from - begin), &wide[from - i], (to - from) * sizeof(float),
-                                     cudaMemcpyHostToDevice));
+        const size_t elements = param_shape(model.config, p).elements();
+        for (size_t i = 0; i < elements; i += PIECE) {
+            const size_t n = std::min(PIECE, elements - i);
+            read_bytes(f, path, raw.data(), n * dtype_size(type));
+            load_as(type, values.data(), raw.data(), n);
+            model_put(model, p, i, n, values.data());
         }
     }
     fclose(f);
+    return type;
+}
+// --write-bin: in the type of this build's weights. Returns what went wrong, or an empty text.
+std::string bin_save(const Model& model, const std::string& path) {
+    const Config& c = model.config;
+    return write_file(path, [&](const Put& put) {
+        const BinHeader h = {BIN_MAGIC, kFP32 ? BIN_FP32 : BIN_BF16, c.maxT, c.V, c.L, c.NH, c.C, c.Vp};
+        put(&h, sizeof h);
+        for (int p = 0; p < NUM_PARAMS; p++) device_copy(true, model.param[p], param_shape(c, p).elements() * sizeof(floatX), put);
+    });
+}
+// What -e names: a directory or a file.
+Config model_read_config(const std::string& path) { return is_folder(path.c_str()) ? hf_config(hf_open(path)) : bin_config(path.c_str()); }
+Source model_load(Model& model, const std::string& path) {
+    Source source;
+    if (!is_folder(path.c_str())) {
+        source.dtype = bin_load(model, path.c_str());
+        return source;
+    }
+    HfModel m = hf_open(path);
+    hf_complete_names(m);
+    hf_load(model, m);
+    source.folder = path, source.config = m.config, source.dtype = m.find("transformer.wte.weight")->dtype;
+    return source;
 }
 
+// ==== twin: checkpoints, device, schedule, command line
+// ---- checkpoints: OUT/step_00000010 is a model's directory, which also holds the state of each rank
 // Where a run stands, besides its weights: with it 5 steps, a checkpoint and 5 steps equal 10 steps.
 struct RunState {
     int step = 0, not_finite_in_row = 0;   // steps done, and how many of the last ones were not finite
@@ -3224,7 +3895,7 @@ struct StateHeader {
 };
 static_assert(sizeof(StateHeader) == HEADER_BYTES, "a header has 256 int32");
 constexpr int STATE_MAGIC = 20240527;
-const char* STATE_REMEDY = "remove this checkpoint's DONE file to resume from the one before, or start afresh with another --out";
+const char* STATE_REMEDY = "remove this checkpoint's directory to resume from the one before, or start afresh with another --out";
 
 StateHeader state_header(const Model& model, const RunState& r, const Loader& train) {
     StateHeader h = {STATE_MAGIC, 1, world.size, world.rank, model.master[0] != nullptr, 1, world.sharded};
@@ -3241,6 +3912,8 @@ void state_walk(const Model& model, const std::function<void(void* device, size_
     for (float* const* tensors : {model.m, model.v, model.master})
         for (int p = 0; p < NUM_PARAMS; p++)
             if (tensors[p] != nullptr) f(tensors[p], shard_size(param_shape(model.config, p).elements()) * sizeof(float));
+    for (int p = 0; model.weights_in_state && p < NUM_PARAMS; p++)
+        if (model.param[p] != nullptr) f(model.param[p], param_shape(model.config, p).elements() * sizeof(floatX));
     f(&model.state->history, sizeof(History));
 }
 size_t state_bytes(const Model& model) {
@@ -3249,20 +3922,21 @@ size_t state_bytes(const Model& model) {
     return n;
 }
 
-std::string checkpoint_path(const std::string& folder, const char* kind, int step, int rank = world.rank) {
-    char name[64];
-    if (strcmp(kind, "state") == 0) snprintf(name, sizeof name, "/state_%08d_%05d.bin", step, rank);
-    else snprintf(name, sizeof name, strcmp(kind, "model") == 0 ? "/model_%08d.bin" : "/DONE_%08d", step);
-    return folder + name;
+std::string checkpoint_folder(const std::string& out, int step) {
+    char name[32];
+    snprintf(name, sizeof name, "/step_%08d", step);
+    return out + name;
 }
-bool is_checkpoint_name(const std::string& name) {   // also of one half-written
-    return name.compare(0, 6, "model_") == 0 || name.compare(0, 6, "state_") == 0 || name.compare(0, 5, "DONE_") == 0;
+std::string state_path(const std::string& folder, int rank = world.rank) {
+    char name[32];
+    snprintf(name, sizeof name, "/state_%05d.bin", rank);
+    return folder + name;
 }
 
 // What a run chose by the memory that was free, and keeps when it is resumed: otherwise sums would have another order.
-Plan state_plan(const std::string& folder, int step) {
+Plan state_plan(const std::string& folder) {
     StateHeader h;
-    const std::string path = checkpoint_path(folder, "state", step, 0);   // rank 0's, which there always is
+    const std::string path = state_path(folder, 0);   // rank 0's, which there always is
     fclose(open_with_header(path.c_str(), &h, STATE_MAGIC, "the state of a run", STATE_REMEDY));
     if (h.ranks != world.size)
         fail("%s: was written by a run on %d GPUs, this one has %d; resume with as many GPUs", path.c_str(), h.ranks, world.size);
@@ -3272,7 +3946,7 @@ Plan state_plan(const std::string& folder, int step) {
 }
 // Puts model and loader where the run stood after `step` steps. A run that only evaluates needs its seed alone.
 RunState state_load(Model& model, Loader& train, const std::string& folder, int step) {
-    const std::string name = checkpoint_path(folder, "state", step, model.plan.training ? world.rank : 0);
+    const std::string name = state_path(folder, model.plan.training ? world.rank : 0);
     const char* path = name.c_str();
     const StateHeader now = state_header(model, RunState(), train);
     StateHeader was;
@@ -3295,7 +3969,7 @@ RunState state_load(Model& model, Loader& train, const std::string& folder, int 
         fail("%s: its run read %zu tokens in %d shards in sequences of %d (checksum %zx), this one reads %zu in %d in sequences "
              "of %d (checksum %zx); resume with the same -i and -t, or take the weights to other data: -e %s and another --out",
              path, was.tokens, was.shards, was.T, was.checksum, now.tokens, now.shards, now.T, now.checksum,
-             checkpoint_path(folder, "model", step).c_str());
+             folder.c_str());
     const Position& at = was.position;
     if (was.updates < 0 || at.shard >= train.shards.size() || at.window > train.tokens)
         fail("%s: step %d, shard %zu, sequence %zu is no place in these data; it is damaged; %s", path, step, at.shard, at.window,
@@ -3310,56 +3984,56 @@ RunState state_load(Model& model, Loader& train, const std::string& folder, int 
     fclose(f);
     return {step, 0, at, {was.setting, was.setting + was.settings}};
 }
-// Steps of the whole checkpoints in a folder, ascending.
-std::vector<int> checkpoints_in(const std::string& folder) {
+// Steps of the checkpoints in a folder, ascending.
+std::vector<int> checkpoints_in(const std::string& out) {
     std::vector<int> steps;
-    if (is_folder(folder.c_str()))
-        for (const std::string& name : files_named(folder + "/DONE_[0-9][0-9][0-9][0-9][0-9][0-9][0-9][0-9]"))
-            steps.push_back(atoi(&name[name.size() - 8]));
+    if (is_folder(out.c_str()))
+        for (const std::string& name : files_named(out + "/step_[0-9][0-9][0-9][0-9][0-9][0-9][0-9][0-9]"))
+            if (is_folder(name.c_str())) steps.push_back(atoi(&name[name.size() - 8]));
     return steps;
 }
+void remove_folder(const std::string& path) {   // one of ours, in which there are only files
+    for (const std::string& file : files_named(path + "/*")) unlink(file.c_str());
+    rmdir(path.c_str());
+}
 
-// Writes the model, then the state of every rank, then DONE, so that a run which is killed in between resumes from the checkpoint
-// before. False: this one could not be written. That is said, nothing is left of it, and those before it stay.
-bool checkpoint_save(Model& model, const RunState& r, const Loader& train, const std::string& folder, int keep) {
+// Writes a checkpoint under a temporary name, and renames it when all is on the disk: a run that is killed in between resumes from the
+// one before. False: this one could not be written. That is said, nothing is left of it, and those before it stay.
+bool checkpoint_save(Model& model, const RunState& r, const Loader& train, const std::string& out, int keep, const Source& source) {
     NvtxRange range("checkpoint");
-    std::vector<std::string> written;
-    std::string error;   // of this rank; after one it writes no more files
-    auto write = [&](const char* kind, const std::function<void(const Put& put)>& fill) {
-        const std::string path = checkpoint_path(folder, kind, r.step);
-        if (error.empty()) error = write_file(path, fill);
-        if (error.empty()) written.push_back(path);
-    };
+    const std::string folder = checkpoint_folder(out, r.step), unfinished = folder + ".tmp";
+    std::string error;   // of this rank
     if (world.rank == 0) {
-        unlink(checkpoint_path(folder, "DONE", r.step).c_str());   // a run that started over may write this step again
-        write("model", [&](const Put& put) {
-            const ModelHeader h = model_header(model.config);
-            put(&h, sizeof h);
-            for (int p = 0; p < NUM_PARAMS; p++)
-                device_copy(true, model.param[p], param_shape(model.config, p).elements() * sizeof(floatX), put);
-        });
+        remove_folder(unfinished);   // a killed run may have left it
+        if (mkdir(unfinished.c_str(), 0777) != 0) error = "cannot make " + unfinished + ": " + strerror(errno);
     }
-    write("state", [&](const Put& put) {
-        const StateHeader h = state_header(model, r, train);
-        put(&h, sizeof h);
-        state_walk(model, [&](void* device, size_t bytes) { device_copy(true, device, bytes, put); });
-    });
-    if (!world_any(!error.empty()) && world.rank == 0) write("DONE", [](const Put& put) { put("whole\n", 6); });
-    if (world_any(!error.empty())) {
-        for (const std::string& path : written) unlink(path.c_str());
+    if (!world_any(!error.empty())) {   // and every rank has waited for the folder
+        error = hf_save(model, unfinished, source);
+        if (error.empty())
+            error = write_file(state_path(unfinished), [&](const Put& put) {
+                const StateHeader h = state_header(model, r, train);
+                put(&h, sizeof h);
+                state_walk(model, [&](void* device, size_t bytes) { device_copy(true, device, bytes, put); });
+            });
+    }
+    bool failed = world_any(!error.empty());
+    if (!failed && world.rank == 0) {
+        remove_folder(folder);   // a run that started over may write this step again
+        if (rename(unfinished.c_str(), folder.c_str()) != 0) error = "cannot rename " + unfinished + ": " + strerror(errno);
+        sync_folder(out);
+    }
+    failed = world_any(!error.empty());
+    if (failed) {
+        if (world.rank == 0) remove_folder(unfinished);
         if (!error.empty()) warn("%s. There is no checkpoint of step %d; those before it stay", error.c_str(), r.step);
         return false;
     }
-    if (world.rank == 0) printf("checkpoint of step %d in %s\n", r.step, folder.c_str());
-    const std::vector<int> steps = checkpoints_in(folder);
-    world_barrier();   // before files go, every rank has its list of them
+    if (world.rank > 0) return true;
+    printf("checkpoint of step %d in %s\n", r.step, folder.c_str());
+    const std::vector<int> steps = checkpoints_in(out);
     for (size_t i = 0; keep > 0 && i + keep < steps.size(); i++) {
-        if (world.rank == 0) {   // DONE first: half a checkpoint must not look whole
-            unlink(checkpoint_path(folder, "DONE", steps[i]).c_str());
-            sync_folder(folder);
-            unlink(checkpoint_path(folder, "model", steps[i]).c_str());
-        }
-        unlink(checkpoint_path(folder, "state", steps[i]).c_str());
+        const std::string old = checkpoint_folder(out, steps[i]);
+        if (rename(old.c_str(), (old + ".tmp").c_str()) == 0) remove_folder(old + ".tmp");   // half of one must not look whole
     }
     return true;
 }
@@ -3482,7 +4156,11 @@ void option_set(Option& o, const std::string& text, bool attached) {   // attach
     else if (word < o.words.size()) *(int64_t*)o.value = word;
     else if (fine && o.type == REAL) *(double*)o.value = number;
     else if (fine) *(int64_t*)o.value = (int64_t)number;   // exact: no limit is above 2^53
-    else if (o.low > o.high) fail_usage("%s %s: expected cosine, linear, constant or wsd", name, value);
+    else if (o.low > o.high) {
+        std::string words;
+        for (const char* w : o.words) words += (words.empty() ? "" : ", ") + std::string(w);
+        fail_usage("%s %s: expected one of: %s", name, value, words.c_str());
+    }
     else if (o.type == REAL) fail_usage("%s %s: expected a number from %g to %g", name, value, o.low, o.high);
     else fail_usage("%s %s: expected a whole number from %.0f to %.0f%s", name, value, o.low, o.high, o.words.empty() ? "" : ", or auto");
 }
@@ -3587,7 +4265,7 @@ struct Settings {
     int64_t B = 4, T = 1024, total_batch = 0, steps = -1, schedule = COSINE, warmup = 0, seed = 1337;
     int64_t recompute = 1, master = 1, loss_chunks = 0, workspace = 0, tf32 = 1, zero = 0;
     int64_t val_every = 20, val_batches = 20, sample_every = 20, sample_tokens = 64, top_k = 40, overfit = 0;
-    int64_t checkpoint_every = -1, keep = 0, resume = 0;   // -1: at the end alone
+    int64_t checkpoint_every = -1, keep = 0, resume = 0, save_dtype = 0;   // -1: at the end alone
     int64_t act_bits = kActBits, ms_norm = kMsNorm, fp32 = kFP32;   // the build's
     double lr = 3e-4, final_fraction = 0.1, weight_decay = 0, grad_clip = 1.0, skip_loss_z = 0, skip_grad_z = 0, temperature = 0.8;
 };
@@ -3629,6 +4307,8 @@ std::vector<Option> settings_options(Settings& s) {
         {"overfit", "-a", INTEGER, &s.overfit, 0, 1, "0", "1: train on the first step's data again and again", 12},
         {"checkpoint-every", "-n", INTEGER, &s.checkpoint_every, 0, BIG, "at the end", "steps between checkpoints; 0: none at all"},
         {"keep", "-nk", INTEGER, &s.keep, 0, BIG, "0", "the newest so many checkpoints; 0: all"},
+        {"save-dtype", "", INTEGER, &s.save_dtype, 1, 0, "as it was", "of the weights in checkpoints: f32, bf16, f16", -1,
+         {"as it was", "f32", "bf16", "f16"}},
         {"resume", "-y", INTEGER, &s.resume, 0, 1, "0", "1: go on from the newest checkpoint in --out"},
         {"log", "", TEXT, &s.log, 0, 0, "none", "FILE for one JSON object a step"},
         {"estimate", "", ESTIMATE, &s.estimate, 0, 0, "", "print what the run would take on the device, and exit; =json for programs"},
@@ -3657,7 +4337,8 @@ struct Run {
     cudaDeviceProp device = {};   // without a name where there is none
     size_t free_bytes = 0, total_bytes = 0;
     double peak_flops = 0;
-    std::string model_file;   // whose weights are loaded; empty: weights are drawn
+    std::string model_file;   // a model's directory (or file), whose weights are loaded; empty: weights are drawn
+    Source source;
     int steps = 0, resume_step = -1;
     int saved = -1, status = 0;           // the last step in --out; the exit status if it ended now
     float val_loss = 0, first_loss = 0;   // of the last validation; of the first step that was finite
@@ -3705,13 +4386,13 @@ void pick_model(Run& run) {
     const std::vector<int> checkpoints = s.resume ? checkpoints_in(s.out) : std::vector<int>();
     const bool size = model_parse_size(s.model, c), resumes = !checkpoints.empty();
     if (s.resume && s.steps == 0 && !resumes)
-        fail_option("resume", "%s holds no whole checkpoint, so there is nothing to evaluate; expected DONE_* in it", s.out.c_str());
+        fail_option("resume", "%s holds no checkpoint, so there is nothing to evaluate; expected step_* in it", s.out.c_str());
     if (resumes) run.resume_step = checkpoints.back();
-    if (resumes || !size) run.model_file = resumes ? checkpoint_path(s.out, "model", run.resume_step) : s.model;
+    if (resumes || !size) run.model_file = resumes ? checkpoint_folder(s.out, run.resume_step) : s.model;
     Config asked = c;
-    if (!run.model_file.empty()) c = model_read_config(run.model_file.c_str());
+    if (!run.model_file.empty()) c = model_read_config(run.model_file);
     if (resumes && given("model") && s.model != run.model_file) {   // it is the checkpoint's model; another may have been asked for
-        if (!size) asked = file_exists(s.model) ? model_read_config(s.model.c_str()) : c;
+        if (!size) asked = file_exists(s.model) ? model_read_config(s.model) : c;
         if (memcmp(&asked, &c, sizeof c) != 0)
             bad_option("model", "is another model (%s) than that of the checkpoint to resume, %s (%s); leave %s out, or begin anew in "
                        "another --out", model_sizes(asked).c_str(), run.model_name(), model_sizes(c).c_str(), typed("model").c_str());
@@ -3795,7 +4476,7 @@ size_t open_data(Run& run) {
 void choose_plan(Run& run, size_t data_batch) {
     const Settings& s = run.s;
     Plan& plan = run.model.plan;
-    const Plan was = run.resume_step >= 0 && s.steps != 0 ? state_plan(s.out, run.resume_step) : Plan{};
+    const Plan was = run.resume_step >= 0 && s.steps != 0 ? state_plan(run.model_file) : Plan{};
     plan = {(int)s.B, (int)s.T, 1, s.steps != 0, (int)s.recompute, s.master != 0, 0, (size_t)s.workspace << 20};
     auto micro_batches = [&](int64_t B) -> int64_t {   // that make a step of --total-batch tokens; 0 where no number does
         const int64_t tokens = B * s.T * world.size;
@@ -3893,13 +4574,12 @@ void prepare_out(const Settings& s, int resume_step) {
                     steps.back());
     if (s.resume && resume_step != (steps.empty() ? -1 : steps.back()))
         fail_option("out", "another run has written into this folder just now; start again");
-    for (const std::string& path : files_named(s.out + "/*.tmp"))   // what a killed run has left half-written
-        if (is_checkpoint_name(path.substr(path.rfind('/') + 1))) unlink(path.c_str());
+    for (const std::string& path : files_named(s.out + "/step_*.tmp")) remove_folder(path);   // what a killed run has left half-written
 }
 
 // A disk that is too small for what this run will write is said now, and not after its last step.
-void check_room(const Settings& s, const Model& model, int steps) {
-    const double weights = HEADER_BYTES + (double)param_count(model.config) * sizeof(floatX);
+void check_room(const Settings& s, const Model& model, const Source& source, int steps) {
+    const double weights = (double)param_count(model.config) * dtype_size(source.dtype);
     const double need = weights + world_sum((double)state_bytes(model)), MiB = 1 << 20;
     if (world.rank != 0 || steps <= 0) return;
     struct rlimit limit;
@@ -3931,10 +4611,7 @@ void log_open(Log& log, const Settings& s, int resume_step) {
         return;
     }
     const std::string path = follow_links(s.log);
-    struct stat at = {}, folder, out;
-    if (!s.out.empty() && is_checkpoint_name(path.substr(path.rfind('/') + 1)) && stat(folder_of(path).c_str(), &folder) == 0 &&
-        stat(s.out.c_str(), &out) == 0 && folder.st_dev == out.st_dev && folder.st_ino == out.st_ino)
-        fail_option("log", "this is the name of a file of a checkpoint; expected another");
+    struct stat at = {};
     const bool stream = stat(name, &at) == 0 && !S_ISREG(at.st_mode);
     if (S_ISDIR(at.st_mode) || S_ISBLK(at.st_mode)) fail_option("log", "expected a file, found a folder or a disk");
     const int how = stream ? O_WRONLY | O_NOCTTY | O_NONBLOCK : O_RDWR | O_CREAT;   // a FIFO would wait for a reader
@@ -4135,7 +4812,7 @@ void save(Run& run) {
         const float limit = 2 * std::max(logf((float)run.model.config.V), run.first_loss);
         good = !world_any(!(model_batch_loss(run.model, run.host_free()) <= limit));   // so written, NaN is not good
     }
-    run.status = !good ? 3 : checkpoint_save(run.model, at, run.train, run.s.out, (int)run.s.keep) ? 0 : 1;
+    run.status = !good ? 3 : checkpoint_save(run.model, at, run.train, run.s.out, (int)run.s.keep, run.source) ? 0 : 1;
     if (run.status == 0) run.saved = at.step;
     if (!good && world.rank == 0)
         warn("no checkpoint of step %d: the loss is not finite, or has exploded; those before it stay", at.step);
@@ -4224,7 +4901,9 @@ void make_model(Run& run) {
     if (world.rank == 0) printf("weights    %s%s\n", run.model_file.empty() ? "drawn from --seed" : "from ", run.model_file.c_str());
     fflush(stdout);
     if (run.model_file.empty()) model_init(model);
-    else model_load(model, run.model_file.c_str());
+    else run.source = model_load(model, run.model_file);
+    run.source.dtype = std::vector<DType>{run.source.dtype, F32, BF16, F16}[run.s.save_dtype];
+    model.weights_in_state = run.source.dtype != F32 && (kFP32 || run.source.dtype != BF16);
     cudaCheck(cudaStreamSynchronize(model.stream));
 }
 
@@ -4232,7 +4911,7 @@ void make_model(Run& run) {
 void begin_or_go_on(Run& run) {
     const std::vector<double> kept = settings_kept(run);
     const bool resumes = run.resume_step >= 0;
-    if (resumes) run.state = state_load(run.model, run.train, run.s.out, run.resume_step);
+    if (resumes) run.state = state_load(run.model, run.train, run.model_file, run.resume_step);
     const std::vector<double> was = run.state.settings;   // of an older file there may be fewer, or none
     run.state.settings = kept;
     if (world.rank != 0 || !run.s.resume) return;
@@ -4269,7 +4948,7 @@ int main(int argc, char** argv) {
     if (speaks) print_plan(run, false);
     make_model(run);
     begin_or_go_on(run);
-    if (run.saves()) check_room(run.s, run.model, run.steps - run.state.step);
+    if (run.saves()) check_room(run.s, run.model, run.source, run.steps - run.state.step);
     if (!run.s.log.empty() && speaks) log_open(run.log, run.s, run.resume_step);   // after all that could still refuse to run
     catch_signals();
     if (speaks) printf("start      at step %d; the first step also prepares the matmuls\n", run.state.step);
