@@ -42,9 +42,8 @@ def build_cpu(name, precision, san):
     return done, program
 
 def build_gpu(name):
-    """What nvcc makes of the kernels, and whether g++ takes what nvcc makes of the rest; not linked, to save time."""
-    return execute(nvcc(), "-O3", "-std=c++17", "-arch=sm_90", "-Xptxas", "-v", "-Idev/cuda", f"dev/cuda/{name}.cu", "-o", OUT / f"{name}-nvcc",
-                   "-c", "-Xcompiler", "-fsyntax-only", cwd=ROOT, timeout=600)
+    """The kernels' PTX. What ptxas makes of the trainer's own is looked at in test_ptxas.py, and the rest is compiled for the CPU."""
+    return execute(nvcc(), "-O3", "-std=c++17", "-arch=sm_90", "-ptx", "-Idev/cuda", f"dev/cuda/{name}.cu", "-o", OUT / f"{name}.ptx", cwd=ROOT, timeout=600)
 
 def build_and_run(name, precision, san=False):
     """A build, and {which run: what it said} in each order; where threads are told by two of them, with another seed."""
@@ -152,12 +151,9 @@ def test_arguments(runs):
 @pytest.mark.skipif(not nvcc(), reason=NO_NVCC)
 @pytest.mark.parametrize("name", NAMES)
 def test_nvcc(runs, name):
-    """No warning, and no kernel that spills registers."""
+    """No warning."""
     done = runs(name, "nvcc")
-    said = done.out + done.err
-    assert [line for line in said.splitlines() if re.search("warning|error", line, re.I)] == []
-    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
-    assert len(spills) > 30 and set(spills) == {("0", "0")}, said
+    assert done.status == 0 and done.out + done.err == "", done.out + done.err
 
 # ---- the order of attention's blocks ---------------------------------------------------------------
 
