@@ -3545,11 +3545,11 @@ void hf_config_json(const Config& c, Json& j);
 // and GPT-2's weights (Conv1D) lie transposed in it. hf_pieces (below, of each model) lists a parameter's pieces in the order of rows.
 struct HfPiece {
     std::string name;
-    size_t rows, cols;        // of ours; cols 0: a vector
+    size_t rows, cols;        // of ours; cols 0: a vector, rows 0: one number
     bool transposed = false;  // in the file, (cols, rows)
-    size_t elements() const { return rows * std::max<size_t>(cols, 1); }
+    size_t elements() const { return std::max<size_t>(rows, 1) * std::max<size_t>(cols, 1); }
     std::vector<size_t> shape() const {
-        return cols == 0 ? std::vector<size_t>{rows} : transposed ? std::vector<size_t>{cols, rows} : std::vector<size_t>{rows, cols};
+        return rows == 0 ? std::vector<size_t>{} : cols == 0 ? std::vector<size_t>{rows} : transposed ? std::vector<size_t>{cols, rows} : std::vector<size_t>{rows, cols};
     }
 };
 std::vector<HfPiece> hf_pieces(const Config& c, int p, int layer);   // layer -1: of a tensor outside the blocks
@@ -3632,11 +3632,65 @@ struct Source {
     Json config = json_object();         // what we do not know of stays in it
     DType dtype = FLOATX;
 };
+struct HfPart { int p; size_t first; HfPiece piece; };   // a piece, and where it begins in its parameter
+// Writes a file of tensors on rank 0. get(part, i, n, values) has all ranks find elements [i, i + n) of a part. Returns what went wrong.
+std::string safetensors_write(const std::string& path, const std::vector<HfPart>& parts, DType dtype,
+                              const std::function<void(const HfPart& part, size_t i, size_t n, float* values)>& get) {
+    const size_t size = dtype_size(dtype);
+    Json header = json_object();
+    header.set("__metadata__", json_object()).set("format", json_string("pt"));
+    size_t at = 0;
+    for (const HfPart& part : parts) {
+        const size_t end = at + part.piece.elements() * size;
+        Json& t = header.set(part.piece.name, json_object());
+        t.set("dtype", json_string(dtype == F32 ? "F32" : dtype == F16 ? "F16" : "BF16"));
+        t.set("shape", json_sizes(part.piece.shape()));
+        t.set("data_offsets", json_sizes({at, end}));
+        at = end;
+    }
+    std::string text;
+    json_append(text, header, -1);
+    text.resize((text.size() + 7) / 8 * 8, ' ');
+    auto fill = [&](const Put& put) {
+        const uint64_t length = text.size();
+        put(&length, sizeof length);
+        put(text.data(), text.size());
+        for (const HfPart& part : parts) {
+            const HfPiece& piece = part.piece;
+            const size_t chunk = piece.transposed ? piece.elements() : std::min(PIECE, piece.elements());
+            std::vector<float> values(chunk), turned(piece.transposed ? chunk : 0);
+            std::vector<char> raw(chunk * size);
+            for (size_t i = 0; i < piece.elements(); i += chunk) {
+                const size_t n = std::min(chunk, piece.elements() - i);
+                get(part, i, n, values.data());
+                if (piece.transposed) transpose(turned.data(), values.data(), piece.rows, piece.cols);
+                store_as(dtype, raw.data(), piece.transposed ? turned.data() : values.data(), n);
+                put(raw.data(), n * size);
+            }
+        }
+    };
+    if (world.rank == 0) return write_file(path, fill);
+    fill([](const void*, size_t) {});
+    return "";
+}
+// --dump-gradients: the loss of a micro-batch and every gradient, in fp32, under the names of the weights.
+std::string hf_dump_gradients(const Model& model, const std::string& path, float loss) {
+    std::vector<HfPart> parts = {{-1, 0, {"loss", 0, 0}}};
+    hf_walk(model.config, [&](int p, size_t first, const HfPiece& piece) {
+        if (model.plan.trains(p)) parts.push_back({p, first, piece});
+    });
+    return safetensors_write(path, parts, F32, [&](const HfPart& part, size_t i, size_t n, float* values) {
+        if (part.p < 0) return void(values[0] = loss);
+        const Grad grad = model.grad[part.p] + (part.first + i);
+        std::vector<char> raw(n * dtype_size(grad.type));
+        cudaCheck(cudaMemcpy(raw.data(), grad.p, raw.size(), cudaMemcpyDeviceToHost));
+        load_as(grad.type, values, raw.data(), n);
+    });
+}
 // Writes a model's directory. All ranks call it, rank 0 writes. Returns what went wrong, or an empty text.
 std::string hf_save(const Model& model, const std::string& folder, const Source& source) {
     constexpr size_t SHARD_BYTES = (size_t)5 << 30;   // at most, unless one tensor has more
-    struct Part { int p; size_t first; HfPiece piece; };
-    std::vector<std::vector<Part>> shards(1);
+    std::vector<std::vector<HfPart>> shards(1);
     size_t bytes = 0, total = 0;
     hf_walk(model.config, [&](int p, size_t first, const HfPiece& piece) {
         const size_t n = piece.elements() * dtype_size(source.dtype);
@@ -3649,42 +3703,10 @@ std::string hf_save(const Model& model, const std::string& folder, const Source&
     for (size_t shard = 0; shard < shards.size(); shard++) {
         char file[64] = "model.safetensors";
         if (shards.size() > 1) snprintf(file, sizeof file, "model-%05zu-of-%05zu.safetensors", shard + 1, shards.size());
-        Json header = json_object();
-        header.set("__metadata__", json_object()).set("format", json_string("pt"));
-        size_t at = 0;
-        for (const Part& part : shards[shard]) {
-            const size_t n = part.piece.elements() * dtype_size(source.dtype);
-            Json& t = header.set(part.piece.name, json_object());
-            t.set("dtype", json_string(source.dtype == F32 ? "F32" : source.dtype == F16 ? "F16" : "BF16"));
-            t.set("shape", json_sizes(part.piece.shape()));
-            t.set("data_offsets", json_sizes({at, at + n}));
-            map.set(part.piece.name, json_string(file));
-            at += n;
-        }
-        std::string text;
-        json_append(text, header, -1);
-        text.resize((text.size() + 7) / 8 * 8, ' ');
-        auto fill = [&](const Put& put) {
-            const uint64_t length = text.size();
-            put(&length, sizeof length);
-            put(text.data(), text.size());
-            for (const Part& part : shards[shard]) {
-                const HfPiece& piece = part.piece;
-                const size_t chunk = piece.transposed ? piece.elements() : std::min(PIECE, piece.elements());
-                std::vector<float> values(chunk), turned(piece.transposed ? chunk : 0);
-                std::vector<char> raw(chunk * dtype_size(source.dtype));
-                for (size_t i = 0; i < piece.elements(); i += chunk) {
-                    const size_t n = std::min(chunk, piece.elements() - i);
-                    model_get(model, part.p, part.first + i, n, values.data());
-                    if (piece.transposed) transpose(turned.data(), values.data(), piece.rows, piece.cols);
-                    store_as(source.dtype, raw.data(), piece.transposed ? turned.data() : values.data(), n);
-                    put(raw.data(), n * dtype_size(source.dtype));
-                }
-            }
-        };
-        if (world.rank > 0) fill([](const void*, size_t) {});   // for what rank 0 asks of the others
-        else if (error.empty()) error = write_file(folder + "/" + file, fill);
-        else fill([](const void*, size_t) {});
+        for (const HfPart& part : shards[shard]) map.set(part.piece.name, json_string(file));
+        const std::string wrong = safetensors_write(folder + "/" + file, shards[shard], source.dtype,
+            [&](const HfPart& part, size_t i, size_t n, float* values) { model_get(model, part.p, part.first + i, n, values); });
+        if (error.empty()) error = wrong;
     }
     if (world.rank > 0) return "";
     auto write_json = [&](const char* name, const Json& j) {
@@ -4261,7 +4283,7 @@ void model_check_options() {
 // ==== twin: settings, plan, loop, main
 // ---- settings: what the command line says
 struct Settings {
-    std::string train_data = "data/train.bin", val_data = "data/val.bin", model = USUAL_MODEL, out, log, estimate, tokenizer;
+    std::string train_data = "data/train.bin", val_data = "data/val.bin", model = USUAL_MODEL, out, log, estimate, tokenizer, dump_gradients;
     int64_t B = 4, T = 1024, total_batch = 0, steps = -1, schedule = COSINE, warmup = 0, seed = 1337;
     int64_t recompute = 1, master = 1, loss_chunks = 0, workspace = 0, tf32 = 1, zero = 0;
     int64_t val_every = 20, val_batches = 20, sample_every = 20, sample_tokens = 64, top_k = 40, overfit = 0;
@@ -4307,6 +4329,7 @@ std::vector<Option> settings_options(Settings& s) {
         {"overfit", "-a", INTEGER, &s.overfit, 0, 1, "0", "1: train on the first step's data again and again", 12},
         {"checkpoint-every", "-n", INTEGER, &s.checkpoint_every, 0, BIG, "at the end", "steps between checkpoints; 0: none at all"},
         {"keep", "-nk", INTEGER, &s.keep, 0, BIG, "0", "the newest so many checkpoints; 0: all"},
+        {"dump-gradients", "", TEXT, &s.dump_gradients, 0, 0, "none", "FILE.safetensors for the first micro-batch's loss and gradients"},
         {"save-dtype", "", INTEGER, &s.save_dtype, 1, 0, "as it was", "of the weights in checkpoints: f32, bf16, f16", -1,
          {"as it was", "f32", "bf16", "f16"}},
         {"resume", "-y", INTEGER, &s.resume, 0, 1, "0", "1: go on from the newest checkpoint in --out"},
@@ -4840,6 +4863,23 @@ int end_loop(Run& run, bool finished, bool left_out, bool wrote) {
     return status;
 }
 
+// --dump-gradients, before the first step: that step computes them again.
+void dump_gradients(Run& run) {
+    Model& model = run.model;
+    const int B = model.plan.B, T = model.plan.T, micro_batches = std::exchange(model.plan.micro_batches, 1);
+    tokens_copy(model.tokens, run.host_region(0), B * T, model.config.V, run.buckets[0], model.stream);
+    model_forward(model, B, T);
+    model_loss(model, B, T, true, true);
+    model_backward(model, B, T, run.buckets[0], 0);
+    float loss;
+    cudaCheck(cudaMemcpyAsync(&loss, &model.state->loss_sum, sizeof loss, cudaMemcpyDeviceToHost, model.stream));
+    cudaCheck(cudaStreamSynchronize(model.stream));
+    model.plan.micro_batches = micro_batches;
+    const std::string error = world.rank == 0 ? hf_dump_gradients(model, run.s.dump_gradients, loss / (B * T)) : "";
+    if (!error.empty()) fail_option("dump-gradients", "%s", error.c_str());
+    if (world.rank == 0) printf("gradients of the first micro-batch in %s\n", run.s.dump_gradients.c_str());
+}
+
 int run_loop(Run& run) {   // returns the exit status
     const Settings& s = run.s;
     RunState& at = run.state;
@@ -4850,6 +4890,7 @@ int run_loop(Run& run) {   // returns the exit status
         const bool finished = at.step >= run.steps;
         auto due = [&](int64_t every) { return every > 0 && (finished || at.step % every == 0); };
         if (!finished && !run.ready && run.train.error.empty()) load_tokens(run);
+        if (!run.s.dump_gradients.empty() && run.ready && run.timed < 0) dump_gradients(run);
         bool stop = stop_wanted(run);
         if (!stop && due(s.val_every)) stop = validate(run);
         if (!stop && due(s.sample_every) && (finished || at.step > 0)) stop = sample(run);
