@@ -4271,8 +4271,17 @@ void model_check_config(const Config& c, const char* from) {
 }
 
 int64_t gelu_fusion = 0;
+std::string write_bin;
 #define MODEL_OPTIONS \
-    {"gelu-fusion", "-ge", INTEGER, &gelu_fusion, 0, 2, "0", "GELU in cuBLASLt's epilogue: 1: forward, 2: and backward", 13},
+    {"gelu-fusion", "-ge", INTEGER, &gelu_fusion, 0, 2, "0", "GELU in cuBLASLt's epilogue: 1: forward, 2: and backward", 13}, \
+    {"write-bin", "", TEXT, &write_bin, 0, 0, "none", "FILE for the model at the end, in llm.c's format"},
+// What is left to do when a run has ended well. Returns the exit status.
+int model_finish(const Model& model) {
+    const std::string error = write_bin.empty() ? "" : bin_save(model, write_bin);
+    if (!error.empty()) warn("%s", error.c_str());
+    else if (!write_bin.empty()) printf("the model, in llm.c's format, in %s\n", write_bin.c_str());
+    return error.empty() ? 0 : 1;
+}
 void model_check_options() {
     if (kActBits > 0 && gelu_fusion > 0)
         bad_option("gelu-fusion", "this build keeps GELU's input in %d bits, which no epilogue of cuBLASLt makes; expected 0, or a build "
@@ -4995,6 +5004,7 @@ int main(int argc, char** argv) {
     if (speaks) printf("start      at step %d; the first step also prepares the matmuls\n", run.state.step);
     fflush(stdout);
     int status = run_loop(run);
+    if (status == 0 && speaks) status = model_finish(run.model);
     const size_t announced = table_bytes(run.model.table);
     if (speaks) printf("device memory: %zu bytes at the peak, %zu announced\n", device_peak, announced);
     log_line(run.log, "{\"done\": %s, \"steps\": %d, \"peak_bytes\": %zu, \"estimate_bytes\": %zu}", status == 0 ? "true" : "false",
