@@ -57,7 +57,7 @@ def test_a_signal_saves(lab, sent, ignored):
                 time.sleep(0.5)
                 assert process.poll() is None
         status, err, step = ended(lab, process)
-    assert status == 128 + (TERM if TERM in sent else sent[0])
+    assert status in {128 + number for number in sent if number != ignored}   # of several that wait the kernel picks the first
     assert len(lab.train("-o", "out", "-y", 1, "-x", step + 1).losses) == 1
 
 def interrupted(lab, *given, **how):

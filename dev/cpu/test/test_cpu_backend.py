@@ -117,6 +117,8 @@ def test_divergent_barrier_is_reported(programs, order):
 def test_missing_wait_for_an_asynchronous_copy_shows(programs, order):
     result = run([programs['ptx_test'], 'bug'], **ORDERS[order])
     assert result.returncode == 1 and ' 384 failed' in result.stdout, result.stdout      # all that is copied
+    result = run([programs['ptx_test'], 'never', 'waits'], **ORDERS[order])
+    assert result.returncode != 0 and 'nobody has waited for a copy of 16 bytes' in result.stdout, result.stdout
 
 def test_example_of_the_readme(tmp_path):
     """Its kernel is the file's, its commands run as they stand there, and print what it says."""

@@ -393,7 +393,6 @@ inline void run_block(const Launch& launch, uint64_t number) {
             w.warp_order[j] = i;
         }
     }
-    for (AsyncCopies& a : w.async) { a.pending.clear(); a.committed = 0; }
     w.dynamic_shared = w.arena.allocate("dynamic shared memory", launch.site.file, launch.site.line, launch.dynamic_shared, 1024);
     ::blockIdx = w.block;
     ::blockDim = launch.block;
@@ -408,6 +407,10 @@ inline void run_block(const Launch& launch, uint64_t number) {
     if (const Arena::Array* a = w.arena.overflow(&where))
         die_in_kernel("write past the end of shared memory: '%s' (%s:%d) has %zu bytes, and byte %zu was written", a->name,
                       a->file, a->line, a->bytes, a->bytes + where);
+    for (AsyncCopies& a : w.async) {
+        if (!a.pending.empty()) die_in_kernel("cp.async: the block ends, and nobody has waited for a copy of %d bytes", a.pending[0].bytes);
+        a.committed = 0;
+    }
     w.arena.clear();
 }
 
