@@ -60,7 +60,8 @@ Nothing here uses a float atomic and every sum has one fixed order, so two runs 
 equal to the bit. Sections between "==== twin" marks stand in train_llama.cu too, byte for byte (make twins).
 */
 const char* program_name = "train_gpt2";   // before every message
-// ==== twin: numbers and errors
+constexpr bool kRMSNorm = false;           // GPT-2 has LayerNorm
+// ==== twin: numbers and errors, embedding, column sums, norm, matmul, attention
 // ==== 1. numbers and errors ======================================================================================================
 
 #include <ctype.h>
@@ -303,24 +304,24 @@ struct NvtxRange {   // names a part of the timeline in Nsight Systems
     explicit NvtxRange(const std::string& name) { nvtxRangePushA(name.c_str()); }
     ~NvtxRange() { nvtxRangePop(); }
 };
-// ==== end twin
+
 // ==== 2. layers ==================================================================================================================
-constexpr bool kRMSNorm = false;   // GPT-2 has LayerNorm
 
 // ---- embedding
-// out[b,t,:] = wte[token[b,t],:] + wpe[t,:]. A thread makes 8 neighbouring channels. (dev/cuda/embedding.cu)
+// out[b,t,:] = wte[token[b,t],:] + wpe[t,:]. A thread makes 8 neighbouring channels. Models that turn queries and keys by their
+// position (RoPE) have no wpe. (dev/cuda/embedding.cu)
 __global__ void embedding_forward_kernel(floatX* out, const int* tokens, const floatX* wte, const floatX* wpe, size_t n, int T, int C) {
     size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC;
     if (i >= n) return;
     size_t bt = i / C;
     int c = (int)(i % C);
     Floats e = load(wte + (size_t)tokens[bt] * C + c);
-    e += load(wpe + (bt % T) * C + c);
+    if (wpe != nullptr) e += load(wpe + (bt % T) * C + c);
     store(out + i, e);
 }
 void embedding_forward(floatX* out,                               // (B, T, C)
                        const int* tokens,                         // (B, T)
-                       const floatX* wte, const floatX* wpe,      // (Vp, C), (maxT, C)
+                       const floatX* wte, const floatX* wpe,      // (Vp, C), (maxT, C) or null
                        int B, int T, int C, cudaStream_t stream) {
     check_vec("embedding_forward: C", C);
     size_t n = (size_t)B * T * C;
@@ -378,7 +379,6 @@ void embedding_backward(Grad dwte,                // (Vp, C) or null; rows of to
     cudaCheck(cudaGetLastError());
 }
 
-// ==== twin: column sums, norm, matmul, attention
 // ---- column sums: the gradients of biases, gamma and beta
 // The gradient of a bias, and of a norm's gamma and beta, is a sum over the rows of a tensor. For a 2 x 8 tensor d:
 //
@@ -470,7 +470,7 @@ void bias_backward(Grad dbias, float* scratch,   // (OC); COLSUM_SLICES * OC flo
 }
 
 // ---- norm, together with the residual addition before it
-//     x = inp + add,   z = (x - mean) * rstd,   out = gamma * z + beta           over the C channels of a row
+//     x = inp + add,   z = (x - mean) * rstd,   rstd = 1 / sqrt(var + eps),   out = gamma * z + beta     over a row's C channels
 //
 // This is LayerNorm (Ba et al., arXiv 1607.06450). RMSNorm (Zhang and Sennrich, arXiv 1910.07467) is the same without mean and
 // beta. A warp owns a row, so its sums need no barrier. Each lane needs its elements three times, so it parks them in shared
@@ -478,13 +478,12 @@ void bias_backward(Grad dbias, float* scratch,   // (OC); COLSUM_SLICES * OC flo
 //
 // MS_LN (section 3): out is z itself, for a matmul whose weight has gamma and beta folded in, and the mean is not kept.
 
-constexpr float NORM_EPS = 1e-5f;
 // warps (that is, rows) per block: their rows must fit 48 KB of shared memory
 inline int norm_warps(int C) { return (int)std::clamp(48 * 1024 / ((size_t)C * sizeof(floatX)), (size_t)1, (size_t)4); }
 
 template <bool MS_LN, bool RMS>
 __global__ void add_norm_forward_kernel(floatX* residual, floatX* out, float* mean, float* rstd, const floatX* inp,
-                                        const floatX* add, const floatX* gamma, const floatX* beta, int rows, int C) {
+                                        const floatX* add, const floatX* gamma, const floatX* beta, float eps, int rows, int C) {
     extern __shared__ Vec norm_rows[];
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     int row = blockIdx.x * (blockDim.x / 32) + warp;
@@ -507,7 +506,7 @@ __global__ void add_norm_forward_kernel(floatX* residual, floatX* out, float* me
         Floats f = widen(x[c / VEC]);
         for (int k = 0; k < VEC; k++) square += (f[k] - mu) * (f[k] - mu);
     }
-    float rs = rsqrtf(warp_sum(square) / C + NORM_EPS);
+    float rs = rsqrtf(warp_sum(square) / C + eps);
     for (int c = lane * VEC; c < C; c += 32 * VEC) {
         Floats f = widen(x[c / VEC]);
         for (int k = 0; k < VEC; k++) f[k] = (f[k] - mu) * rs;
@@ -531,13 +530,13 @@ void add_norm_forward(floatX* residual,                           // (rows, C) o
                       float* mean, float* rstd,                   // (rows) each; MS_LN, RMS: no mean is written
                       const floatX* inp, const floatX* add,       // (rows, C) each; add may be null
                       const floatX* gamma, const floatX* beta,    // (C) each; MS_LN: neither is read, RMS: no beta
-                      int rows, int C, cudaStream_t stream) {
+                      float eps, int rows, int C, cudaStream_t stream) {
     check_vec("add_norm_forward: C", C);
     const int most = 48 * 1024 / sizeof(floatX);
     if (C > most) fail("add_norm_forward: C is %d: expected at most %d, because a row must fit 48 KB of shared memory", C, most);
     int warps = norm_warps(C);
     add_norm_forward_kernel<MS_LN, RMS><<<ceil_div(rows, warps), warps * 32, warps * C * sizeof(floatX), stream>>>(
-        residual, out, mean, rstd, inp, add, gamma, beta, rows, C);
+        residual, out, mean, rstd, inp, add, gamma, beta, eps, rows, C);
     cudaCheck(cudaGetLastError());
 }
 
@@ -985,6 +984,7 @@ void attention_backward_launch(floatX* dqkv, Grad dbias, float* delta, float* sc
 }
 // ==== end twin
 // ---- activation: GELU
+const char* ACT_NAME = "GELU";
 // GPT-2's GELU is the tanh form 0.5 x (1 + tanh(u)), u = sqrt(2/pi) (x + 0.044715 x^3). Since 0.5 (1 + tanh(u)) is the sigmoid of
 // 2u, it is x * sigmoid(2u): one exponential, and no cancellation where tanh is near -1. (dev/cuda/gelu.cu)
 constexpr float GELU_SCALE = 0.79788456080286536f;   // sqrt(2/pi)
@@ -2185,24 +2185,8 @@ void table_print_json(const Table& table) {
     }
     printf("\n]}\n");
 }
-// ==== end twin
-// ---- configuration and parameters
-struct Config {
-    int maxT;   // longest sequence: rows of wpe
-    int V;      // vocabulary
-    int Vp;     // padded to a multiple of 128, so that every matmul on it is aligned
-    int L;      // layers
-    int NH;     // heads
-    int C;      // channels
-    int HS() const { return C / NH; }
-    int QKV() const { return 3 * C; }   // channels of q, k and v together
-    int FF() const { return 4 * C; }    // channels between the two matmuls of the MLP
-};
 
-// The 16 parameter tensors, in the order of the checkpoint file. A weight's bias, and a norm's beta, comes right after it.
-enum Param { WTE, WPE, LN1W, LN1B, QKVW, QKVB, ATTPROJW, ATTPROJB, LN2W, LN2B, FCW, FCB, FCPROJW, FCPROJB, LNFW, LNFB, NUM_PARAMS };
-constexpr int HEAD = WTE;   // the weight of the lm-head is the embedding ("tied"): its gradient comes from both
-
+// ---- parameters, by a table: param_shape
 // The initial values of a tensor. The projections that add to the residual stream start smaller by sqrt(2L), because 2L of them add up.
 enum Init { ZEROS, ONES, NORMAL, NORMAL_RESIDUAL };
 struct ParamShape {
@@ -2215,6 +2199,28 @@ struct ParamShape {
     size_t per_layer() const { return rows * (cols ? cols : 1); }
     size_t elements() const { return layers * per_layer(); }
 };
+// ==== end twin
+// ---- configuration and parameters
+struct Config {
+    int maxT;   // longest sequence: rows of wpe
+    int V;      // vocabulary
+    int Vp;     // padded to a multiple of 128, so that every matmul on it is aligned
+    int L;      // layers
+    int NH;     // heads
+    int C;      // channels
+    float eps;  // of the norms
+    int HS() const { return C / NH; }
+    int QKV() const { return 3 * C; }   // channels of q, k and v together
+    int FF() const { return 4 * C; }    // channels between the two matmuls of the MLP
+};
+
+// The 16 parameter tensors, in the order of the checkpoint file. A weight's bias, and a norm's beta, comes right after it.
+enum Param { WTE, WPE, LN1W, LN1B, QKVW, QKVB, ATTPROJW, ATTPROJB, LN2W, LN2B, FCW, FCB, FCPROJW, FCPROJB, LNFW, LNFB, NUM_PARAMS };
+inline int head_param(const Config&) { return WTE; }   // the lm-head's weight is the embedding ("tied"): its gradient comes from both
+inline int bias_of(const Config&, int weight) { return weight + 1; }
+inline int beta_of(int gamma) { return gamma + 1; }
+constexpr int FOLDED[2][2] = {{LN1W, QKVW}, {LN2W, FCW}};   // MS_NORM: a norm's gamma, and the weight that it is folded into
+
 ParamShape param_shape(const Config& c, int p) {
     const size_t C = c.C, QKV = c.QKV(), FF = c.FF();
     ParamShape shapes[NUM_PARAMS] = {
@@ -2238,11 +2244,14 @@ ParamShape param_shape(const Config& c, int p) {
     shapes[p].layers = shapes[p].in_layer ? c.L : 1;
     return shapes[p];
 }
+// ==== twin: plan
 size_t param_count(const Config& c) {
     size_t n = 0;
     for (int p = 0; p < NUM_PARAMS; p++) n += param_shape(c, p).elements();
     return n;
 }
+constexpr float USUAL_EPS = 1e-5f;
+inline int padded(int V) { return ceil_div(V, 128) * 128; }
 
 // How a run uses memory.
 struct Plan {
@@ -2256,10 +2265,6 @@ struct Plan {
     unsigned frozen;      // bit p: parameter p is not trained, and has neither gradient nor optimizer state
     bool trains(int p) const { return training && !(frozen >> p & 1); }
 };
-// What --recompute still recomputes: with codes GELU's output is kept, and with MS-LN z is.
-inline bool recomputes_act(const Plan& p) { return p.recompute >= 1 && kActBits == 0; }
-inline bool recomputes_norm(const Plan& p) { return p.recompute >= 2 && !kMsNorm; }
-
 // Rows of a chunk of logits: a multiple of 256 (whole tiles of a matmul) where that gives the same number of chunks.
 inline int loss_chunk_rows(size_t rows, size_t chunks) {
     size_t each = ceil_div(rows, chunks), whole = (each + 255) / 256 * 256;
@@ -2275,6 +2280,11 @@ inline int loss_auto_rows(size_t rows, int Vp, size_t bytes) {
 inline size_t plan_chunk_rows(const Plan& p) {
     return std::min((size_t)p.B * p.T, p.chunk_rows ? (size_t)p.chunk_rows : SIZE_MAX);
 }
+
+// ==== end twin
+// What --recompute still recomputes: with codes GELU's output is kept, and with MS-LN z is.
+inline bool recomputes_act(const Plan& p) { return p.recompute >= 1 && kActBits == 0; }
+inline bool recomputes_norm(const Plan& p) { return p.recompute >= 2 && !kMsNorm; }
 
 // What forward keeps for backward, as in the figure at the top: in Model the tensors of all layers, from model_layer those of one.
 struct LayerTensors {
@@ -2292,8 +2302,18 @@ struct LayerTensors {
     floatX* resid_out;                 // (B, T, C)      MS_NORM: resid_in, for all layers
 };
 
+// What all blocks share.
+struct Buffers {
+    floatX* resid_in;   // (B, T, C)      the residual stream before the first block; MS_NORM: one running stream, for all blocks
+    float *lnf_mean, *lnf_rstd;   // (B, T) each
+    floatX* scratch_c;  // (B, T, C)      a matmul's output before it is added to the stream; gradients of that shape
+    floatX* lnf;        // (B, T, C)      in scratch_c: the final norm's output, then, chunk by chunk, its gradient
+    floatX* scratch_4c; // (B, T, 4C)     GELU's output where it is not kept; gradients of fch and qkv
+    floatX* scratch_ln; // (B, T, C)      -r 2: a norm's output
+};
+// ==== twin: model
 // Null pointers: what the run does not need.
-struct Model {
+struct Model : Buffers {
     Config config;
     Plan plan;
     Table table;
@@ -2301,15 +2321,8 @@ struct Model {
     floatX* param[NUM_PARAMS];
     Grad grad[NUM_PARAMS];
     float *m[NUM_PARAMS], *v[NUM_PARAMS], *master[NUM_PARAMS];   // (shard_size) each
-    LayerTensors kept;           // with L in front of the shapes
-    floatX* resid_in;   // (B, T, C)      the residual stream before the first block; MS_NORM: one running stream, for all blocks
-    float *lnf_mean, *lnf_rstd;   // (B, T) each
-    // buffers
-    floatX* scratch_c;  // (B, T, C)      a matmul's output before it is added to the stream; gradients of that shape
-    floatX* lnf;        // (B, T, C)      in scratch_c: the final norm's output, then, chunk by chunk, its gradient
-    floatX* scratch_4c; // (B, T, 4C)     GELU's output where it is not kept; gradients of fch and qkv
-    floatX* scratch_ln; // (B, T, C)      -r 2: a norm's output
-    floatX *fold_w, *fold_b;   // (4C, C), (4C)  MS_NORM: a weight and a bias with their norm's gamma and beta folded in
+    LayerTensors kept;         // with L in front of the shapes
+    floatX *fold_w, *fold_b;   // of the largest shape: a weight and a bias with their norm's gamma and beta folded in
     floatX* dresid;     // (B, T, C)      gradient of the residual stream
     float* delta;       // (B, NH, T)     attention's backward
     floatX* logits;     // (chunk, Vp)    of one chunk of rows; then their gradient
@@ -2323,11 +2336,19 @@ struct Model {
     int updates;        // AdamW steps taken; skipped ones do not count
     bool weights_in_state;   // of a checkpoint, whose model is written in a type that does not hold all their bits
 };
-// Of layer l.
+// Of layer l. p -1: of a parameter that this model does without.
 const floatX* model_param(const Model& model, int p, int l) {
-    return model.param[p] + l * param_shape(model.config, p).per_layer();
+    return p < 0 ? nullptr : model.param[p] + l * param_shape(model.config, p).per_layer();
 }
-Grad model_grad(const Model& model, int p, int l) { return model.grad[p] + l * param_shape(model.config, p).per_layer(); }
+Grad model_grad(const Model& model, int p, int l) {
+    return p < 0 ? Grad{} : model.grad[p] + l * param_shape(model.config, p).per_layer();
+}
+std::vector<int> model_trained(const Model& model) {   // the parameters that are
+    std::vector<int> trained;
+    for (int p = 0; p < NUM_PARAMS; p++)
+        if (model.plan.trains(p) && param_shape(model.config, p).elements() > 0) trained.push_back(p);
+    return trained;
+}
 
 // inputs (BT), targets (BT), positions (BT), bucket_token (cap), bucket_start (cap + 1); see tokens_sort
 inline size_t token_cap(size_t BT, int V) { return std::min(BT, (size_t)V); }
@@ -2336,27 +2357,22 @@ inline size_t token_ints(size_t BT, int V) { return 3 * BT + 2 * token_cap(BT, V
 inline size_t opt_blocks(size_t n) { return n / world_share(n) * ceil_div(world_share(n), OPT_BLOCK); }   // of all ranks
 size_t model_opt_blocks(const Model& model) {
     size_t blocks = 0;
-    for (int p = 0; p < NUM_PARAMS; p++)
-        if (model.plan.trains(p)) blocks += opt_blocks(param_shape(model.config, p).elements());
+    for (int p : model_trained(model)) blocks += opt_blocks(param_shape(model.config, p).elements());
     return blocks;
 }
-// The table of a run. Nothing is allocated here, and the pointer of a tensor that the run does not need stays null.
-Table model_table(Model& model) {
+const char *SMALLER = "a smaller model (-e)", *BATCH = "--batch (halving it halves this; --total-batch keeps the step's size)";
+template <class X>
+void table_add(Table& table, const std::string& name, X** where, DType dtype, std::vector<size_t> shape, Kind kind, Scope scope,
+               const char* shrink, const char* alias_of = "") {
+    table.push_back({name, dtype, std::move(shape), kind, scope, where, shrink, alias_of});
+}
+// Parameters, and what training keeps for each.
+void table_add_params(Table& table, Model& model) {
     const Config& c = model.config;
     const Plan& plan = model.plan;
-    size_t B = plan.B, T = plan.T, C = c.C, QKV = c.QKV(), FF = c.FF(), NH = c.NH, BT = B * T;
-    size_t L = plan.training ? c.L : 1;   // without a backward, one layer's tensors serve them all
-    Table table;
-    auto row = [&](const std::string& name, auto** where, DType dtype, std::vector<size_t> shape, Kind kind, Scope scope,
-                   const char* shrink, const char* alias_of = "") {
-        table.push_back({name, dtype, std::move(shape), kind, scope, where, shrink, alias_of});
-    };
-    const char* smaller = "a smaller model (-e)";
-    const char* batch = "--batch (halving it halves this; --total-batch keeps the step's size)";
-    const char* chunks = "--loss-chunks";
-    auto param_row = [&](const char* prefix, int p, auto** where, DType dtype, bool sharded, Kind kind, const char* shrink) {
-        ParamShape s = param_shape(c, p);
-        Scope scope = s.in_layer ? LAYER : MODEL;
+    auto add = [&](const char* prefix, int p, auto** where, DType dtype, bool sharded, Kind kind, const char* shrink) {
+        const ParamShape s = param_shape(c, p);
+        const Scope scope = s.in_layer ? LAYER : MODEL;
         std::vector<size_t> shape;
         if (sharded && world_shards(s.elements())) {
             shape = {shard_size(s.elements())};
@@ -2365,78 +2381,98 @@ Table model_table(Model& model) {
             shape.push_back(s.rows);
             if (s.cols) shape.push_back(s.cols);
         }
-        row(std::string(prefix) + s.name, where, dtype, shape, kind, scope, shrink);
+        table_add(table, std::string(prefix) + s.name, where, dtype, shape, kind, scope, shrink);
     };
-    for (int p = 0; p < NUM_PARAMS; p++) param_row("", p, &model.param[p], FLOATX, false, PARAM, smaller);
-    for (int p = 0; p < NUM_PARAMS; p++) {
+    for (int p = 0; p < NUM_PARAMS; p++)
+        if (param_shape(c, p).elements() > 0) add("", p, &model.param[p], FLOATX, false, PARAM, SMALLER);
+    for (int p : model_trained(model)) {
         // the head's gradient is a sum over chunks of the loss in any case
-        model.grad[p].type = plan.micro_batches > 1 || p == HEAD ? F32 : FLOATX;
-        if (!plan.trains(p)) continue;
-        param_row("d_", p, &model.grad[p].p, model.grad[p].type, false, GRAD,
-                  plan.micro_batches > 1 ? "one micro-batch a step (--total-batch)" : smaller);
-        param_row("m_", p, &model.m[p], F32, true, OPTIMIZER, "--zero 1 on several GPUs");
-        param_row("v_", p, &model.v[p], F32, true, OPTIMIZER, "--zero 1 on several GPUs");
-        if (plan.master && !kFP32) param_row("master_", p, &model.master[p], F32, true, OPTIMIZER, "--master-weights 0");
+        model.grad[p].type = plan.micro_batches > 1 || p == head_param(c) ? F32 : FLOATX;
+        add("d_", p, &model.grad[p].p, model.grad[p].type, false, GRAD, plan.micro_batches > 1 ? "one micro-batch a step (--total-batch)" : SMALLER);
+        add("m_", p, &model.m[p], F32, true, OPTIMIZER, "--zero 1 on several GPUs");
+        add("v_", p, &model.v[p], F32, true, OPTIMIZER, "--zero 1 on several GPUs");
+        if (plan.master && !kFP32) add("master_", p, &model.master[p], F32, true, OPTIMIZER, "--master-weights 0");
     }
-    for (int norm : {LN1W, LN2W})   // gamma, beta, weight, bias: unfolding makes all four gradients from those of weight and bias
-        if (const unsigned frozen = plan.frozen >> norm & 15; kMsNorm && frozen != 0 && frozen != 15)
-            fail("MS_NORM=1 trains all of a norm and the linear layer after it, or nothing of them");
-
-    LayerTensors& kept = model.kept;
-    Kind kind = plan.training ? SAVED : SCRATCH;
-    const char* norm_hint = kMsNorm || plan.recompute == 2 ? batch : "--recompute 2, or a build with MS_NORM=1";
-    const char* act_hint = kActBits ? batch : "a build with APPROX_ACT=2";
-    auto norm_rows = [&](const std::string& name, floatX** out, float** mean, float** rstd) {
-        if (!recomputes_norm(plan)) row(name, out, FLOATX, {L, B, T, C}, kind, LAYER, norm_hint);
-        if (!kMsNorm) row(name + "_mean", mean, F32, {L, B, T}, kind, LAYER, batch);
-        row(name + "_rstd", rstd, F32, {L, B, T}, kind, LAYER, batch);
-    };
-    norm_rows("ln1", &kept.ln1, &kept.ln1_mean, &kept.ln1_rstd);
-    row("qkv", &kept.qkv, FLOATX, {L, B, T, QKV}, kind, LAYER, batch);
-    row("atty", &kept.atty, FLOATX, {L, B, T, C}, kind, LAYER, batch);
-    row("lse", &kept.lse, F32, {L, B, NH, T}, kind, LAYER, batch);
-    if (!kMsNorm) row("resid_mid", &kept.resid_mid, FLOATX, {L, B, T, C}, kind, LAYER, norm_hint);
-    norm_rows("ln2", &kept.ln2, &kept.ln2_mean, &kept.ln2_rstd);
-    row(kActBits ? "fch_codes" : "fch", &kept.fch, kActBits ? BYTE : FLOATX, {L, B, T, act_kept(FF)}, kind, LAYER, act_hint);
-    if (!recomputes_act(plan))
-        row("fch_gelu", &kept.fch_gelu, FLOATX, {L, B, T, FF}, kind, LAYER, kActBits ? batch : "--recompute 1");
-    if (!kMsNorm) row("resid_out", &kept.resid_out, FLOATX, {L, B, T, C}, kind, LAYER, norm_hint);
-    row("resid_in", &model.resid_in, FLOATX, {B, T, C}, kind, MODEL, batch);
-    row("lnf_mean", &model.lnf_mean, F32, {B, T}, kind, MODEL, batch);
-    row("lnf_rstd", &model.lnf_rstd, F32, {B, T}, kind, MODEL, batch);
-
-    row("scratch_c", &model.scratch_c, FLOATX, {B, T, C}, SCRATCH, MODEL, batch);
-    row("lnf", &model.lnf, FLOATX, {B, T, C}, SCRATCH, MODEL, batch, "scratch_c");
-    if (recomputes_act(plan) || plan.training) row("scratch_4c", &model.scratch_4c, FLOATX, {B, T, FF}, SCRATCH, MODEL, batch);
-    if (recomputes_norm(plan)) row("scratch_ln", &model.scratch_ln, FLOATX, {B, T, C}, SCRATCH, MODEL, batch);
+    for (auto [gamma, weight] : FOLDED)   // unfolding makes the gradients of all four from those of weight and bias
+        for (int p : {beta_of(gamma), weight, bias_of(c, weight)})
+            if (kMsNorm && p >= 0 && plan.trains(p) != plan.trains(gamma))
+                fail("MS_NORM=1 trains all of a norm and the linear layer after it, or nothing of them");
+}
+// What every model needs besides its blocks. The workspace comes last: model_allocate counts on it.
+void table_add_rest(Table& table, Model& model, size_t colsum) {
+    const Config& c = model.config;
+    const Plan& plan = model.plan;
+    const size_t B = plan.B, T = plan.T, C = c.C, NH = c.NH;
     if (kMsNorm) {
-        row("fold_w", &model.fold_w, FLOATX, {FF, C}, SCRATCH, MODEL, smaller);
-        row("fold_b", &model.fold_b, FLOATX, {FF}, SCRATCH, MODEL, smaller);
+        size_t rows = 0;
+        for (auto [gamma, weight] : FOLDED) rows = std::max(rows, param_shape(c, weight).rows);
+        table_add(table, "fold_w", &model.fold_w, FLOATX, {rows, C}, SCRATCH, MODEL, SMALLER);
+        if (beta_of(FOLDED[0][0]) >= 0) table_add(table, "fold_b", &model.fold_b, FLOATX, {rows}, SCRATCH, MODEL, SMALLER);
     }
-    row("logits", &model.logits, FLOATX, {plan_chunk_rows(plan), (size_t)c.Vp}, SCRATCH, MODEL, chunks);
-    row("losses", &model.losses, F32, {B, T}, SCRATCH, MODEL, batch);
+    table_add(table, "logits", &model.logits, FLOATX, {plan_chunk_rows(plan), (size_t)c.Vp}, SCRATCH, MODEL, "--loss-chunks");
+    table_add(table, "losses", &model.losses, F32, {B, T}, SCRATCH, MODEL, BATCH);
     if (plan.training) {
-        row("dresid", &model.dresid, FLOATX, {B, T, C}, SCRATCH, MODEL, batch);
-        row("delta", &model.delta, F32, {B, NH, T}, SCRATCH, MODEL, batch);
-        const size_t colsum = std::max(colsum_scratch(C), attention_scratch(B, T, NH, NH, c.HS()));
-        row("colsum", &model.colsum, F32, {colsum}, SCRATCH, MODEL, batch);
-        row("squares", &model.squares, F32, {model_opt_blocks(model)}, SCRATCH, MODEL, smaller);
+        table_add(table, "dresid", &model.dresid, FLOATX, {B, T, C}, SCRATCH, MODEL, BATCH);
+        table_add(table, "delta", &model.delta, F32, {B, NH, T}, SCRATCH, MODEL, BATCH);
+        table_add(table, "colsum", &model.colsum, F32, {colsum}, SCRATCH, MODEL, BATCH);
+        table_add(table, "squares", &model.squares, F32, {model_opt_blocks(model)}, SCRATCH, MODEL, SMALLER);
     }
-    row("tokens", &model.tokens, I32, {token_ints(BT, c.V)}, SCRATCH, MODEL, batch);
-    row("step_state", &model.state, BYTE, {sizeof(StepState)}, OPTIMIZER, MODEL, smaller);
-    size_t workspace = plan.workspace ? plan.workspace : matmul_workspace(C * std::max<size_t>(FF, c.Vp));
-    row("workspace", &model.workspace, BYTE, {workspace}, WORKSPACE, MODEL, "--workspace");
+    table_add(table, "tokens", &model.tokens, I32, {token_ints(B * T, c.V)}, SCRATCH, MODEL, BATCH);
+    table_add(table, "step_state", &model.state, BYTE, {sizeof(StepState)}, OPTIMIZER, MODEL, SMALLER);
+    const size_t workspace = plan.workspace ? plan.workspace : matmul_workspace(C * std::max<size_t>(c.FF(), c.Vp));
+    table_add(table, "workspace", &model.workspace, BYTE, {workspace}, WORKSPACE, MODEL, "--workspace");
+}
+// ==== end twin
+// The table of a run. Nothing is allocated here, and the pointer of a tensor that the run does not need stays null.
+Table model_table(Model& model) {
+    const Config& c = model.config;
+    const Plan& plan = model.plan;
+    const size_t B = plan.B, T = plan.T, C = c.C, QKV = c.QKV(), FF = c.FF(), NH = c.NH;
+    const size_t L = plan.training ? c.L : 1;   // without a backward, one layer's tensors serve them all
+    Table table;
+    table_add_params(table, model);
+    LayerTensors& kept = model.kept;
+    auto keep = [&](const std::string& name, auto** where, DType dtype, std::vector<size_t> shape, const char* shrink) {
+        table_add(table, name, where, dtype, std::move(shape), plan.training ? SAVED : SCRATCH, LAYER, shrink);
+    };
+    const char* norm_hint = kMsNorm || plan.recompute == 2 ? BATCH : "--recompute 2, or a build with MS_NORM=1";
+    auto keep_norm = [&](const std::string& name, floatX** out, float** mean, float** rstd) {
+        if (!recomputes_norm(plan)) keep(name, out, FLOATX, {L, B, T, C}, norm_hint);
+        if (!kMsNorm) keep(name + "_mean", mean, F32, {L, B, T}, BATCH);
+        keep(name + "_rstd", rstd, F32, {L, B, T}, BATCH);
+    };
+    keep_norm("ln1", &kept.ln1, &kept.ln1_mean, &kept.ln1_rstd);
+    keep("qkv", &kept.qkv, FLOATX, {L, B, T, QKV}, BATCH);
+    keep("atty", &kept.atty, FLOATX, {L, B, T, C}, BATCH);
+    keep("lse", &kept.lse, F32, {L, B, NH, T}, BATCH);
+    if (!kMsNorm) keep("resid_mid", &kept.resid_mid, FLOATX, {L, B, T, C}, norm_hint);
+    keep_norm("ln2", &kept.ln2, &kept.ln2_mean, &kept.ln2_rstd);
+    if (kActBits) keep("fch_codes", &kept.fch, BYTE, {L, B, T, act_kept(FF)}, BATCH);
+    else keep("fch", &kept.fch, FLOATX, {L, B, T, FF}, "a build with APPROX_ACT=2");
+    if (!recomputes_act(plan)) keep("fch_gelu", &kept.fch_gelu, FLOATX, {L, B, T, FF}, kActBits ? BATCH : "--recompute 1");
+    if (!kMsNorm) keep("resid_out", &kept.resid_out, FLOATX, {L, B, T, C}, norm_hint);
+
+    const Kind kind = plan.training ? SAVED : SCRATCH;
+    table_add(table, "resid_in", &model.resid_in, FLOATX, {B, T, C}, kind, MODEL, BATCH);
+    table_add(table, "lnf_mean", &model.lnf_mean, F32, {B, T}, kind, MODEL, BATCH);
+    table_add(table, "lnf_rstd", &model.lnf_rstd, F32, {B, T}, kind, MODEL, BATCH);
+    table_add(table, "scratch_c", &model.scratch_c, FLOATX, {B, T, C}, SCRATCH, MODEL, BATCH);
+    table_add(table, "lnf", &model.lnf, FLOATX, {B, T, C}, SCRATCH, MODEL, BATCH, "scratch_c");
+    if (recomputes_act(plan) || plan.training) table_add(table, "scratch_4c", &model.scratch_4c, FLOATX, {B, T, FF}, SCRATCH, MODEL, BATCH);
+    if (recomputes_norm(plan)) table_add(table, "scratch_ln", &model.scratch_ln, FLOATX, {B, T, C}, SCRATCH, MODEL, BATCH);
+    table_add_rest(table, model, std::max(colsum_scratch(C), attention_scratch(B, T, NH, NH, c.HS())));
     return table;
 }
 
+// ==== twin: allocation, linear layers
 // The mode as the ledger names it.
 std::string model_mode(const Plan& plan) {
-    std::string s = kActBits ? "GELU in " + std::to_string(kActBits) + (kActBits == 1 ? " bit" : " bits") : "exact GELU";
+    std::string s = kActBits ? ACT_NAME + (" in " + std::to_string(kActBits)) + (kActBits == 1 ? " bit" : " bits") : std::string("exact ") + ACT_NAME;
     s += kMsNorm ? ", one tensor for a norm and its matmul" : ", separate norms";
     s += ", --recompute " + std::to_string(plan.recompute);
     if (plan.recompute >= 1 && !recomputes_act(plan) && !recomputes_norm(plan)) s += " (nothing is left to compute again)";
     else if (plan.recompute == 2 && !recomputes_act(plan)) s += " (only norms are left to compute again)";
-    else if (plan.recompute == 2 && !recomputes_norm(plan)) s += " (only GELU is left to compute again)";
+    else if (plan.recompute == 2 && !recomputes_norm(plan)) s += std::string(" (only ") + ACT_NAME + " is left to compute again)";
     if (!kFP32) s += plan.master ? ", fp32 master weights" : ", no master weights";
     return s;
 }
@@ -2453,11 +2489,9 @@ void model_allocate(Model& model) {
         size_t n = param_shape(model.config, p).elements();
         if (model.m[p]) cudaCheck(cudaMemsetAsync(model.m[p], 0, shard_size(n) * sizeof(float), model.stream));
         if (model.v[p]) cudaCheck(cudaMemsetAsync(model.v[p], 0, shard_size(n) * sizeof(float), model.stream));
+        // most gradients are written before they are read, but for example positions from T on never get one
+        if (model.grad[p].p) cudaCheck(cudaMemsetAsync(model.grad[p].p, 0, n * dtype_size(model.grad[p].type), model.stream));
     }
-    // positions from T on never get a gradient; all other gradients are written before they are read
-    const Grad dwpe = model.grad[WPE];
-    const size_t dwpe_bytes = param_shape(model.config, WPE).elements() * dtype_size(dwpe.type);
-    if (dwpe.p) cudaCheck(cudaMemsetAsync(dwpe.p, 0, dwpe_bytes, model.stream));
     model.updates = 0;
 }
 
@@ -2465,11 +2499,13 @@ __global__ void widen_kernel(float* out, const floatX* inp, size_t n) {
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i < n) out[i] = (float)inp[i];
 }
-// GPT-2's initialisation: weights from N(0, 0.02), or less (enum Init); padding rows of wte 0. Master weights begin as they are.
+// GPT-2's initialisation: weights from N(0, 0.02), or less (enum Init); rows that pad the vocabulary 0. Master weights begin as they are.
 void model_init(Model& model) {
     for (int p = 0; p < NUM_PARAMS; p++) {
         const ParamShape s = param_shape(model.config, p);
-        const size_t n = s.elements(), drawn = s.init < NORMAL ? 0 : p == WTE ? (size_t)model.config.V * model.config.C : n;
+        const bool vocabulary = p == WTE || p == head_param(model.config);
+        const size_t n = s.elements(), drawn = s.init < NORMAL ? 0 : vocabulary ? (size_t)model.config.V * model.config.C : n;
+        if (n == 0) continue;
         const float std = s.init == NORMAL_RESIDUAL ? 0.02f / sqrtf(2.0f * model.config.L) : 0.02f, constant = s.init == ONES ? 1 : 0;
         init_kernel<<<ceil_div(n, 256), 256, 0, model.stream>>>(model.param[p], n, drawn, std, constant, model.seed, p);
         cudaCheck(cudaGetLastError());
@@ -2480,6 +2516,57 @@ void model_init(Model& model) {
     }
 }
 
+// ---- a linear layer: out = inp W^T + b
+// After a norm, with MS_NORM, inp is the norm's z, and gamma and beta are folded into W and b.
+struct Linear {
+    const floatX *weight, *bias;   // (OC, C), (OC) or null
+    Grad dweight, dbias;           // of the same shapes; null: not wanted
+    const floatX *gamma, *beta;    // (C) of the norm to fold in; null: none
+    Grad dgamma, dbeta;            // (C)
+    int C, OC;
+};
+Linear model_linear(const Model& model, int weight, int l, int norm = -1) {   // parameters; norm: the gamma of the norm before it
+    const ParamShape s = param_shape(model.config, weight);
+    const int bias = bias_of(model.config, weight);
+    Linear linear = {model_param(model, weight, l), model_param(model, bias, l), model_grad(model, weight, l),
+                     model_grad(model, bias, l), nullptr, nullptr, {}, {}, (int)s.cols, (int)s.rows};
+    if (kMsNorm && norm >= 0) {
+        linear.gamma = model_param(model, norm, l), linear.dgamma = model_grad(model, norm, l);
+        linear.beta = model_param(model, beta_of(norm), l), linear.dbeta = model_grad(model, beta_of(norm), l);
+    }
+    return linear;
+}
+// What its matmul multiplies by and adds: W and b, or with the norm folded in, which holds until the next call, W' and b'.
+struct Weights { const floatX *weight, *bias; };
+Weights linear_weights(const Model& model, const Linear& linear) {
+    if (linear.gamma == nullptr) return {linear.weight, linear.bias};
+    const bool folds_bias = linear.beta != nullptr;
+    norm_fold(model.fold_w, model.fold_b, linear.weight, folds_bias ? linear.bias : nullptr, linear.gamma, linear.beta, linear.OC, linear.C,
+              model.stream);
+    return {model.fold_w, folds_bias ? model.fold_b : linear.bias};
+}
+void linear_forward(const Model& model, floatX* out,   // (rows, OC)
+                    const floatX* inp,                 // (rows, C)
+                    const Linear& linear, int rows) {
+    const Weights w = linear_weights(model, linear);
+    matmul_forward(out, inp, w.weight, w.bias, rows, linear.C, linear.OC, model.stream);
+}
+struct Pass { bool add, last; };   // a micro-batch of a step: its gradients are added to those before; no further one comes
+// Gradients of a linear layer, but its bias.
+void linear_backward(const Model& model, floatX* dinp,   // (rows, C) or null: not wanted
+                     const floatX* dout,                 // (rows, OC); what the layer adds to dbias from it is done
+                     const floatX* inp,                  // (rows, C); may be dinp
+                     const Linear& linear, int rows, Pass pass,
+                     const void* gelu_inp = nullptr) {   // see matmul_backward_input
+    const int C = linear.C, OC = linear.OC;
+    const bool wanted = linear.dweight.p != nullptr;
+    if (wanted) matmul_backward_weight(linear.dweight, dout, inp, pass.add, rows, C, OC, model.stream);
+    if (dinp != nullptr) matmul_backward_input(dinp, dout, linear.weight, rows, C, OC, model.stream, gelu_inp);
+    if (wanted && linear.gamma != nullptr && pass.last)
+        norm_unfold(linear.dweight, linear.dgamma, linear.dbeta, model.colsum, linear.dbias, linear.weight, linear.gamma,
+                    linear.beta, OC, C, model.stream);
+}
+// ==== end twin
 // ---- forward: the figure at the top of this file, from top to bottom
 // Without training, all layers share one slot; a tensor that is not kept is a buffer for all.
 LayerTensors model_layer(const Model& model, int l, int BT) {
@@ -2497,75 +2584,43 @@ LayerTensors model_layer(const Model& model, int l, int BT) {
             at(kept.resid_out, C, model.resid_in)};
 }
 
-// A linear layer: out = inp W^T + b. After a norm, with MS_NORM, inp is the norm's z, and gamma and beta are folded into W and b.
-struct Linear {
-    const floatX *weight, *bias;   // (OC, C), (OC)
-    Grad dweight, dbias;           // of the same shapes; null: not wanted
-    const floatX *gamma, *beta;    // (C) of the norm to fold in; null: none
-    Grad dgamma, dbeta;            // (C)
-    int C, OC;
-};
-Linear model_linear(const Model& model, int weight, int l, int norm = -1) {   // parameters; norm: the gamma of the norm before it
-    const ParamShape s = param_shape(model.config, weight);
-    Linear linear = {model_param(model, weight, l), model_param(model, weight + 1, l), model_grad(model, weight, l),
-                     model_grad(model, weight + 1, l), nullptr, nullptr, {}, {}, (int)s.cols, (int)s.rows};
-    if (kMsNorm && norm >= 0) {
-        linear.gamma = model_param(model, norm, l), linear.dgamma = model_grad(model, norm, l);
-        linear.beta = model_param(model, norm + 1, l), linear.dbeta = model_grad(model, norm + 1, l);
-    }
-    return linear;
-}
-
-// out = inp W^T + b, or with `kept` GELU of that, keeping for backward what section 3 says
-void linear_forward(const Model& model, floatX* out,   // (rows, OC)
-                    const floatX* inp,                 // (rows, C)
-                    const Linear& linear, int rows,
-                    ActKept<kActBits>* kept = nullptr) {   // (rows, OC)
-    const floatX *weight = linear.weight, *bias = linear.bias;
-    if (linear.gamma != nullptr) {
-        norm_fold(model.fold_w, model.fold_b, weight, bias, linear.gamma, linear.beta, linear.OC, linear.C, model.stream);
-        weight = model.fold_w, bias = model.fold_b;
-    }
-    if (kept == nullptr) matmul_forward(out, inp, weight, bias, rows, linear.C, linear.OC, model.stream);
-    else matmul_act_forward<kActBits>(out, kept, inp, weight, bias, rows, linear.C, linear.OC, model.stream);
-}
-
 // From the inputs in model.tokens to the final norm's output, model.lnf. B and T may be smaller than the plan's.
 void model_forward(Model& model, int B, int T) {
     NvtxRange range("forward");
     const Config& c = model.config;
     const int C = c.C, NH = c.NH, L = c.L, BT = B * T;
     cudaStream_t stream = model.stream;
+    auto W = [&](int p, int l) { return model_param(model, p, l); };
     embedding_forward(model.resid_in, model.tokens, model.param[WTE], model.param[WPE], B, T, C, stream);
     LayerTensors t = model_layer(model, 0, BT);
-    add_norm_forward<kMsNorm>(nullptr, t.ln1, t.ln1_mean, t.ln1_rstd, t.resid, nullptr, model.param[LN1W], model.param[LN1B], BT, C,
-                              stream);
+    add_norm_forward<kMsNorm>(nullptr, t.ln1, t.ln1_mean, t.ln1_rstd, t.resid, nullptr, W(LN1W, 0), W(LN1B, 0), c.eps, BT, C, stream);
 
     for (int l = 0; l < L; l++) {
         NvtxRange layer_range("forward layer " + std::to_string(l));
-        auto W = [&](int p, int layer) { return model_param(model, p, layer); };
-
         linear_forward(model, t.qkv, t.ln1, model_linear(model, QKVW, l, LN1W), BT);
         attention_forward(t.atty, t.lse, t.qkv, B, T, NH, NH, c.HS(), stream);
         linear_forward(model, model.scratch_c, t.atty, model_linear(model, ATTPROJW, l), BT);
-        add_norm_forward<kMsNorm>(t.resid_mid, t.ln2, t.ln2_mean, t.ln2_rstd, t.resid, model.scratch_c, W(LN2W, l), W(LN2B, l), BT,
-                                  C, stream);
-        linear_forward(model, t.fch_gelu, t.ln2, model_linear(model, FCW, l, LN2W), BT, t.fch);
+        add_norm_forward<kMsNorm>(t.resid_mid, t.ln2, t.ln2_mean, t.ln2_rstd, t.resid, model.scratch_c, W(LN2W, l), W(LN2B, l),
+                                  c.eps, BT, C, stream);
+        const Linear fc = model_linear(model, FCW, l, LN2W);
+        const Weights w = linear_weights(model, fc);
+        matmul_act_forward<kActBits>(t.fch_gelu, t.fch, t.ln2, w.weight, w.bias, BT, C, fc.OC, stream);
         linear_forward(model, model.scratch_c, t.fch_gelu, model_linear(model, FCPROJW, l), BT);
 
         // The second residual addition is part of the norm that comes next: ln1 of the next layer, or the final norm.
         if (l + 1 < L) {
             LayerTensors next = model_layer(model, l + 1, BT);
             add_norm_forward<kMsNorm>(t.resid_out, next.ln1, next.ln1_mean, next.ln1_rstd, t.resid_mid, model.scratch_c,
-                                      W(LN1W, l + 1), W(LN1B, l + 1), BT, C, stream);
+                                      W(LN1W, l + 1), W(LN1B, l + 1), c.eps, BT, C, stream);
             t = next;
         } else {   // it always applies gamma and beta: its matmul uses wte, as the embedding does, so nothing can be folded in
             add_norm_forward<false>(t.resid_out, model.lnf, model.lnf_mean, model.lnf_rstd, t.resid_mid, model.scratch_c,
-                                    model.param[LNFW], model.param[LNFB], BT, C, stream);
+                                    W(LNFW, 0), W(LNFB, 0), c.eps, BT, C, stream);
         }
     }
 }
 
+// ==== twin: loss over chunks
 // ---- loss: the lm-head, softmax and cross-entropy over chunks of rows
 // Logits are (B*T, Vp), the largest tensor of a small model. A row's loss needs no other row, so a chunk of rows goes all the way
 // (logits, loss, their gradient, and from it the gradients of the head's weight and of lnf) before the next chunk reuses the
@@ -2575,21 +2630,23 @@ void model_loss(Model& model, int B, int T, bool train, bool first_micro_batch) 
     const int C = model.config.C, V = model.config.V, Vp = model.config.Vp, BT = B * T;
     const int* targets = model.tokens + BT;
     const int chunk = std::min((int)plan_chunk_rows(model.plan), BT);
+    const int head = head_param(model.config);
     const float dloss = 1.0f / ((float)BT * model.plan.micro_batches * world.size);
     for (int r = 0; r < BT; r += chunk) {
         int rows = std::min(chunk, BT - r);
         floatX* lnf = model.lnf + (size_t)r * C;
-        matmul_forward(model.logits, lnf, model.param[HEAD], nullptr, rows, C, Vp, model.stream);
+        matmul_forward(model.logits, lnf, model.param[head], nullptr, rows, C, Vp, model.stream);
         classifier(model.logits, model.losses + r, targets + r, dloss, train, rows, V, Vp, model.stream);
         if (!train) continue;
-        if (model.plan.trains(HEAD))
-            matmul_backward_weight(model.grad[HEAD], model.logits, lnf, !(first_micro_batch && r == 0), rows, C, Vp, model.stream);
-        matmul_backward_input(lnf, model.logits, model.param[HEAD], rows, C, Vp, model.stream);
+        if (model.plan.trains(head))
+            matmul_backward_weight(model.grad[head], model.logits, lnf, !(first_micro_batch && r == 0), rows, C, Vp, model.stream);
+        matmul_backward_input(lnf, model.logits, model.param[head], rows, C, Vp, model.stream);
     }
     sum_kernel<<<1, 256, 0, model.stream>>>(&model.state->loss_sum, model.losses, train && !first_micro_batch, BT);
     cudaCheck(cudaGetLastError());
 }
 
+// ==== end twin
 // ---- backward: the figure, from bottom to top
 // Where each of the 16 gradients is written. A bias's gradient is the column sum of the gradient of its layer's output. It costs
 // nothing extra in the kernel that computes that gradient, so it is made there:
@@ -2603,24 +2660,6 @@ void model_loss(Model& model, int B, int T, bool train, bool first_micro_batch) 
 //     ln1w ln1b ln2w ln2b           that norm, or with MS_NORM=1 linear_backward of the layer after it
 //     lnfw lnfb                     the final norm
 
-struct Pass { bool add, last; };   // a micro-batch of a step: its gradients are added to those before; no further one comes
-
-// Gradients of a linear layer, but its bias.
-void linear_backward(const Model& model, floatX* dinp,   // (rows, C) or null: not wanted
-                     const floatX* dout,                 // (rows, OC); what the layer adds to dbias from it is done
-                     const floatX* inp,                  // (rows, C); may be dinp
-                     const Linear& linear, int rows, Pass pass,
-                     const ActKept<kActBits>* act = nullptr) {   // if inp is GELU of something: what forward kept of that
-    const int C = linear.C, OC = linear.OC;
-    const bool wanted = linear.dweight.p != nullptr;
-    if (wanted) matmul_backward_weight(linear.dweight, dout, inp, pass.add, rows, C, OC, model.stream);
-    if (dinp != nullptr)
-        matmul_backward_input(dinp, dout, linear.weight, rows, C, OC, model.stream, act_backward_is_fused<kActBits>() ? act : nullptr);
-    if (wanted && linear.gamma != nullptr && pass.last)
-        norm_unfold(linear.dweight, linear.dgamma, linear.dbeta, model.colsum, linear.dbias, linear.weight, linear.gamma,
-                    linear.beta, OC, C, model.stream);
-}
-
 // From the gradient of the final norm's output, which model_loss has left in model.lnf, to all gradients.
 void model_backward(Model& model, int B, int T, int buckets, int micro_batch) {
     NvtxRange range("backward");
@@ -2632,7 +2671,8 @@ void model_backward(Model& model, int B, int T, int buckets, int micro_batch) {
     auto W = [&](int p, int l) { return model_param(model, p, l); };
     auto G = [&](int p, int l) { return l >= 0 ? model_grad(model, p, l) : Grad{}; };
     auto norm_again = [&](int gamma, floatX* out, float* mean, float* rstd, const floatX* inp, int l) {
-        add_norm_forward<false>(nullptr, out, mean, rstd, inp, nullptr, W(gamma, l), W(gamma + 1, l), BT, C, stream);
+        add_norm_forward<false>(nullptr, out, mean, rstd, inp, nullptr, W(gamma, l), W(beta_of(gamma), l), c.eps, BT, C,
+                                stream);
     };
     add_norm_backward<false>(dresid, G(FCPROJB, L - 1), G(LNFW, 0), G(LNFB, 0), model.colsum, model.lnf,
                              model_layer(model, L - 1, BT).resid_out, model.lnf_mean, model.lnf_rstd, W(LNFW, 0), false, pass.add,
@@ -2644,7 +2684,8 @@ void model_backward(Model& model, int B, int T, int buckets, int micro_batch) {
         // What forward did not keep is computed again, to the same bits (unless --gelu-fusion had cuBLASLt compute GELU, which rounds
         // in its own way). fch_gelu may be in scratch_4c: the weight's gradient reads it before the input's gradient takes its place.
         if (recomputes_act(model.plan)) act_forward<0>(t.fch_gelu, nullptr, (const floatX*)t.fch, nullptr, BT, c.FF(), stream);
-        linear_backward(model, d_wide, dresid, t.fch_gelu, model_linear(model, FCPROJW, l), BT, pass, t.fch);
+        linear_backward(model, d_wide, dresid, t.fch_gelu, model_linear(model, FCPROJW, l), BT, pass,
+                        act_backward_is_fused<kActBits>() ? t.fch : nullptr);
         act_backward<kActBits>(d_wide, G(FCB, l), model.colsum, t.fch, pass.add, BT, c.FF(), stream);
         if (recomputes_norm(model.plan)) norm_again(LN2W, t.ln2, t.ln2_mean, t.ln2_rstd, t.resid_mid, l);
         linear_backward(model, d, d_wide, t.ln2, model_linear(model, FCW, l, LN2W), BT, pass);
@@ -2662,11 +2703,11 @@ void model_backward(Model& model, int B, int T, int buckets, int micro_batch) {
     const int* positions = model.tokens + 2 * (size_t)BT;
     const int* bucket_token = positions + BT;
     const int* bucket_start = bucket_token + token_cap(BT, c.V);
-    static_assert(HEAD == WTE, "with a head of its own nobody writes the rows of wte's gradient whose tokens do not occur");
     embedding_backward(model.grad[WTE], model.grad[WPE], dresid, positions, bucket_token, bucket_start, buckets,
-                       true, pass.add, B, T, C, stream);
+                       true, pass.add, B, T, C, stream);   // to what the head has written
 }
 
+// ==== twin: update, files
 // ---- update
 struct Hyper {
     float lr, beta1 = 0.9f, beta2 = 0.95f, eps = 1e-8f, weight_decay = 0, grad_clip = 0, skip_loss_z = 0, skip_grad_z = 0;
@@ -2677,14 +2718,13 @@ struct Hyper {
 Verdict model_update(Model& model, const Hyper& h, uint64_t step, const std::function<void()>& meanwhile = nullptr) {
     NvtxRange range("update");
     world_group(true);
-    for (int p = 0; p < NUM_PARAMS; p++)
-        if (model.plan.trains(p)) world_reduce_gradient(model.grad[p], param_shape(model.config, p).elements(), model.stream);
+    const std::vector<int> trained = model_trained(model);
+    for (int p : trained) world_reduce_gradient(model.grad[p], param_shape(model.config, p).elements(), model.stream);
     world_group(false);
     const size_t squares = model_opt_blocks(model);
     if (world.sharded) cudaCheck(cudaMemsetAsync(model.squares, 0, squares * sizeof(float), model.stream));
     float* partial = model.squares;
-    for (int p = 0; p < NUM_PARAMS; p++) {
-        if (!model.plan.trains(p)) continue;
+    for (int p : trained) {
         const size_t n = param_shape(model.config, p).elements(), share = world_share(n);
         const int blocks = ceil_div(share, OPT_BLOCK);
         if (world_shards(n))
@@ -2703,8 +2743,7 @@ Verdict model_update(Model& model, const Hyper& h, uint64_t step, const std::fun
     cudaCheck(cudaGetLastError());
     const int updates = model.updates + 1;   // with this one
     AdamW a = {h.lr, h.beta1, h.beta2, h.eps, (float)(1 - pow(h.beta1, updates)), (float)(1 - pow(h.beta2, updates)), model.seed, step};
-    for (int p = 0; p < NUM_PARAMS; p++) {
-        if (!model.plan.trains(p)) continue;
+    for (int p : trained) {
         const ParamShape shape = param_shape(model.config, p);
         const size_t n = shape.elements(), offset = shard_offset(n), share = shard_size(n);
         const OptTensor tensor = {model.param[p] + offset, model.grad[p] + offset, model.m[p], model.v[p], model.master[p], share, offset,
@@ -2713,8 +2752,7 @@ Verdict model_update(Model& model, const Hyper& h, uint64_t step, const std::fun
         cudaCheck(cudaGetLastError());
     }
     world_group(true);
-    for (int p = 0; p < NUM_PARAMS; p++)
-        if (model.plan.trains(p)) world_gather_param(model.param[p], param_shape(model.config, p).elements(), model.stream);
+    for (int p : trained) world_gather_param(model.param[p], param_shape(model.config, p).elements(), model.stream);
     world_group(false);
     if (meanwhile) meanwhile();
     Verdict verdict;
@@ -2727,13 +2765,12 @@ Verdict model_update(Model& model, const Hyper& h, uint64_t step, const std::fun
 // Matmul operations of one token, forward and backward: 6 per weight that multiplies, and attention's two products over T/2
 // keys on average, three times.
 double model_flops_per_token(const Config& c, int T) {
-    double weights = (double)c.V * c.C;
+    double weights = (double)c.V * c.C;   // the head
     for (int p = 0; p < NUM_PARAMS; p++)
-        if (p != WTE && p != WPE && param_shape(c, p).cols) weights += (double)param_shape(c, p).elements();
-    return 6.0 * weights + 6.0 * c.L * c.C * (double)T;
+        if (const ParamShape s = param_shape(c, p); s.in_layer && s.cols) weights += (double)s.elements();
+    return 6.0 * weights + 6.0 * c.L * c.NH * c.HS() * (double)T;
 }
 
-// ==== twin: files
 // ==== 8. files ===================================================================================================================
 // Formats are llm.c's: little-endian, with a header of 256 int32. A reader trusts nothing: before it allocates, it compares the
 // magic, the version and all sizes with the real size of the file. A writer renames a file from a temporary name when all its
@@ -3182,11 +3219,11 @@ Json json_sizes(const std::vector<size_t>& sizes) {
     return j;
 }
 Json json_bool(bool b) { Json j; j.type = Json::BOOLEAN, j.text = b ? "true" : "false"; return j; }
-Json json_number_value(double x) {   // the shortest text that reads back as the same number; 1e-05 as Python writes it
+Json json_number_value(float x) {   // the shortest text that reads back as the same number; 1e-05 as Python writes it
     char s[40];
-    for (int digits = 1; digits <= 17; digits++) {
+    for (int digits = 1; digits <= 9; digits++) {
         snprintf(s, sizeof s, "%.*g", digits, x);
-        if (strtod(s, nullptr) == x) break;
+        if (strtof(s, nullptr) == x) break;
     }
     Json j;
     j.type = Json::NUMBER, j.text = s;
@@ -3538,7 +3575,7 @@ void safetensors_read(const SafeTensor& t, size_t first, size_t n, float* out) {
     load_as(t.dtype, out, raw.data(), n);
 }
 
-bool hf_ignores(const std::string& name);                  // of each model, as are these two
+bool hf_ignores(const Config& c, const std::string& name);   // of each model, as is the next one
 void hf_config_json(const Config& c, Json& j);
 // ---- a model's weights to and from its directory
 // A piece is a tensor of a file, and some rows of one of our parameters: Hugging Face keeps q, k and v apart where we have one weight,
@@ -3622,7 +3659,7 @@ void hf_load(Model& model, const HfModel& m) {
     });
     std::sort(names.begin(), names.end());
     for (const SafeTensor& t : m.tensors)
-        if (!std::binary_search(names.begin(), names.end(), t.name) && !hf_ignores(t.name))
+        if (!std::binary_search(names.begin(), names.end(), t.name) && !hf_ignores(model.config, t.name))
             fail("%s: tensor %s is none of the model that config.json describes", t.file.c_str(), t.name.c_str());
 }
 
@@ -3781,7 +3818,7 @@ std::vector<HfPiece> hf_pieces(const Config& c, int p, int layer) {
     return {{"transformer." + block + names[p].name, p == WTE ? (size_t)c.V : s.rows, s.cols, names[p].transposed}};   // padding is ours
 }
 // What files may hold besides: masks of attention, and the head, which is wte once more.
-bool hf_ignores(const std::string& name) {
+bool hf_ignores(const Config&, const std::string& name) {
     auto ends = [&](const std::string& with) { return name.size() >= with.size() && name.compare(name.size() - with.size(), with.size(), with) == 0; };
     return ends(".attn.bias") || ends(".attn.masked_bias") || name == "lm_head.weight";
 }
@@ -3798,13 +3835,12 @@ Config hf_config(const HfModel& m) {
     Config c = {};
     c.maxT = (int)config_int(m, "n_positions", 1024), c.V = (int)config_int(m, "vocab_size", 50257);
     c.L = (int)config_int(m, "n_layer", 12), c.NH = (int)config_int(m, "n_head", 12), c.C = (int)config_int(m, "n_embd", 768);
-    c.Vp = ceil_div(c.V, 128) * 128;
+    c.Vp = padded(c.V);
     const int64_t inner = config_int(m, "n_inner", 4 * (int64_t)c.C);
     const std::string act = config_text(m, "activation_function", "gelu_new");
-    const double eps = config_number(m, "layer_norm_epsilon", 1e-5);
+    c.eps = (float)config_number(m, "layer_norm_epsilon", USUAL_EPS);
     if (inner != 4 * (int64_t)c.C) config_refuse(m, "n_inner", std::to_string(inner), "4 * n_embd");
     if (act != "gelu_new" && act != "gelu_pytorch_tanh") config_refuse(m, "activation_function", act, "gelu_new");
-    if (fabs(eps - 1e-5) > 1e-12) config_refuse(m, "layer_norm_epsilon", std::to_string(eps), "1e-5");
     if (!config_flag(m, "tie_word_embeddings", true)) config_refuse(m, "tie_word_embeddings", "false", "true");
     if (!config_flag(m, "scale_attn_weights", true)) config_refuse(m, "scale_attn_weights", "false", "true");
     for (const char* name : {"scale_attn_by_inverse_layer_idx", "add_cross_attention"})
@@ -3822,7 +3858,7 @@ void hf_config_json(const Config& c, Json& j) {   // into what the model came wi
     const std::pair<const char*, size_t> numbers[] = {{"vocab_size", c.V}, {"n_positions", c.maxT}, {"n_embd", c.C}, {"n_layer", c.L}, {"n_head", c.NH}};
     for (auto& [name, value] : numbers) j.set(name, json_sizes({value}).values[0]);
     if (j["activation_function"].type == Json::ABSENT) j.set("activation_function", json_string("gelu_new"));
-    j.set("layer_norm_epsilon", json_number_value(1e-5));
+    j.set("layer_norm_epsilon", json_number_value(c.eps));
     j.set("tie_word_embeddings", json_bool(true));
     for (const char* name : {"bos_token_id", "eos_token_id"})   // the last token of our own vocabularies ends a text, as GPT-2's does
         if (j[name].type == Json::ABSENT) j.set(name, json_sizes({(size_t)c.V - 1}).values[0]);
@@ -3839,10 +3875,10 @@ Config bin_config(const char* path) {
     FILE* f = open_with_header(path, &h, BIN_MAGIC, BIN_WHAT, MODEL_REMEDY);
     const size_t size = file_size(f);
     fclose(f);
-    const Config c = {h.maxT, h.V, h.Vp, h.L, h.NH, h.C};
+    const Config c = {h.maxT, h.V, h.Vp, h.L, h.NH, h.C, USUAL_EPS};
     // The limits keep every product below 2^63, so that `expected` is the true size.
     const bool sane = c.maxT > 0 && c.V > 0 && c.V <= 1 << 30 && c.L > 0 && c.L <= 1 << 12 && c.NH > 0 && c.C > 0 &&
-                      c.C <= 1 << 16 && c.C % c.NH == 0 && c.Vp == ceil_div(c.V, 128) * 128;
+                      c.C <= 1 << 16 && c.C % c.NH == 0 && c.Vp == padded(c.V);
     if (!sane || (h.version != BIN_FP32 && h.version != BIN_BF16))
         fail("%s: its header makes no model: version %d (expected version 3, fp32, or 5, bf16), T %d, V %d padded to %d (a "
              "multiple of 128), L %d, NH %d, C %d; %s", path, h.version, c.maxT, c.V, c.Vp, c.L, c.NH, c.C, MODEL_REMEDY);
@@ -4215,10 +4251,27 @@ void options_parse(int argc, char** argv) {
         option_set(*o, value, attached);
     }
 }
+
+// ---- sizes by letters, as in L4,H4,C128,T64,V257
+struct SizeLetter { char name; int* value; bool must, seen = false; };
+void parse_letters(const char* at, std::vector<SizeLetter> letters, const char* meaning, const std::string& example) {
+    while (*at != '\0') {
+        char* end;
+        const long value = strtol(at + 1, &end, 10);
+        auto letter = std::find_if(letters.begin(), letters.end(), [&](auto& l) { return l.name == *at && !l.seen; });
+        if (letter == letters.end() || end == at + 1 || value < 1 || value > 1 << 30 || (*end != '\0' && *end != ','))
+            bad_option("model", "expected a size like %s (%s)", example.c_str(), meaning);
+        *letter->value = (int)value;
+        letter->seen = true;
+        at = *end == ',' ? end + 1 : end;
+    }
+    for (const SizeLetter& l : letters)
+        if (l.must && !l.seen) bad_option("model", "expected %c among the sizes, as in %s", l.name, example.c_str());
+}
 // ==== end twin
 // ---- what of main is GPT-2's alone
 // The model without -e, and a short way to ask for it; what --help says of -e and -r; the levels of -r.
-const char *USUAL_MODEL = "gpt2:d12", *USUAL_TYPED = "d12", *MODEL_HELP = "a checkpoint, d12, or a size like gpt2:L4,H4,C128,T64,V257";
+const char *USUAL_MODEL = "gpt2:d12", *USUAL_TYPED = "d12", *MODEL_HELP = "DIR or FILE of a model, d12, gpt2-xl, or a size like gpt2:L4,H4,C128,T64,V257";
 const char* RECOMPUTE_HELP = "keep less for backward: 1: GELU, 2: and norms, are computed again";
 constexpr int RECOMPUTE_MOST = 2;
 std::string model_example(int V) { return "gpt2:L4,H4,C128,T64,V" + std::to_string(V); }   // a small size, for messages
@@ -4228,33 +4281,27 @@ std::string model_sizes(const Config& c) {
     return text;
 }
 
-// "d12", "gpt2:d12" or "gpt2:L4,H4,C128,T64,V257". False if the text is none of these, and so names a file.
+// "d12", "gpt2:d12", "gpt2-xl" or "gpt2:L4,H4,C128,T64,V257". False if the text is none of these, and so names a directory or a file.
 bool model_parse_size(const std::string& text, Config& c) {
     const bool prefixed = text.compare(0, 5, "gpt2:") == 0;
     const std::string size = text.substr(prefixed ? 5 : 0), example = model_example(257);
     const bool depth = size.size() > 1 && size[0] == 'd' && size.find_first_not_of("0123456789", 1) == std::string::npos;
-    if (!prefixed && !depth) return false;
+    const struct { const char* name; int L, NH, C; } known[] = {
+        {"d6", 6, 6, 384},       {"d12", 12, 12, 768},  {"d24", 24, 16, 1024}, {"d36", 36, 20, 1280},         {"d48", 48, 25, 1600},
+        {"d60", 60, 30, 1920},   {"d72", 72, 30, 2880}, {"d84", 84, 36, 3456}, {"gpt2", 12, 12, 768},         {"gpt2-medium", 24, 16, 1024},
+        {"gpt2-large", 36, 20, 1280}, {"gpt2-xl", 48, 25, 1600}};
+    auto found = std::find_if(std::begin(known), std::end(known), [&](auto& k) { return size == k.name; });
+    const bool named = found != std::end(known) && !(!prefixed && is_folder(text.c_str()));
+    if (!prefixed && !depth && !named) return false;
     c = {};
+    c.eps = USUAL_EPS;
     c.maxT = 1024;   // GPT-2's, as is V, unless said otherwise
     c.V = 50257;
-    const int depths[][3] = {{6, 6, 384},    {12, 12, 768},  {24, 16, 1024}, {36, 20, 1280},
-                             {48, 25, 1600}, {60, 30, 1920}, {72, 30, 2880}, {84, 36, 3456}};
-    for (auto& d : depths)
-        if (depth && atoi(size.c_str() + 1) == d[0]) c.L = d[0], c.NH = d[1], c.C = d[2];
-    if (depth && c.L == 0) bad_option("model", "expected one of d6 d12 d24 d36 d48 d60 d72 d84, or a size like %s", example.c_str());
-    struct { char name; int* value; bool seen; } letters[] = {{'L', &c.L}, {'H', &c.NH}, {'C', &c.C}, {'T', &c.maxT}, {'V', &c.V}};
-    for (const char* at = depth ? "" : size.c_str(); *at != '\0';) {
-        char* end;
-        const long value = strtol(at + 1, &end, 10);
-        auto letter = std::find_if(std::begin(letters), std::end(letters), [&](auto& l) { return l.name == *at && !l.seen; });
-        if (letter == std::end(letters) || end == at + 1 || value < 1 || value > 1 << 30 || (*end != '\0' && *end != ','))
-            bad_option("model", "expected a size like %s (layers, heads, channels, longest sequence, vocabulary)", example.c_str());
-        *letter->value = (int)value;
-        letter->seen = true;
-        at = *end == ',' ? end + 1 : end;
-    }
-    if (!c.L || !c.NH || !c.C) bad_option("model", "expected L, H and C among the sizes, as in %s", example.c_str());
-    c.Vp = ceil_div(c.V, 128) * 128;
+    if (named) c.L = found->L, c.NH = found->NH, c.C = found->C;
+    else if (depth) bad_option("model", "expected one of d6 d12 d24 d36 d48 d60 d72 d84, or a size like %s", example.c_str());
+    else parse_letters(size.c_str(), {{'L', &c.L, true}, {'H', &c.NH, true}, {'C', &c.C, true}, {'T', &c.maxT, false}, {'V', &c.V, false}},
+                       "layers, heads, channels, longest sequence, vocabulary", example);
+    c.Vp = padded(c.V);
     return true;
 }
 
@@ -4742,7 +4789,7 @@ bool sample(Run& run) {
         std::copy(host, host + padded, host + padded);
         tokens_upload(model.tokens, host, padded, V, model.stream);
         model_forward(model, 1, padded);
-        matmul_forward(model.logits, model.lnf + (size_t)(T - 1) * C, model.param[HEAD], nullptr, 1, C, Vp, model.stream);
+        matmul_forward(model.logits, model.lnf + (size_t)(T - 1) * C, model.param[head_param(model.config)], nullptr, 1, C, Vp, model.stream);
         cudaCheck(cudaMemcpyAsync(logits.data(), model.logits, Vp * sizeof(floatX), cudaMemcpyDeviceToHost, model.stream));
         cudaCheck(cudaStreamSynchronize(model.stream));
         const float uniform = hash_uniform(hash64(model.seed, run.state.step + (1ull << 42), i));
