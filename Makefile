@@ -94,7 +94,7 @@ endif
 # ----------------------------------------------------------------------------
 # programs: ./train_gpt2 with its intermediate files in build/, or all of it in BUILD
 
-PROGRAMS := train_gpt2 test_gpt2
+PROGRAMS := train_gpt2 train_llama test_gpt2
 ALL      := $(PROGRAMS) $(basename $(wildcard dev/cuda/*.cu))
 INTO     := $(or $(BUILD:%/=%),build)
 OUT      := $(if $(BUILD),$(INTO)/)

@@ -20,7 +20,9 @@ CONTENTS, in the order in which one would teach them. Who knows the parts starts
     9. main                          the command line and the loop
 
 Every kernel has a file in dev/cuda with simpler versions, from the loop of a textbook to the one that stands here, and its tests.
-
+*/
+// ==== twin: primer
+/*
 A PRIMER OF THE GPU. kernel<<<grid, block, shared_bytes, stream>>>(...) launches a __global__ function: the GPU runs it once per
 thread, and the call returns at once. Threads come in blocks, mostly of 256 here, and blocks in a grid; a thread finds its part of
 the work from threadIdx, blockIdx, blockDim and gridDim. Kernels given to one stream run one after the other.
@@ -36,7 +38,9 @@ the work from threadIdx, blockIdx, blockDim and gridDim. Kernels given to one st
     of 128 bytes. Shared memory is divided into 32 banks, each 4 bytes wide: lanes that want different words of one bank take turns.
   - Most kernels here do little arithmetic for each byte, so the time they take is the bytes they move. Matmuls and attention do
     much, and run on the tensor cores, which multiply small matrices.
-
+*/
+// ==== end twin
+/*
 SHAPES. B batch, T time, C channels, NH heads, HS = C / NH head size, V vocabulary, Vp the vocabulary padded to a multiple of 128,
 L layers, rows = B*T. All matrices are row-major; a weight is (out, in) as in PyTorch.
 
@@ -85,6 +89,7 @@ constexpr bool kRMSNorm = false;           // GPT-2 has LayerNorm
 
 #include <algorithm>
 #include <functional>
+#include <map>
 #include <numeric>
 #include <string>
 #include <utility>
@@ -2463,6 +2468,7 @@ Table model_table(Model& model) {
     table_add_rest(table, model, std::max(colsum_scratch(C), attention_scratch(B, T, NH, NH, c.HS())));
     return table;
 }
+void model_constants(Model&) {}   // there are none beside the weights
 
 // ==== twin: allocation, linear layers
 // The mode as the ledger names it.
@@ -2484,6 +2490,7 @@ void model_allocate(Model& model) {
     matmul_state.workspace = model.workspace;
     matmul_state.workspace_bytes = model.table.back().bytes();
     if (matmul_state.handle == nullptr) cublasCheck(cublasLtCreate(&matmul_state.handle));
+    model_constants(model);
     cudaCheck(cudaMemsetAsync(model.state, 0, sizeof(StepState), model.stream));
     for (int p = 0; p < NUM_PARAMS; p++) {
         size_t n = param_shape(model.config, p).elements();
@@ -3575,7 +3582,9 @@ void safetensors_read(const SafeTensor& t, size_t first, size_t n, float* out) {
     load_as(t.dtype, out, raw.data(), n);
 }
 
-bool hf_ignores(const Config& c, const std::string& name);   // of each model, as is the next one
+// Of each model, below: names that are no weights of it, names as they should be, and its config.json.
+bool hf_ignores(const Config& c, const std::string& name);
+void hf_complete_names(HfModel& m);
 void hf_config_json(const Config& c, Json& j);
 // ---- a model's weights to and from its directory
 // A piece is a tensor of a file, and some rows of one of our parameters: Hugging Face keeps q, k and v apart where we have one weight,
@@ -3632,9 +3641,22 @@ void transpose(float* to, const float* from, size_t rows, size_t cols) {   // to
         for (size_t c = 0; c < cols; c++) to[c * rows + r] = from[r * cols + c];
 }
 
-// Reads all weights. Each must be there, in its shape, and nothing else that holds weights.
-void hf_load(Model& model, const HfModel& m) {
-    std::vector<std::string> names;
+// Where a model came from: what is written beside its weights, and in which types those are.
+struct Source {
+    std::string folder;                  // its files of the tokenizer go along; empty: there is none
+    Json config = json_object();         // what we do not know of stays in it
+    DType dtype = FLOATX;                // of the tensors that are not in `dtypes`
+    std::map<std::string, DType> dtypes;
+    DType dtype_of(const std::string& name) const {
+        const auto at = dtypes.find(name);
+        return at == dtypes.end() ? dtype : at->second;
+    }
+};
+// Reads all weights of a directory. Each must be there, in its shape, and nothing else that holds weights.
+Source hf_load(Model& model, const std::string& folder) {
+    HfModel m = hf_open(folder);
+    hf_complete_names(m);
+    Source source = {folder, m.config};
     for (int p = 0; p < NUM_PARAMS; p++) {   // for the rows that pad the vocabulary
         const size_t n = param_shape(model.config, p).elements();
         cudaCheck(cudaMemset(model.param[p], 0, n * sizeof(floatX)));
@@ -3647,7 +3669,7 @@ void hf_load(Model& model, const HfModel& m) {
         if (t->shape != piece.shape())
             fail("%s: tensor %s: expected the shape %s by config.json, found %s", t->file.c_str(), t->name.c_str(),
                  shape_text(piece.shape()).c_str(), shape_text(t->shape).c_str());
-        names.push_back(piece.name);
+        source.dtypes[piece.name] = t->dtype;
         const size_t chunk = piece.transposed ? piece.elements() : std::min(PIECE, piece.elements());
         std::vector<float> values(chunk), turned(piece.transposed ? chunk : 0);
         for (size_t i = 0; i < piece.elements(); i += chunk) {
@@ -3657,30 +3679,30 @@ void hf_load(Model& model, const HfModel& m) {
             model_put(model, p, first + i, n, piece.transposed ? turned.data() : values.data());
         }
     });
-    std::sort(names.begin(), names.end());
     for (const SafeTensor& t : m.tensors)
-        if (!std::binary_search(names.begin(), names.end(), t.name) && !hf_ignores(model.config, t.name))
+        if (!source.dtypes.count(t.name) && !hf_ignores(model.config, t.name))
             fail("%s: tensor %s is none of the model that config.json describes", t.file.c_str(), t.name.c_str());
+    source.dtype = source.dtypes[hf_pieces(model.config, WTE, -1)[0].name];
+    return source;
 }
 
-// Where a model came from: what is written beside its weights, and in which type those are.
-struct Source {
-    std::string folder;                  // its files of the tokenizer go along; empty: there is none
-    Json config = json_object();         // what we do not know of stays in it
-    DType dtype = FLOATX;
+struct HfPart {   // a piece, where it begins in its parameter, and the type that it has in the file
+    int p;
+    size_t first;
+    HfPiece piece;
+    DType dtype;
+    size_t bytes() const { return piece.elements() * dtype_size(dtype); }
 };
-struct HfPart { int p; size_t first; HfPiece piece; };   // a piece, and where it begins in its parameter
 // Writes a file of tensors on rank 0. get(part, i, n, values) has all ranks find elements [i, i + n) of a part. Returns what went wrong.
-std::string safetensors_write(const std::string& path, const std::vector<HfPart>& parts, DType dtype,
+std::string safetensors_write(const std::string& path, const std::vector<HfPart>& parts,
                               const std::function<void(const HfPart& part, size_t i, size_t n, float* values)>& get) {
-    const size_t size = dtype_size(dtype);
     Json header = json_object();
     header.set("__metadata__", json_object()).set("format", json_string("pt"));
     size_t at = 0;
     for (const HfPart& part : parts) {
-        const size_t end = at + part.piece.elements() * size;
+        const size_t end = at + part.bytes();
         Json& t = header.set(part.piece.name, json_object());
-        t.set("dtype", json_string(dtype == F32 ? "F32" : dtype == F16 ? "F16" : "BF16"));
+        t.set("dtype", json_string(part.dtype == F32 ? "F32" : part.dtype == F16 ? "F16" : "BF16"));
         t.set("shape", json_sizes(part.piece.shape()));
         t.set("data_offsets", json_sizes({at, end}));
         at = end;
@@ -3694,6 +3716,7 @@ std::string safetensors_write(const std::string& path, const std::vector<HfPart>
         put(text.data(), text.size());
         for (const HfPart& part : parts) {
             const HfPiece& piece = part.piece;
+            const size_t size = dtype_size(part.dtype);
             const size_t chunk = piece.transposed ? piece.elements() : std::min(PIECE, piece.elements());
             std::vector<float> values(chunk), turned(piece.transposed ? chunk : 0);
             std::vector<char> raw(chunk * size);
@@ -3701,7 +3724,7 @@ std::string safetensors_write(const std::string& path, const std::vector<HfPart>
                 const size_t n = std::min(chunk, piece.elements() - i);
                 get(part, i, n, values.data());
                 if (piece.transposed) transpose(turned.data(), values.data(), piece.rows, piece.cols);
-                store_as(dtype, raw.data(), piece.transposed ? turned.data() : values.data(), n);
+                store_as(part.dtype, raw.data(), piece.transposed ? turned.data() : values.data(), n);
                 put(raw.data(), n * size);
             }
         }
@@ -3712,11 +3735,11 @@ std::string safetensors_write(const std::string& path, const std::vector<HfPart>
 }
 // --dump-gradients: the loss of a micro-batch and every gradient, in fp32, under the names of the weights.
 std::string hf_dump_gradients(const Model& model, const std::string& path, float loss) {
-    std::vector<HfPart> parts = {{-1, 0, {"loss", 0, 0}}};
+    std::vector<HfPart> parts = {{-1, 0, {"loss", 0, 0}, F32}};
     hf_walk(model.config, [&](int p, size_t first, const HfPiece& piece) {
-        if (model.plan.trains(p)) parts.push_back({p, first, piece});
+        if (model.plan.trains(p)) parts.push_back({p, first, piece, F32});
     });
-    return safetensors_write(path, parts, F32, [&](const HfPart& part, size_t i, size_t n, float* values) {
+    return safetensors_write(path, parts, [&](const HfPart& part, size_t i, size_t n, float* values) {
         if (part.p < 0) return void(values[0] = loss);
         const Grad grad = model.grad[part.p] + (part.first + i);
         std::vector<char> raw(n * dtype_size(grad.type));
@@ -3730,10 +3753,10 @@ std::string hf_save(const Model& model, const std::string& folder, const Source&
     std::vector<std::vector<HfPart>> shards(1);
     size_t bytes = 0, total = 0;
     hf_walk(model.config, [&](int p, size_t first, const HfPiece& piece) {
-        const size_t n = piece.elements() * dtype_size(source.dtype);
-        if (bytes > 0 && bytes + n > SHARD_BYTES) shards.emplace_back(), bytes = 0;
-        shards.back().push_back({p, first, piece});
-        bytes += n, total += n;
+        const HfPart part = {p, first, piece, source.dtype_of(piece.name)};
+        if (bytes > 0 && bytes + part.bytes() > SHARD_BYTES) shards.emplace_back(), bytes = 0;
+        shards.back().push_back(part);
+        bytes += part.bytes(), total += part.bytes();
     });
     std::string error;
     Json map = json_object();
@@ -3741,7 +3764,7 @@ std::string hf_save(const Model& model, const std::string& folder, const Source&
         char file[64] = "model.safetensors";
         if (shards.size() > 1) snprintf(file, sizeof file, "model-%05zu-of-%05zu.safetensors", shard + 1, shards.size());
         for (const HfPart& part : shards[shard]) map.set(part.piece.name, json_string(file));
-        const std::string wrong = safetensors_write(folder + "/" + file, shards[shard], source.dtype,
+        const std::string wrong = safetensors_write(folder + "/" + file, shards[shard],
             [&](const HfPart& part, size_t i, size_t n, float* values) { model_get(model, part.p, part.first + i, n, values); });
         if (error.empty()) error = wrong;
     }
@@ -3786,12 +3809,15 @@ int64_t config_int(const HfModel& m, const char* name, int64_t usual = REQUIRED)
     size_t n;
     if (j == nullptr && usual == REQUIRED) fail("%s/config.json: has no %s, which this model needs", m.folder.c_str(), name);
     if (j == nullptr) return usual;
-    if (!json_size(*j, n) || n > 1 << 30) fail("%s/config.json: %s: expected a whole number up to 2^30, found %s", m.folder.c_str(), name, j->text.c_str());
+    if (!json_size(*j, n) || n < 1 || n > 1 << 30)
+        fail("%s/config.json: %s: expected a whole number from 1 to 2^30, found %s", m.folder.c_str(), name, j->text.c_str());
     return (int64_t)n;
 }
 double config_number(const HfModel& m, const char* name, double usual) {
     const Json* j = config_value(m, name, Json::NUMBER, "a number");
-    return j ? strtod(j->text.c_str(), nullptr) : usual;
+    const double x = j ? strtod(j->text.c_str(), nullptr) : usual;
+    if (!std::isfinite(x)) fail("%s/config.json: %s: %s is too large for a number", m.folder.c_str(), name, j->text.c_str());
+    return x;
 }
 bool config_flag(const HfModel& m, const char* name, bool usual) {
     const Json* j = config_value(m, name, Json::BOOLEAN, "true or false");
@@ -3918,15 +3944,9 @@ std::string bin_save(const Model& model, const std::string& path) {
 // What -e names: a directory or a file.
 Config model_read_config(const std::string& path) { return is_folder(path.c_str()) ? hf_config(hf_open(path)) : bin_config(path.c_str()); }
 Source model_load(Model& model, const std::string& path) {
+    if (is_folder(path.c_str())) return hf_load(model, path);
     Source source;
-    if (!is_folder(path.c_str())) {
-        source.dtype = bin_load(model, path.c_str());
-        return source;
-    }
-    HfModel m = hf_open(path);
-    hf_complete_names(m);
-    hf_load(model, m);
-    source.folder = path, source.config = m.config, source.dtype = m.find("transformer.wte.weight")->dtype;
+    source.dtype = bin_load(model, path.c_str());
     return source;
 }
 
@@ -4658,7 +4678,7 @@ void prepare_out(const Settings& s, int resume_step) {
 
 // A disk that is too small for what this run will write is said now, and not after its last step.
 void check_room(const Settings& s, const Model& model, const Source& source, int steps) {
-    const double weights = (double)param_count(model.config) * dtype_size(source.dtype);
+    const double weights = (double)param_count(model.config) * dtype_size(source.dtype);   // nearly: a few may have another type
     const double need = weights + world_sum((double)state_bytes(model)), MiB = 1 << 20;
     if (world.rank != 0 || steps <= 0) return;
     struct rlimit limit;
@@ -4999,8 +5019,12 @@ void make_model(Run& run) {
     fflush(stdout);
     if (run.model_file.empty()) model_init(model);
     else run.source = model_load(model, run.model_file);
-    run.source.dtype = std::vector<DType>{run.source.dtype, F32, BF16, F16}[run.s.save_dtype];
-    model.weights_in_state = run.source.dtype != F32 && (kFP32 || run.source.dtype != BF16);
+    if (run.s.save_dtype > 0) run.source.dtype = std::vector<DType>{F32, BF16, F16}[run.s.save_dtype - 1], run.source.dtypes.clear();
+    model.weights_in_state = false;
+    hf_walk(model.config, [&](int, size_t, const HfPiece& piece) {
+        const DType type = run.source.dtype_of(piece.name);
+        model.weights_in_state |= type != F32 && (kFP32 || type != BF16);
+    });
     cudaCheck(cudaStreamSynchronize(model.stream));
 }
 
