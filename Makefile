@@ -13,6 +13,7 @@ make setup          installs what building and the demo need (Debian, Ubuntu: ap
 make setup-test     installs what the tests need besides: Open MPI, SciPy, Matplotlib, PyTorch, and packages of PyPI's for
                     tokenizers; tests that need what cannot be had are skipped
 make twins          checks that what the trainers share is the same in both
+make fuzz           tries RUNS inputs on the readers of a model's files, by clang's libFuzzer (default: 10 million)
 make clean          removes what was built
 
 Flags of a build, as in  make train_gpt2 CPU=1 PRECISION=FP32:
@@ -33,6 +34,7 @@ Others:
   TEXT="a.txt ..."  make demo: the text to learn (default: two plays by Shakespeare, dev/bench/fixtures/shakespeare.txt)
   TESTS=path        make test: only these, as in TESTS=dev/test/test_cli.py
   VARIANTS="a b"    make variants: only these, as in VARIANTS="cpu-bf16 cpu-fp32"
+  RUNS=N            make fuzz: how many inputs
   SYNC=file.cu      make twins: copies that file's shared sections into the other trainer
   PYTHON=path       which Python (default: /usr/bin/python3, where apt-get's numpy and pytest are)
 endef
@@ -53,7 +55,7 @@ MS_NORM      ?= $(USE_APPROXBP)
 PRECISION    ?= BF16
 PYTHON       ?= $(or $(wildcard /usr/bin/python3),python3)
 $(foreach flag,SAN MULTI_GPU PTXAS,$(eval $(flag) ?= 0))
-FLAG_NAMES := USE_APPROXBP APPROX_ACT MS_NORM PRECISION CPU ARCH BUILD SAN MULTI_GPU PTXAS NVCC NVCCFLAGS CXXFLAGS TEXT TESTS SYNC PYTHON VARIANTS
+FLAG_NAMES := USE_APPROXBP APPROX_ACT MS_NORM PRECISION CPU ARCH BUILD SAN MULTI_GPU PTXAS NVCC NVCCFLAGS CXXFLAGS TEXT TESTS SYNC PYTHON VARIANTS RUNS
 unknown := $(filter-out $(FLAG_NAMES) MAKEFLAGS SHELL -*-%,$(foreach v,$(.VARIABLES),$(if $(filter command,$(origin $(v))),$(v))))
 $(if $(unknown),$(error unknown flag $(firstword $(unknown)): expected one of $(FLAG_NAMES)))
 
@@ -95,7 +97,7 @@ endif
 # programs: ./train_gpt2 with its intermediate files in build/, or all of it in BUILD
 
 PROGRAMS := train_gpt2 train_llama test_gpt2
-ALL      := $(PROGRAMS) $(basename $(wildcard dev/cuda/*.cu))
+ALL      := $(PROGRAMS) dev/test/fuzz_readers $(basename $(wildcard dev/cuda/*.cu))
 INTO     := $(or $(BUILD:%/=%),build)
 OUT      := $(if $(BUILD),$(INTO)/)
 ifneq ($(BUILD),)
@@ -233,7 +235,8 @@ PARTS       := cpu:CPU=1 san:CPU=1 san:SAN=1 gpu:CPU=0 nvcc:CPU=0 nvcc:PTXAS=1 a
 nvcc_flags   = ARCH="80 86 89 90 100 120" NVCCFLAGS="--keep --keep-dir build/$(1)"# the PTX, which is looked at
 flags_of     = $(foreach part,$(subst -, ,$(1)),$(patsubst $(part):%,%,$(filter $(part):%,$(PARTS)))) $(if $(filter nvcc-%,$(1)),$(nvcc_flags)) \
                $(if $(filter cpu-bf16 nvcc-% gpu-%,$(1)),,CXXFLAGS="$(if $(filter san-%,$(1)),-Og,-O1) $(CXXFLAGS)")
-programs_of = $(if $(filter $(TRAIN_ALONE),$(1)),train_gpt2,$(if $(filter $(TEST_ALONE),$(1)),test_gpt2,$(PROGRAMS)))
+programs_of = $(if $(filter $(TRAIN_ALONE),$(1)),train_gpt2,$(if $(filter $(TEST_ALONE),$(1)),test_gpt2,$(filter-out train_llama,$(PROGRAMS)))) \
+              $(if $(filter cpu-% san-bf16,$(1)),train_llama) $(if $(filter san-bf16,$(1)),dev/test/fuzz_readers)
 VARIANTS   := $(filter-out $(if $(shell command -v mpicxx),,%-multi-fp32) $(if $(NVCC),,nvcc-% gpu-%) $(if $(filter 0,$(gpus)),gpu-%),$(KNOWN))
 
 QUICK_TESTS := $(patsubst %,dev/test/test_%.py,approxbp_tools cli ends files gpt2_numbers mutate prepro report resume train twins)
@@ -243,7 +246,7 @@ PYTEST = $(test_python) -B -m pytest -q --tb=short -p no:cacheprovider </dev/nul
 tests  = $(or $(TESTS),$(if $(filter quick,$@),$(QUICK_TESTS),dev/test dev/cpu/test))
 only   = $(if $(filter quick,$@),VARIANTS="cpu-bf16 cpu-fp32")
 
-.PHONY: help setup setup-test demo test quick variants twins clean $(KNOWN)
+.PHONY: help setup setup-test demo test quick variants twins fuzz clean $(KNOWN)
 test quick: setup-test
 	@said=$$($(PYTEST) --collect-only $(tests) 2>&1) || { echo "make $@ TESTS=\"$(TESTS)\": pytest cannot take that" >&2; tail -20 <<<"$$said" >&2; exit 2; }
 	-@$(MAKE) $(if $(findstring jobserver,$(MAKEFLAGS)),,-j$$(nproc)) -k variants $(only)
@@ -257,6 +260,18 @@ $(KNOWN):
 
 twins:
 	@$(PYTHON) -B dev/test/twins.py $(if $(SYNC),--sync $(SYNC)) $(wildcard train_gpt2.cu train_llama.cu)
+
+RUNS ?= 10000000
+fuzz: dev/test/fuzz_readers.cu train_llama.cu
+	@command -v clang++ >/dev/null || { echo "make fuzz needs clang. Try: apt-get install clang" >&2; exit 1; }
+	@mkdir -p build/fuzz/corpus
+	@printf ' %s' '{"a":{"dtype":"F32","shape":[2,3],"data_offsets":[0,24]},"b":{"dtype":"BF16","shape":[4],"data_offsets":[24,32]}}' >build/fuzz/corpus/two
+	@printf ' %s' '{"__metadata__":{"format":"pt"},"e":{"dtype":"F16","shape":[],"data_offsets":[0,32]}}' >build/fuzz/corpus/metadata
+	@printf ' %s' '[1,2.5e-3,-0,true,null,"x\u00e9\ud83d\ude00\n"]' >build/fuzz/corpus/values
+	$(CPU_TRANSLATE) $< -o build/fuzz/fuzz.cpp
+	clang++ $(filter-out -O3,$(CPU_CXXFLAGS)) -O2 -Wno-unused-function -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -DLIBFUZZER \
+	  build/fuzz/fuzz.cpp -o build/fuzz/fuzz $(CPU_LDLIBS)
+	cd build/fuzz && ./fuzz -runs=$(RUNS) -max_len=512 -print_final_stats=1 corpus
 
 help:
 	$(info $(HELP))@:
