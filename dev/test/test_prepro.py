@@ -565,7 +565,7 @@ def test_reference_against_torch(reference):
     """Logits of the whole model: PyTorch's own blocks, with the norm first, and its loss."""
     import torch
     config = binfmt.Config.parse(SIZES)
-    tensors = reference.random_model(config, 3)
+    tensors = reference.gpt2_model(config, 3)
     x, y = (torch.from_numpy(ids) for ids in reference.random_batch(config, 2, 5, 3))
     t = {name: torch.from_numpy(values.astype(np.float64)) for name, values in tensors.items()}
     h = t["wte"][x] + t["wpe"][:5]
