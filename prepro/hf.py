@@ -20,7 +20,7 @@ def write_safetensors(f, tensors):
         kind = next(kind for kind, dtype in TYPES.items() if t.dtype == dtype)
         header[name] = {"dtype": kind, "shape": list(t.shape), "data_offsets": [at, at + t.nbytes]}
         at += t.nbytes
-    text = json.dumps(header).encode()
+    text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     f.write(struct.pack("<Q", len(text)) + text)
     for t in tensors.values():

@@ -520,7 +520,6 @@ def test_bad_tokenizer_files(tmp_path, tokenizers):
     byte_level(tokenizers).save(str(bad))
     said = run("text.py", "-", "--tokenizer", bad, "--out", out, status=1, input=b"caf\xe9" * 100)
     assert "0xe9 at offset 3" in said and "--tokenizer bytes" in said
-    assert "300 bytes" in prepare(tmp_path, byte_level(tokenizers, ["<|endoftext|>", "x" * 300]), status=1)
     tok = byte_level(tokenizers, ["@end@"])
     assert "--eot TOKEN" in prepare(tmp_path, tok, status=1)
     assert "is not in the vocabulary" in prepare(tmp_path, tok, SAMPLE, "--eot", "@no@", status=1)
