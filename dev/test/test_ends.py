@@ -270,6 +270,21 @@ def test_leftovers_are_swept(lab):
     lab.train("-x", 2, "-o", "out")
     assert set(lab.files("out")) == {*names(2), "mine.tmp/x"}
 
+def test_what_others_have_in_the_folder_stays(lab):
+    """Only what has a checkpoint's name is one, and nothing is removed through a link."""
+    theirs = ["step_mine.tmp/x", "step_00000009.tmp.old/x", "far/x", "old/x"]
+    for name in theirs:
+        lab.path(f"out/{name}").parent.mkdir(parents=True)
+        lab.path(f"out/{name}").write_bytes(b"mine")
+    lab.path("out/step_00000009.tmp").symlink_to("far")
+    lab.train("-x", 1, "-o", "out")
+    for name in names(1):
+        lab.path(f"out/{name}").rename(lab.path(f"out/old/{name.split('/')[1]}"))
+    lab.path("out/step_00000001").rmdir()
+    lab.path("out/step_00000001").symlink_to("old")
+    lab.train("-x", 2, "-o", "out", "-y", 1, "-nk", 1)
+    assert set(theirs) <= set(lab.files("out")) and len(lab.files("out/old")) == 4
+
 # ---- models that are no good ---------------------------------------------------------------------
 
 @pytest.mark.parametrize("rate, every, keep", [(1e9, 5, 2), (1e3, 1, 1)])
