@@ -43,9 +43,9 @@ def test_a_shared_out_optimizer_is_smaller_and_equal(lab, ranks, shape, seed):
     assert lab.files("whole")[names(4)[0]] == lab.files("shared")[names(4)[0]]
     assert (shared[-1]["peak_bytes"] < whole[-1]["peak_bytes"]) == (ranks > 1) and shared[-1]["peak_bytes"] == shared[-1]["estimate_bytes"]
 
-@pytest.mark.parametrize("zero", [0, 1])
-def test_resume(lab, zero):
-    how = ["-z", zero, "-d", 256, "-k", "constant"]
+@pytest.mark.parametrize("zero, dtype", [(0, "f32"), (1, "f32"), (1, "f16")])
+def test_resume(lab, zero, dtype):
+    how = ["-z", zero, "-d", 256, "-k", "constant", "--save-dtype", dtype]
     _, straight = train(lab, "straight", "-x", 6, "-o", "straight", *how)
     train(lab, "half", "-x", 3, "-o", "half", *how)
     assert set(names(3, RANKS)) == set(lab.files("half"))
