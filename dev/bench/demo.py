@@ -141,7 +141,7 @@ def main():
 
     title("What is where, and what to try next")
     for left, right in ((f"{DIR}/exact.jsonl, approxbp.jsonl", "loss, gradient norm, rate and time of each step"),
-                        (f"{DIR}/checkpoint/", "the model, and what a run needs to go on"), (f"{DIR}/*.bin", "tokens and tokenizer"),
+                        (f"{DIR}/checkpoint/", "a model for transformers, and the run's state"), (f"{DIR}/*.bin", "tokens and tokenizer"),
                         ("make demo TEXT=my.txt", "learns another text"),
                         ("make train_gpt2 USE_APPROXBP=1", "builds the second of the two as ./train_gpt2"),
                         (f"{exact} --help", "all options"),
