@@ -2394,7 +2394,8 @@ void table_add_params(Table& table, Model& model) {
     for (int p : model_trained(model)) {
         // the head's gradient is a sum over chunks of the loss in any case
         model.grad[p].type = plan.micro_batches > 1 || p == head_param(c) ? F32 : FLOATX;
-        add("d_", p, &model.grad[p].p, model.grad[p].type, false, GRAD, plan.micro_batches > 1 ? "one micro-batch a step (--total-batch)" : SMALLER);
+        add("d_", p, &model.grad[p].p, model.grad[p].type, false, GRAD,
+            plan.micro_batches > 1 ? "one micro-batch a step (--total-batch)" : SMALLER);
         add("m_", p, &model.m[p], F32, true, OPTIMIZER, "--zero 1 on several GPUs");
         add("v_", p, &model.v[p], F32, true, OPTIMIZER, "--zero 1 on several GPUs");
         if (plan.master && !kFP32) add("master_", p, &model.master[p], F32, true, OPTIMIZER, "--master-weights 0");
@@ -2464,7 +2465,8 @@ Table model_table(Model& model) {
     table_add(table, "lnf_rstd", &model.lnf_rstd, F32, {B, T}, kind, MODEL, BATCH);
     table_add(table, "scratch_c", &model.scratch_c, FLOATX, {B, T, C}, SCRATCH, MODEL, BATCH);
     table_add(table, "lnf", &model.lnf, FLOATX, {B, T, C}, SCRATCH, MODEL, BATCH, "scratch_c");
-    if (recomputes_act(plan) || plan.training) table_add(table, "scratch_4c", &model.scratch_4c, FLOATX, {B, T, FF}, SCRATCH, MODEL, BATCH);
+    if (recomputes_act(plan) || plan.training)
+        table_add(table, "scratch_4c", &model.scratch_4c, FLOATX, {B, T, FF}, SCRATCH, MODEL, BATCH);
     if (recomputes_norm(plan)) table_add(table, "scratch_ln", &model.scratch_ln, FLOATX, {B, T, C}, SCRATCH, MODEL, BATCH);
     table_add_rest(table, model, std::max(colsum_scratch(C), attention_scratch(B, T, NH, NH, c.HS())));
     return table;
@@ -2474,7 +2476,8 @@ void model_constants(Model&) {}   // there are none beside the weights
 // ==== twin: allocation, linear layers
 // The mode as the ledger names it.
 std::string model_mode(const Plan& plan) {
-    std::string s = kActBits ? ACT_NAME + (" in " + std::to_string(kActBits)) + (kActBits == 1 ? " bit" : " bits") : std::string("exact ") + ACT_NAME;
+    std::string s = std::string(kActBits ? "" : "exact ") + ACT_NAME;
+    if (kActBits) s += " in " + std::to_string(kActBits) + (kActBits == 1 ? " bit" : " bits");
     s += kMsNorm ? ", one tensor for a norm and its matmul" : ", separate norms";
     s += ", --recompute " + std::to_string(plan.recompute);
     if (plan.recompute >= 1 && !recomputes_act(plan) && !recomputes_norm(plan)) s += " (nothing is left to compute again)";
@@ -2549,8 +2552,8 @@ struct Weights { const floatX *weight, *bias; };
 Weights linear_weights(const Model& model, const Linear& linear) {
     if (linear.gamma == nullptr) return {linear.weight, linear.bias};
     const bool folds_bias = linear.beta != nullptr;
-    norm_fold(model.fold_w, model.fold_b, linear.weight, folds_bias ? linear.bias : nullptr, linear.gamma, linear.beta, linear.OC, linear.C,
-              model.stream);
+    norm_fold(model.fold_w, model.fold_b, linear.weight, folds_bias ? linear.bias : nullptr, linear.gamma, linear.beta, linear.OC,
+              linear.C, model.stream);
     return {model.fold_w, folds_bias ? model.fold_b : linear.bias};
 }
 void linear_forward(const Model& model, floatX* out,   // (rows, OC)
@@ -3040,7 +3043,8 @@ void loader_open(Loader& d, const char* option, const char* pattern, int T, int 
         d.tokens += d.shards.back().tokens;
     }
     if (d.shards.empty())
-        fail("%s %s: %s; %s", option, pattern, names.empty() ? "no such file, and none matches it as a pattern" : "is a folder", TOKENS_REMEDY);
+        fail("%s %s: %s; %s", option, pattern, names.empty() ? "no such file, and none matches it as a pattern" : "is a folder",
+             TOKENS_REMEDY);
     double sum = 0, begin = now_seconds();
     for (size_t i = world.rank; i < d.shards.size(); i += world.size) {   // the ranks share the work
         progress("reading shards", i, d.shards.size(), begin);
@@ -3412,7 +3416,8 @@ std::string safetensors_parse(std::vector<SafeTensor>& tensors, const char* head
         const std::string tensor = "tensor " + root.names[i];
         SafeTensor t = {root.names[i], "", j["dtype"].text, BYTE, {}, 0, 0};
         const auto type = std::find_if(std::begin(types), std::end(types), [&](auto& known) { return known.name == j["dtype"].text; });
-        if (j["dtype"].type != Json::STRING || type == std::end(types)) return tensor + ": unknown type of elements '" + j["dtype"].text + "'";
+        if (j["dtype"].type != Json::STRING || type == std::end(types))
+            return tensor + ": unknown type of elements '" + j["dtype"].text + "'";
         t.dtype = type->dtype;
         size_t size = type->size;
         if (j["shape"].type != Json::ARRAY) return tensor + ": expected a shape, a list of whole numbers";
@@ -3423,11 +3428,12 @@ std::string safetensors_parse(std::vector<SafeTensor>& tensors, const char* head
             t.shape.push_back(n);
         }
         const std::vector<Json>& offsets = j["data_offsets"].values;
-        if (j["data_offsets"].type != Json::ARRAY || offsets.size() != 2 || !json_size(offsets[0], t.begin) || !json_size(offsets[1], t.end))
+        if (j["data_offsets"].type != Json::ARRAY || offsets.size() != 2 || !json_size(offsets[0], t.begin) ||
+            !json_size(offsets[1], t.end))
             return tensor + ": expected data_offsets, two whole numbers";
         if (t.begin > t.end || t.end > data_bytes)
-            return tensor + ": is at bytes " + offsets[0].text + " to " + offsets[1].text + ", but the file has " + std::to_string(data_bytes) +
-                   " bytes of elements; it is damaged or was cut off";
+            return tensor + ": is at bytes " + offsets[0].text + " to " + offsets[1].text + ", but the file has " +
+                   std::to_string(data_bytes) + " bytes of elements; it is damaged or was cut off";
         if (t.end - t.begin != size)
             return tensor + ": a shape of " + shape_text(t.shape) + " takes " + std::to_string(size) + " bytes, but it has " +
                    std::to_string(t.end - t.begin);
@@ -3438,7 +3444,9 @@ std::string safetensors_parse(std::vector<SafeTensor>& tensors, const char* head
     });
     size_t at = 0;
     for (SafeTensor& t : tensors) {
-        if (t.begin != at) return "tensor " + t.name + ": begins at byte " + std::to_string(t.begin) + ", where the one before ends at " + std::to_string(at);
+        if (t.begin != at)
+            return "tensor " + t.name + ": begins at byte " + std::to_string(t.begin) + ", where the one before ends at " +
+                   std::to_string(at);
         at = t.end;
         t.begin += 8 + bytes, t.end += 8 + bytes;
     }
@@ -3471,11 +3479,12 @@ struct HfModel {
     std::vector<SafeTensor> tensors;   // by name, ascending
 
     const SafeTensor* find(const std::string& name) const {
-        const auto at = std::lower_bound(tensors.begin(), tensors.end(), name, [](const SafeTensor& t, const std::string& n) { return t.name < n; });
+        const auto at = std::lower_bound(tensors.begin(), tensors.end(), name,
+                                         [](const SafeTensor& t, const std::string& n) { return t.name < n; });
         return at != tensors.end() && at->name == name ? &*at : nullptr;
     }
 };
-constexpr size_t HEADER_MOST = (size_t)16 << 20;   // of JSON, which takes up to 60 times that in memory; a model of 100,000 tensors has 10 MiB
+constexpr size_t HEADER_MOST = (size_t)16 << 20;   // of JSON, which may take 60 times that in memory; 100,000 tensors have 10 MiB
 const char* HF_REMEDY = "expected a model's directory as transformers writes it: config.json and model.safetensors";
 
 // The bytes of a small file.
@@ -3531,7 +3540,8 @@ HfModel hf_open(const std::string& folder) {
         const Json map = read_json(index)["weight_map"];
         std::map<std::string, std::string> file_of;
         std::vector<std::string> files;
-        if (map.type != Json::OBJECT || map.values.empty()) fail("%s: expected a weight_map, which names the file of each tensor", index.c_str());
+        if (map.type != Json::OBJECT || map.values.empty())
+            fail("%s: expected a weight_map, which names the file of each tensor", index.c_str());
         for (const Json& file : map.values) {
             if (file.type != Json::STRING || file.text.empty() || file.text.find_first_of(std::string("/\0", 2)) != std::string::npos)
                 fail("%s: expected names of files in the same directory, found '%s'", index.c_str(), file.text.c_str());
@@ -3547,7 +3557,8 @@ HfModel hf_open(const std::string& folder) {
                     file_of.erase(at);
                 }
         if (!file_of.empty())
-            fail("%s: tensor %s should be in %s, but is not", index.c_str(), file_of.begin()->first.c_str(), file_of.begin()->second.c_str());
+            fail("%s: tensor %s should be in %s, but is not", index.c_str(), file_of.begin()->first.c_str(),
+                 file_of.begin()->second.c_str());
     } else {
         m.tensors = safetensors_open(single);
     }
@@ -3582,7 +3593,8 @@ void safetensors_read(const SafeTensor& t, size_t first, size_t n, float* out) {
     std::vector<char> raw(n * size);
     size_t done = 0;
     errno = 0;
-    for (ssize_t got; done < raw.size() && (got = pread(fd, &raw[done], raw.size() - done, t.begin + first * size + done)) > 0;) done += got;
+    for (ssize_t got; done < raw.size() && (got = pread(fd, &raw[done], raw.size() - done, t.begin + first * size + done)) > 0;)
+        done += got;
     if (done != raw.size()) fail("%s: tensor %s could not be read: %s", t.file.c_str(), t.name.c_str(),
                                   errno ? strerror(errno) : "the file is shorter than it was");
     load_as(t.dtype, out, raw.data(), n);
@@ -3601,7 +3613,11 @@ struct HfPiece {
     bool transposed = false;  // in the file, (cols, rows)
     size_t elements() const { return std::max<size_t>(rows, 1) * std::max<size_t>(cols, 1); }
     std::vector<size_t> shape() const {
-        return rows == 0 ? std::vector<size_t>{} : cols == 0 ? std::vector<size_t>{rows} : transposed ? std::vector<size_t>{cols, rows} : std::vector<size_t>{rows, cols};
+        std::vector<size_t> shape;
+        if (rows > 0) shape.push_back(rows);
+        if (cols > 0) shape.push_back(cols);
+        if (transposed) std::swap(shape[0], shape[1]);
+        return shape;
     }
 };
 std::vector<HfPiece> hf_pieces(const Config& c, int p, int layer);   // layer -1: of a tensor outside the blocks
@@ -3623,7 +3639,8 @@ void model_put(Model& model, int p, size_t first, size_t n, const float* values)
     const std::vector<floatX> rounded(values, values + n);
     cudaCheck(cudaMemcpy(model.param[p] + first, rounded.data(), n * sizeof(floatX), cudaMemcpyHostToDevice));
     if (model.master[p] != nullptr && from < to)
-        cudaCheck(cudaMemcpy(model.master[p] + (from - begin), values + (from - first), (to - from) * sizeof(float), cudaMemcpyHostToDevice));
+        cudaCheck(cudaMemcpy(model.master[p] + (from - begin), values + (from - first), (to - from) * sizeof(float),
+                             cudaMemcpyHostToDevice));
 }
 // The other way, with all their bits. With --zero 1 the master weights are divided among the ranks: then all ranks call this, and each
 // has its own in `values`, and zeros.
@@ -3638,7 +3655,8 @@ void model_get(const Model& model, int p, size_t first, size_t n, float* values)
     const size_t from = std::max(first, begin), to = std::min(first + n, end);
     std::fill(values, values + n, 0.0f);
     if (from < to)
-        cudaCheck(cudaMemcpy(values + (from - first), model.master[p] + (from - begin), (to - from) * sizeof(float), cudaMemcpyDeviceToHost));
+        cudaCheck(cudaMemcpy(values + (from - first), model.master[p] + (from - begin), (to - from) * sizeof(float),
+                             cudaMemcpyDeviceToHost));
     if (world_shards(all)) world_sum_host(values, n);
 }
 constexpr size_t PIECE = (size_t)1 << 20;   // elements that are on the host at a time; a transposed tensor is there as a whole
@@ -3666,9 +3684,11 @@ Source hf_load(Model& model, const std::string& folder) {
     if (twice != m.tensors.end())
         fail("%s: tensor %s is there twice, under a name with and one without its beginning", twice->file.c_str(), twice->name.c_str());
     Source source = {m.config};
-    for (const char* name : {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-                             "tokenizer.model", "chat_template.jinja", "generation_config.json"})
-        if (const std::string path = folder + "/" + name; file_exists(path)) source.files.push_back({name, read_text(path, (size_t)1 << 30)});
+    for (const char* name : {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+                             "merges.txt", "tokenizer.model", "chat_template.jinja", "generation_config.json"}) {
+        const std::string path = folder + "/" + name;
+        if (file_exists(path)) source.files.push_back({name, read_text(path, (size_t)1 << 30)});
+    }
     for (int p = 0; p < NUM_PARAMS; p++) {   // for the rows that pad the vocabulary
         const size_t n = param_shape(model.config, p).elements();
         cudaCheck(cudaMemset(model.param[p], 0, n * sizeof(floatX)));
@@ -3677,7 +3697,8 @@ Source hf_load(Model& model, const std::string& folder) {
     hf_walk(model.config, [&](int p, size_t first, const HfPiece& piece) {
         const SafeTensor* t = m.find(piece.name);
         if (t == nullptr) fail("%s: no tensor %s, which its config.json asks for; %s", m.folder.c_str(), piece.name.c_str(), HF_REMEDY);
-        if (t->dtype == BYTE) fail("%s: tensor %s: expected elements of type F32, BF16 or F16, found %s", t->file.c_str(), t->name.c_str(), t->type.c_str());
+        if (t->dtype == BYTE)
+            fail("%s: tensor %s: expected elements of type F32, BF16 or F16, found %s", t->file.c_str(), t->name.c_str(), t->type.c_str());
         if (t->shape != piece.shape())
             fail("%s: tensor %s: expected the shape %s by config.json, found %s", t->file.c_str(), t->name.c_str(),
                  shape_text(piece.shape()).c_str(), shape_text(t->shape).c_str());
@@ -3864,7 +3885,9 @@ std::vector<HfPiece> hf_pieces(const Config& c, int p, int layer) {
 }
 // What files may hold besides: masks of attention, and the head, which is wte once more.
 bool hf_ignores(const Config&, const std::string& name) {
-    auto ends = [&](const std::string& with) { return name.size() >= with.size() && name.compare(name.size() - with.size(), with.size(), with) == 0; };
+    auto ends = [&](const std::string& with) {
+        return name.size() >= with.size() && name.compare(name.size() - with.size(), with.size(), with) == 0;
+    };
     return ends(".attn.bias") || ends(".attn.masked_bias") || name == "lm_head.weight";
 }
 // Older files leave "transformer." out.
@@ -3892,7 +3915,8 @@ Config hf_config(const HfModel& m) {
         if (config_flag(m, name, false)) config_refuse(m, name, "true", "false");
     for (const char* name : {"resid_pdrop", "embd_pdrop", "attn_pdrop"})
         if (config_number(m, name, 0) > 0 && world.rank == 0)
-            printf("note: %s/config.json has %s %g; this program trains without dropout\n", m.folder.c_str(), name, config_number(m, name, 0));
+            printf("note: %s/config.json has %s %g; this program trains without dropout\n", m.folder.c_str(), name,
+                   config_number(m, name, 0));
     return c;
 }
 void hf_config_json(const Config& c, Json& j) {   // into what the model came with
@@ -3900,7 +3924,8 @@ void hf_config_json(const Config& c, Json& j) {   // into what the model came wi
     architectures.type = Json::ARRAY, architectures.values = {json_string("GPT2LMHeadModel")};
     j.set("architectures", architectures);
     j.set("model_type", json_string("gpt2"));
-    const std::pair<const char*, size_t> numbers[] = {{"vocab_size", c.V}, {"n_positions", c.maxT}, {"n_embd", c.C}, {"n_layer", c.L}, {"n_head", c.NH}};
+    const std::pair<const char*, size_t> numbers[] = {
+        {"vocab_size", c.V}, {"n_positions", c.maxT}, {"n_embd", c.C}, {"n_layer", c.L}, {"n_head", c.NH}};
     for (auto& [name, value] : numbers) j.set(name, json_sizes({value}).values[0]);
     if (j["activation_function"].type == Json::ABSENT) j.set("activation_function", json_string("gelu_new"));
     j.set("layer_norm_epsilon", json_number_value(c.eps));
@@ -3961,7 +3986,9 @@ std::string bin_save(const Model& model, const std::string& path) {
     });
 }
 // What -e names: a directory or a file.
-Config model_read_config(const std::string& path) { return is_folder(path.c_str()) ? hf_config(hf_open(path)) : bin_config(path.c_str()); }
+Config model_read_config(const std::string& path) {
+    return is_folder(path.c_str()) ? hf_config(hf_open(path)) : bin_config(path.c_str());
+}
 Source model_load(Model& model, const std::string& path) {
     if (is_folder(path.c_str())) return hf_load(model, path);
     Source source;
@@ -4317,13 +4344,15 @@ void check_output(const char* name, const std::string& path, size_t at, const st
     check_name(name, path);
     struct stat st;
     if (stat(path.c_str(), &st) != 0) {
-        if (access(folder_of(path).c_str(), W_OK | X_OK) != 0) fail_option(name, "cannot write into the folder %s: %s", folder_of(path).c_str(), strerror(errno));
+        const std::string folder = folder_of(path);
+        if (access(folder.c_str(), W_OK | X_OK) != 0) fail_option(name, "cannot write into the folder %s: %s", folder.c_str(), strerror(errno));
         return;
     }
     if (!S_ISREG(st.st_mode)) fail_option(name, "expected a file, found a folder or a device");
     std::string found(begins.size(), '\0');
     FILE* f = fopen(path.c_str(), "rb");
-    const bool ours = f != nullptr && (st.st_size == 0 || (fseek(f, at, SEEK_SET) == 0 && fread(&found[0], 1, found.size(), f) == found.size() && found == begins));
+    const size_t got = f != nullptr && fseek(f, at, SEEK_SET) == 0 ? fread(&found[0], 1, found.size(), f) : 0;
+    const bool ours = f != nullptr && (st.st_size == 0 || (got == found.size() && found == begins));
     if (f != nullptr) fclose(f);
     if (!ours) fail_option(name, "there is another kind of file of that name, which stays; remove it or name another");
 }
@@ -4347,7 +4376,8 @@ void parse_letters(const char* at, std::vector<SizeLetter> letters, const char* 
 // ==== end twin
 // ---- what of main is GPT-2's alone
 // The model without -e, and a short way to ask for it; what --help says of -e and -r; the levels of -r.
-const char *USUAL_MODEL = "gpt2:d12", *USUAL_TYPED = "d12", *MODEL_HELP = "DIR or FILE of a model, d12, gpt2-xl, or a size like gpt2:L4,H4,C128,T64,V257";
+const char *USUAL_MODEL = "gpt2:d12", *USUAL_TYPED = "d12";
+const char* MODEL_HELP = "DIR or FILE of a model, d12, gpt2-xl, or a size like gpt2:L4,H4,C128,T64,V257";
 const char* RECOMPUTE_HELP = "keep less for backward: 1: GELU, 2: and norms, are computed again";
 constexpr int RECOMPUTE_MOST = 2;
 std::string model_example(int V) { return "gpt2:L4,H4,C128,T64,V" + std::to_string(V); }   // a small size, for messages
@@ -4363,9 +4393,9 @@ bool model_parse_size(const std::string& text, Config& c) {
     const std::string size = text.substr(prefixed ? 5 : 0), example = model_example(257);
     const bool depth = size.size() > 1 && size[0] == 'd' && size.find_first_not_of("0123456789", 1) == std::string::npos;
     const struct { const char* name; int L, NH, C; } known[] = {
-        {"d6", 6, 6, 384},       {"d12", 12, 12, 768},  {"d24", 24, 16, 1024}, {"d36", 36, 20, 1280},         {"d48", 48, 25, 1600},
-        {"d60", 60, 30, 1920},   {"d72", 72, 30, 2880}, {"d84", 84, 36, 3456}, {"gpt2", 12, 12, 768},         {"gpt2-medium", 24, 16, 1024},
-        {"gpt2-large", 36, 20, 1280}, {"gpt2-xl", 48, 25, 1600}};
+        {"d6", 6, 6, 384},     {"d12", 12, 12, 768},  {"d24", 24, 16, 1024},  {"d36", 36, 20, 1280},         {"d48", 48, 25, 1600},
+        {"d60", 60, 30, 1920}, {"d72", 72, 30, 2880}, {"d84", 84, 36, 3456},  {"gpt2", 12, 12, 768},
+        {"gpt2-medium", 24, 16, 1024}, {"gpt2-large", 36, 20, 1280}, {"gpt2-xl", 48, 25, 1600}};
     auto found = std::find_if(std::begin(known), std::end(known), [&](auto& k) { return size == k.name; });
     const bool named = found != std::end(known) && !(!prefixed && is_folder(text.c_str()));
     if (!prefixed && !depth && !named) return false;
@@ -4375,7 +4405,8 @@ bool model_parse_size(const std::string& text, Config& c) {
     c.V = 50257;
     if (named) c.L = found->L, c.NH = found->NH, c.C = found->C;
     else if (depth) bad_option("model", "expected one of d6 d12 d24 d36 d48 d60 d72 d84, or a size like %s", example.c_str());
-    else parse_letters(size.c_str(), {{'L', &c.L, true}, {'H', &c.NH, true}, {'C', &c.C, true}, {'T', &c.maxT, false}, {'V', &c.V, false}},
+    else parse_letters(size.c_str(),
+                       {{'L', &c.L, true}, {'H', &c.NH, true}, {'C', &c.C, true}, {'T', &c.maxT, false}, {'V', &c.V, false}},
                        "layers, heads, channels, longest sequence, vocabulary", example);
     c.Vp = padded(c.V);
     return true;
@@ -4411,8 +4442,9 @@ void model_check_options() {
                    "with APPROX_ACT=0", kActBits);
     matmul_state.gelu_fusion = (int)gelu_fusion;
     check_output("write-bin", write_bin, 0, std::string((const char*)&BIN_MAGIC, sizeof BIN_MAGIC));
+    const std::string& model = *(std::string*)option("model").value;
     struct stat read, written;
-    if (stat(((std::string*)option("model").value)->c_str(), &read) == 0 && stat(write_bin.c_str(), &written) == 0 && read.st_ino == written.st_ino &&
+    if (stat(model.c_str(), &read) == 0 && stat(write_bin.c_str(), &written) == 0 && read.st_ino == written.st_ino &&
         read.st_dev == written.st_dev)
         bad_option("write-bin", "is the file that -e reads; expected another");
 }
@@ -4420,7 +4452,8 @@ void model_check_options() {
 // ==== twin: settings, plan, loop, main
 // ---- settings: what the command line says
 struct Settings {
-    std::string train_data = "data/train.bin", val_data = "data/val.bin", model = USUAL_MODEL, out, log, estimate, tokenizer, dump_gradients;
+    std::string train_data = "data/train.bin", val_data = "data/val.bin", model = USUAL_MODEL, out, log, estimate, tokenizer;
+    std::string dump_gradients;
     int64_t B = 4, T = 1024, total_batch = 0, steps = -1, schedule = COSINE, warmup = 0, seed = 1337;
     int64_t recompute = 1, master = 1, loss_chunks = 0, workspace = 0, tf32 = 1, zero = 0;
     int64_t val_every = 20, val_batches = 20, sample_every = 20, sample_tokens = 64, top_k = 40, overfit = 0;
@@ -4738,7 +4771,7 @@ void prepare_out(const Settings& s, int resume_step) {
                     steps.back());
     if (s.resume && resume_step != (steps.empty() ? -1 : steps.back()))
         fail_option("out", "another run has written into this folder just now; start again");
-    for (const std::string& path : files_named(s.out + CHECKPOINTS + ".tmp")) remove_folder(path);   // what a killed run has left half-written
+    for (const std::string& path : files_named(s.out + CHECKPOINTS + ".tmp")) remove_folder(path);   // of a killed run
 }
 
 // A disk that is too small for what this run will write is said now, and not after its last step.
@@ -4875,7 +4908,8 @@ bool sample(Run& run) {
         std::copy(host, host + padded, host + padded);
         tokens_upload(model.tokens, host, padded, V, model.stream);
         model_forward(model, 1, padded);
-        matmul_forward(model.logits, model.lnf + (size_t)(T - 1) * C, model.param[head_param(model.config)], nullptr, 1, C, Vp, model.stream);
+        const floatX *last = model.lnf + (size_t)(T - 1) * C, *head = model.param[head_param(model.config)];
+        matmul_forward(model.logits, last, head, nullptr, 1, C, Vp, model.stream);
         cudaCheck(cudaMemcpyAsync(logits.data(), model.logits, Vp * sizeof(floatX), cudaMemcpyDeviceToHost, model.stream));
         cudaCheck(cudaStreamSynchronize(model.stream));
         const float uniform = hash_uniform(hash64(model.seed, run.state.step + (1ull << 42), i));

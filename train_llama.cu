@@ -1001,7 +1001,8 @@ void attention_backward_launch(floatX* dqkv, Grad dbias, float* delta, float* sc
 // layout (Meta's files and GGUF pair neighbours), and the pair is a vector that is turned by t * frequency[i]:
 //     (a, b)  ->  (a cos - b sin, b cos + a sin)         backward turns the gradient by minus the angle
 // A head of two pairs at t = 1, with the frequencies 1 and 0.01:
-//     (1, 2, 3, 4)  ->  (1 cos 1 - 3 sin 1, 2 cos 0.01 - 4 sin 0.01, 3 cos 1 + 1 sin 1, 4 cos 0.01 + 2 sin 0.01) = (-1.98, 1.96, 2.46, 4.02)
+//     (1, 2, 3, 4)  ->  (1 cos 1 - 3 sin 1,  2 cos 0.01 - 4 sin 0.01,  3 cos 1 + 1 sin 1,  4 cos 0.01 + 2 sin 0.01)
+//                    =  (-1.98, 1.96, 2.46, 4.02)
 // Low channels turn fast and tell near positions apart, high ones slowly. The angles are a table that is computed once.
 //
 // Qwen3 normalises each head of q and of k before it is turned, over its HS channels: y = gamma * x * rstd. Then what is kept is the
@@ -1145,7 +1146,8 @@ __global__ void __launch_bounds__(256) qk_norm_rope_backward_kernel(floatX* d, f
     }
 }
 
-template <class Launch> void rope_launch(int HS, const Launch& launch) {   // with the pairs per thread, as a constant, and the lanes per head
+// Calls launch(pairs per thread, as a constant, and lanes per head).
+template <class Launch> void rope_launch(int HS, const Launch& launch) {
     if (HS < 8 || HS > 128 || HS % 8 != 0) fail("RoPE: a head has %d channels: expected a multiple of 8, up to 128", HS);
     auto lanes = [&](int pairs) { int n = 1; while (n * pairs < HS / 2) n *= 2; return n; };
     if (HS % 16 == 0) launch(std::integral_constant<int, 8>(), lanes(8));
@@ -2566,7 +2568,8 @@ void table_add_params(Table& table, Model& model) {
     for (int p : model_trained(model)) {
         // the head's gradient is a sum over chunks of the loss in any case
         model.grad[p].type = plan.micro_batches > 1 || p == head_param(c) ? F32 : FLOATX;
-        add("d_", p, &model.grad[p].p, model.grad[p].type, false, GRAD, plan.micro_batches > 1 ? "one micro-batch a step (--total-batch)" : SMALLER);
+        add("d_", p, &model.grad[p].p, model.grad[p].type, false, GRAD,
+            plan.micro_batches > 1 ? "one micro-batch a step (--total-batch)" : SMALLER);
         add("m_", p, &model.m[p], F32, true, OPTIMIZER, "--zero 1 on several GPUs");
         add("v_", p, &model.v[p], F32, true, OPTIMIZER, "--zero 1 on several GPUs");
         if (plan.master && !kFP32) add("master_", p, &model.master[p], F32, true, OPTIMIZER, "--master-weights 0");
@@ -2650,7 +2653,8 @@ void model_constants(Model& model) {
 // ==== twin: allocation, linear layers
 // The mode as the ledger names it.
 std::string model_mode(const Plan& plan) {
-    std::string s = kActBits ? ACT_NAME + (" in " + std::to_string(kActBits)) + (kActBits == 1 ? " bit" : " bits") : std::string("exact ") + ACT_NAME;
+    std::string s = std::string(kActBits ? "" : "exact ") + ACT_NAME;
+    if (kActBits) s += " in " + std::to_string(kActBits) + (kActBits == 1 ? " bit" : " bits");
     s += kMsNorm ? ", one tensor for a norm and its matmul" : ", separate norms";
     s += ", --recompute " + std::to_string(plan.recompute);
     if (plan.recompute >= 1 && !recomputes_act(plan) && !recomputes_norm(plan)) s += " (nothing is left to compute again)";
@@ -2725,8 +2729,8 @@ struct Weights { const floatX *weight, *bias; };
 Weights linear_weights(const Model& model, const Linear& linear) {
     if (linear.gamma == nullptr) return {linear.weight, linear.bias};
     const bool folds_bias = linear.beta != nullptr;
-    norm_fold(model.fold_w, model.fold_b, linear.weight, folds_bias ? linear.bias : nullptr, linear.gamma, linear.beta, linear.OC, linear.C,
-              model.stream);
+    norm_fold(model.fold_w, model.fold_b, linear.weight, folds_bias ? linear.bias : nullptr, linear.gamma, linear.beta, linear.OC,
+              linear.C, model.stream);
     return {model.fold_w, folds_bias ? model.fold_b : linear.bias};
 }
 void linear_forward(const Model& model, floatX* out,   // (rows, OC)
@@ -2771,8 +2775,8 @@ LayerTensors model_layer(const Model& model, int l, int BT) {
 floatX* attention_input(const Model& model, const LayerTensors& t) { return model.config.qk_norm ? model.scratch_qkv : t.qkv; }
 void model_turn(const Model& model, const LayerTensors& t, int l, int B, int T) {
     const Config& c = model.config;
-    const floatX *q_gamma = c.qk_norm ? model_param(model, QNORMW, l) : nullptr, *k_gamma = c.qk_norm ? model_param(model, KNORMW, l) : nullptr;
-    rope_forward(attention_input(model, t), t.qkv, q_gamma, k_gamma, model.angles, c.eps, B, T, c.NH, c.NKV, c.HS(), model.stream);
+    rope_forward(attention_input(model, t), t.qkv, model_param(model, QNORMW, l), model_param(model, KNORMW, l), model.angles, c.eps, B, T,
+                 c.NH, c.NKV, c.HS(), model.stream);
 }
 
 // From the inputs in model.tokens to the final norm's output, model.lnf. B and T may be smaller than the plan's.
@@ -2801,8 +2805,8 @@ void model_forward(Model& model, int B, int T) {
         // The second residual addition is part of the norm that comes next: ln1 of the next layer, or the final norm.
         if (l + 1 < L) {
             LayerTensors next = model_layer(model, l + 1, BT);
-            add_norm_forward<kMsNorm>(t.resid_out, next.ln1, nullptr, next.ln1_rstd, t.resid_mid, model.scratch_c, W(LN1W, l + 1), nullptr,
-                                      c.eps, BT, C, stream);
+            add_norm_forward<kMsNorm>(t.resid_out, next.ln1, nullptr, next.ln1_rstd, t.resid_mid, model.scratch_c, W(LN1W, l + 1),
+                                      nullptr, c.eps, BT, C, stream);
             t = next;
         } else {   // it always applies gamma: its matmul may use wte, as the embedding does, so nothing can be folded in
             add_norm_forward<false>(t.resid_out, model.lnf, nullptr, model.lnf_rstd, t.resid_mid, model.scratch_c, W(LNFW, 0), nullptr,
@@ -2879,9 +2883,9 @@ void model_backward(Model& model, int B, int T, int buckets, int micro_batch) {
 
         linear_backward(model, d, dresid, t.atty, model_linear(model, ATTPROJW, l), BT, pass);
         if (c.qk_norm) model_turn(model, t, l, B, T);
-        attention_backward(d_wide, {}, model.delta, model.colsum, d, attention_input(model, t), t.atty, t.lse, pass.add, B, T, c.NH, c.NKV,
-                           c.HS(), stream);
-        rope_backward(d_wide, G(QNORMW, l), G(KNORMW, l), model.colsum, t.qkv, c.qk_norm ? W(QNORMW, l) : nullptr, W(KNORMW, l),
+        attention_backward(d_wide, {}, model.delta, model.colsum, d, attention_input(model, t), t.atty, t.lse, pass.add, B, T, c.NH,
+                           c.NKV, c.HS(), stream);
+        rope_backward(d_wide, G(QNORMW, l), G(KNORMW, l), model.colsum, t.qkv, W(QNORMW, l), W(KNORMW, l),
                       model.angles, c.eps, pass.add, B, T, c.NH, c.NKV, c.HS(), stream);
         bias_backward(G(QKVB, l), model.colsum, d_wide, pass.add, BT, c.QKV(), stream);
         if (recomputes_norm(model.plan)) norm_again(LN1W, t.ln1, t.ln1_rstd, t.resid, l);
@@ -3223,7 +3227,8 @@ void loader_open(Loader& d, const char* option, const char* pattern, int T, int 
         d.tokens += d.shards.back().tokens;
     }
     if (d.shards.empty())
-        fail("%s %s: %s; %s", option, pattern, names.empty() ? "no such file, and none matches it as a pattern" : "is a folder", TOKENS_REMEDY);
+        fail("%s %s: %s; %s", option, pattern, names.empty() ? "no such file, and none matches it as a pattern" : "is a folder",
+             TOKENS_REMEDY);
     double sum = 0, begin = now_seconds();
     for (size_t i = world.rank; i < d.shards.size(); i += world.size) {   // the ranks share the work
         progress("reading shards", i, d.shards.size(), begin);
@@ -3595,7 +3600,8 @@ std::string safetensors_parse(std::vector<SafeTensor>& tensors, const char* head
         const std::string tensor = "tensor " + root.names[i];
         SafeTensor t = {root.names[i], "", j["dtype"].text, BYTE, {}, 0, 0};
         const auto type = std::find_if(std::begin(types), std::end(types), [&](auto& known) { return known.name == j["dtype"].text; });
-        if (j["dtype"].type != Json::STRING || type == std::end(types)) return tensor + ": unknown type of elements '" + j["dtype"].text + "'";
+        if (j["dtype"].type != Json::STRING || type == std::end(types))
+            return tensor + ": unknown type of elements '" + j["dtype"].text + "'";
         t.dtype = type->dtype;
         size_t size = type->size;
         if (j["shape"].type != Json::ARRAY) return tensor + ": expected a shape, a list of whole numbers";
@@ -3606,11 +3612,12 @@ std::string safetensors_parse(std::vector<SafeTensor>& tensors, const char* head
             t.shape.push_back(n);
         }
         const std::vector<Json>& offsets = j["data_offsets"].values;
-        if (j["data_offsets"].type != Json::ARRAY || offsets.size() != 2 || !json_size(offsets[0], t.begin) || !json_size(offsets[1], t.end))
+        if (j["data_offsets"].type != Json::ARRAY || offsets.size() != 2 || !json_size(offsets[0], t.begin) ||
+            !json_size(offsets[1], t.end))
             return tensor + ": expected data_offsets, two whole numbers";
         if (t.begin > t.end || t.end > data_bytes)
-            return tensor + ": is at bytes " + offsets[0].text + " to " + offsets[1].text + ", but the file has " + std::to_string(data_bytes) +
-                   " bytes of elements; it is damaged or was cut off";
+            return tensor + ": is at bytes " + offsets[0].text + " to " + offsets[1].text + ", but the file has " +
+                   std::to_string(data_bytes) + " bytes of elements; it is damaged or was cut off";
         if (t.end - t.begin != size)
             return tensor + ": a shape of " + shape_text(t.shape) + " takes " + std::to_string(size) + " bytes, but it has " +
                    std::to_string(t.end - t.begin);
@@ -3621,7 +3628,9 @@ std::string safetensors_parse(std::vector<SafeTensor>& tensors, const char* head
     });
     size_t at = 0;
     for (SafeTensor& t : tensors) {
-        if (t.begin != at) return "tensor " + t.name + ": begins at byte " + std::to_string(t.begin) + ", where the one before ends at " + std::to_string(at);
+        if (t.begin != at)
+            return "tensor " + t.name + ": begins at byte " + std::to_string(t.begin) + ", where the one before ends at " +
+                   std::to_string(at);
         at = t.end;
         t.begin += 8 + bytes, t.end += 8 + bytes;
     }
@@ -3654,11 +3663,12 @@ struct HfModel {
     std::vector<SafeTensor> tensors;   // by name, ascending
 
     const SafeTensor* find(const std::string& name) const {
-        const auto at = std::lower_bound(tensors.begin(), tensors.end(), name, [](const SafeTensor& t, const std::string& n) { return t.name < n; });
+        const auto at = std::lower_bound(tensors.begin(), tensors.end(), name,
+                                         [](const SafeTensor& t, const std::string& n) { return t.name < n; });
         return at != tensors.end() && at->name == name ? &*at : nullptr;
     }
 };
-constexpr size_t HEADER_MOST = (size_t)16 << 20;   // of JSON, which takes up to 60 times that in memory; a model of 100,000 tensors has 10 MiB
+constexpr size_t HEADER_MOST = (size_t)16 << 20;   // of JSON, which may take 60 times that in memory; 100,000 tensors have 10 MiB
 const char* HF_REMEDY = "expected a model's directory as transformers writes it: config.json and model.safetensors";
 
 // The bytes of a small file.
@@ -3714,7 +3724,8 @@ HfModel hf_open(const std::string& folder) {
         const Json map = read_json(index)["weight_map"];
         std::map<std::string, std::string> file_of;
         std::vector<std::string> files;
-        if (map.type != Json::OBJECT || map.values.empty()) fail("%s: expected a weight_map, which names the file of each tensor", index.c_str());
+        if (map.type != Json::OBJECT || map.values.empty())
+            fail("%s: expected a weight_map, which names the file of each tensor", index.c_str());
         for (const Json& file : map.values) {
             if (file.type != Json::STRING || file.text.empty() || file.text.find_first_of(std::string("/\0", 2)) != std::string::npos)
                 fail("%s: expected names of files in the same directory, found '%s'", index.c_str(), file.text.c_str());
@@ -3730,7 +3741,8 @@ HfModel hf_open(const std::string& folder) {
                     file_of.erase(at);
                 }
         if (!file_of.empty())
-            fail("%s: tensor %s should be in %s, but is not", index.c_str(), file_of.begin()->first.c_str(), file_of.begin()->second.c_str());
+            fail("%s: tensor %s should be in %s, but is not", index.c_str(), file_of.begin()->first.c_str(),
+                 file_of.begin()->second.c_str());
     } else {
         m.tensors = safetensors_open(single);
     }
@@ -3765,7 +3777,8 @@ void safetensors_read(const SafeTensor& t, size_t first, size_t n, float* out) {
     std::vector<char> raw(n * size);
     size_t done = 0;
     errno = 0;
-    for (ssize_t got; done < raw.size() && (got = pread(fd, &raw[done], raw.size() - done, t.begin + first * size + done)) > 0;) done += got;
+    for (ssize_t got; done < raw.size() && (got = pread(fd, &raw[done], raw.size() - done, t.begin + first * size + done)) > 0;)
+        done += got;
     if (done != raw.size()) fail("%s: tensor %s could not be read: %s", t.file.c_str(), t.name.c_str(),
                                   errno ? strerror(errno) : "the file is shorter than it was");
     load_as(t.dtype, out, raw.data(), n);
@@ -3784,7 +3797,11 @@ struct HfPiece {
     bool transposed = false;  // in the file, (cols, rows)
     size_t elements() const { return std::max<size_t>(rows, 1) * std::max<size_t>(cols, 1); }
     std::vector<size_t> shape() const {
-        return rows == 0 ? std::vector<size_t>{} : cols == 0 ? std::vector<size_t>{rows} : transposed ? std::vector<size_t>{cols, rows} : std::vector<size_t>{rows, cols};
+        std::vector<size_t> shape;
+        if (rows > 0) shape.push_back(rows);
+        if (cols > 0) shape.push_back(cols);
+        if (transposed) std::swap(shape[0], shape[1]);
+        return shape;
     }
 };
 std::vector<HfPiece> hf_pieces(const Config& c, int p, int layer);   // layer -1: of a tensor outside the blocks
@@ -3806,7 +3823,8 @@ void model_put(Model& model, int p, size_t first, size_t n, const float* values)
     const std::vector<floatX> rounded(values, values + n);
     cudaCheck(cudaMemcpy(model.param[p] + first, rounded.data(), n * sizeof(floatX), cudaMemcpyHostToDevice));
     if (model.master[p] != nullptr && from < to)
-        cudaCheck(cudaMemcpy(model.master[p] + (from - begin), values + (from - first), (to - from) * sizeof(float), cudaMemcpyHostToDevice));
+        cudaCheck(cudaMemcpy(model.master[p] + (from - begin), values + (from - first), (to - from) * sizeof(float),
+                             cudaMemcpyHostToDevice));
 }
 // The other way, with all their bits. With --zero 1 the master weights are divided among the ranks: then all ranks call this, and each
 // has its own in `values`, and zeros.
@@ -3821,7 +3839,8 @@ void model_get(const Model& model, int p, size_t first, size_t n, float* values)
     const size_t from = std::max(first, begin), to = std::min(first + n, end);
     std::fill(values, values + n, 0.0f);
     if (from < to)
-        cudaCheck(cudaMemcpy(values + (from - first), model.master[p] + (from - begin), (to - from) * sizeof(float), cudaMemcpyDeviceToHost));
+        cudaCheck(cudaMemcpy(values + (from - first), model.master[p] + (from - begin), (to - from) * sizeof(float),
+                             cudaMemcpyDeviceToHost));
     if (world_shards(all)) world_sum_host(values, n);
 }
 constexpr size_t PIECE = (size_t)1 << 20;   // elements that are on the host at a time; a transposed tensor is there as a whole
@@ -3849,9 +3868,11 @@ Source hf_load(Model& model, const std::string& folder) {
     if (twice != m.tensors.end())
         fail("%s: tensor %s is there twice, under a name with and one without its beginning", twice->file.c_str(), twice->name.c_str());
     Source source = {m.config};
-    for (const char* name : {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-                             "tokenizer.model", "chat_template.jinja", "generation_config.json"})
-        if (const std::string path = folder + "/" + name; file_exists(path)) source.files.push_back({name, read_text(path, (size_t)1 << 30)});
+    for (const char* name : {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+                             "merges.txt", "tokenizer.model", "chat_template.jinja", "generation_config.json"}) {
+        const std::string path = folder + "/" + name;
+        if (file_exists(path)) source.files.push_back({name, read_text(path, (size_t)1 << 30)});
+    }
     for (int p = 0; p < NUM_PARAMS; p++) {   // for the rows that pad the vocabulary
         const size_t n = param_shape(model.config, p).elements();
         cudaCheck(cudaMemset(model.param[p], 0, n * sizeof(floatX)));
@@ -3860,7 +3881,8 @@ Source hf_load(Model& model, const std::string& folder) {
     hf_walk(model.config, [&](int p, size_t first, const HfPiece& piece) {
         const SafeTensor* t = m.find(piece.name);
         if (t == nullptr) fail("%s: no tensor %s, which its config.json asks for; %s", m.folder.c_str(), piece.name.c_str(), HF_REMEDY);
-        if (t->dtype == BYTE) fail("%s: tensor %s: expected elements of type F32, BF16 or F16, found %s", t->file.c_str(), t->name.c_str(), t->type.c_str());
+        if (t->dtype == BYTE)
+            fail("%s: tensor %s: expected elements of type F32, BF16 or F16, found %s", t->file.c_str(), t->name.c_str(), t->type.c_str());
         if (t->shape != piece.shape())
             fail("%s: tensor %s: expected the shape %s by config.json, found %s", t->file.c_str(), t->name.c_str(),
                  shape_text(piece.shape()).c_str(), shape_text(t->shape).c_str());
@@ -4085,7 +4107,8 @@ Rope hf_rope(const HfModel& m) {
         config_refuse(m, "partial_rotary_factor", "not 1", "1");
     if (!(r.theta >= 1 && r.theta < 1e30f)) fail("%s/config.json: rope_theta: expected 1 or more", m.folder.c_str());
     if (type == "default") return r;
-    if (type != "linear" && type != "llama3") config_refuse(m, (std::string(name) + ", rope_type").c_str(), "'" + type + "'", "default, linear or llama3");
+    if (type != "linear" && type != "llama3")
+        config_refuse(m, (std::string(name) + ", rope_type").c_str(), "'" + type + "'", "default, linear or llama3");
     r.scaling = type == "linear" ? ROPE_LINEAR : ROPE_LLAMA3;
     r.factor = need("factor");
     if (type == "linear") return r;
@@ -4119,20 +4142,23 @@ Config hf_config(const HfModel& m) {
     // A window that is at least as long as the sequence hides nothing, so sequences may have its length.
     bool slides = type == "mistral" || config_flag(m, "use_sliding_window", false);
     for (const Json& layer : m.config["layer_types"].values) {
-        if (layer.text != "full_attention" && layer.text != "sliding_attention") config_refuse(m, "layer_types", "'" + layer.text + "'", "full_attention");
+        if (layer.text != "full_attention" && layer.text != "sliding_attention")
+            config_refuse(m, "layer_types", "'" + layer.text + "'", "full_attention");
         slides |= layer.text == "sliding_attention";
     }
     const bool silent = m.config["sliding_window"].type == Json::ABSENT;
-    const int window = !slides ? 0 : silent ? 4096 : m.config["sliding_window"].type == Json::JSON_NULL ? 0 : (int)config_int(m, "sliding_window", 0);
+    const int window = !slides ? 0 : silent ? 4096 : (int)config_int(m, "sliding_window", 0);   // 4096: Mistral's, unless it says null
     if (window > 0 && window < c.maxT) {
-        if (world.rank == 0) printf("note: %s/config.json has a sliding window; sequences may be as long as it, %d\n", m.folder.c_str(), window);
+        if (world.rank == 0)
+            printf("note: %s/config.json has a sliding window; sequences may be as long as it, %d\n", m.folder.c_str(), window);
         c.maxT = window;
     }
     return c;
 }
 // Into what the model came with. What only a model of ours lacks is filled in.
 void hf_config_json(const Config& c, Json& j) {
-    const std::string type = j["model_type"].type == Json::STRING ? j["model_type"].text : c.qk_norm ? "qwen3" : c.qkv_bias ? "qwen2" : "llama";
+    const char* ours = c.qk_norm ? "qwen3" : c.qkv_bias ? "qwen2" : "llama";
+    const std::string type = j["model_type"].type == Json::STRING ? j["model_type"].text : ours;
     const std::pair<const char*, const char*> classes[] = {
         {"llama", "LlamaForCausalLM"}, {"mistral", "MistralForCausalLM"}, {"qwen2", "Qwen2ForCausalLM"}, {"qwen3", "Qwen3ForCausalLM"}};
     Json architectures;
@@ -4165,7 +4191,8 @@ void hf_config_json(const Config& c, Json& j) {
             }
         }
     }
-    for (const char* name : {"bos_token_id", "eos_token_id"}) fill(name, json_sizes({(size_t)c.V - 1}).values[0]);   // of our own vocabularies
+    for (const char* name : {"bos_token_id", "eos_token_id"})   // as our own vocabularies have it
+        fill(name, json_sizes({(size_t)c.V - 1}).values[0]);
 }
 
 // What -e names.
@@ -4524,13 +4551,15 @@ void check_output(const char* name, const std::string& path, size_t at, const st
     check_name(name, path);
     struct stat st;
     if (stat(path.c_str(), &st) != 0) {
-        if (access(folder_of(path).c_str(), W_OK | X_OK) != 0) fail_option(name, "cannot write into the folder %s: %s", folder_of(path).c_str(), strerror(errno));
+        const std::string folder = folder_of(path);
+        if (access(folder.c_str(), W_OK | X_OK) != 0) fail_option(name, "cannot write into the folder %s: %s", folder.c_str(), strerror(errno));
         return;
     }
     if (!S_ISREG(st.st_mode)) fail_option(name, "expected a file, found a folder or a device");
     std::string found(begins.size(), '\0');
     FILE* f = fopen(path.c_str(), "rb");
-    const bool ours = f != nullptr && (st.st_size == 0 || (fseek(f, at, SEEK_SET) == 0 && fread(&found[0], 1, found.size(), f) == found.size() && found == begins));
+    const size_t got = f != nullptr && fseek(f, at, SEEK_SET) == 0 ? fread(&found[0], 1, found.size(), f) : 0;
+    const bool ours = f != nullptr && (st.st_size == 0 || (got == found.size() && found == begins));
     if (f != nullptr) fclose(f);
     if (!ours) fail_option(name, "there is another kind of file of that name, which stays; remove it or name another");
 }
@@ -4561,7 +4590,8 @@ constexpr int RECOMPUTE_MOST = 2;
 std::string model_example(int V) { return "llama:L4,H4,K2,C128,F352,T128,V" + std::to_string(V); }   // a small size, for messages
 std::string model_sizes(const Config& c) {
     char text[160];
-    snprintf(text, sizeof text, "L %d, NH %d, NKV %d, HS %d, C %d, F %d, T %d, V %d", c.L, c.NH, c.NKV, c.head_size, c.C, c.F, c.maxT, c.V);
+    snprintf(text, sizeof text, "L %d, NH %d, NKV %d, HS %d, C %d, F %d, T %d, V %d", c.L, c.NH, c.NKV, c.head_size, c.C, c.F, c.maxT,
+             c.V);
     return text;
 }
 
@@ -4606,19 +4636,23 @@ bool model_parse_size(const std::string& text, Config& c) {
         std::string names;
         for (const Known& k : KNOWN_MODELS) names += (names.empty() ? "" : " ") + std::string(k.name);
         if (!file_exists(text) && text.find('/') == std::string::npos)
-            bad_option("model", "no directory of that name; expected one, a size like %s, or one of: %s", model_example(257).c_str(), names.c_str());
+            bad_option("model", "no directory of that name; expected one, a size like %s, or one of: %s", model_example(257).c_str(),
+                       names.c_str());
         return false;
     }
     c = {};
     if (named) {
         const Known& k = *known;
-        c = {k.maxT, k.V, 0, k.L, k.NH, k.NKV, k.C, k.HS, k.F, k.eps, {k.theta}, !!(k.special & TIED), !!(k.special & QKV_BIAS), !!(k.special & QK_NORM)};
+        c = {k.maxT, k.V, 0, k.L, k.NH, k.NKV, k.C, k.HS, k.F, k.eps, {k.theta}};
+        c.tied = (k.special & TIED) != 0, c.qkv_bias = (k.special & QKV_BIAS) != 0, c.qk_norm = (k.special & QK_NORM) != 0;
         if (k.llama3 > 0) c.rope = {k.theta, ROPE_LLAMA3, k.llama3, 1, 4, 8192};
     } else {
         c.maxT = 1024, c.V = 32000, c.eps = USUAL_EPS, c.rope = {10000};
-        parse_letters(text.c_str() + 6, {{'L', &c.L, true}, {'H', &c.NH, true}, {'K', &c.NKV, false}, {'C', &c.C, true}, {'D', &c.head_size, false},
-                                         {'F', &c.F, false}, {'T', &c.maxT, false}, {'V', &c.V, false}},
-                      "layers, heads, key-value heads, channels, channels of a head, of the MLP, longest sequence, vocabulary", model_example(257));
+        parse_letters(text.c_str() + 6,
+                      {{'L', &c.L, true}, {'H', &c.NH, true}, {'K', &c.NKV, false}, {'C', &c.C, true}, {'D', &c.head_size, false},
+                       {'F', &c.F, false}, {'T', &c.maxT, false}, {'V', &c.V, false}},
+                      "layers, heads, key-value heads, channels, channels of a head, of the MLP, longest sequence, vocabulary",
+                      model_example(257));
         if (c.NKV == 0) c.NKV = c.NH;
         if (c.head_size == 0) c.head_size = c.C / c.NH;
         if (c.F == 0) c.F = ceil_div((size_t)c.C * 8, 3 * 32) * 32;
@@ -4638,8 +4672,8 @@ void model_check_config(const Config& c, const char* from) {
     if (c.head_size < 8 || c.head_size % 8 != 0 || c.head_size > 128)
         fail_usage("%s: heads of %d channels; expected a multiple of 8 up to 128", option.c_str(), c.head_size);
     if (c.C % 8 != 0 || c.F % 8 != 0 || c.C > most || c.L > 1 << 12 || c.F > 1 << 20 || c.NH > 1 << 10)
-        fail_usage("%s: C %d, F %d, L %d; expected multiples of 8, C up to %d, F up to 2^20, L up to 4096, and up to 1024 heads", option.c_str(),
-                   c.C, c.F, c.L, most);
+        fail_usage("%s: C %d, F %d, L %d; expected multiples of 8, C up to %d, F up to 2^20, L up to 4096, and up to 1024 heads",
+                   option.c_str(), c.C, c.F, c.L, most);
 }
 
 #define MODEL_OPTIONS
@@ -4649,7 +4683,8 @@ void model_check_options() {}
 // ==== twin: settings, plan, loop, main
 // ---- settings: what the command line says
 struct Settings {
-    std::string train_data = "data/train.bin", val_data = "data/val.bin", model = USUAL_MODEL, out, log, estimate, tokenizer, dump_gradients;
+    std::string train_data = "data/train.bin", val_data = "data/val.bin", model = USUAL_MODEL, out, log, estimate, tokenizer;
+    std::string dump_gradients;
     int64_t B = 4, T = 1024, total_batch = 0, steps = -1, schedule = COSINE, warmup = 0, seed = 1337;
     int64_t recompute = 1, master = 1, loss_chunks = 0, workspace = 0, tf32 = 1, zero = 0;
     int64_t val_every = 20, val_batches = 20, sample_every = 20, sample_tokens = 64, top_k = 40, overfit = 0;
@@ -4967,7 +5002,7 @@ void prepare_out(const Settings& s, int resume_step) {
                     steps.back());
     if (s.resume && resume_step != (steps.empty() ? -1 : steps.back()))
         fail_option("out", "another run has written into this folder just now; start again");
-    for (const std::string& path : files_named(s.out + CHECKPOINTS + ".tmp")) remove_folder(path);   // what a killed run has left half-written
+    for (const std::string& path : files_named(s.out + CHECKPOINTS + ".tmp")) remove_folder(path);   // of a killed run
 }
 
 // A disk that is too small for what this run will write is said now, and not after its last step.
@@ -5104,7 +5139,8 @@ bool sample(Run& run) {
         std::copy(host, host + padded, host + padded);
         tokens_upload(model.tokens, host, padded, V, model.stream);
         model_forward(model, 1, padded);
-        matmul_forward(model.logits, model.lnf + (size_t)(T - 1) * C, model.param[head_param(model.config)], nullptr, 1, C, Vp, model.stream);
+        const floatX *last = model.lnf + (size_t)(T - 1) * C, *head = model.param[head_param(model.config)];
+        matmul_forward(model.logits, last, head, nullptr, 1, C, Vp, model.stream);
         cudaCheck(cudaMemcpyAsync(logits.data(), model.logits, Vp * sizeof(floatX), cudaMemcpyDeviceToHost, model.stream));
         cudaCheck(cudaStreamSynchronize(model.stream));
         const float uniform = hash_uniform(hash64(model.seed, run.state.step + (1ull << 42), i));

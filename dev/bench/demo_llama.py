@@ -42,13 +42,13 @@ def main():
     run_script("text.py", *files, "--tokenizer", MODEL, "--out", DIR)
 
     B, T, steps, batches = (8, 512, 100, 10) if a.gpu else (1, 256, 16, 4)
-    data = ["-i", f"{DIR}/train.bin", "-j", f"{DIR}/val.bin", "-b", str(B), "-t", str(T), "-m", str(batches), "-g", "48", "--log", f"{DIR}/log.jsonl"]
+    data = ["-i", f"{DIR}/train.bin", "-j", f"{DIR}/val.bin", "-b", str(B), "-t", str(T), "-m", str(batches), "-g", "48"]
     title("Before: the loss on the end of the text, and what the model writes")
-    train([program, "-e", MODEL, *data, "-x", "0"], every=1, since=b"val loss")
-    before = read_log(f"{DIR}/log.jsonl")[0]["val_loss"]
+    train([program, "-e", MODEL, *data, "-x", "0", "--log", f"{DIR}/before.jsonl"], every=1, since=b"val loss")
+    before = read_log(f"{DIR}/before.jsonl")[0]["val_loss"]
     title(f"Training: {steps} steps of {B * T} tokens")
     seconds = train([program, "-e", MODEL, *data, "-x", str(steps), "-l", "5e-5", "-u", "2", "-v", str(steps), "-s", str(steps),
-                     "-o", f"{DIR}/run"], every=4)
+                     "-o", f"{DIR}/run", "--log", f"{DIR}/log.jsonl"], every=4)
     log = read_log(f"{DIR}/log.jsonl")
     after = [line["val_loss"] for line in log if "val_loss" in line][-1]
 
