@@ -116,7 +116,7 @@ std::vector<floatX> packed(const std::vector<floatX>& gate, const std::vector<fl
     for (size_t i = 0; i < gate.size(); i++) both[i / F * 2 * F + i % F] = gate[i], both[i / F * 2 * F + F + i % F] = up[i];
     return both;
 }
-std::vector<floatX> half(const std::vector<floatX>& both, int F, bool up) {
+std::vector<floatX> part(const std::vector<floatX>& both, int F, bool up) {
     std::vector<floatX> v(both.size() / 2);
     for (size_t i = 0; i < v.size(); i++) v[i] = both[i / F * 2 * F + up * F + i % F];
     return v;
@@ -151,7 +151,7 @@ void test_every_gate() {
     Buffer<floatX> gateup(packed(x, ones, F)), dh(ones), h(x.size());
     swiglu_forward<0>(h.p, gateup.p, nullptr, x.size() / F, F, 0);
     swiglu_backward<0>(gateup.p, dh.p, nullptr, x.size() / F, F, 0);
-    const std::vector<floatX> y = h.read(), d = gateup.read(), dgate = half(d, F, false), dup = half(d, F, true);
+    const std::vector<floatX> y = h.read(), d = gateup.read(), dgate = part(d, F, false), dup = part(d, F, true);
     for (size_t i = 0; i < x.size(); i++) {
         const float gate = (float)x[i];
         const Silu r = reference(gate);
@@ -191,9 +191,9 @@ void test_forward(const SwiGLU& act, uint64_t seed) {
         Buffer<floatX> gateup(before), h(n), h2(n);
         Buffer<uint8_t> codes(n / 8 * act.bits);
         act.forward(h.p, gateup.p, codes.p, rows, F, 0);
-        const std::vector<floatX> y = h.read(), left = gateup.read(), silu = half(left, F, false);
+        const std::vector<floatX> y = h.read(), left = gateup.read(), silu = part(left, F, false);
         const std::vector<uint8_t> k = codes.read();
-        only_read.is(act.bits ? same_bits(half(left, F, true), up) : same_bits(left, before), "gate or up has changed");
+        only_read.is(act.bits ? same_bits(part(left, F, true), up) : same_bits(left, before), "gate or up has changed");
         for (size_t i = 0; i < n; i++) {
             const float g = (float)gate[i], u = (float)up[i];
             const Silu r = reference(g);
@@ -257,7 +257,7 @@ void test_backward(const SwiGLU& act, uint64_t seed) {
         const std::vector<floatX> first = both_1.read();
         for (bool simple : {false, true}) {
             Property& p = simple ? one : gradients;
-            const std::vector<floatX> dgate = half(simple ? first : both, F, false), dup = half(simple ? first : both, F, true);
+            const std::vector<floatX> dgate = part(simple ? first : both, F, false), dup = part(simple ? first : both, F, true);
             for (size_t i = 0; i < n; i++) {
                 const Silu r = reference((float)gate[i]);
                 const double dh = (float)d[i], u = (float)up[i], kept = (float)silu[i];
@@ -287,7 +287,7 @@ void test_nan(const SwiGLU& act, uint64_t seed) {
         const std::vector<floatX> y = h.read();
         act.backward(gateup.p, dh.p, codes.p, rows, F, 0);
         const std::vector<floatX> both = gateup.read();
-        return std::array<std::vector<floatX>, 3>{y, half(both, F, false), half(both, F, true)};
+        return std::array<std::vector<floatX>, 3>{y, part(both, F, false), part(both, F, true)};
     };
     const auto before = run(clean);
     for (int which = 0; which < 3; which++) {
