@@ -363,7 +363,7 @@ void bench(const BenchModel& m) {
     };
     const SwiGLU exact = swiglu_of<0>(), two = swiglu_of<2>();
     version_1("forward, version 1: one kernel per operation", "backward, version 1", 5 * X, 9 * X, exact);
-    version_2("forward, version 2: the trainer's, one kernel (-r 1 runs it once more)", "backward, version 2: the trainer's, in place", 3 * X, 5 * X, exact);
+    version_2("forward, version 2: the trainer's, one kernel", "backward, version 2: the trainer's, in place", 3 * X, 5 * X, exact);
     version_1("2 bits: forward, version 1 (keeps 8 bits)", "2 bits: backward, version 1", 6 * X + 1, 8 * X + codes, two);
     version_2("2 bits: forward, version 2: the trainer's", "2 bits: backward, version 2: the trainer's", 4 * X + codes, 5 * X + codes, two);
     t.row("2 bits: h once more (-r 1)", 3 * X, [&] { two.again(h.p, gateup.p, nullptr, rows, F, 0); });

@@ -68,6 +68,7 @@ EQUIVALENT = [
     ("tc_column_sums: if (row [== to !=] 0) shared", 1, "the sums have the same bits in the 8 lanes of a column: the other 7 write the same"),
     ("first_query + 8 * N [<= to >] T)", 1, "queries after T have zeros for q, dout, lse and delta: their p is 1, and multiplies zeros"),
     ("first_query + col + right [>= to >] T)", 1, "as before"),
+    ("i0 [< to <=] end; i0 += slots", 1, "the round too many has no head: it adds zeros to sums of dgamma, and stores nothing"),
     ("if (lane_col() [== to !=] 0 && query < T)", 2,
      "neighbours_sum and the exchange of maxima have given the 4 lanes of a row the same bits: the other 3 write what lane 0 would have"),
 ]
