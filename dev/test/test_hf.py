@@ -145,7 +145,7 @@ BAD_FILES = {
     "half a header": (dict(), lambda b: b[:500], ["500", "cut off"]),
     "one byte less": (dict(), lambda b: b[:-1], ["cut off"]),
     "one byte more": (dict(), lambda b: b + b"\0", ["1 more bytes"]),
-    "a header of 2^40 bytes": (dict(length=2**40), None, [2**40, "100 MiB"]),
+    "a header of 2^40 bytes": (dict(length=2**40), None, [2**40, "16 MiB"]),
     "a header of 2^64 - 1 bytes": (dict(length=2**64 - 1), None, [2**64 - 1]),
     "a header of 2^64 - 8 bytes": (dict(length=2**64 - 8), None, [2**64 - 8]),
     "a header of 0 bytes": (dict(length=0), None, ["no JSON"]),
@@ -222,7 +222,7 @@ BAD_CONFIGS = {  # text of config.json, or what stands in it otherwise: what the
     "llama": (dict(model_type="llama", architectures=["LlamaForCausalLM"]), ["model_type", "llama", "gpt2"]),
     "no type": (dict(model_type=None), ["model_type"]), "a number for a type": (dict(model_type=3), ["model_type"]),
     "n_inner": (dict(n_inner=129), ["n_inner", 129]), "relu": (dict(activation_function="relu"), ["activation_function", "relu"]),
-    "epsilon": (dict(layer_norm_epsilon=1e-6), ["layer_norm_epsilon"]), "untied": (dict(tie_word_embeddings=False), ["tie_word_embeddings"]),
+    "epsilon": (dict(layer_norm_epsilon=2), ["layer_norm_epsilon"]), "untied": (dict(tie_word_embeddings=False), ["tie_word_embeddings"]),
     "by layer": (dict(scale_attn_by_inverse_layer_idx=True), ["scale_attn_by_inverse_layer_idx"]),
     "unscaled": (dict(scale_attn_weights=False), ["scale_attn_weights"]), "cross": (dict(add_cross_attention=True), ["add_cross_attention"]),
     "a word for a flag": (dict(tie_word_embeddings="yes"), ["tie_word_embeddings", "true or false"]),
@@ -285,14 +285,13 @@ def test_an_index_that_is_none(lab, index):
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "model.safetensors.index.json"])
 @pytest.mark.parametrize("kind", ["pipe", "folder", "dangling link", "nothing"])
 def test_what_is_no_file(lab, name, kind):
-    """It is not waited for. A file of the tokenizer that cannot be copied costs its checkpoint, or is passed over: it ends nothing."""
+    """It is not waited for, and said before anything is computed; a file of the tokenizer may be missing."""
     write_hf(lab.path("in"), SHAPE, tensors_of("F32"), 3 if "index" in name else 1)
     lab.path(f"in/{name}").unlink(missing_ok=True)
     {"pipe": os.mkfifo, "folder": os.mkdir, "dangling link": lambda p: p.symlink_to("gone"), "nothing": lambda p: None}[kind](lab.path(f"in/{name}"))
-    if name != "tokenizer.json":
-        return refused(lab, "in/" if "index" not in name else "in/model.safetensors")
-    result = lab.train("-e", "in", "-x", 2, "-o", "out", status=None, timeout=30)
-    assert len(result.steps) == 2 and result.done and (result.status == 0 or "no checkpoint" in result.err)
+    if name == "tokenizer.json" and kind in ("dangling link", "nothing"):
+        return lab.train("-e", "in", "-x", 2, "-o", "out", timeout=30)
+    refused(lab, "in/" if "index" not in name else "in/model.safetensors")
 
 def test_a_link_as_transformers_caches_have_them(lab):
     """Files in a cache of Hugging Face's are links into a folder of blobs."""
