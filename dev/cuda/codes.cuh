@@ -1,5 +1,5 @@
-// Codes of 1 to 4 bits of an activation's input, which backward gets in place of it: what gelu.cu and swiglu.cu share. Include it after
-// common.cuh; the trainer's StepFunction has thresholds and slopes.
+// Codes of 1 to 4 bits of an activation's input, which backward gets in place of it: what gelu.cu and swiglu.cu share. Include it
+// after common.cuh; the trainer's StepFunction has thresholds and slopes.
 #pragma once
 
 // As one writes it first: one element per thread, and a byte per code. x: (rows, columns) of rows that are `stride` apart.

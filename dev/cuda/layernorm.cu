@@ -164,7 +164,8 @@ struct Norm {   // one of the trainer's two
 };
 template <bool MS_LN>
 Norm norm_of(const char* name) { return {name, MS_LN, kRMSNorm, add_norm_forward<MS_LN>, add_norm_backward<MS_LN>}; }
-const Norm norms[] = {norm_of<false>(kRMSNorm ? "RMSNorm" : "LayerNorm"), norm_of<true>(kRMSNorm ? "RMSNorm, shared" : "LayerNorm, shared")};
+const Norm norms[] = {norm_of<false>(kRMSNorm ? "RMSNorm" : "LayerNorm"),
+                      norm_of<true>(kRMSNorm ? "RMSNorm, shared" : "LayerNorm, shared")};
 
 // ---- the reference, in double precision
 
@@ -535,8 +536,8 @@ template <bool MS_LN> void test_far(uint64_t seed) {
         move(row, 1);
         check_far(back, {&x, &y, &mean, &rstd, &partial}, {row}, [&](bool far) {
             const int blocks = far ? rows : NEAR;
-            add_norm_backward_kernel<MS_LN, kRMSNorm><<<blocks, threads>>>(x.p(far), partial.p(far), y.p(far), y.p(far), mean.p(far),
-                                                                      rstd.p(far), gamma.p, true, blocks, C);
+            add_norm_backward_kernel<MS_LN, kRMSNorm><<<blocks, threads>>>(x.p(far), partial.p(far), y.p(far), y.p(far),
+                                                                           mean.p(far), rstd.p(far), gamma.p, true, blocks, C);
         });
     }
     report({&forth, &back});

@@ -5,10 +5,10 @@ before it. The trainer's kernels, tested, and simpler ones beside them to learn 
 
     make dev/cuda/rope && ./dev/cuda/rope [--bench]
 
-A row of qkv has NH heads of queries, NKV of keys and NKV of values, HS channels each. Channels i and i + HS/2 of a head of q or k are a
-pair (a, b), which at position t becomes (a cos - b sin, b cos + a sin) of the angle t * frequency[i]; positions are 0 to T - 1 in each
-sequence. Backward turns by minus the angle. With norms, y = gamma * x * rstd of a head is what is turned, rstd = 1 / sqrt(mean(x^2) + eps).
-HS is a multiple of 8, and 128 at most.
+A row of qkv has NH heads of queries, NKV of keys and NKV of values, HS channels each. Channels i and i + HS/2 of a head of q or k
+are a pair (a, b), which at position t becomes (a cos - b sin, b cos + a sin) of the angle t * frequency[i]; in each sequence
+positions begin at 0. Backward turns by minus the angle. With norms, y = gamma * x * rstd of a head is what is turned, where
+rstd = 1 / sqrt(mean(x^2) + eps). HS is a multiple of 8, and 128 at most.
 */
 #define TESTING
 #include "../../train_llama.cu"
@@ -28,9 +28,9 @@ struct Shape {
     size_t all() const { return (size_t)rows() * QKV(); }
 };
 
-// Version 1: as Hugging Face's Python has it, x * cos + rotate_half(x) * sin, where rotate_half(x) is (-b, a): one tensor of q and k
-// turned by a quarter (2 + 2 bytes of an element in bf16), then the sum of both products (2 + 2 + 2): 10. The sines lie in a table, which
-// all heads of a row read, and the cache has it.
+// Version 1: as Hugging Face's Python has it, x * cos + rotate_half(x) * sin, where rotate_half(x) is (-b, a): one tensor of q
+// and k turned by a quarter (2 + 2 bytes of an element in bf16), then the sum of both products (2 + 2 + 2): 10. The sines lie in
+// a table, which all heads of a row read, and the cache has it.
 __global__ void rotate_half_1_kernel(floatX* half, const floatX* qkv, size_t n, Shape s) {
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= n) return;
@@ -38,7 +38,8 @@ __global__ void rotate_half_1_kernel(floatX* half, const floatX* qkv, size_t n, 
     const floatX* x = qkv + i / columns * s.QKV() + i % columns;
     half[i] = c < s.HS / 2 ? (floatX)-(float)x[s.HS / 2] : x[-s.HS / 2];
 }
-__global__ void rope_1_kernel(floatX* out, const floatX* qkv, const floatX* half, const float2* angles, float sign, size_t n, Shape s) {
+__global__ void rope_1_kernel(floatX* out, const floatX* qkv, const floatX* half, const float2* angles, float sign, size_t n,
+                              Shape s) {
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= n) return;
     const int columns = s.heads() * s.HS, pair = (int)(i % (s.HS / 2));
@@ -46,15 +47,17 @@ __global__ void rope_1_kernel(floatX* out, const floatX* qkv, const floatX* half
     const float2 angle = angles[row % s.T * (s.HS / 2) + pair];
     out[i] = (floatX)((float)qkv[row * s.QKV() + i % columns] * angle.x + (float)half[i] * (sign * angle.y));
 }
-void rope_1(floatX* out, floatX* half, const floatX* qkv, const float2* angles, bool back, Shape s) {   // out, half: (rows, NH + NKV, HS)
+// out, half: (rows, NH + NKV, HS)
+void rope_1(floatX* out, floatX* half, const floatX* qkv, const float2* angles, bool back, Shape s) {
     const size_t n = s.turned();
     rotate_half_1_kernel<<<ceil_div(n, 256), 256>>>(half, qkv, n, s);
     rope_1_kernel<<<ceil_div(n, 256), 256>>>(out, qkv, half, angles, back ? -1.0f : 1.0f, n, s);
 }
 
-// Version 2: in place, 4 bytes, because a thread has both channels of its pair in registers. It computes its angle itself. A power, a
-// sine and a cosine are a hundred instructions and more for a pair, and large angles take a path with many more: no kernel that is to
-// run at the speed of memory has time for that. And an angle of its own is less exact: the power's error grows with t.
+// Version 2: in place, 4 bytes, because a thread has both channels of its pair in registers. It computes its angle itself. A
+// power, a sine and a cosine are a hundred instructions and more for a pair, and large angles take a path with many more: no
+// kernel that is to run at the speed of memory has time for that. And an angle of its own is less exact: the power's error grows
+// with t.
 __global__ void rope_2_kernel(floatX* qkv, float theta, float sign, size_t n, Shape s) {
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;   // of (rows, NH + NKV, HS/2)
     if (i >= n) return;
@@ -71,15 +74,17 @@ void rope_2(floatX* qkv, float theta, bool back, Shape s) {
     rope_2_kernel<<<ceil_div(n, 256), 256>>>(qkv, theta, back ? -1.0f : 1.0f, n, s);
 }
 
-// Version 3, the trainer's rope_forward and rope_backward: in place, angles from the table, which the host computes once, and 8 pairs
-// per thread: two loads of 16 bytes in bf16, two stores, and four loads of the table, which is in the L1 cache for all heads of a row
-// but the first. Where HS is no multiple of 16 a thread takes 4 pairs, so that its loads are aligned.
+// Version 3, the trainer's rope_forward and rope_backward: in place, angles from the table, which the host computes once, and 8
+// pairs per thread: two loads of 16 bytes in bf16, two stores, and four loads of the table, which is in the L1 cache for all
+// heads of a row but the first. Where HS is no multiple of 16 a thread takes 4 pairs, so that its loads are aligned.
 
 // ---- versions with norms
 
-// Version 1: a thread norms a head (reads it, and once more from the cache; 2 + 2 bytes), and the turning is another pass over q and k
-// (4). The normed head is rounded on the way. Neighbouring threads stand in neighbouring heads, and each load of a warp touches 32 lines.
-__global__ void head_norm_1_kernel(floatX* out, const floatX* qkv, const floatX* q_gamma, const floatX* k_gamma, float eps, size_t n, Shape s) {
+// Version 1: a thread norms a head (reads it, and once more from the cache; 2 + 2 bytes), and the turning is another pass over q
+// and k (4). The normed head is rounded on the way. Neighbouring threads stand in neighbouring heads, and each load of a warp
+// touches 32 lines.
+__global__ void head_norm_1_kernel(floatX* out, const floatX* qkv, const floatX* q_gamma, const floatX* k_gamma, float eps,
+                                   size_t n, Shape s) {
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;   // a head
     if (i >= n) return;
     const int head = (int)(i % (s.NH + 2 * s.NKV));
@@ -89,19 +94,21 @@ __global__ void head_norm_1_kernel(floatX* out, const floatX* qkv, const floatX*
     const float rstd = rsqrtf(square / s.HS + eps);
     for (int c = 0; c < s.HS; c++) out[i * s.HS + c] = head < s.heads() ? (floatX)((float)gamma[c] * ((float)x[c] * rstd)) : x[c];
 }
-void qk_norm_rope_1(floatX* out, const floatX* qkv, const floatX* q_gamma, const floatX* k_gamma, const float2* angles, float eps, Shape s) {
+void qk_norm_rope_1(floatX* out, const floatX* qkv, const floatX* q_gamma, const floatX* k_gamma, const float2* angles, float eps,
+                    Shape s) {
     const size_t n = (size_t)s.rows() * (s.NH + 2 * s.NKV);
     head_norm_1_kernel<<<ceil_div(n, 128), 128>>>(out, qkv, q_gamma, k_gamma, eps, n, s);
     rope_forward(out, out, nullptr, nullptr, angles, eps, s.B, s.T, s.NH, s.NKV, s.HS, 0);
 }
-// Backward in version 1: turned back in a pass of its own (4); dgamma, a thread per channel down all rows and heads, which computes
-// rstd for each channel once more (4); then what comes through the norm, a thread per head (6): 14.
+// Backward in version 1: turned back in a pass of its own (4); dgamma, a thread per channel down all rows and heads, which
+// computes rstd for each channel once more (4); then what comes through the norm, a thread per head (6): 14.
 __device__ inline float head_rstd_1(const floatX* x, float eps, int HS) {
     float square = 0;
     for (int c = 0; c < HS; c++) square += (float)x[c] * (float)x[c];
     return rsqrtf(square / HS + eps);
 }
-__global__ void head_dgamma_1_kernel(Grad dgamma, const floatX* d, const floatX* qkv, float eps, bool accumulate, int first, int heads, Shape s) {
+__global__ void head_dgamma_1_kernel(Grad dgamma, const floatX* d, const floatX* qkv, float eps, bool accumulate, int first,
+                                     int heads, Shape s) {
     int c = blockIdx.x * blockDim.x + threadIdx.x;
     if (c >= s.HS) return;
     float sum = 0;
@@ -112,7 +119,8 @@ __global__ void head_dgamma_1_kernel(Grad dgamma, const floatX* d, const floatX*
         }
     grad_store(dgamma, c, sum, accumulate);
 }
-__global__ void head_norm_backward_1_kernel(floatX* d, const floatX* qkv, const floatX* q_gamma, const floatX* k_gamma, float eps, size_t n, Shape s) {
+__global__ void head_norm_backward_1_kernel(floatX* d, const floatX* qkv, const floatX* q_gamma, const floatX* k_gamma, float eps,
+                                            size_t n, Shape s) {
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;   // a head of q or k
     if (i >= n) return;
     const int head = (int)(i % s.heads());
@@ -121,10 +129,11 @@ __global__ void head_norm_backward_1_kernel(floatX* d, const floatX* qkv, const 
     const float rstd = head_rstd_1(qkv + at, eps, s.HS);
     float mean = 0;
     for (int c = 0; c < s.HS; c++) mean += (float)d[at + c] * (float)gamma[c] * ((float)qkv[at + c] * rstd) / s.HS;
-    for (int c = 0; c < s.HS; c++) d[at + c] = (floatX)(rstd * ((float)d[at + c] * (float)gamma[c] - (float)qkv[at + c] * rstd * mean));
+    for (int c = 0; c < s.HS; c++)
+        d[at + c] = (floatX)(rstd * ((float)d[at + c] * (float)gamma[c] - (float)qkv[at + c] * rstd * mean));
 }
-void qk_norm_rope_backward_1(floatX* d, Grad dq_gamma, Grad dk_gamma, const floatX* qkv, const floatX* q_gamma, const floatX* k_gamma,
-                             const float2* angles, float eps, bool accumulate, Shape s) {
+void qk_norm_rope_backward_1(floatX* d, Grad dq_gamma, Grad dk_gamma, const floatX* qkv, const floatX* q_gamma,
+                             const floatX* k_gamma, const float2* angles, float eps, bool accumulate, Shape s) {
     const size_t n = (size_t)s.rows() * s.heads();
     rope_backward(d, {}, {}, nullptr, nullptr, nullptr, nullptr, angles, eps, false, s.B, s.T, s.NH, s.NKV, s.HS, 0);
     head_dgamma_1_kernel<<<1, 128>>>(dq_gamma, d, qkv, eps, accumulate, 0, s.NH, s);
@@ -132,16 +141,17 @@ void qk_norm_rope_backward_1(floatX* d, Grad dq_gamma, Grad dk_gamma, const floa
     head_norm_backward_1_kernel<<<ceil_div(n, 128), 128>>>(d, qkv, q_gamma, k_gamma, eps, n, s);
 }
 
-// Version 2, the trainer's: a head lies in the registers of neighbouring lanes, which add up its squares by shuffles, norm it and turn
-// it: 4 bytes, of v too, which moves along into the tensor that attention reads. Backward, 6 bytes: turns back, makes rstd and z again
-// of what the matmul wrote, and keeps sums of dgamma in registers down a slice of the heads; 512 slices are added up in their order.
+// Version 2, the trainer's: a head lies in the registers of neighbouring lanes, which add up its squares by shuffles, norm it and
+// turn it: 4 bytes, of v too, which moves along into the tensor that attention reads. Backward, 6 bytes: turns back, makes rstd
+// and z again of what the matmul wrote, and keeps sums of dgamma in registers down a slice of the heads; 512 slices are added up
+// in their order.
 
 // ---- the reference, in double precision
 
 constexpr double EPSILON = 1e-3;   // larger than models have it, so that it is seen if it is missing or another
 
-// A frequency as the papers say it, by the length of a whole turn: llama3's long ones (beyond original / low) are stretched by the
-// factor, the short ones (below original / high) stay.
+// A frequency as the papers say it, by the length of a whole turn: llama3's long ones (beyond original / low) are stretched by
+// the factor, the short ones (below original / high) stay.
 double frequency_reference(const Rope& r, int i, int HS) {
     const double f = 1 / exp(log((double)r.theta) * 2 * i / HS);
     if (r.scaling == ROPE_LINEAR) return f / r.factor;
@@ -153,7 +163,8 @@ double frequency_reference(const Rope& r, int i, int HS) {
     return f * (smooth + (1 - smooth) / r.factor);
 }
 
-// Numbers of one case, and what becomes of them. Of each result the terms, too: the sum of the absolute values that it is added up of.
+// Numbers of one case, and what becomes of them. Of each result the terms, too: the sum of the absolute values that it is added
+// up of.
 struct Problem {
     Shape s;
     std::vector<floatX> qkv, d, q_gamma, k_gamma;
@@ -182,7 +193,8 @@ struct Head {
         const int half = p.s.HS / 2;
         for (int i = 0; i < half; i++) {
             const float2 angle = p.angles[(size_t)t * half + i];
-            const double c = angle.x, d = back ? -angle.y : angle.y, a = x[i], b = x[i + half], ta = terms[i], tb = terms[i + half];
+            const double c = angle.x, d = back ? -angle.y : angle.y, a = x[i], b = x[i + half], ta = terms[i],
+                         tb = terms[i + half];
             x[i] = a * c - b * d, x[i + half] = b * c + a * d;
             terms[i] = ta * fabs(c) + tb * fabs(d), terms[i + half] = tb * fabs(c) + ta * fabs(d);
         }
@@ -252,21 +264,25 @@ void test_table() {
                 const double bound = 2 * 1.01 * EPS32 * f * t + EPS32;
                 table.within(at, angles[at].x, cos(f * t), bound);
                 table.within(at, angles[at].y, sin(f * t), bound);
-                const float2 q = angles[at], k = angles[(size_t)(t / 3) * half + i], apart = angles[(size_t)(t - t / 3) * half + i];
+                const float2 q = angles[at], k = angles[(size_t)(t / 3) * half + i],
+                             apart = angles[(size_t)(t - t / 3) * half + i];
                 distance.within(at, (double)q.x * k.x + (double)q.y * k.y, apart.x, 3 * bound);
             }
         }
         if (r.scaling == ROPE_LLAMA3)
-            branches.is(stay > 0 && stretched > 0 && stay + stretched < half, std::to_string(stay) + " stay, " + std::to_string(stretched) + " are stretched");
+            branches.is(stay > 0 && stretched > 0 && stay + stretched < half,
+                        std::to_string(stay) + " stay, " + std::to_string(stretched) + " are stretched");
     }
     report({&table, &branches, &distance});
 }
 
-// Heads of each kind that the launcher tells apart: 8 and 4 pairs per thread; lanes of a head that are 1, 2, 4, 8 and 16, all of them
-// used (8, 16, 32, 64, 128 channels) or not (24, 40, 48, 96, 104, 120); heads that end with a block, and in it. Positions begin anew in each
-// sequence. For dgamma: slices of 16 heads and more, with fewer and more heads than a block takes at a time; 512 slices.
-const Shape SHAPES[] = {{1, 1, 1, 1, 8}, {2, 5, 3, 1, 8}, {3, 7, 2, 2, 24}, {1, 33, 5, 1, 40}, {2, 65, 4, 2, 64}, {2, 19, 3, 3, 96}, {1, 91, 3, 3, 120},
-                        {2, 13, 8, 2, 128}, {3, 100, 2, 1, 16}, {2, 9, 3, 1, 32}, {1, 11, 3, 1, 48}, {1, 40, 7, 7, 104}, {2, 1031, 8, 1, 8}};
+// Heads of each kind that the launcher tells apart: 8 and 4 pairs per thread; lanes of a head that are 1, 2, 4, 8 and 16, all of
+// them used (8, 16, 32, 64, 128 channels) or not (24, 40, 48, 96, 104, 120); heads that end with a block, and in it. Positions
+// begin anew in each sequence. For dgamma: slices of 16 heads and more, with fewer and more heads than a block takes at a time;
+// 512 slices.
+const Shape SHAPES[] = {{1, 1, 1, 1, 8},   {2, 5, 3, 1, 8},    {3, 7, 2, 2, 24},   {1, 33, 5, 1, 40},  {2, 65, 4, 2, 64},
+                        {2, 19, 3, 3, 96}, {1, 91, 3, 3, 120}, {2, 13, 8, 2, 128}, {3, 100, 2, 1, 16}, {2, 9, 3, 1, 32},
+                        {1, 11, 3, 1, 48}, {1, 40, 7, 7, 104}, {2, 1031, 8, 1, 8}};
 
 std::string of(Shape s) {
     char text[100];
@@ -289,8 +305,8 @@ bool same_values(const std::vector<floatX>& a, const std::vector<floatX>& b, Sha
 constexpr double STORED = EPSX / ROUNDINGS;   // what storing on the way costs, as a multiple of close()'s terms
 
 void test_turning(uint64_t seed) {
-    Property forward("forward: q and k"), backward("backward: q and k"), values("v is as it was"), again("the same bits in a second run"),
-        inverse("backward gives back what forward has turned", "but for rounding it"),
+    Property forward("forward: q and k"), backward("backward: q and k"), values("v is as it was"),
+        again("the same bits in a second run"), inverse("backward gives back what forward has turned", "but for rounding it"),
         sines("backward is forward with the sines' signs changed", "every bit"), one("version 1: rotate_half"),
         two("version 2: with angles of its own", "and their error");
     for (const Shape& s : SHAPES) {
@@ -343,7 +359,9 @@ void test_turning(uint64_t seed) {
 struct Backward {
     std::vector<floatX> d;
     std::vector<float> dgamma[2];
-    bool operator==(const Backward& b) const { return same_bits(d, b.d) && same_bits(dgamma[0], b.dgamma[0]) && same_bits(dgamma[1], b.dgamma[1]); }
+    bool operator==(const Backward& b) const {
+        return same_bits(d, b.d) && same_bits(dgamma[0], b.dgamma[0]) && same_bits(dgamma[1], b.dgamma[1]);
+    }
 };
 std::vector<floatX> norm_forward(const Problem& p, bool simple, Property& only_read) {
     const Shape& s = p.s;
@@ -355,27 +373,33 @@ std::vector<floatX> norm_forward(const Problem& p, bool simple, Property& only_r
     return out.read();
 }
 // wanted: which of dgamma; what is not wanted stays as it was
-Backward norm_backward(const Problem& p, bool simple, DType type, bool accumulate, std::array<bool, 2> wanted, Property& only_read) {
+Backward norm_backward(const Problem& p, bool simple, DType type, bool accumulate, std::array<bool, 2> wanted,
+                       Property& only_read) {
     const Shape& s = p.s;
     Buffer<floatX> qkv(p.qkv), d(p.d), q_gamma(p.q_gamma), k_gamma(p.k_gamma);
     Buffer<float2> angles(p.angles);
-    Buffer<float> scratch((size_t)std::max(norm_slices(s.rows() * s.NH), norm_slices(s.rows() * s.NKV)) * s.HS);   // no more than is used
+    Buffer<float> scratch((size_t)std::max(norm_slices(s.rows() * s.NH), norm_slices(s.rows() * s.NKV)) *
+                          s.HS);   // no more than is used
     GradBuffer dq(s.HS, type), dk(s.HS, type);
     if (accumulate) dq.write(p.before[0]), dk.write(p.before[1]);
     const Grad gq = wanted[0] ? dq.grad() : Grad{}, gk = wanted[1] ? dk.grad() : Grad{};
     if (simple) qk_norm_rope_backward_1(d.p, gq, gk, qkv.p, q_gamma.p, k_gamma.p, angles.p, (float)EPSILON, accumulate, s);
-    else rope_backward(d.p, gq, gk, scratch.p, qkv.p, q_gamma.p, k_gamma.p, angles.p, (float)EPSILON, accumulate, s.B, s.T, s.NH, s.NKV, s.HS, 0);
+    else
+        rope_backward(d.p, gq, gk, scratch.p, qkv.p, q_gamma.p, k_gamma.p, angles.p, (float)EPSILON, accumulate, s.B, s.T, s.NH,
+                      s.NKV, s.HS, 0);
     only_read.is(same_bits(qkv.read(), p.qkv), "qkv has changed");
     return {d.read(), {dq.read(), dk.read()}};
 }
 
 void test_norms(uint64_t seed) {
-    Property forward("norms, forward: q and k"), backward("norms, backward: q and k"), sums32("norms: dgamma in fp32"), sums16("norms: dgamma in bf16"),
-        values("norms: v is as it was"), again("norms: the same bits in a second run"), unwanted("norms: the same bits of the rest where a dgamma is not wanted"),
-        only_read("norms: qkv is as it was"), one("norms, version 1");
+    Property forward("norms, forward: q and k"), backward("norms, backward: q and k"), sums32("norms: dgamma in fp32"),
+        sums16("norms: dgamma in bf16"), values("norms: v is as it was"), again("norms: the same bits in a second run"),
+        unwanted("norms: the same bits of the rest where a dgamma is not wanted"), only_read("norms: qkv is as it was"),
+        one("norms, version 1");
     for (const Shape& s : SHAPES) {
         const Problem p(seed, s);
-        Doubles dgamma[2][2] = {{Doubles(s.HS, 0), Doubles(s.HS, 0)}, {Doubles(s.HS, 0), Doubles(s.HS, 0)}};   // of q and k: sums, terms
+        Doubles dgamma[2][2] = {{Doubles(s.HS, 0), Doubles(s.HS, 0)},
+                                {Doubles(s.HS, 0), Doubles(s.HS, 0)}};   // of q and k: sums, terms
         for (bool simple : {false, true}) {
             set_case("%s, version %d", of(s).c_str(), 2 - simple);
             const std::vector<floatX> y = norm_forward(p, simple, only_read);
@@ -402,7 +426,8 @@ void test_norms(uint64_t seed) {
                     const Backward g = norm_backward(p, simple, type, accumulate, {true, true}, only_read);
                     for (int k : {0, 1})
                         for (int c = 0; c < s.HS; c++) {
-                            const double was = accumulate ? p.before[k][c] : 0, terms = dgamma[k][1][c] * (1 + stored) * (simple ? 1 + s.rows() * s.NH / 32.0 : 1);
+                            const double was = accumulate ? p.before[k][c] : 0,
+                                         terms = dgamma[k][1][c] * (1 + stored) * (simple ? 1 + s.rows() * s.NH / 32.0 : 1);
                             Property& sums = simple ? one : type == F32 ? sums32 : sums16;
                             sums.close(c, g.dgamma[k][c], was + dgamma[k][0][c], fabs(was) + terms, store_of(type));
                         }
@@ -412,7 +437,8 @@ void test_norms(uint64_t seed) {
             for (std::array<bool, 2> wanted : {std::array{true, false}, {false, true}, {false, false}}) {
                 Backward g = norm_backward(p, false, F32, true, wanted, only_read);
                 for (int k : {0, 1})
-                    if (!wanted[k]) unwanted.is(same_bits(g.dgamma[k], p.before[k]), "dgamma was written"), g.dgamma[k] = all.dgamma[k];
+                    if (!wanted[k])
+                        unwanted.is(same_bits(g.dgamma[k], p.before[k]), "dgamma was written"), g.dgamma[k] = all.dgamma[k];
                 unwanted.is(g == all, "other bits");
             }
         }
@@ -420,8 +446,9 @@ void test_norms(uint64_t seed) {
     report({&forward, &backward, &sums32, &sums16, &values, &again, &unwanted, &only_read, &one});
 }
 
-// A NaN or an infinity in a channel reaches its pair, at position 0 too, where it is multiplied by a sine of 0. With norms a NaN of qkv
-// reaches its head (an infinity makes zeros of the others there, which are other bits), that of gamma its pairs in all heads.
+// A NaN or an infinity in a channel reaches its pair, at position 0 too, where it is multiplied by a sine of 0. With norms a NaN
+// of qkv reaches its head (an infinity makes zeros of the others there, which are other bits), that of gamma its pairs in all
+// heads.
 void test_special(uint64_t seed) {
     Property p("a NaN in any input reaches what it is part of, and only that"), only_read("and qkv is as it was");
     const Shape s = {2, 37, 3, 2, 40};
@@ -437,13 +464,16 @@ void test_special(uint64_t seed) {
         };
         const auto before = both(clean);
         for (float odd : {NAN, -INFINITY})
-            for (size_t at : {(size_t)s.HS + 3, s.all() / 2 / s.QKV() * s.QKV() + 4 * s.HS + 25, s.all() - 1}) {   // of q, of k, of v
+            for (size_t at :
+                 {(size_t)s.HS + 3, s.all() / 2 / s.QKV() * s.QKV() + 4 * s.HS + 25, s.all() - 1}) {   // of q, of k, of v
                 set_case("%g in element %zu, without norms", odd, at);
                 Problem q = clean;
                 q.qkv[at] = q.d[at] = (floatX)odd;
                 const auto after = both(q);
                 for (int i : {0, 1})
-                    check_reach(p, after[i], before[i], [&](size_t e) { return head(at) < s.heads() ? pair(e, at) : e == at; }, i ? "d" : "qkv");
+                    check_reach(
+                        p, after[i], before[i], [&](size_t e) { return head(at) < s.heads() ? pair(e, at) : e == at; },
+                        i ? "d" : "qkv");
             }
     }
     auto both = [&](const Problem& q) {
@@ -469,17 +499,19 @@ void test_special(uint64_t seed) {
         };
         check("qkv", &Problem::qkv, at, in_head, in_head, [](size_t) { return true; });
         check("d", &Problem::d, at, nothing, in_head, channel);
-        check("gamma", k ? &Problem::k_gamma : &Problem::q_gamma, c, [&](size_t i) { return in_kind(i) && channel(i % s.HS); }, in_kind, nothing);
+        check(
+            "gamma", k ? &Problem::k_gamma : &Problem::q_gamma, c, [&](size_t i) { return in_kind(i) && channel(i % s.HS); },
+            in_kind, nothing);
     }
     report({&p, &only_read});
 }
 
-// Index arithmetic where qkv, the table and partial sums have more than 2^31 elements: the first rows and the last ones. Rows of one
-// head of each kind, 128 channels, one sequence. A block of 256 threads takes 32 heads. In the trainer backward has 512 slices at most;
-// here it has one for each row, so that partial sums are many.
+// Index arithmetic where qkv, the table and partial sums have more than 2^31 elements: the first rows and the last ones. Rows of
+// one head of each kind, 128 channels, one sequence. A block of 256 threads takes 32 heads. In the trainer backward has 512
+// slices at most; here it has one for each row, so that partial sums are many.
 void test_far(uint64_t seed) {
-    Property forward("turning beyond 2^31 elements, first and last rows", "every bit"), norms("norms, forward, beyond 2^31 elements", "every bit"),
-        back("norms, backward, beyond 2^31 elements", "every bit");
+    Property forward("turning beyond 2^31 elements, first and last rows", "every bit"),
+        norms("norms, forward, beyond 2^31 elements", "every bit"), back("norms, backward, beyond 2^31 elements", "every bit");
     constexpr int HS = 128, QKV = 3 * HS, NEAR = 32;
     const Problem p(seed, {1, NEAR, 1, 1, HS});
     Buffer<floatX> q_gamma(p.q_gamma), k_gamma(p.k_gamma);
@@ -501,18 +533,21 @@ void test_far(uint64_t seed) {
         Far<floatX> x((size_t)rows * QKV, p.qkv, QKV, QKV), out((size_t)rows * QKV, p.qkv.size(), QKV, QKV);
         Far<float2> angles((size_t)rows * (HS / 2), p.angles, HS / 2, HS / 2);
         for (int row : {0, rows / NEAR * NEAR}) {   // 32 rows have 96 heads, three blocks of them
-            x.at = out.at = (size_t)row * QKV, angles.at = (size_t)row * (HS / 2), x.rows = out.rows = angles.rows = std::min(rows - row, NEAR);
+            x.at = out.at = (size_t)row * QKV, angles.at = (size_t)row * (HS / 2),
+            x.rows = out.rows = angles.rows = std::min(rows - row, NEAR);
             const int64_t block = (int64_t)row * 3 / 32;
             std::vector<int64_t> blocks = {block};
             if (x.rows > 10) blocks.push_back(block + 1), blocks.push_back(block + 2);
             check_far(norms, {&x, &out, &angles}, blocks, [&](bool far) {
-                rope_forward(out.p(far), x.p(far), q_gamma.p, k_gamma.p, angles.p(far), (float)EPSILON, 1, far ? rows : (int)x.rows, 1, 1, HS, 0);
+                rope_forward(out.p(far), x.p(far), q_gamma.p, k_gamma.p, angles.p(far), (float)EPSILON, 1,
+                             far ? rows : (int)x.rows, 1, 1, HS, 0);
             });
         }
     }
     constexpr int rows = (1 << 24) + 5;
     set_case("%d rows, backward", rows);
-    const std::vector<floatX> one_row(p.qkv.begin() + QKV, p.qkv.begin() + 2 * QKV), gradient(p.d.begin() + QKV, p.d.begin() + 2 * QKV);
+    const std::vector<floatX> one_row(p.qkv.begin() + QKV, p.qkv.begin() + 2 * QKV),
+        gradient(p.d.begin() + QKV, p.d.begin() + 2 * QKV);
     Far<floatX> x((size_t)rows * QKV, one_row, QKV, QKV), d((size_t)rows * QKV, gradient, QKV, QKV);
     Far<float2> angles((size_t)rows * (HS / 2), {p.angles.begin() + HS / 2, p.angles.begin() + HS}, HS / 2, HS / 2);
     Far<float> partial((size_t)rows * HS, HS, HS, HS);
@@ -521,8 +556,9 @@ void test_far(uint64_t seed) {
             x.at = d.at = (size_t)row * QKV, angles.at = (size_t)row * (HS / 2), partial.at = (size_t)row * HS;
             check_far(back, {&x, &d, &angles, &partial}, {row}, [&](bool far) {
                 const int all = far ? rows : 1;
-                qk_norm_rope_backward_kernel<8><<<all, 256>>>(d.p(far), partial.p(far), x.p(far), first_head ? k_gamma.p : q_gamma.p, angles.p(far),
-                                                              (float)EPSILON, RopeShape{all, 1, 1, HS, 8}, first_head, 1, all);
+                qk_norm_rope_backward_kernel<8><<<all, 256>>>(d.p(far), partial.p(far), x.p(far),
+                                                              first_head ? k_gamma.p : q_gamma.p, angles.p(far), (float)EPSILON,
+                                                              RopeShape{all, 1, 1, HS, 8}, first_head, 1, all);
             });
         }
     report({&forward, &norms, &back});
@@ -531,15 +567,16 @@ void test_far(uint64_t seed) {
 // ---- benchmark
 
 void bench(const BenchModel& m) {
-    const int T = m.rows % 1024 == 0 && m.HS == 64 ? 1024 : m.rows;
-    const Shape s = {m.rows / T, T, m.NH, m.NKV, m.HS};
-    const double X = sizeof(floatX), table = (double)T * m.HS / 2 * sizeof(float2) / s.turned(), all = (double)s.all() / s.turned();
+    const Shape s = {m.B, m.T, m.NH, m.NKV, m.HS};
+    const double X = sizeof(floatX), table = (double)m.T * m.HS / 2 * sizeof(float2) / s.turned(),
+                 all = (double)s.all() / s.turned();
     BenchTable t(s.turned(), BenchTable::BYTES, "%s: an element of q and k, %d and %d heads of %d", m.name, m.NH, m.NKV, m.HS);
     const size_t here = t.here(s.all(), s.QKV()), turned = t.here(s.turned(), s.QKV());
     Random random(1337, 1);
-    Buffer<floatX> x(here), out(here), half(turned), q_gamma(random.normals(m.HS, 1, 0.5f)), k_gamma(random.normals(m.HS, 1, 0.5f));
+    Buffer<floatX> x(here), out(here), half(turned), q_gamma(random.normals(m.HS, 1, 0.5f)),
+        k_gamma(random.normals(m.HS, 1, 0.5f));
     x.fill(), out.fill();
-    Buffer<float2> angles(rope_table({10000}, T, m.HS));
+    Buffer<float2> angles(rope_table({10000}, m.T, m.HS));
     Buffer<float> scratch((size_t)NORM_SLICES * m.HS);
     GradBuffer dq(m.HS, F32), dk(m.HS, F32);
     t.row("version 1: rotate_half, then two products", 5 * X + table, [&] { rope_1(out.p, half.p, x.p, angles.p, false, s); });
@@ -555,22 +592,26 @@ void bench(const BenchModel& m) {
         qk_norm_rope_backward_1(out.p, dq.grad(), dk.grad(), x.p, q_gamma.p, k_gamma.p, angles.p, 1e-6f, false, s);
     });
     t.row("norms, backward, version 2: the trainer's, one pass", 3 * X + table, [&] {
-        rope_backward(out.p, dq.grad(), dk.grad(), scratch.p, x.p, q_gamma.p, k_gamma.p, angles.p, 1e-6f, false, s.B, s.T, s.NH, s.NKV, s.HS, 0);
+        rope_backward(out.p, dq.grad(), dk.grad(), scratch.p, x.p, q_gamma.p, k_gamma.p, angles.p, 1e-6f, false, s.B, s.T, s.NH,
+                      s.NKV, s.HS, 0);
     });
 }
 
 int main(int argc, char** argv) {
-    Arguments o = parse_arguments(argc, argv, "rope: turning queries and keys by their position, with a norm of each head or without");
+    Arguments o =
+        parse_arguments(argc, argv, "rope: turning queries and keys by their position, with a norm of each head or without");
     if (o.bench) return bench_models(bench);
     floatX other, *none = nullptr;
     auto forward = [=](int HS) { rope_forward(none, none, none, none, nullptr, 0, 1, 1, 1, 1, HS, 0); };
     auto expected = [](int HS) { return "a head has " + std::to_string(HS) + " channels: expected a multiple of 8, up to 128"; };
-    test_misuse(o, {{"12 channels", expected(12), [=] { forward(12); }}, {"0 channels", expected(0), [=] { forward(0); }},
-                    {"136 channels", expected(136), [=] { rope_backward(none, {}, {}, nullptr, none, none, none, nullptr, 0, false, 1, 1, 1, 1, 136, 0); }},
-                    {"norms in place", "with norms it does not", [&] { rope_forward(none, none, &other, &other, nullptr, 0, 1, 1, 1, 1, 8, 0); }},
-                    {"without norms into another tensor", "without norms it works in place", [&] {
-                         rope_forward(&other, none, none, none, nullptr, 0, 1, 1, 1, 1, 8, 0);
-                     }}});
+    test_misuse(o, {{"12 channels", expected(12), [=] { forward(12); }},
+                    {"0 channels", expected(0), [=] { forward(0); }},
+                    {"136 channels", expected(136),
+                     [=] { rope_backward(none, {}, {}, nullptr, none, none, none, nullptr, 0, false, 1, 1, 1, 1, 136, 0); }},
+                    {"norms in place", "with norms it does not",
+                     [&] { rope_forward(none, none, &other, &other, nullptr, 0, 1, 1, 1, 1, 8, 0); }},
+                    {"without norms into another tensor", "without norms it works in place",
+                     [&] { rope_forward(&other, none, none, none, nullptr, 0, 1, 1, 1, 1, 8, 0); }}});
     printf("rope, %s\n", dtype_name(FLOATX));
     test_table();
     test_turning(o.seed);

@@ -1,7 +1,7 @@
 /*
-SwiGLU, forward and backward: exact, and keeping k = 1 to 4 bits of an element of gate for backward (ReSiLU2 for k = 2). The trainer's
-kernels, tested, and simpler ones beside them to learn from. Section 2 of train_llama.cu has them under "activation", and section 3
-what the codes are and why they do not pay here.
+SwiGLU, forward and backward: exact, and keeping k = 1 to 4 bits of an element of gate for backward (ReSiLU2 for k = 2). The
+trainer's kernels, tested, and simpler ones beside them to learn from. Section 2 of train_llama.cu has them under "activation",
+and section 3 what the codes are and why they do not pay here.
 
     make dev/cuda/swiglu && ./dev/cuda/swiglu [--bench]
 
@@ -20,10 +20,10 @@ A thread owns 8 neighbouring elements of a row, so F has to be a multiple of 8.
 
 // ---- versions of the forward pass
 
-// Version 1: one kernel per operation, one element per thread, as a framework runs silu(gate) * up. Of an element of h in bf16 the
-// first reads gate and writes silu(gate) (2 + 2 bytes), the second reads that and up and writes h (2 + 2 + 2): 10. Codes, a byte for
-// each, read gate once more (2 + 1). Autograd keeps the inputs of each operation: gate, silu(gate) and up, 6 bytes, and h for the
-// matmul after it. silu(gate) is rounded to bf16 on the way.
+// Version 1: one kernel per operation, one element per thread, as a framework runs silu(gate) * up. Of an element of h in bf16
+// the first reads gate and writes silu(gate) (2 + 2 bytes), the second reads that and up and writes h (2 + 2 + 2): 10. Codes, a
+// byte for each, read gate once more (2 + 1). Autograd keeps the inputs of each operation: gate, silu(gate) and up, 6 bytes, and
+// h for the matmul after it. silu(gate) is rounded to bf16 on the way.
 __global__ void silu_1_kernel(floatX* silu, const floatX* gateup, size_t n, int F) {
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= n) return;
@@ -34,7 +34,8 @@ __global__ void multiply_1_kernel(floatX* h, const floatX* silu, const floatX* g
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i < n) h[i] = (floatX)((float)silu[i] * (float)gateup[i / F * 2 * F + F + i % F]);
 }
-template <int BITS> void swiglu_forward_1(floatX* h, floatX* silu, uint8_t* byte_codes, const floatX* gateup, size_t rows, int F) {
+template <int BITS>
+void swiglu_forward_1(floatX* h, floatX* silu, uint8_t* byte_codes, const floatX* gateup, size_t rows, int F) {
     const size_t n = rows * F;
     const int blocks = ceil_div(n, 256);
     silu_1_kernel<<<blocks, 256>>>(silu, gateup, n, F);
@@ -42,23 +43,24 @@ template <int BITS> void swiglu_forward_1(floatX* h, floatX* silu, uint8_t* byte
     multiply_1_kernel<<<blocks, 256>>>(h, silu, gateup, n, F);
 }
 
-// Version 2, the trainer's swiglu_forward: one kernel that reads gate and up and writes h, 6 bytes, and a thread takes 8 elements of
-// each by loads of 16 bytes. It keeps what it has read, 4 bytes, because silu(gate) costs an exponential and a division to make again,
-// for which a kernel that waits for memory has time; and h can be had again by the same kernel (-r 1). So codes have nothing to
-// replace: silu'(gate) needs gate, and silu(gate) needs gate or 2 bytes of its own. They come on top, where silu(gate) takes gate's
-// place: 8 + k/8 bytes are moved, and 4 + k/8 kept.
-// What is kept is rounded, and h is made of the rounded number, so that h comes out with the same bits when it is made again.
+// Version 2, the trainer's swiglu_forward: one kernel that reads gate and up and writes h, 6 bytes, and a thread takes 8 elements
+// of each by loads of 16 bytes. It keeps what it has read, 4 bytes, because silu(gate) costs an exponential and a division to
+// make again, for which a kernel that waits for memory has time; and h can be had again by the same kernel (-r 1). So codes have
+// nothing to replace: silu'(gate) needs gate, and silu(gate) needs gate or 2 bytes of its own. They come on top, where silu(gate)
+// takes gate's place: 8 + k/8 bytes are moved, and 4 + k/8 kept. What is kept is rounded, and h is made of the rounded number, so
+// that h comes out with the same bits when it is made again.
 
 // ---- versions of the backward pass
 
-// Version 1, operation by operation: dup from dh and silu(gate), the gradient of silu(gate) from dh and up, dgate from that and gate:
-// three kernels of 2 + 2 + 2 bytes, 18; with codes in place of gate 16 + k/8. The gradient of silu(gate) is rounded on the way.
+// Version 1, operation by operation: dup from dh and silu(gate), the gradient of silu(gate) from dh and up, dgate from that and
+// gate: three kernels of 2 + 2 + 2 bytes, 18; with codes in place of gate 16 + k/8. The gradient of silu(gate) is rounded on the
+// way.
 __global__ void product_1_kernel(floatX* out, const floatX* a, const floatX* b, size_t n, int F, int out_stride, int b_stride) {
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i < n) out[i / F * out_stride + i % F] = (floatX)((float)a[i] * (float)b[i / F * b_stride + i % F]);
 }
-template <int BITS>
-__global__ void silu_backward_1_kernel(floatX* dgateup, const floatX* dsilu, const floatX* gateup, const uint8_t* codes, size_t n, int F) {
+template <int BITS> __global__ void silu_backward_1_kernel(floatX* dgateup, const floatX* dsilu, const floatX* gateup,
+                                                           const uint8_t* codes, size_t n, int F) {
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= n) return;
     const size_t at = i / F * 2 * F + i % F;
@@ -70,8 +72,8 @@ __global__ void silu_backward_1_kernel(floatX* dgateup, const floatX* dsilu, con
     dgateup[at] = (floatX)((float)dsilu[i] * slope);
 }
 template <int BITS>   // dsilu (rows, F) is scratch
-void swiglu_backward_1(floatX* dgateup, floatX* dsilu, const floatX* dh, const floatX* silu, const floatX* gateup, const uint8_t* codes,
-                       size_t rows, int F) {
+void swiglu_backward_1(floatX* dgateup, floatX* dsilu, const floatX* dh, const floatX* silu, const floatX* gateup,
+                       const uint8_t* codes, size_t rows, int F) {
     const size_t n = rows * F;
     const int blocks = ceil_div(n, 256);
     product_1_kernel<<<blocks, 256>>>(dgateup + F, dh, silu, n, F, 2 * F, F);
@@ -102,8 +104,8 @@ template <int BITS> SwiGLU swiglu_of() {
 struct Silu { double value, slope, value_terms, slope_terms; };   // silu(x), silu'(x), and the terms of their tolerance
 Silu reference(double x) {
     const double s = 1 / (1 + exp(-x)), q = 1 / (1 + exp(x));   // q is 1 - s, to the last bit
-    // An exponential makes a relative error of the absolute one of its argument, and 1 - s cancels, until s is 1. Where exp(-x) is
-    // almost beyond fp32, 1 / exp(-x) is below what the hardware's reciprocal gives, and s is 0 too soon.
+    // An exponential makes a relative error of the absolute one of its argument, and 1 - s cancels, until s is 1. Where exp(-x)
+    // is almost beyond fp32, 1 / exp(-x) is below what the hardware's reciprocal gives, and s is 0 too soon.
     const double steep = 1 + std::min(fabs(x), 100.0), cancels = q > 1e-9 ? fabs(x * s) : 0, early = x < -80 ? 1e-30 : 0;
     return {x * s, s + x * s * q, fabs(x * s) * steep + early, (s + cancels) * steep + early};
 }
@@ -128,8 +130,8 @@ void check_product(Property& p, size_t i, floatX ours, double reference, double 
     else p.equal(i, (float)ours, stored);
 }
 
-// Each of the 65536 values of bf16 as gate, where up and dh are 1. An infinity on the left is multiplied by 0, which gives NaN, as in
-// PyTorch; so is the one on the right in the slope.
+// Each of the 65536 values of bf16 as gate, where up and dh are 1. An infinity on the left is multiplied by 0, which gives NaN,
+// as in PyTorch; so is the one on the right in the slope.
 void test_every_gate() {
     Property derivative("the reference's slope: the difference quotient of its value", "of order h^2, and what cancels"),
         value("silu, all bf16 values"), slope("silu', all bf16 values");
@@ -177,7 +179,8 @@ std::vector<Shape> shapes(int bits) {
 }
 
 void test_forward(const SwiGLU& act, uint64_t seed) {
-    Property value("forward: h; with codes, silu(gate) and codes too"), product("forward with codes: h is the product of what is kept", "every bit"),
+    Property value("forward: h; with codes, silu(gate) and codes too"),
+        product("forward with codes: h is the product of what is kept", "every bit"),
         only_read("forward: what it only reads is as it was"), again("forward: the same bits in a second run"),
         recomputed("h once more, from what forward has left", "every bit"), one("forward, version 1");
     const std::vector<float> special = act.special_values();
@@ -221,7 +224,9 @@ void test_forward(const SwiGLU& act, uint64_t seed) {
             const float g = (float)gate[i];
             if (act.bits) one.equal(i, k1[i], act.of(g));
             const Silu r = reference(g);   // rounded, before it is multiplied
-            if (fabsf(g) < 1e30f) one.close(i, (float)y1[i], r.value * (float)up[i], (r.value_terms + EPSX / ROUNDINGS * fabs(r.value)) * fabs((float)up[i]) + 1e-30);
+            if (fabsf(g) < 1e30f)
+                one.close(i, (float)y1[i], r.value * (float)up[i],
+                          (r.value_terms + EPSX / ROUNDINGS * fabs(r.value)) * fabs((float)up[i]) + 1e-30);
         }
     }
     report({&value, &only_read, &again, &recomputed});
@@ -262,7 +267,8 @@ void test_backward(const SwiGLU& act, uint64_t seed) {
                 const Silu r = reference((float)gate[i]);
                 const double dh = (float)d[i], u = (float)up[i], kept = (float)silu[i];
                 const double slope = act.bits ? act.slope[act.read(keep.data(), i)] : r.slope;
-                const double terms = fabs(dh * u) * ((act.bits ? fabs(slope) : r.slope_terms) + simple * EPSX / ROUNDINGS * fabs(slope));
+                const double terms =
+                    fabs(dh * u) * ((act.bits ? fabs(slope) : r.slope_terms) + simple * EPSX / ROUNDINGS * fabs(slope));
                 p.close(i, (float)dgate[i], dh * u * slope, terms + simple * 1e-30);
                 if (act.bits || simple) p.equal(i, (float)dup[i], (float)(floatX)(float)(dh * kept));
                 else p.close(i, (float)dup[i], dh * r.value, fabs(dh) * r.value_terms);
@@ -272,8 +278,8 @@ void test_backward(const SwiGLU& act, uint64_t seed) {
     report({&gradients, &again, &only_read, &one});
 }
 
-// Forward and backward, with a NaN in one of the inputs: h, dgate and dup of its element, and nothing else. With codes dgate knows of
-// a NaN in gate only by the highest code; h has told the loss.
+// Forward and backward, with a NaN in one of the inputs: h, dgate and dup of its element, and nothing else. With codes dgate
+// knows of a NaN in gate only by the highest code; h has told the loss.
 void test_nan(const SwiGLU& act, uint64_t seed) {
     Property p("a NaN in gate, up or dh reaches what is made of it, and only that");
     const int rows = 5, F = 136;
@@ -300,14 +306,16 @@ void test_nan(const SwiGLU& act, uint64_t seed) {
         for (int out = 0; out < 3; out++) {
             std::vector<floatX> other = after[out];
             if (reaches[which][out] == MAY) other[at] = before[out][at];   // its slope is that of another code
-            check_reach(p, other, before[out], [&](size_t i) { return i == at ? reaches[which][out] : NOT; }, out == 0 ? "h" : "a gradient");
+            check_reach(
+                p, other, before[out], [&](size_t i) { return i == at ? reaches[which][out] : NOT; },
+                out == 0 ? "h" : "a gradient");
         }
     }
     report({&p});
 }
 
-// Rows of 24 channels, with windows where h or gateup passes 2^31 and 2^32 elements, and at the ends; and three rows so long that one
-// of gateup has more than 2^31.
+// Rows of 24 channels, with windows where h or gateup passes 2^31 and 2^32 elements, and at the ends; and three rows so long that
+// one of gateup has more than 2^31.
 void test_far(const SwiGLU& act, uint64_t seed) {
     Property forward("forward beyond 2^32 elements", "every bit"), backward("backward beyond 2^32 elements", "every bit");
     Random random(seed, 3 + act.bits);
@@ -316,7 +324,8 @@ void test_far(const SwiGLU& act, uint64_t seed) {
         Far<floatX> gateup(2 * rows * F, random.normals(2 * near_rows * near_F), near_F, F, near_rows, 2 * F);
         Far<floatX> h(rows * F, random.normals(near_rows * near_F), near_F, F);
         const size_t bytes = near_F / 8 * act.bits;
-        Far<uint8_t> codes(std::max(rows * F / 8 * act.bits, (size_t)1), near_rows * bytes, std::max(bytes, (size_t)1), F / 8 * act.bits);
+        Far<uint8_t> codes(std::max(rows * F / 8 * act.bits, (size_t)1), near_rows * bytes, std::max(bytes, (size_t)1),
+                           F / 8 * act.bits);
         gateup.at = 2 * row * F + column, h.at = row * F + column, codes.at = h.at / 8 * act.bits;
         std::vector<int64_t> blocks;
         for (size_t r = row; r < row + near_rows; r++)
@@ -333,7 +342,8 @@ void test_far(const SwiGLU& act, uint64_t seed) {
         });
     };
     const size_t F = 24, near = 256, rows = ((size_t)1 << 32) / F + 2 * near, LONG = (1 << 30) + 64;
-    for (size_t row : {(size_t)0, ((size_t)1 << 30) / F, ((size_t)1 << 31) / F, ((size_t)1 << 32) / F, rows - near}) check(rows, F, near, F, row, 0);
+    for (size_t row : {(size_t)0, ((size_t)1 << 30) / F, ((size_t)1 << 31) / F, ((size_t)1 << 32) / F, rows - near})
+        check(rows, F, near, F, row, 0);
     for (size_t column : {(size_t)0, LONG - 40}) check(3, LONG, 3, 40, 0, column);
     report({&forward, &backward});
 }
@@ -342,7 +352,7 @@ void test_far(const SwiGLU& act, uint64_t seed) {
 
 void bench(const BenchModel& m) {
     const double X = sizeof(floatX), codes = 2 / 8.0;
-    const int rows = m.rows, F = m.F;
+    const int rows = m.rows(), F = m.F;
     const size_t n = (size_t)rows * F;
     BenchTable t(n, BenchTable::BYTES, "%s: rows %d, F %d", m.name, rows, F);
     const size_t here = t.here(n, F);
@@ -363,9 +373,11 @@ void bench(const BenchModel& m) {
     };
     const SwiGLU exact = swiglu_of<0>(), two = swiglu_of<2>();
     version_1("forward, version 1: one kernel per operation", "backward, version 1", 5 * X, 9 * X, exact);
-    version_2("forward, version 2: the trainer's, one kernel", "backward, version 2: the trainer's, in place", 3 * X, 5 * X, exact);
+    version_2("forward, version 2: the trainer's, one kernel", "backward, version 2: the trainer's, in place", 3 * X, 5 * X,
+              exact);
     version_1("2 bits: forward, version 1 (keeps 8 bits)", "2 bits: backward, version 1", 6 * X + 1, 8 * X + codes, two);
-    version_2("2 bits: forward, version 2: the trainer's", "2 bits: backward, version 2: the trainer's", 4 * X + codes, 5 * X + codes, two);
+    version_2("2 bits: forward, version 2: the trainer's", "2 bits: backward, version 2: the trainer's", 4 * X + codes,
+              5 * X + codes, two);
     t.row("2 bits: h once more (-r 1)", 3 * X, [&] { two.again(h.p, gateup.p, nullptr, rows, F, 0); });
 }
 
