@@ -148,8 +148,11 @@ $(ALL:%=$(OUT)%): $(OUT)%: %.cu $(INTO)/flags $(if $(filter 1,$(CPU)),$(CPU_DEPS
 	@rm -f $@
 	$(PROGRAM)
 
-# All but the trainer include the trainer.
-$(filter-out %train_gpt2,$(ALL:%=$(OUT)%)): train_gpt2.cu $(wildcard dev/cuda/*.cuh)
+# All but the trainers include one of them.
+OF_LLAMA := dev/test/fuzz_readers $(addprefix dev/cuda/,rmsnorm rope swiglu)
+$(addprefix $(OUT),$(OF_LLAMA)): train_llama.cu dev/cuda/layernorm.cu
+$(addprefix $(OUT),$(filter-out train_gpt2 train_llama $(OF_LLAMA),$(ALL))): train_gpt2.cu
+$(addprefix $(OUT),$(filter dev/cuda/%,$(ALL))): $(wildcard dev/cuda/*.cuh)
 
 # The flags of the last build; where they differ from this one's the programs are out of date.
 FLAGS := $(strip $(COMPILE) $(LIBS))
@@ -247,15 +250,16 @@ demo-llama:
 # it runs, the mode (none is exact), the precision. Compiling is most of the time of make test, so a variant has the programs that its
 # tests run, and but for cpu-bf16, which is tested as it ships, g++ optimises little.
 KNOWN := cpu-bf16 cpu-fp32 cpu-approxbp-bf16 cpu-approxbp-fp32 cpu-norm-bf16 cpu-act-bf16 cpu-multi-fp32 san-bf16 san-approxbp-fp32 \
-         nvcc-bf16 nvcc-approxbp-bf16 gpu-bf16 gpu-fp32 gpu-approxbp-bf16 gpu-approxbp-fp32
+         nvcc-bf16 nvcc-approxbp-bf16 nvcc-llama-bf16 gpu-bf16 gpu-fp32 gpu-approxbp-bf16 gpu-approxbp-fp32
 TRAIN_ALONE := cpu-norm-bf16 cpu-act-bf16 cpu-multi-fp32 san-bf16 nvcc-%
 TEST_ALONE  := cpu-approxbp-fp32 san-approxbp-fp32
 PARTS       := cpu:CPU=1 san:CPU=1 san:SAN=1 gpu:CPU=0 nvcc:CPU=0 nvcc:PTXAS=1 approxbp:USE_APPROXBP=1 norm:MS_NORM=1 act:APPROX_ACT=2 \
                multi:MULTI_GPU=1 bf16:PRECISION=BF16 fp32:PRECISION=FP32
-nvcc_flags   = ARCH="80 86 89 90 100 120" NVCCFLAGS="--keep --keep-dir build/$(1)"# the PTX, which is looked at
+# The PTX is looked at. Most kernels of train_llama are train_gpt2's: test_ptxas.py compiles the others for all architectures.
+nvcc_flags   = ARCH="80 $(if $(findstring llama,$(1)),,86 89 90 100 120)" NVCCFLAGS="--keep --keep-dir build/$(1)"
 flags_of     = $(foreach part,$(subst -, ,$(1)),$(patsubst $(part):%,%,$(filter $(part):%,$(PARTS)))) $(if $(filter nvcc-%,$(1)),$(nvcc_flags)) \
                $(if $(filter cpu-bf16 nvcc-% gpu-%,$(1)),,CXXFLAGS="$(if $(filter san-%,$(1)),-Og,-O1) $(CXXFLAGS)")
-programs_of = $(if $(filter $(TRAIN_ALONE),$(1)),train_gpt2,$(if $(filter $(TEST_ALONE),$(1)),test_gpt2,$(filter-out train_llama,$(PROGRAMS)))) \
+programs_of = $(if $(filter $(TRAIN_ALONE),$(1)),train_$(if $(findstring llama,$(1)),llama,gpt2),$(if $(filter $(TEST_ALONE),$(1)),test_gpt2,$(filter-out train_llama,$(PROGRAMS)))) \
               $(if $(filter cpu-% san-bf16,$(1)),train_llama) $(if $(filter san-bf16,$(1)),dev/test/fuzz_readers)
 VARIANTS   := $(filter-out $(if $(shell command -v mpicxx),,%-multi-fp32) $(if $(NVCC),,nvcc-% gpu-%) $(if $(filter 0,$(gpus)),gpu-%),$(KNOWN))
 

@@ -406,7 +406,7 @@ def torch_of(python):
 
 # what a stage's figures depend on
 SOURCES = {"check": ["*.cu", "Makefile", "dev/cuda/*.cu*", "dev/test/fixtures/*"],
-           "bench": ["train_gpt2.cu", "Makefile", "dev/cuda/*.cu*"],
+           "bench": ["train_*.cu", "Makefile", "dev/cuda/*.cu*"],
            "peers": ["train_gpt2.cu", "Makefile", "dev/bench/torch_baseline.py"]}
 OUR_VARIABLES = "ARCH PRECISION USE_APPROXBP APPROX_ACT MS_NORM CPU SAN MULTI_GPU PTXAS BUILD MAKEFLAGS MFLAGS MAKELEVEL".split()
 
