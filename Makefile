@@ -260,7 +260,7 @@ nvcc_flags   = ARCH="80 $(if $(findstring llama,$(1)),,86 89 90 100 120)" NVCCFL
 flags_of     = $(foreach part,$(subst -, ,$(1)),$(patsubst $(part):%,%,$(filter $(part):%,$(PARTS)))) $(if $(filter nvcc-%,$(1)),$(nvcc_flags)) \
                $(if $(filter cpu-bf16 nvcc-% gpu-%,$(1)),,CXXFLAGS="$(if $(filter san-%,$(1)),-Og,-O1) $(CXXFLAGS)")
 programs_of = $(if $(filter $(TRAIN_ALONE),$(1)),train_$(if $(findstring llama,$(1)),llama,gpt2),$(if $(filter $(TEST_ALONE),$(1)),test_gpt2,$(filter-out train_llama,$(PROGRAMS)))) \
-              $(if $(filter cpu-% san-bf16,$(1)),train_llama) $(if $(filter san-bf16,$(1)),dev/test/fuzz_readers)
+              $(if $(filter-out cpu-act-bf16,$(filter cpu-% san-bf16,$(1))),train_llama) $(if $(filter san-bf16,$(1)),dev/test/fuzz_readers)
 VARIANTS   := $(filter-out $(if $(shell command -v mpicxx),,%-multi-fp32) $(if $(NVCC),,nvcc-% gpu-%) $(if $(filter 0,$(gpus)),gpu-%),$(KNOWN))
 
 QUICK_TESTS := $(patsubst %,dev/test/test_%.py,approxbp_tools cli ends files gpt2_numbers mutate prepro prepro_llama report resume train twins)
