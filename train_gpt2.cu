@@ -3784,6 +3784,7 @@ std::string hf_dump_gradients(const Model& model, const std::string& path, float
         std::vector<char> raw(n * dtype_size(grad.type));
         cudaCheck(cudaMemcpy(raw.data(), grad.p, raw.size(), cudaMemcpyDeviceToHost));
         load_as(grad.type, values, raw.data(), n);
+        for (size_t k = 0; k < n; k++) values[k] *= world.size;   // model_loss has divided by it, for the sum over the ranks
     });
 }
 // Writes a model's directory. All ranks call it, rank 0 writes. Returns what went wrong, or an empty text.
@@ -3899,7 +3900,7 @@ void hf_complete_names(HfModel& m) {
 // The model that a config.json describes. What it asks for and we do not do is refused.
 Config hf_config(const HfModel& m) {
     const std::string type = config_text(m, "model_type", "");
-    if (type != "gpt2") config_refuse(m, "model_type", "'" + type + "'", "gpt2");
+    if (type != "gpt2") config_refuse(m, "model_type", "'" + type + "'", "gpt2 (train_llama takes llama, mistral, qwen2, qwen3)");
     Config c = {};
     c.maxT = (int)config_int(m, "n_positions", 1024), c.V = (int)config_int(m, "vocab_size", 50257);
     c.L = (int)config_int(m, "n_layer", 12), c.NH = (int)config_int(m, "n_head", 12), c.C = (int)config_int(m, "n_embd", 768);

@@ -3968,6 +3968,7 @@ std::string hf_dump_gradients(const Model& model, const std::string& path, float
         std::vector<char> raw(n * dtype_size(grad.type));
         cudaCheck(cudaMemcpy(raw.data(), grad.p, raw.size(), cudaMemcpyDeviceToHost));
         load_as(grad.type, values, raw.data(), n);
+        for (size_t k = 0; k < n; k++) values[k] *= world.size;   // model_loss has divided by it, for the sum over the ranks
     });
 }
 // Writes a model's directory. All ranks call it, rank 0 writes. Returns what went wrong, or an empty text.
@@ -4120,7 +4121,7 @@ Rope hf_rope(const HfModel& m) {
 Config hf_config(const HfModel& m) {
     const std::string type = config_text(m, "model_type", "");
     if (type != "llama" && type != "mistral" && type != "qwen2" && type != "qwen3")
-        config_refuse(m, "model_type", "'" + type + "'", "llama, mistral, qwen2 or qwen3");
+        config_refuse(m, "model_type", "'" + type + "'", "llama, mistral, qwen2 or qwen3 (train_gpt2 takes gpt2)");
     Config c = {};
     c.V = (int)config_int(m, "vocab_size"), c.C = (int)config_int(m, "hidden_size"), c.F = (int)config_int(m, "intermediate_size");
     c.L = (int)config_int(m, "num_hidden_layers"), c.NH = (int)config_int(m, "num_attention_heads");
