@@ -4,6 +4,7 @@ GPT-2 in one file: training and fine-tuning in CUDA C, with every layer's forwar
     make train_gpt2                                              # or, on one GPU and nothing but the CUDA Toolkit:
     nvcc -O3 -std=c++17 -arch=sm_90 train_gpt2.cu -lcublasLt -o train_gpt2
     ./train_gpt2 -e gpt2:L4,H4,C128,T64,V257 -i data/train.bin -j data/val.bin -b 16 -t 64
+    ./train_gpt2 -e DIR -i data/train.bin -j data/val.bin -o run # DIR: a GPT-2 as Hugging Face has it; run/step_...: another
     ./train_gpt2 --estimate -e d12 -b 64 -t 1024                 # what it would take, before anything is allocated
     ./train_gpt2 --help
 
@@ -16,7 +17,7 @@ CONTENTS, in the order in which one would teach them. Who knows the parts starts
     5. optimizer                     gradient norm, the verdict on a step, AdamW
     6. many GPUs                     NCCL, optimizer sharding
     7. the model                     configuration, the tensor table (the ledger), forward, loss, backward, update
-    8. files                         tokens, checkpoints, logs, text
+    8. files                         tokens, model directories, checkpoints, logs, text
     9. main                          the command line and the loop
 
 Every kernel has a file in dev/cuda with simpler versions, from the loop of a textbook to the one that stands here, and its tests.
@@ -2783,8 +2784,8 @@ double model_flops_per_token(const Config& c, int T) {
 }
 
 // ==== 8. files ===================================================================================================================
-// Formats are llm.c's: little-endian, with a header of 256 int32. A reader trusts nothing: before it allocates, it compares the
-// magic, the version and all sizes with the real size of the file. A writer renames a file from a temporary name when all its
+// Models are Hugging Face's directories; tokens and the states of runs are llm.c's files, little-endian, with a header of 256 int32. A
+// reader trusts nothing: before it allocates, it compares the magic, the version and all sizes with the real size of the file. A writer renames a file from a temporary name when all its
 // bytes are on the disk, so that a name always stands for a whole file. Only regular files are replaced.
 
 constexpr int HEADER_INTS = 256;

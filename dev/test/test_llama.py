@@ -226,6 +226,30 @@ def test_every_tensor_keeps_its_type(lab):
     train(lab, "-x", 4, "-n", 2, "-k", "constant", "-o", "parts", "-y", 1, model=None)
     same_checkpoint(lab, "whole", "parts", 4)
 
+@pytest.mark.parametrize("variant", ["cpu-bf16", "cpu-fp32"])
+def test_no_step_writes_the_model_as_it_came(lab, variant):
+    """-x 0 with --out: whatever the build, to the bit, zeros with a sign among them; without data. And in another type, if one is asked for."""
+    tensors = directory(lab)
+    tensors["lm_head.weight"] = Tensor("F32", [257, 32], pack("F32", [-0.0, 1 + 2**-20] * (257 * 16)))
+    lab.path("in/model.safetensors").write_bytes(safetensors_bytes(tensors))
+    train(lab, "-x", 0, "-i", "nothing.bin", "-o", "out", model="in", variant=variant)
+    assert read_safetensors(lab.path(f"out/{names(0)[0]}")) == tensors
+    train(lab, "-x", 0, "-i", "nothing.bin", "-o", "wide", "--save-dtype", "f32", model=f"out/step_{0:08d}", variant=variant)
+    assert {name: (t.dtype, unpack(t)) for name, t in read_safetensors(lab.path(f"wide/{names(0)[0]}")).items()} == \
+        {name: ("F32", unpack(t)) for name, t in tensors.items()}
+
+def test_gradients_without_a_step(lab):
+    """The same as before a step; the file of an earlier run is replaced, and no other."""
+    for steps in (1, 0):
+        train(lab, "-x", steps, "--dump-gradients", f"g{steps}.safetensors")
+    assert lab.path("g0.safetensors").read_bytes() == lab.path("g1.safetensors").read_bytes()
+    train(lab, "-x", 0, "--dump-gradients", "g1.safetensors")
+    directory(lab)
+    for name in ("in/model.safetensors", "train.bin"):
+        before = lab.path(name).read_bytes()
+        says(train(lab, "-x", 0, "--dump-gradients", name, status=1).err, f"--dump-gradients {name}", "another kind of file")
+        assert lab.path(name).read_bytes() == before
+
 def test_names_without_model_and_frequencies_in_the_file(lab):
     tensors = directory(lab)
     found = {name.removeprefix("model."): t for name, t in tensors.items()}
