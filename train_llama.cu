@@ -570,7 +570,8 @@ template <bool MS_LN, bool RMS> __device__ inline Floats norm_z(const floatX* ke
     return x;
 }
 constexpr int NORM_ROWS = 8;
-constexpr int NORM_THREADS = 512;   // at most: 4096 columns; where there are more, further blocks compute the means once more
+constexpr int NORM_THREADS = kFP32 ? 256 : 512;   // at most: 4096 columns, 2048 in fp32, which takes more registers; where there
+// are more columns, further blocks compute the means once more
 template <bool MS_LN, bool RMS>
 __global__ void __launch_bounds__(NORM_THREADS, 1)   // the 1: it needs up to 99 registers, and room for two such blocks leaves 64
 add_norm_backward_kernel(floatX* dresidual, float* partial, const floatX* dout, const floatX* kept, const float* mean,
@@ -960,7 +961,7 @@ attention_backward_kernel(floatX* dqkv, float* delta, const floatX* dout, const 
         for (int t0 = KEYS ? block.first : 0, end = KEYS ? T : min(block.first + ATT_ROWS, T); t0 < end; t0 += ATT_TILE) {
             att_load_tiles<SHARES>(x_tile, x, shape.stride(), y_tile, y, y_stride, t0, shape);
             if (!__any_sync(ALL_LANES, KEYS ? row < t0 + ATT_TILE : t0 <= row)) continue;
-#pragma unroll 2
+#pragma unroll KEYS ? 1 : 2   // two at a time would take more registers than there are
             for (int i = 0; i < ATT_TILE; i++) {
                 const int query = KEYS ? t0 + i : row, key = KEYS ? row : t0 + i;
                 const bool sees = key <= query && query < T;   // or else p = 0
@@ -1245,7 +1246,7 @@ template <int BITS> __global__ void swiglu_backward_kernel(floatX* gateup, const
     } else {
         for (int k = 0; k < VEC; k++) {
             float s = silu_gate(gate[k]), dgate = d[k] * up[k] * (s + gate[k] * s * (1.0f - s));
-            gate[k] = d[k] * gate[k] * s;
+            gate[k] = d[k] * (gate[k] * s);   // so it is 0, not NaN, where d * gate is beyond all numbers and s is 0
             up[k] = dgate;
         }
     }
@@ -2481,7 +2482,7 @@ struct LayerTensors {
     floatX* resid_out;     // (B, T, C)         MS_NORM: resid_in, for all layers
 };
 // What all blocks share.
-struct Buffers {
+struct BlockBuffers {
     floatX* resid_in;      // (B, T, C)         the residual stream before the first block; MS_NORM: one running stream, for all blocks
     float* lnf_rstd;       // (B, T)
     floatX* scratch_c;     // (B, T, C or NH*HS)  a matmul's output before it is added to the stream; gradients of that shape
@@ -2493,7 +2494,7 @@ struct Buffers {
 };
 // ==== twin: model
 // Null pointers: what the run does not need.
-struct Model : Buffers {
+struct Model : BlockBuffers {
     Config config;
     Plan plan;
     Table table;
@@ -4011,8 +4012,8 @@ std::string hf_save(const Model& model, const std::string& folder, const Source&
     for (const char* name : {"dtype", "torch_dtype"})   // transformers 5 has the first, 4 the second
         if (config[name].type != Json::ABSENT || strcmp(name, "torch_dtype") == 0) config.set(name, json_string(type));
     write_json("config.json", config);
-    for (auto& [name, text] : source.files)
-        if (error.empty()) error = write_file(folder + "/" + name, [&](const Put& put) { put(text.data(), text.size()); });
+    for (const auto& file : source.files)
+        if (error.empty()) error = write_file(folder + "/" + file.first, [&](const Put& put) { put(file.second.data(), file.second.size()); });
     return error;
 }
 

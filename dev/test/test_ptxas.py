@@ -15,25 +15,26 @@ import occupancy  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not nvcc(), reason=NO_NVCC)
 GPT2, LLAMA = ["nvcc-bf16", "nvcc-approxbp-bf16", "fp32"], ["llama-bf16", "llama-fp32"]
+FP32 = [80, 100]   # the architectures that fp32 is compiled for: one of each kind of register allocation
 each_variant = pytest.mark.parametrize("variant", GPT2 + LLAMA)
 
 @pytest.fixture(scope="module")
 def build(tmp_path_factory):
     """build(variant): what was said, what its kernels take, its PTX for sm_80, and the source of the trainer. The first two are built by
-    `make variants`, for all architectures; fp32 here, for one: test_gpt2, which has all of the trainer, so that nvcc has seen the test
+    `make variants`, for all architectures; fp32 here, for two: test_gpt2, which has all of the trainer, so that nvcc has seen the test
     too. Of train_llama it is the kernels that train_gpt2 has not, in every mode."""
     @functools.lru_cache(None)
     def of(variant):
         folder, source = tmp_path_factory.mktemp(variant), (ROOT / f"train_{'llama' if variant in LLAMA else 'gpt2'}.cu").read_text()
         if variant in LLAMA:
-            said, texts = occupancy.compile_llama(folder) if variant == "llama-bf16" else occupancy.compile_llama(folder, "-DFP32=1", architectures=[80])
+            said, texts = occupancy.compile_llama(folder, *(["-DFP32=1"] if variant == "llama-fp32" else []))
             assembled, used = occupancy.assemble(folder, texts, {kernel for twin in GPT2[:2] for kernel, _ in of(twin).used})
             return SimpleNamespace(said=said + assembled, used=used, ptx=texts[80], source=source)
         if variant == "fp32":
-            done = execute(nvcc(), "-cubin", "-O3", "-std=c++17", "-arch=sm_80", "-DFP32=1", "-Xptxas", "-v", "--keep", "--keep-dir", folder, "test_gpt2.cu",
-                           "-o", folder / "x.cubin", cwd=ROOT, timeout=600)
+            done = execute(nvcc(), "-fatbin", "-O3", "-std=c++17", *(x for a in FP32 for x in ("-gencode", f"arch=compute_{a},code=sm_{a}")), "-DFP32=1",
+                           "-Xptxas", "-v", "--keep", "--keep-dir", folder, "test_gpt2.cu", "-o", folder / "x.fatbin", cwd=ROOT, timeout=600)
             assert done.status == 0, done.err
-            said, file = done.out + done.err, next(folder.glob("*.ptx"))
+            said, file = done.out + done.err, next(folder.glob("*compute_80.ptx"))
         else:
             file = program(variant).parent / "train_gpt2.compute_80.ptx"
             said = (file.parent / "train_gpt2.log").read_text()
@@ -47,7 +48,7 @@ def test_no_kernel_spills(build, variant):
     """And nvcc has no warning."""
     b = build(variant)
     assert [line for line in b.said.splitlines() if re.search(r"warning|error", line, re.I)] == []
-    assert {target for _, target in b.used} == ({"sm_80"} if variant == "fp32" else set(occupancy.LIMITS))
+    assert {target for _, target in b.used} == ({f"sm_{a}" for a in FP32} if variant == "fp32" else set(occupancy.LIMITS))
     for target in {target for _, target in b.used}:
         kernels = [kernel for kernel, t in b.used if t == target]
         if variant in LLAMA:   # 6 each of RoPE and SwiGLU, 4 of the norm
