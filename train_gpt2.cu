@@ -140,11 +140,13 @@ inline cudaDataType_t cuda_dtype(DType type) { return type == F32 ? CUDA_R_32F :
 // not go on, 2 a command line that makes no sense, 3 a loss that is no longer a number.
 [[noreturn]] __attribute__((format(printf, 2, 3))) void fail_status(int status, const char* format, ...) {
     fflush(stdout);
-    fprintf(stderr, "%s: ", program_name);
+    char text[8192];
     va_list args;
     va_start(args, format);
-    vfprintf(stderr, format, args);
-    fputc('\n', stderr);
+    vsnprintf(text, sizeof text, format, args);
+    for (char* c = text; *c; c++)
+        if ((*c > 0 && *c < ' ' && *c != '\n') || *c == 127) *c = '?';   // what a file says must not steer a terminal
+    fprintf(stderr, "%s: %s\n", program_name, text);
     fflush(stderr);
 #ifdef MULTI_GPU
     int started = 0;
@@ -3591,6 +3593,7 @@ void safetensors_read(const SafeTensor& t, size_t first, size_t n, float* out) {
         if (fd >= 0) close(fd);
         open_path = t.file;
         fd = open(t.file.c_str(), O_RDONLY | O_CLOEXEC);
+        if (fd < 0) fail("cannot open %s again: %s", t.file.c_str(), strerror(errno));
     }
     std::vector<char> raw(n * size);
     size_t done = 0;
@@ -3622,6 +3625,7 @@ struct HfPiece {
         return shape;
     }
 };
+constexpr size_t PIECE = (size_t)1 << 20;   // elements that are on the host at a time; a transposed tensor is there as a whole
 std::vector<HfPiece> hf_pieces(const Config& c, int p, int layer);   // layer -1: of a tensor outside the blocks
 // Calls f(parameter, its first element, piece) for all of a model.
 void hf_walk(const Config& c, const std::function<void(int p, size_t first, const HfPiece& piece)>& f) {
@@ -3661,7 +3665,6 @@ void model_get(const Model& model, int p, size_t first, size_t n, float* values)
                              cudaMemcpyDeviceToHost));
     if (world_shards(all)) world_sum_host(values, n);
 }
-constexpr size_t PIECE = (size_t)1 << 20;   // elements that are on the host at a time; a transposed tensor is there as a whole
 void transpose(float* to, const float* from, size_t rows, size_t cols) {   // to (cols, rows), from (rows, cols)
     for (size_t r = 0; r < rows; r++)
         for (size_t c = 0; c < cols; c++) to[c * rows + r] = from[r * cols + c];
@@ -3678,13 +3681,47 @@ struct Source {
         return at == dtypes.end() ? dtype : at->second;
     }
 };
-// Reads all weights of a directory. Each must be there, in its shape, and nothing else that holds weights.
-Source hf_load(Model& model, const std::string& folder) {
-    HfModel m = hf_open(folder);
+// The headers of a directory's files, against its config: each weight must be there, once, in its shape, and nothing else that holds
+// weights. Completes the names.
+void hf_check(const Config& c, HfModel& m) {
     hf_complete_names(m);
     const auto twice = std::adjacent_find(m.tensors.begin(), m.tensors.end(), [](auto& a, auto& b) { return a.name == b.name; });
     if (twice != m.tensors.end())
         fail("%s: tensor %s is there twice, under a name with and one without its beginning", twice->file.c_str(), twice->name.c_str());
+    std::map<std::string, bool> wanted;
+    hf_walk(c, [&](int, size_t, const HfPiece& piece) {
+        const SafeTensor* t = m.find(piece.name);
+        if (t == nullptr) fail("%s: no tensor %s, which its config.json asks for; %s", m.folder.c_str(), piece.name.c_str(), HF_REMEDY);
+        if (t->dtype == BYTE)
+            fail("%s: tensor %s: expected elements of type F32, BF16 or F16, found %s", t->file.c_str(), t->name.c_str(), t->type.c_str());
+        if (t->shape != piece.shape())
+            fail("%s: tensor %s: expected the shape %s by config.json, found %s", t->file.c_str(), t->name.c_str(),
+                 shape_text(piece.shape()).c_str(), shape_text(t->shape).c_str());
+        wanted[piece.name] = true;
+    });
+    for (const SafeTensor& t : m.tensors)
+        if (!wanted.count(t.name) && !hf_ignores(c, t.name))
+            fail("%s: tensor %s is none of the model that config.json describes", t.file.c_str(), t.name.c_str());
+    // A tied head may be there once more. Readers disagree about which of two different ones counts.
+    const SafeTensor *head = m.find("lm_head.weight"), *wte = m.find(hf_pieces(c, WTE, -1)[0].name);
+    if (head == nullptr || wanted.count(head->name)) return;
+    bool same = head->shape == wte->shape && head->dtype == wte->dtype;
+    const size_t n = (size_t)c.V * c.C;
+    std::vector<float> a(std::min(PIECE, n)), b(a.size());
+    for (size_t at = 0; same && at < n; at += a.size()) {
+        const size_t count = std::min(a.size(), n - at);
+        safetensors_read(*head, at, count, a.data());
+        safetensors_read(*wte, at, count, b.data());
+        same = memcmp(a.data(), b.data(), count * sizeof(float)) == 0;
+    }
+    if (!same)
+        fail("%s: tensor %s is another than %s, but config.json says that they are one (tie_word_embeddings); remove the head, or untie it",
+             head->file.c_str(), head->name.c_str(), wte->name.c_str());
+}
+// Reads all weights of a directory.
+Source hf_load(Model& model, const std::string& folder) {
+    HfModel m = hf_open(folder);
+    hf_check(model.config, m);
     Source source = {m.config};
     for (const char* name : {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
                              "merges.txt", "tokenizer.model", "chat_template.jinja", "generation_config.json"}) {
@@ -3698,12 +3735,6 @@ Source hf_load(Model& model, const std::string& folder) {
     }
     hf_walk(model.config, [&](int p, size_t first, const HfPiece& piece) {
         const SafeTensor* t = m.find(piece.name);
-        if (t == nullptr) fail("%s: no tensor %s, which its config.json asks for; %s", m.folder.c_str(), piece.name.c_str(), HF_REMEDY);
-        if (t->dtype == BYTE)
-            fail("%s: tensor %s: expected elements of type F32, BF16 or F16, found %s", t->file.c_str(), t->name.c_str(), t->type.c_str());
-        if (t->shape != piece.shape())
-            fail("%s: tensor %s: expected the shape %s by config.json, found %s", t->file.c_str(), t->name.c_str(),
-                 shape_text(piece.shape()).c_str(), shape_text(t->shape).c_str());
         source.dtypes[piece.name] = t->dtype;
         const size_t chunk = piece.transposed ? piece.elements() : std::min(PIECE, piece.elements());
         std::vector<float> values(chunk), turned(piece.transposed ? chunk : 0);
@@ -3714,9 +3745,6 @@ Source hf_load(Model& model, const std::string& folder) {
             model_put(model, p, first + i, n, piece.transposed ? turned.data() : values.data());
         }
     });
-    for (const SafeTensor& t : m.tensors)
-        if (!source.dtypes.count(t.name) && !hf_ignores(model.config, t.name))
-            fail("%s: tensor %s is none of the model that config.json describes", t.file.c_str(), t.name.c_str());
     source.dtype = source.dtypes[hf_pieces(model.config, WTE, -1)[0].name];
     return source;
 }
@@ -3918,8 +3946,7 @@ Config hf_config(const HfModel& m) {
         if (config_flag(m, name, false)) config_refuse(m, name, "true", "false");
     for (const char* name : {"resid_pdrop", "embd_pdrop", "attn_pdrop"})
         if (config_number(m, name, 0) > 0 && world.rank == 0)
-            printf("note: %s/config.json has %s %g; this program trains without dropout\n", m.folder.c_str(), name,
-                   config_number(m, name, 0));
+            warn("note: %s/config.json has %s %g; this program trains without dropout", m.folder.c_str(), name, config_number(m, name, 0));
     return c;
 }
 void hf_config_json(const Config& c, Json& j) {   // into what the model came with
@@ -4338,8 +4365,18 @@ void check_name(const char* name, const std::string& path) {
         free(found);
         return text;
     };
-    if (!out.empty() && real(folder_of(path)) == real(out) && fnmatch(&CHECKPOINTS[1], base.substr(0, 13).c_str(), 0) == 0)
-        fail_option(name, "that name in --out is a checkpoint's; expected another");
+    const std::string model = *(std::string*)option("model").value, folder = real(folder_of(path));
+    const bool checkpoint = fnmatch(&CHECKPOINTS[1], base.substr(0, 13).c_str(), 0) == 0;
+    if (!out.empty() && folder == real(out) && (checkpoint || base == ".lock"))
+        fail_option(name, "that name in --out is a checkpoint's or the lock's; expected another");
+    if (is_folder(model.c_str()) && folder == real(model)) fail_option(name, "expected a name outside the directory of the model");
+    for (const char* other : {"log", "dump-gradients", "write-bin"})
+        for (const Option& o : options)
+            if (strcmp(o.name, other) == 0 && strcmp(name, other) != 0 && *(std::string*)o.value == path)
+                fail_option(name, "is the file of --%s as well; expected one for each", other);
+    struct stat st;
+    if (stat((path + ".tmp").c_str(), &st) == 0)
+        fail_option(name, "there is %s.tmp, under which it would be written first; remove that, or name another", path.c_str());
 }
 // One that is there is replaced if it begins as ours do, `at` bytes from its beginning.
 void check_output(const char* name, const std::string& path, size_t at, const std::string& begins) {
@@ -4598,6 +4635,10 @@ void pick_model(Run& run) {
         if (!size && world.rank == 0) printf("note: %s is not read: the run goes on from %s\n", s.model.c_str(), run.model_name());
     }
     model_check_config(c, run.model_name());
+    if (is_folder(run.model_file.c_str())) {   // before memory is taken and a folder made
+        HfModel m = hf_open(run.model_file);
+        hf_check(c, m);
+    }
     if (!given("seq-len")) s.T = std::min<int64_t>(s.T, c.maxT);
     if (s.T > c.maxT) bad_option("seq-len", "the model's longest sequence is %d", c.maxT);
     run.model.seed = s.seed;

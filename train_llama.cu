@@ -145,11 +145,13 @@ inline cudaDataType_t cuda_dtype(DType type) { return type == F32 ? CUDA_R_32F :
 // not go on, 2 a command line that makes no sense, 3 a loss that is no longer a number.
 [[noreturn]] __attribute__((format(printf, 2, 3))) void fail_status(int status, const char* format, ...) {
     fflush(stdout);
-    fprintf(stderr, "%s: ", program_name);
+    char text[8192];
     va_list args;
     va_start(args, format);
-    vfprintf(stderr, format, args);
-    fputc('\n', stderr);
+    vsnprintf(text, sizeof text, format, args);
+    for (char* c = text; *c; c++)
+        if ((*c > 0 && *c < ' ' && *c != '\n') || *c == 127) *c = '?';   // what a file says must not steer a terminal
+    fprintf(stderr, "%s: %s\n", program_name, text);
     fflush(stderr);
 #ifdef MULTI_GPU
     int started = 0;
@@ -1346,7 +1348,7 @@ __global__ void sum_kernel(float* sum, const float* x, bool accumulate, unsigned
 //     code         0     2     2     1     3     1     2     2      bits, from the last to the first: 10100111 01101000
 //     slope        0  1.04  1.04 -0.04     1 -0.04  1.04  1.04
 //
-// A framework's autograd keeps gate, silu(gate) and up, and there codes in place of gate save 2 - 1/8 bytes of each element. But
+// A framework's autograd keeps gate, silu(gate) and up, and there codes in place of gate save 14 bits of each element. But
 // whoever writes SwiGLU's backward by hand keeps gate and up alone and computes silu(gate) and its derivative from gate: exact, and
 // without the codes' F/8. So codes cost memory here; where the matmul after an activation needs no input of its own, they save some
 // (train_gpt2.cu). They are here to compare: what training does with them, and what others' trainers gain by them.
@@ -3774,6 +3776,7 @@ void safetensors_read(const SafeTensor& t, size_t first, size_t n, float* out) {
         if (fd >= 0) close(fd);
         open_path = t.file;
         fd = open(t.file.c_str(), O_RDONLY | O_CLOEXEC);
+        if (fd < 0) fail("cannot open %s again: %s", t.file.c_str(), strerror(errno));
     }
     std::vector<char> raw(n * size);
     size_t done = 0;
@@ -3805,6 +3808,7 @@ struct HfPiece {
         return shape;
     }
 };
+constexpr size_t PIECE = (size_t)1 << 20;   // elements that are on the host at a time; a transposed tensor is there as a whole
 std::vector<HfPiece> hf_pieces(const Config& c, int p, int layer);   // layer -1: of a tensor outside the blocks
 // Calls f(parameter, its first element, piece) for all of a model.
 void hf_walk(const Config& c, const std::function<void(int p, size_t first, const HfPiece& piece)>& f) {
@@ -3844,7 +3848,6 @@ void model_get(const Model& model, int p, size_t first, size_t n, float* values)
                              cudaMemcpyDeviceToHost));
     if (world_shards(all)) world_sum_host(values, n);
 }
-constexpr size_t PIECE = (size_t)1 << 20;   // elements that are on the host at a time; a transposed tensor is there as a whole
 void transpose(float* to, const float* from, size_t rows, size_t cols) {   // to (cols, rows), from (rows, cols)
     for (size_t r = 0; r < rows; r++)
         for (size_t c = 0; c < cols; c++) to[c * rows + r] = from[r * cols + c];
@@ -3861,13 +3864,47 @@ struct Source {
         return at == dtypes.end() ? dtype : at->second;
     }
 };
-// Reads all weights of a directory. Each must be there, in its shape, and nothing else that holds weights.
-Source hf_load(Model& model, const std::string& folder) {
-    HfModel m = hf_open(folder);
+// The headers of a directory's files, against its config: each weight must be there, once, in its shape, and nothing else that holds
+// weights. Completes the names.
+void hf_check(const Config& c, HfModel& m) {
     hf_complete_names(m);
     const auto twice = std::adjacent_find(m.tensors.begin(), m.tensors.end(), [](auto& a, auto& b) { return a.name == b.name; });
     if (twice != m.tensors.end())
         fail("%s: tensor %s is there twice, under a name with and one without its beginning", twice->file.c_str(), twice->name.c_str());
+    std::map<std::string, bool> wanted;
+    hf_walk(c, [&](int, size_t, const HfPiece& piece) {
+        const SafeTensor* t = m.find(piece.name);
+        if (t == nullptr) fail("%s: no tensor %s, which its config.json asks for; %s", m.folder.c_str(), piece.name.c_str(), HF_REMEDY);
+        if (t->dtype == BYTE)
+            fail("%s: tensor %s: expected elements of type F32, BF16 or F16, found %s", t->file.c_str(), t->name.c_str(), t->type.c_str());
+        if (t->shape != piece.shape())
+            fail("%s: tensor %s: expected the shape %s by config.json, found %s", t->file.c_str(), t->name.c_str(),
+                 shape_text(piece.shape()).c_str(), shape_text(t->shape).c_str());
+        wanted[piece.name] = true;
+    });
+    for (const SafeTensor& t : m.tensors)
+        if (!wanted.count(t.name) && !hf_ignores(c, t.name))
+            fail("%s: tensor %s is none of the model that config.json describes", t.file.c_str(), t.name.c_str());
+    // A tied head may be there once more. Readers disagree about which of two different ones counts.
+    const SafeTensor *head = m.find("lm_head.weight"), *wte = m.find(hf_pieces(c, WTE, -1)[0].name);
+    if (head == nullptr || wanted.count(head->name)) return;
+    bool same = head->shape == wte->shape && head->dtype == wte->dtype;
+    const size_t n = (size_t)c.V * c.C;
+    std::vector<float> a(std::min(PIECE, n)), b(a.size());
+    for (size_t at = 0; same && at < n; at += a.size()) {
+        const size_t count = std::min(a.size(), n - at);
+        safetensors_read(*head, at, count, a.data());
+        safetensors_read(*wte, at, count, b.data());
+        same = memcmp(a.data(), b.data(), count * sizeof(float)) == 0;
+    }
+    if (!same)
+        fail("%s: tensor %s is another than %s, but config.json says that they are one (tie_word_embeddings); remove the head, or untie it",
+             head->file.c_str(), head->name.c_str(), wte->name.c_str());
+}
+// Reads all weights of a directory.
+Source hf_load(Model& model, const std::string& folder) {
+    HfModel m = hf_open(folder);
+    hf_check(model.config, m);
     Source source = {m.config};
     for (const char* name : {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
                              "merges.txt", "tokenizer.model", "chat_template.jinja", "generation_config.json"}) {
@@ -3881,12 +3918,6 @@ Source hf_load(Model& model, const std::string& folder) {
     }
     hf_walk(model.config, [&](int p, size_t first, const HfPiece& piece) {
         const SafeTensor* t = m.find(piece.name);
-        if (t == nullptr) fail("%s: no tensor %s, which its config.json asks for; %s", m.folder.c_str(), piece.name.c_str(), HF_REMEDY);
-        if (t->dtype == BYTE)
-            fail("%s: tensor %s: expected elements of type F32, BF16 or F16, found %s", t->file.c_str(), t->name.c_str(), t->type.c_str());
-        if (t->shape != piece.shape())
-            fail("%s: tensor %s: expected the shape %s by config.json, found %s", t->file.c_str(), t->name.c_str(),
-                 shape_text(piece.shape()).c_str(), shape_text(t->shape).c_str());
         source.dtypes[piece.name] = t->dtype;
         const size_t chunk = piece.transposed ? piece.elements() : std::min(PIECE, piece.elements());
         std::vector<float> values(chunk), turned(piece.transposed ? chunk : 0);
@@ -3897,9 +3928,6 @@ Source hf_load(Model& model, const std::string& folder) {
             model_put(model, p, first + i, n, piece.transposed ? turned.data() : values.data());
         }
     });
-    for (const SafeTensor& t : m.tensors)
-        if (!source.dtypes.count(t.name) && !hf_ignores(model.config, t.name))
-            fail("%s: tensor %s is none of the model that config.json describes", t.file.c_str(), t.name.c_str());
     source.dtype = source.dtypes[hf_pieces(model.config, WTE, -1)[0].name];
     return source;
 }
@@ -4090,16 +4118,19 @@ void hf_complete_names(HfModel& m) {
 }
 // transformers 5 writes all of it into rope_parameters, 4 into rope_theta and rope_scaling, with "type" for "rope_type" in old files.
 Rope hf_rope(const HfModel& m) {
-    const bool newer = config_value(m, "rope_parameters", Json::OBJECT, "an object") != nullptr;
-    const char* name = newer ? "rope_parameters" : "rope_scaling";
-    HfModel part;
-    part.folder = m.folder;
-    if (const Json* j = config_value(m, name, Json::OBJECT, "an object")) part.config = *j;
-    Rope r = {(float)config_number(newer && part.config["rope_theta"].type != Json::ABSENT ? part : m, "rope_theta", 10000)};
+    const Json *newer = config_value(m, "rope_parameters", Json::OBJECT, "an object");
+    const Json *older = config_value(m, "rope_scaling", Json::OBJECT, "an object");
+    const bool old = older != nullptr && !older->names.empty();   // it counts where both are there
+    const char* name = old || newer == nullptr ? "rope_scaling" : "rope_parameters";
+    HfModel part, with_theta;
+    part.folder = with_theta.folder = m.folder;
+    if (newer != nullptr) part.config = with_theta.config = *newer;
+    if (old) part.config = *older;
+    Rope r = {(float)config_number(with_theta, "rope_theta", config_number(m, "rope_theta", 10000))};
     const std::string type = config_text(part, "rope_type", config_text(part, "type", "default").c_str());
     auto need = [&](const char* key) {
         const double x = config_number(part, key, 0);
-        if (!(x > 0 && x < 1e9)) fail("%s/config.json: %s: rope_type %s needs a %s above 0", m.folder.c_str(), name, type.c_str(), key);
+        if (!(x > 0 && x < 1e9)) fail("%s/config.json: %s: rope_type %s needs %s, between 0 and 10^9", m.folder.c_str(), name, type.c_str(), key);
         return (float)x;
     };
     for (size_t i = 0; i < part.config.values.size(); i++)
@@ -4118,6 +4149,7 @@ Rope hf_rope(const HfModel& m) {
     if (r.high <= r.low) fail("%s/config.json: %s: expected high_freq_factor above low_freq_factor", m.folder.c_str(), name);
     return r;
 }
+int size_of_heads(const Config& c) { return c.C % c.NH == 0 ? c.C / c.NH : 0; }   // where none is given; 0: there is none
 // The model that a config.json describes. What it asks for and we do not do is refused.
 Config hf_config(const HfModel& m) {
     const std::string type = config_text(m, "model_type", "");
@@ -4127,23 +4159,26 @@ Config hf_config(const HfModel& m) {
     c.V = (int)config_int(m, "vocab_size"), c.C = (int)config_int(m, "hidden_size"), c.F = (int)config_int(m, "intermediate_size");
     c.L = (int)config_int(m, "num_hidden_layers"), c.NH = (int)config_int(m, "num_attention_heads");
     c.NKV = (int)config_int(m, "num_key_value_heads", c.NH);
-    c.head_size = (int)config_int(m, "head_dim", type == "qwen3" ? 128 : c.C / c.NH);
-    c.maxT = (int)config_int(m, "max_position_embeddings", type == "llama" ? 2048 : 32768);
+    c.head_size = (int)config_int(m, "head_dim", type == "qwen3" ? 128 : size_of_heads(c));
+    c.maxT = (int)config_int(m, "max_position_embeddings", type == "llama" ? 2048 : type == "mistral" ? 131072 : 32768);
     c.Vp = padded(c.V);
     c.eps = config_eps(m, "rms_norm_eps", 1e-6);
     c.rope = hf_rope(m);
     c.tied = config_flag(m, "tie_word_embeddings", false), c.qkv_bias = type == "qwen2", c.qk_norm = type == "qwen3";
-    if (config_text(m, "hidden_act", "silu") != "silu") config_refuse(m, "hidden_act", config_text(m, "hidden_act", ""), "silu");
+    const std::string act = config_text(m, "hidden_act", "silu");
+    if (act != "silu" && act != "swish") config_refuse(m, "hidden_act", act, "silu");
     for (const char* name : {"attention_bias", "mlp_bias"})
         if (config_flag(m, name, false)) config_refuse(m, name, "true", "false");
-    for (const char* name : {"quantization_config", "attn_logit_softcapping", "final_logit_softcapping", "num_local_experts"})
+    for (const char* name : {"quantization_config", "attn_logit_softcapping", "final_logit_softcapping", "num_local_experts", "num_experts",
+                             "logits_scaling", "embedding_multiplier", "residual_multiplier", "attention_multiplier"})
         if (m.config[name].type > Json::JSON_NULL) config_refuse(m, name, "there", "none");
     if (config_number(m, "attention_dropout", 0) > 0 && world.rank == 0)
-        printf("note: %s/config.json has attention_dropout %g; this program trains without dropout\n", m.folder.c_str(),
-               config_number(m, "attention_dropout", 0));
+        warn("note: %s/config.json has attention_dropout %g; this program trains without dropout", m.folder.c_str(),
+             config_number(m, "attention_dropout", 0));
     // A window that is at least as long as the sequence hides nothing, so sequences may have its length.
     bool slides = type == "mistral" || config_flag(m, "use_sliding_window", false);
-    for (const Json& layer : m.config["layer_types"].values) {
+    const Json* layers = config_value(m, "layer_types", Json::ARRAY, "a list");
+    for (const Json& layer : layers ? layers->values : std::vector<Json>()) {
         if (layer.text != "full_attention" && layer.text != "sliding_attention")
             config_refuse(m, "layer_types", "'" + layer.text + "'", "full_attention");
         slides |= layer.text == "sliding_attention";
@@ -4152,7 +4187,7 @@ Config hf_config(const HfModel& m) {
     const int window = !slides ? 0 : silent ? 4096 : (int)config_int(m, "sliding_window", 0);   // 4096: Mistral's, unless it says null
     if (window > 0 && window < c.maxT) {
         if (world.rank == 0)
-            printf("note: %s/config.json has a sliding window; sequences may be as long as it, %d\n", m.folder.c_str(), window);
+            warn("note: %s/config.json has a sliding window; sequences may be as long as it, %d", m.folder.c_str(), window);
         c.maxT = window;
     }
     return c;
@@ -4180,17 +4215,16 @@ void hf_config_json(const Config& c, Json& j) {
     };
     fill("hidden_act", json_string("silu"));
     fill("max_position_embeddings", json_sizes({(size_t)c.maxT}).values[0]);
-    if (j["rope_parameters"].type != Json::OBJECT) {
-        fill("rope_theta", json_number_value(c.rope.theta));
-        if (c.rope.scaling != ROPE_PLAIN && j["rope_scaling"].type != Json::OBJECT) {
-            Json& scaling = j.set("rope_scaling", json_object());
-            scaling.set("rope_type", json_string(c.rope.scaling == ROPE_LINEAR ? "linear" : "llama3"));
-            scaling.set("factor", json_number_value(c.rope.factor));
-            if (c.rope.scaling == ROPE_LLAMA3) {
-                scaling.set("low_freq_factor", json_number_value(c.rope.low));
-                scaling.set("high_freq_factor", json_number_value(c.rope.high));
-                scaling.set("original_max_position_embeddings", json_sizes({(size_t)c.rope.original}).values[0]);
-            }
+    // For transformers 4, also beside the rope_parameters of 5, which 4 does not read: it would take 10000 and no scaling.
+    fill("rope_theta", json_number_value(c.rope.theta));
+    if (c.rope.scaling != ROPE_PLAIN && j["rope_scaling"].type != Json::OBJECT) {
+        Json& scaling = j.set("rope_scaling", json_object());
+        scaling.set("rope_type", json_string(c.rope.scaling == ROPE_LINEAR ? "linear" : "llama3"));
+        scaling.set("factor", json_number_value(c.rope.factor));
+        if (c.rope.scaling == ROPE_LLAMA3) {
+            scaling.set("low_freq_factor", json_number_value(c.rope.low));
+            scaling.set("high_freq_factor", json_number_value(c.rope.high));
+            scaling.set("original_max_position_embeddings", json_sizes({(size_t)c.rope.original}).values[0]);
         }
     }
     for (const char* name : {"bos_token_id", "eos_token_id"})   // as our own vocabularies have it
@@ -4544,8 +4578,18 @@ void check_name(const char* name, const std::string& path) {
         free(found);
         return text;
     };
-    if (!out.empty() && real(folder_of(path)) == real(out) && fnmatch(&CHECKPOINTS[1], base.substr(0, 13).c_str(), 0) == 0)
-        fail_option(name, "that name in --out is a checkpoint's; expected another");
+    const std::string model = *(std::string*)option("model").value, folder = real(folder_of(path));
+    const bool checkpoint = fnmatch(&CHECKPOINTS[1], base.substr(0, 13).c_str(), 0) == 0;
+    if (!out.empty() && folder == real(out) && (checkpoint || base == ".lock"))
+        fail_option(name, "that name in --out is a checkpoint's or the lock's; expected another");
+    if (is_folder(model.c_str()) && folder == real(model)) fail_option(name, "expected a name outside the directory of the model");
+    for (const char* other : {"log", "dump-gradients", "write-bin"})
+        for (const Option& o : options)
+            if (strcmp(o.name, other) == 0 && strcmp(name, other) != 0 && *(std::string*)o.value == path)
+                fail_option(name, "is the file of --%s as well; expected one for each", other);
+    struct stat st;
+    if (stat((path + ".tmp").c_str(), &st) == 0)
+        fail_option(name, "there is %s.tmp, under which it would be written first; remove that, or name another", path.c_str());
 }
 // One that is there is replaced if it begins as ours do, `at` bytes from its beginning.
 void check_output(const char* name, const std::string& path, size_t at, const std::string& begins) {
@@ -4656,7 +4700,7 @@ bool model_parse_size(const std::string& text, Config& c) {
                       "layers, heads, key-value heads, channels, channels of a head, of the MLP, longest sequence, vocabulary",
                       model_example(257));
         if (c.NKV == 0) c.NKV = c.NH;
-        if (c.head_size == 0) c.head_size = c.C / c.NH;
+        if (c.head_size == 0) c.head_size = size_of_heads(c);
         if (c.F == 0) c.F = ceil_div((size_t)c.C * 8, 3 * 32) * 32;
     }
     c.Vp = padded(c.V);
@@ -4664,13 +4708,14 @@ bool model_parse_size(const std::string& text, Config& c) {
 }
 
 // What the kernels can do: whole vectors of 8 everywhere, heads whose row fits the registers of 4 threads, and a norm's row that fits
-// the shared memory which every GPU gives. And what transformers would not load. `from` is the size or the directory that asks for it.
+// the shared memory which every GPU gives. `from` is the size or the directory that asks for it.
 void model_check_config(const Config& c, const char* from) {
     const int most = (int)(48 * 1024 / sizeof(floatX)) / 2;
     const std::string option = typed("model") + " " + from;
-    if (c.C % c.NH != 0 || c.NH % c.NKV != 0)
-        fail_usage("%s: C %d, %d heads, %d key-value heads; expected heads that divide C, and key-value heads that divide the heads",
-                   option.c_str(), c.C, c.NH, c.NKV);
+    if (c.head_size == 0)
+        fail_usage("%s: C %d, %d heads, and no size of a head (head_dim, or D); expected one, or heads that divide C", option.c_str(), c.C, c.NH);
+    if (c.NH % c.NKV != 0)
+        fail_usage("%s: %d heads, %d key-value heads; expected key-value heads that divide the heads", option.c_str(), c.NH, c.NKV);
     if (c.head_size < 8 || c.head_size % 8 != 0 || c.head_size > 128)
         fail_usage("%s: heads of %d channels; expected a multiple of 8 up to 128", option.c_str(), c.head_size);
     if (c.C % 8 != 0 || c.F % 8 != 0 || c.C > most || c.L > 1 << 12 || c.F > 1 << 20 || c.NH > 1 << 10)
@@ -4828,6 +4873,10 @@ void pick_model(Run& run) {
         if (!size && world.rank == 0) printf("note: %s is not read: the run goes on from %s\n", s.model.c_str(), run.model_name());
     }
     model_check_config(c, run.model_name());
+    if (is_folder(run.model_file.c_str())) {   // before memory is taken and a folder made
+        HfModel m = hf_open(run.model_file);
+        hf_check(c, m);
+    }
     if (!given("seq-len")) s.T = std::min<int64_t>(s.T, c.maxT);
     if (s.T > c.maxT) bad_option("seq-len", "the model's longest sequence is %d", c.maxT);
     run.model.seed = s.seed;

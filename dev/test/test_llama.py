@@ -259,20 +259,26 @@ def test_names_without_model_and_frequencies_in_the_file(lab):
     assert read_safetensors(lab.path(f"out/{names(1)[0]}")) == tensors
 
 def test_what_it_does_not_know_of_a_config_stays(lab):
-    """And what it does know is not written twice, in the words of another version."""
+    """And what transformers 5 calls rope_parameters is written in the words of 4, too, which would not find it there."""
     rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 16}
     directory(lab, rope_parameters=rope, rope_theta="absent", torch_dtype="absent", dtype="bfloat16", eos_token_id=[1, 2], pad_token_id=None, some={"a": [1.5]})
     train(lab, "-x", 1, "-l", 0, "-o", "out", model="in")
     before, after = (json.loads(lab.path(name).read_text()) for name in ("in/config.json", f"out/{names(1)[1]}"))
-    assert after == {**before, "torch_dtype": "bfloat16"}
+    scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
+    assert after == {**before, "torch_dtype": "bfloat16", "rope_theta": 5e5, "rope_scaling": scaling}
 
 @pytest.mark.parametrize("change, parts", [
     ({"model_type": "gemma2"}, ["model_type is 'gemma2'", "expected llama, mistral, qwen2 or qwen3"]),
     ({"model_type": "absent"}, ["model_type is ''"]),
     ({"rope_scaling": {"rope_type": "yarn", "factor": 4}}, ["rope_type is 'yarn'", "default, linear or llama3"]),
     ({"rope_scaling": {"type": "dynamic", "factor": 2}}, ["rope_type is 'dynamic'"]),
-    ({"rope_parameters": {"rope_type": "llama3", "factor": 4}}, ["rope_type llama3 needs a low_freq_factor"]),
-    ({"rope_scaling": {"rope_type": "linear", "factor": -1}}, ["rope_type linear needs a factor above 0"]),
+    ({"rope_parameters": {"rope_type": "llama3", "factor": 4}}, ["rope_type llama3 needs low_freq_factor, between 0"]),
+    ({"rope_scaling": {"rope_type": "linear", "factor": -1}}, ["rope_type linear needs factor, between 0"]),
+    ({"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "yarn", "factor": 4}}, ["rope_type is 'yarn'"]),
+    ({"layer_types": "sliding_attention"}, ["layer_types: expected a list"]),
+    ({"num_experts": 8}, ["num_experts"]),
+    ({"num_attention_heads": 5, "num_key_value_heads": 5, "head_dim": None}, ["no size of a head"]),
+    ({"model_type": "a\u001b[31m"}, ["model_type is 'a?[31m'"]),
     ({"rope_scaling": {"rope_type": "linear", "factor": "4"}}, ["factor: expected a number"]),
     ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, ["rope_parameters", "'full_attention'"]),
     ({"rope_theta": 0}, ["rope_theta"]),
@@ -301,11 +307,38 @@ def test_what_a_config_asks_for_and_we_do_not(lab, change, parts):
     says(done.err, *parts)
     assert "simt" not in done.err and "Segmentation" not in done.err
 
-def test_a_tied_head_in_the_file_is_the_embedding(lab):
-    """transformers ties what its config says, whatever the file has."""
+def test_a_tied_head_in_the_file(lab):
+    """It may be the embedding once more. transformers 4 takes the embedding where they differ, 5 takes the head: neither is ours to choose."""
     tensors = directory(lab, tie_word_embeddings=True)
+    says(train(lab, "-o", "out", model="in", status=1).err, "lm_head.weight is another than model.embed_tokens.weight", "tie_word_embeddings")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    lab.path("in/model.safetensors").write_bytes(safetensors_bytes(tensors))
     train(lab, "-x", 1, "-l", 0, "-o", "out", model="in")
     assert read_safetensors(lab.path(f"out/{names(1)[0]}")) == {name: t for name, t in tensors.items() if name != "lm_head.weight"}
+
+def test_notes_do_not_spoil_an_estimate(lab):
+    directory(lab, attention_dropout=0.1, model_type="mistral", sliding_window=16)
+    done = lab.run("--estimate=json", "-e", "in", "-b", 1, "-t", 16, **LLAMA)
+    assert json.loads(done.out)["total_bytes"] > 0
+    says(done.err, "attention_dropout 0.1", "sliding window")
+
+def test_what_is_refused_leaves_no_folder(lab):
+    """Weights that are missing are found before a folder is made."""
+    directory(lab, num_hidden_layers=3)
+    says(train(lab, "-o", "out", model="in", status=1).err, "no tensor model.layers.2.")
+    assert not lab.path("out").exists()
+
+@pytest.mark.parametrize("given, parts", [
+    (["--dump-gradients", "in/g.safetensors"], ["outside the directory of the model"]), (["--log", "in/log"], ["outside the directory"]),
+    (["--log", "x", "--dump-gradients", "x"], ["--log as well"]), (["-o", "out", "--dump-gradients", "out/.lock"], ["the lock's"]),
+    (["--dump-gradients", "g"], ["g.tmp", "written first"])])
+def test_outputs_that_collide(lab, given, parts):
+    directory(lab)
+    lab.path("out").mkdir()
+    lab.path("g.tmp").write_text("mine")
+    before = {name: lab.files(name) for name in ("in", "out")}
+    says(lab.run(*options("-e", "in", "-x", 1, *given), status=1, **LLAMA).err, *parts)
+    assert before == {name: lab.files(name) for name in ("in", "out")} and lab.path("g.tmp").read_text() == "mine"
 
 @pytest.mark.parametrize("typed, parts", [
     ("llama:L2,H4", ["expected C among the sizes", "llama:L4,H4,K2,C128,F352,T128,V257"]), ("llama:L2,H4,C32,Z1", ["expected a size like"]),
