@@ -2971,8 +2971,9 @@ double model_flops_per_token(const Config& c, int T) {
 
 // ==== 8. files ===================================================================================================================
 // Models are Hugging Face's directories; tokens and the states of runs are llm.c's files, little-endian, with a header of 256 int32. A
-// reader trusts nothing: before it allocates, it compares the magic, the version and all sizes with the real size of the file. A writer renames a file from a temporary name when all its
-// bytes are on the disk, so that a name always stands for a whole file. Only regular files are replaced.
+// reader trusts nothing: before it allocates, it compares the magic, the version and all sizes with the real size of the file. A writer
+// renames a file from a temporary name when all its bytes are on the disk, so that a name always stands for a whole file. Only regular
+// files are replaced.
 
 constexpr int HEADER_INTS = 256;
 constexpr size_t HEADER_BYTES = HEADER_INTS * sizeof(int32_t);
