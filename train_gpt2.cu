@@ -4,6 +4,7 @@ GPT-2 in one file: training and fine-tuning in CUDA C, with every layer's forwar
     make train_gpt2                                              # or, on one GPU and nothing but the CUDA Toolkit:
     nvcc -O3 -std=c++17 -arch=sm_90 train_gpt2.cu -lcublasLt -o train_gpt2
     ./train_gpt2 -e gpt2:L4,H4,C128,T64,V257 -i data/train.bin -j data/val.bin -b 16 -t 64
+    ./train_gpt2 -e DIR -i data/train.bin -j data/val.bin -o run # DIR: a GPT-2 as Hugging Face has it; run/step_...: another
     ./train_gpt2 --estimate -e d12 -b 64 -t 1024                 # what it would take, before anything is allocated
     ./train_gpt2 --help
 
@@ -16,11 +17,13 @@ CONTENTS, in the order in which one would teach them. Who knows the parts starts
     5. optimizer                     gradient norm, the verdict on a step, AdamW
     6. many GPUs                     NCCL, optimizer sharding
     7. the model                     configuration, the tensor table (the ledger), forward, loss, backward, update
-    8. files                         tokens, checkpoints, logs, text
+    8. files                         tokens, model directories, checkpoints, logs, text
     9. main                          the command line and the loop
 
 Every kernel has a file in dev/cuda with simpler versions, from the loop of a textbook to the one that stands here, and its tests.
-
+*/
+// ==== twin: primer
+/*
 A PRIMER OF THE GPU. kernel<<<grid, block, shared_bytes, stream>>>(...) launches a __global__ function: the GPU runs it once per
 thread, and the call returns at once. Threads come in blocks, mostly of 256 here, and blocks in a grid; a thread finds its part of
 the work from threadIdx, blockIdx, blockDim and gridDim. Kernels given to one stream run one after the other.
@@ -36,7 +39,9 @@ the work from threadIdx, blockIdx, blockDim and gridDim. Kernels given to one st
     of 128 bytes. Shared memory is divided into 32 banks, each 4 bytes wide: lanes that want different words of one bank take turns.
   - Most kernels here do little arithmetic for each byte, so the time they take is the bytes they move. Matmuls and attention do
     much, and run on the tensor cores, which multiply small matrices.
-
+*/
+// ==== end twin
+/*
 SHAPES. B batch, T time, C channels, NH heads, HS = C / NH head size, V vocabulary, Vp the vocabulary padded to a multiple of 128,
 L layers, rows = B*T. All matrices are row-major; a weight is (out, in) as in PyTorch.
 
@@ -60,12 +65,14 @@ Nothing here uses a float atomic and every sum has one fixed order, so two runs 
 equal to the bit. Sections between "==== twin" marks stand in train_llama.cu too, byte for byte (make twins).
 */
 const char* program_name = "train_gpt2";   // before every message
-// ==== twin: numbers and errors
+constexpr bool kRMSNorm = false;           // GPT-2 has LayerNorm
+// ==== twin: numbers and errors, embedding, column sums, norm, matmul, attention
 // ==== 1. numbers and errors ======================================================================================================
 
 #include <ctype.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <fnmatch.h>
 #include <glob.h>
 #include <limits.h>
 #include <math.h>
@@ -84,6 +91,7 @@ const char* program_name = "train_gpt2";   // before every message
 
 #include <algorithm>
 #include <functional>
+#include <map>
 #include <numeric>
 #include <string>
 #include <utility>
@@ -120,11 +128,11 @@ static_assert(kActBits >= 0 && kActBits <= 4, "APPROX_ACT is 0 (exact) or 1 to 4
 
 // The type of weights, activations and (with one micro-batch per step) gradients. Arithmetic is always fp32.
 using floatX = std::conditional_t<kFP32, float, __nv_bfloat16>;
-enum DType { F32, BF16, I32, BYTE };
+enum DType { F32, BF16, F16, I32, BYTE };
 constexpr DType FLOATX = kFP32 ? F32 : BF16;
-inline size_t dtype_size(DType type) { return type == BF16 ? 2 : type == BYTE ? 1 : 4; }
+inline size_t dtype_size(DType type) { return type == BF16 || type == F16 ? 2 : type == BYTE ? 1 : 4; }
 inline const char* dtype_name(DType type) {
-    return type == F32 ? "fp32" : type == BF16 ? "bf16" : type == I32 ? "int32" : "byte";
+    return type == F32 ? "fp32" : type == BF16 ? "bf16" : type == F16 ? "fp16" : type == I32 ? "int32" : "byte";
 }
 inline cudaDataType_t cuda_dtype(DType type) { return type == F32 ? CUDA_R_32F : CUDA_R_16BF; }
 
@@ -132,11 +140,13 @@ inline cudaDataType_t cuda_dtype(DType type) { return type == F32 ? CUDA_R_32F :
 // not go on, 2 a command line that makes no sense, 3 a loss that is no longer a number.
 [[noreturn]] __attribute__((format(printf, 2, 3))) void fail_status(int status, const char* format, ...) {
     fflush(stdout);
-    fprintf(stderr, "%s: ", program_name);
+    char text[8192];
     va_list args;
     va_start(args, format);
-    vfprintf(stderr, format, args);
-    fputc('\n', stderr);
+    vsnprintf(text, sizeof text, format, args);
+    for (char* c = text; *c; c++)
+        if ((*c > 0 && *c < ' ' && *c != '\n') || *c == 127) *c = '?';   // what a file says must not steer a terminal
+    fprintf(stderr, "%s: %s\n", program_name, text);
     fflush(stderr);
 #ifdef MULTI_GPU
     int started = 0;
@@ -303,24 +313,24 @@ struct NvtxRange {   // names a part of the timeline in Nsight Systems
     explicit NvtxRange(const std::string& name) { nvtxRangePushA(name.c_str()); }
     ~NvtxRange() { nvtxRangePop(); }
 };
-// ==== end twin
+
 // ==== 2. layers ==================================================================================================================
-constexpr bool kRMSNorm = false;   // GPT-2 has LayerNorm
 
 // ---- embedding
-// out[b,t,:] = wte[token[b,t],:] + wpe[t,:]. A thread makes 8 neighbouring channels. (dev/cuda/embedding.cu)
+// out[b,t,:] = wte[token[b,t],:] + wpe[t,:]. A thread makes 8 neighbouring channels. Models that turn queries and keys by their
+// position (RoPE) have no wpe. (dev/cuda/embedding.cu)
 __global__ void embedding_forward_kernel(floatX* out, const int* tokens, const floatX* wte, const floatX* wpe, size_t n, int T, int C) {
     size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC;
     if (i >= n) return;
     size_t bt = i / C;
     int c = (int)(i % C);
     Floats e = load(wte + (size_t)tokens[bt] * C + c);
-    e += load(wpe + (bt % T) * C + c);
+    if (wpe != nullptr) e += load(wpe + (bt % T) * C + c);
     store(out + i, e);
 }
 void embedding_forward(floatX* out,                               // (B, T, C)
                        const int* tokens,                         // (B, T)
-                       const floatX* wte, const floatX* wpe,      // (Vp, C), (maxT, C)
+                       const floatX* wte, const floatX* wpe,      // (Vp, C), (maxT, C) or null
                        int B, int T, int C, cudaStream_t stream) {
     check_vec("embedding_forward: C", C);
     size_t n = (size_t)B * T * C;
@@ -378,7 +388,6 @@ void embedding_backward(Grad dwte,                // (Vp, C) or null; rows of to
     cudaCheck(cudaGetLastError());
 }
 
-// ==== twin: column sums, norm, matmul, attention
 // ---- column sums: the gradients of biases, gamma and beta
 // The gradient of a bias, and of a norm's gamma and beta, is a sum over the rows of a tensor. For a 2 x 8 tensor d:
 //
@@ -470,7 +479,7 @@ void bias_backward(Grad dbias, float* scratch,   // (OC); COLSUM_SLICES * OC flo
 }
 
 // ---- norm, together with the residual addition before it
-//     x = inp + add,   z = (x - mean) * rstd,   out = gamma * z + beta           over the C channels of a row
+//     x = inp + add,   z = (x - mean) * rstd,   rstd = 1 / sqrt(var + eps),   out = gamma * z + beta     over a row's C channels
 //
 // This is LayerNorm (Ba et al., arXiv 1607.06450). RMSNorm (Zhang and Sennrich, arXiv 1910.07467) is the same without mean and
 // beta. A warp owns a row, so its sums need no barrier. Each lane needs its elements three times, so it parks them in shared
@@ -478,13 +487,12 @@ void bias_backward(Grad dbias, float* scratch,   // (OC); COLSUM_SLICES * OC flo
 //
 // MS_LN (section 3): out is z itself, for a matmul whose weight has gamma and beta folded in, and the mean is not kept.
 
-constexpr float NORM_EPS = 1e-5f;
 // warps (that is, rows) per block: their rows must fit 48 KB of shared memory
 inline int norm_warps(int C) { return (int)std::clamp(48 * 1024 / ((size_t)C * sizeof(floatX)), (size_t)1, (size_t)4); }
 
 template <bool MS_LN, bool RMS>
 __global__ void add_norm_forward_kernel(floatX* residual, floatX* out, float* mean, float* rstd, const floatX* inp,
-                                        const floatX* add, const floatX* gamma, const floatX* beta, int rows, int C) {
+                                        const floatX* add, const floatX* gamma, const floatX* beta, float eps, int rows, int C) {
     extern __shared__ Vec norm_rows[];
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     int row = blockIdx.x * (blockDim.x / 32) + warp;
@@ -507,7 +515,7 @@ __global__ void add_norm_forward_kernel(floatX* residual, floatX* out, float* me
         Floats f = widen(x[c / VEC]);
         for (int k = 0; k < VEC; k++) square += (f[k] - mu) * (f[k] - mu);
     }
-    float rs = rsqrtf(warp_sum(square) / C + NORM_EPS);
+    float rs = rsqrtf(warp_sum(square) / C + eps);
     for (int c = lane * VEC; c < C; c += 32 * VEC) {
         Floats f = widen(x[c / VEC]);
         for (int k = 0; k < VEC; k++) f[k] = (f[k] - mu) * rs;
@@ -531,13 +539,13 @@ void add_norm_forward(floatX* residual,                           // (rows, C) o
                       float* mean, float* rstd,                   // (rows) each; MS_LN, RMS: no mean is written
                       const floatX* inp, const floatX* add,       // (rows, C) each; add may be null
                       const floatX* gamma, const floatX* beta,    // (C) each; MS_LN: neither is read, RMS: no beta
-                      int rows, int C, cudaStream_t stream) {
+                      float eps, int rows, int C, cudaStream_t stream) {
     check_vec("add_norm_forward: C", C);
     const int most = 48 * 1024 / sizeof(floatX);
     if (C > most) fail("add_norm_forward: C is %d: expected at most %d, because a row must fit 48 KB of shared memory", C, most);
     int warps = norm_warps(C);
     add_norm_forward_kernel<MS_LN, RMS><<<ceil_div(rows, warps), warps * 32, warps * C * sizeof(floatX), stream>>>(
-        residual, out, mean, rstd, inp, add, gamma, beta, rows, C);
+        residual, out, mean, rstd, inp, add, gamma, beta, eps, rows, C);
     cudaCheck(cudaGetLastError());
 }
 
@@ -559,7 +567,8 @@ template <bool MS_LN, bool RMS> __device__ inline Floats norm_z(const floatX* ke
     return x;
 }
 constexpr int NORM_ROWS = 8;
-constexpr int NORM_THREADS = 512;   // at most: 4096 columns; where there are more, further blocks compute the means once more
+constexpr int NORM_THREADS = kFP32 ? 256 : 512;   // at most: 4096 columns, 2048 in fp32, which takes more registers; where there
+// are more columns, further blocks compute the means once more
 template <bool MS_LN, bool RMS>
 __global__ void __launch_bounds__(NORM_THREADS, 1)   // the 1: it needs up to 99 registers, and room for two such blocks leaves 64
 add_norm_backward_kernel(floatX* dresidual, float* partial, const floatX* dout, const floatX* kept, const float* mean,
@@ -949,7 +958,7 @@ attention_backward_kernel(floatX* dqkv, float* delta, const floatX* dout, const 
         for (int t0 = KEYS ? block.first : 0, end = KEYS ? T : min(block.first + ATT_ROWS, T); t0 < end; t0 += ATT_TILE) {
             att_load_tiles<SHARES>(x_tile, x, shape.stride(), y_tile, y, y_stride, t0, shape);
             if (!__any_sync(ALL_LANES, KEYS ? row < t0 + ATT_TILE : t0 <= row)) continue;
-#pragma unroll 2
+#pragma unroll KEYS ? 1 : 2   // two at a time would take more registers than there are
             for (int i = 0; i < ATT_TILE; i++) {
                 const int query = KEYS ? t0 + i : row, key = KEYS ? row : t0 + i;
                 const bool sees = key <= query && query < T;   // or else p = 0
@@ -985,6 +994,7 @@ void attention_backward_launch(floatX* dqkv, Grad dbias, float* delta, float* sc
 }
 // ==== end twin
 // ---- activation: GELU
+const char* ACT_NAME = "GELU";
 // GPT-2's GELU is the tanh form 0.5 x (1 + tanh(u)), u = sqrt(2/pi) (x + 0.044715 x^3). Since 0.5 (1 + tanh(u)) is the sigmoid of
 // 2u, it is x * sigmoid(2u): one exponential, and no cancellation where tanh is near -1. (dev/cuda/gelu.cu)
 constexpr float GELU_SCALE = 0.79788456080286536f;   // sqrt(2/pi)
@@ -2025,6 +2035,11 @@ double world_reduce(double mine, bool least) {   // of numbers on the host: thei
 double world_sum(double mine) { return world_reduce(mine, false); }
 double world_min(double mine) { return world_reduce(mine, true); }
 void world_barrier() { world_sum(0); }
+void world_sum_host(float* x, size_t n) {   // of arrays on the host, on rank 0
+#ifdef MULTI_GPU
+    MPI_Reduce(world.rank == 0 ? MPI_IN_PLACE : x, x, (int)n, MPI_FLOAT, MPI_SUM, 0, MPI_COMM_WORLD);
+#endif
+}
 void world_sum_floats(float* x, size_t n, cudaStream_t stream) {   // on the device, in place
     if (world.size > 1) ncclCheck(ncclAllReduce(x, x, n, ncclFloat, ncclSum, world.nccl, stream));
 }
@@ -2180,24 +2195,8 @@ void table_print_json(const Table& table) {
     }
     printf("\n]}\n");
 }
-// ==== end twin
-// ---- configuration and parameters
-struct Config {
-    int maxT;   // longest sequence: rows of wpe
-    int V;      // vocabulary
-    int Vp;     // padded to a multiple of 128, so that every matmul on it is aligned
-    int L;      // layers
-    int NH;     // heads
-    int C;      // channels
-    int HS() const { return C / NH; }
-    int QKV() const { return 3 * C; }   // channels of q, k and v together
-    int FF() const { return 4 * C; }    // channels between the two matmuls of the MLP
-};
 
-// The 16 parameter tensors, in the order of the checkpoint file. A weight's bias, and a norm's beta, comes right after it.
-enum Param { WTE, WPE, LN1W, LN1B, QKVW, QKVB, ATTPROJW, ATTPROJB, LN2W, LN2B, FCW, FCB, FCPROJW, FCPROJB, LNFW, LNFB, NUM_PARAMS };
-constexpr int HEAD = WTE;   // the weight of the lm-head is the embedding ("tied"): its gradient comes from both
-
+// ---- parameters, by a table: param_shape
 // The initial values of a tensor. The projections that add to the residual stream start smaller by sqrt(2L), because 2L of them add up.
 enum Init { ZEROS, ONES, NORMAL, NORMAL_RESIDUAL };
 struct ParamShape {
@@ -2210,6 +2209,28 @@ struct ParamShape {
     size_t per_layer() const { return rows * (cols ? cols : 1); }
     size_t elements() const { return layers * per_layer(); }
 };
+// ==== end twin
+// ---- configuration and parameters
+struct Config {
+    int maxT;   // longest sequence: rows of wpe
+    int V;      // vocabulary
+    int Vp;     // padded to a multiple of 128, so that every matmul on it is aligned
+    int L;      // layers
+    int NH;     // heads
+    int C;      // channels
+    float eps;  // of the norms
+    int HS() const { return C / NH; }
+    int QKV() const { return 3 * C; }   // channels of q, k and v together
+    int FF() const { return 4 * C; }    // channels between the two matmuls of the MLP
+};
+
+// The 16 parameter tensors, in the order of the checkpoint file. A weight's bias, and a norm's beta, comes right after it.
+enum Param { WTE, WPE, LN1W, LN1B, QKVW, QKVB, ATTPROJW, ATTPROJB, LN2W, LN2B, FCW, FCB, FCPROJW, FCPROJB, LNFW, LNFB, NUM_PARAMS };
+inline int head_param(const Config&) { return WTE; }   // the lm-head's weight is the embedding ("tied"): its gradient comes from both
+inline int bias_of(const Config&, int weight) { return weight + 1; }
+inline int beta_of(int gamma) { return gamma + 1; }
+constexpr int FOLDED[2][2] = {{LN1W, QKVW}, {LN2W, FCW}};   // MS_NORM: a norm's gamma, and the weight that it is folded into
+
 ParamShape param_shape(const Config& c, int p) {
     const size_t C = c.C, QKV = c.QKV(), FF = c.FF();
     ParamShape shapes[NUM_PARAMS] = {
@@ -2233,11 +2254,14 @@ ParamShape param_shape(const Config& c, int p) {
     shapes[p].layers = shapes[p].in_layer ? c.L : 1;
     return shapes[p];
 }
+// ==== twin: plan
 size_t param_count(const Config& c) {
     size_t n = 0;
     for (int p = 0; p < NUM_PARAMS; p++) n += param_shape(c, p).elements();
     return n;
 }
+constexpr float USUAL_EPS = 1e-5f;
+inline int padded(int V) { return ceil_div(V, 128) * 128; }
 
 // How a run uses memory.
 struct Plan {
@@ -2251,10 +2275,6 @@ struct Plan {
     unsigned frozen;      // bit p: parameter p is not trained, and has neither gradient nor optimizer state
     bool trains(int p) const { return training && !(frozen >> p & 1); }
 };
-// What --recompute still recomputes: with codes GELU's output is kept, and with MS-LN z is.
-inline bool recomputes_act(const Plan& p) { return p.recompute >= 1 && kActBits == 0; }
-inline bool recomputes_norm(const Plan& p) { return p.recompute >= 2 && !kMsNorm; }
-
 // Rows of a chunk of logits: a multiple of 256 (whole tiles of a matmul) where that gives the same number of chunks.
 inline int loss_chunk_rows(size_t rows, size_t chunks) {
     size_t each = ceil_div(rows, chunks), whole = (each + 255) / 256 * 256;
@@ -2270,6 +2290,11 @@ inline int loss_auto_rows(size_t rows, int Vp, size_t bytes) {
 inline size_t plan_chunk_rows(const Plan& p) {
     return std::min((size_t)p.B * p.T, p.chunk_rows ? (size_t)p.chunk_rows : SIZE_MAX);
 }
+
+// ==== end twin
+// What --recompute still recomputes: with codes GELU's output is kept, and with MS-LN z is.
+inline bool recomputes_act(const Plan& p) { return p.recompute >= 1 && kActBits == 0; }
+inline bool recomputes_norm(const Plan& p) { return p.recompute >= 2 && !kMsNorm; }
 
 // What forward keeps for backward, as in the figure at the top: in Model the tensors of all layers, from model_layer those of one.
 struct LayerTensors {
@@ -2287,8 +2312,18 @@ struct LayerTensors {
     floatX* resid_out;                 // (B, T, C)      MS_NORM: resid_in, for all layers
 };
 
+// What all blocks share.
+struct BlockBuffers {
+    floatX* resid_in;   // (B, T, C)      the residual stream before the first block; MS_NORM: one running stream, for all blocks
+    float *lnf_mean, *lnf_rstd;   // (B, T) each
+    floatX* scratch_c;  // (B, T, C)      a matmul's output before it is added to the stream; gradients of that shape
+    floatX* lnf;        // (B, T, C)      in scratch_c: the final norm's output, then, chunk by chunk, its gradient
+    floatX* scratch_4c; // (B, T, 4C)     GELU's output where it is not kept; gradients of fch and qkv
+    floatX* scratch_ln; // (B, T, C)      -r 2: a norm's output
+};
+// ==== twin: model
 // Null pointers: what the run does not need.
-struct Model {
+struct Model : BlockBuffers {
     Config config;
     Plan plan;
     Table table;
@@ -2296,15 +2331,8 @@ struct Model {
     floatX* param[NUM_PARAMS];
     Grad grad[NUM_PARAMS];
     float *m[NUM_PARAMS], *v[NUM_PARAMS], *master[NUM_PARAMS];   // (shard_size) each
-    LayerTensors kept;           // with L in front of the shapes
-    floatX* resid_in;   // (B, T, C)      the residual stream before the first block; MS_NORM: one running stream, for all blocks
-    float *lnf_mean, *lnf_rstd;   // (B, T) each
-    // buffers
-    floatX* scratch_c;  // (B, T, C)      a matmul's output before it is added to the stream; gradients of that shape
-    floatX* lnf;        // (B, T, C)      in scratch_c: the final norm's output, then, chunk by chunk, its gradient
-    floatX* scratch_4c; // (B, T, 4C)     GELU's output where it is not kept; gradients of fch and qkv
-    floatX* scratch_ln; // (B, T, C)      -r 2: a norm's output
-    floatX *fold_w, *fold_b;   // (4C, C), (4C)  MS_NORM: a weight and a bias with their norm's gamma and beta folded in
+    LayerTensors kept;         // with L in front of the shapes
+    floatX *fold_w, *fold_b;   // of the largest shape: a weight and a bias with their norm's gamma and beta folded in
     floatX* dresid;     // (B, T, C)      gradient of the residual stream
     float* delta;       // (B, NH, T)     attention's backward
     floatX* logits;     // (chunk, Vp)    of one chunk of rows; then their gradient
@@ -2316,12 +2344,21 @@ struct Model {
     cudaStream_t stream;
     uint64_t seed;
     int updates;        // AdamW steps taken; skipped ones do not count
+    bool weights_in_state;   // of a checkpoint, whose model is written in a type that does not hold all their bits
 };
-// Of layer l.
+// Of layer l. p -1: of a parameter that this model does without.
 const floatX* model_param(const Model& model, int p, int l) {
-    return model.param[p] + l * param_shape(model.config, p).per_layer();
+    return p < 0 ? nullptr : model.param[p] + l * param_shape(model.config, p).per_layer();
 }
-Grad model_grad(const Model& model, int p, int l) { return model.grad[p] + l * param_shape(model.config, p).per_layer(); }
+Grad model_grad(const Model& model, int p, int l) {
+    return p < 0 ? Grad{} : model.grad[p] + l * param_shape(model.config, p).per_layer();
+}
+std::vector<int> model_trained(const Model& model) {   // the parameters that are
+    std::vector<int> trained;
+    for (int p = 0; p < NUM_PARAMS; p++)
+        if (model.plan.trains(p) && param_shape(model.config, p).elements() > 0) trained.push_back(p);
+    return trained;
+}
 
 // inputs (BT), targets (BT), positions (BT), bucket_token (cap), bucket_start (cap + 1); see tokens_sort
 inline size_t token_cap(size_t BT, int V) { return std::min(BT, (size_t)V); }
@@ -2330,27 +2367,22 @@ inline size_t token_ints(size_t BT, int V) { return 3 * BT + 2 * token_cap(BT, V
 inline size_t opt_blocks(size_t n) { return n / world_share(n) * ceil_div(world_share(n), OPT_BLOCK); }   // of all ranks
 size_t model_opt_blocks(const Model& model) {
     size_t blocks = 0;
-    for (int p = 0; p < NUM_PARAMS; p++)
-        if (model.plan.trains(p)) blocks += opt_blocks(param_shape(model.config, p).elements());
+    for (int p : model_trained(model)) blocks += opt_blocks(param_shape(model.config, p).elements());
     return blocks;
 }
-// The table of a run. Nothing is allocated here, and the pointer of a tensor that the run does not need stays null.
-Table model_table(Model& model) {
+const char *SMALLER = "a smaller model (-e)", *BATCH = "--batch (halving it halves this; --total-batch keeps the step's size)";
+template <class X>
+void table_add(Table& table, const std::string& name, X** where, DType dtype, std::vector<size_t> shape, Kind kind, Scope scope,
+               const char* shrink, const char* alias_of = "") {
+    table.push_back({name, dtype, std::move(shape), kind, scope, where, shrink, alias_of});
+}
+// Parameters, and what training keeps for each.
+void table_add_params(Table& table, Model& model) {
     const Config& c = model.config;
     const Plan& plan = model.plan;
-    size_t B = plan.B, T = plan.T, C = c.C, QKV = c.QKV(), FF = c.FF(), NH = c.NH, BT = B * T;
-    size_t L = plan.training ? c.L : 1;   // without a backward, one layer's tensors serve them all
-    Table table;
-    auto row = [&](const std::string& name, auto** where, DType dtype, std::vector<size_t> shape, Kind kind, Scope scope,
-                   const char* shrink, const char* alias_of = "") {
-        table.push_back({name, dtype, std::move(shape), kind, scope, where, shrink, alias_of});
-    };
-    const char* smaller = "a smaller model (-e)";
-    const char* batch = "--batch (halving it halves this; --total-batch keeps the step's size)";
-    const char* chunks = "--loss-chunks";
-    auto param_row = [&](const char* prefix, int p, auto** where, DType dtype, bool sharded, Kind kind, const char* shrink) {
-        ParamShape s = param_shape(c, p);
-        Scope scope = s.in_layer ? LAYER : MODEL;
+    auto add = [&](const char* prefix, int p, auto** where, DType dtype, bool sharded, Kind kind, const char* shrink) {
+        const ParamShape s = param_shape(c, p);
+        const Scope scope = s.in_layer ? LAYER : MODEL;
         std::vector<size_t> shape;
         if (sharded && world_shards(s.elements())) {
             shape = {shard_size(s.elements())};
@@ -2359,78 +2391,102 @@ Table model_table(Model& model) {
             shape.push_back(s.rows);
             if (s.cols) shape.push_back(s.cols);
         }
-        row(std::string(prefix) + s.name, where, dtype, shape, kind, scope, shrink);
+        table_add(table, std::string(prefix) + s.name, where, dtype, shape, kind, scope, shrink);
     };
-    for (int p = 0; p < NUM_PARAMS; p++) param_row("", p, &model.param[p], FLOATX, false, PARAM, smaller);
-    for (int p = 0; p < NUM_PARAMS; p++) {
+    for (int p = 0; p < NUM_PARAMS; p++)
+        if (param_shape(c, p).elements() > 0) add("", p, &model.param[p], FLOATX, false, PARAM, SMALLER);
+    for (int p : model_trained(model)) {
         // the head's gradient is a sum over chunks of the loss in any case
-        model.grad[p].type = plan.micro_batches > 1 || p == HEAD ? F32 : FLOATX;
-        if (!plan.trains(p)) continue;
-        param_row("d_", p, &model.grad[p].p, model.grad[p].type, false, GRAD,
-                  plan.micro_batches > 1 ? "one micro-batch a step (--total-batch)" : smaller);
-        param_row("m_", p, &model.m[p], F32, true, OPTIMIZER, "--zero 1 on several GPUs");
-        param_row("v_", p, &model.v[p], F32, true, OPTIMIZER, "--zero 1 on several GPUs");
-        if (plan.master && !kFP32) param_row("master_", p, &model.master[p], F32, true, OPTIMIZER, "--master-weights 0");
+        model.grad[p].type = plan.micro_batches > 1 || p == head_param(c) ? F32 : FLOATX;
+        add("d_", p, &model.grad[p].p, model.grad[p].type, false, GRAD,
+            plan.micro_batches > 1 ? "one micro-batch a step (--total-batch)" : SMALLER);
+        add("m_", p, &model.m[p], F32, true, OPTIMIZER, "--zero 1 on several GPUs");
+        add("v_", p, &model.v[p], F32, true, OPTIMIZER, "--zero 1 on several GPUs");
+        if (plan.master && !kFP32) add("master_", p, &model.master[p], F32, true, OPTIMIZER, "--master-weights 0");
     }
-    for (int norm : {LN1W, LN2W})   // gamma, beta, weight, bias: unfolding makes all four gradients from those of weight and bias
-        if (const unsigned frozen = plan.frozen >> norm & 15; kMsNorm && frozen != 0 && frozen != 15)
-            fail("MS_NORM=1 trains all of a norm and the linear layer after it, or nothing of them");
-
-    LayerTensors& kept = model.kept;
-    Kind kind = plan.training ? SAVED : SCRATCH;
-    const char* norm_hint = kMsNorm || plan.recompute == 2 ? batch : "--recompute 2, or a build with MS_NORM=1";
-    const char* act_hint = kActBits ? batch : "a build with APPROX_ACT=2";
-    auto norm_rows = [&](const std::string& name, floatX** out, float** mean, float** rstd) {
-        if (!recomputes_norm(plan)) row(name, out, FLOATX, {L, B, T, C}, kind, LAYER, norm_hint);
-        if (!kMsNorm) row(name + "_mean", mean, F32, {L, B, T}, kind, LAYER, batch);
-        row(name + "_rstd", rstd, F32, {L, B, T}, kind, LAYER, batch);
-    };
-    norm_rows("ln1", &kept.ln1, &kept.ln1_mean, &kept.ln1_rstd);
-    row("qkv", &kept.qkv, FLOATX, {L, B, T, QKV}, kind, LAYER, batch);
-    row("atty", &kept.atty, FLOATX, {L, B, T, C}, kind, LAYER, batch);
-    row("lse", &kept.lse, F32, {L, B, NH, T}, kind, LAYER, batch);
-    if (!kMsNorm) row("resid_mid", &kept.resid_mid, FLOATX, {L, B, T, C}, kind, LAYER, norm_hint);
-    norm_rows("ln2", &kept.ln2, &kept.ln2_mean, &kept.ln2_rstd);
-    row(kActBits ? "fch_codes" : "fch", &kept.fch, kActBits ? BYTE : FLOATX, {L, B, T, act_kept(FF)}, kind, LAYER, act_hint);
-    if (!recomputes_act(plan))
-        row("fch_gelu", &kept.fch_gelu, FLOATX, {L, B, T, FF}, kind, LAYER, kActBits ? batch : "--recompute 1");
-    if (!kMsNorm) row("resid_out", &kept.resid_out, FLOATX, {L, B, T, C}, kind, LAYER, norm_hint);
-    row("resid_in", &model.resid_in, FLOATX, {B, T, C}, kind, MODEL, batch);
-    row("lnf_mean", &model.lnf_mean, F32, {B, T}, kind, MODEL, batch);
-    row("lnf_rstd", &model.lnf_rstd, F32, {B, T}, kind, MODEL, batch);
-
-    row("scratch_c", &model.scratch_c, FLOATX, {B, T, C}, SCRATCH, MODEL, batch);
-    row("lnf", &model.lnf, FLOATX, {B, T, C}, SCRATCH, MODEL, batch, "scratch_c");
-    if (recomputes_act(plan) || plan.training) row("scratch_4c", &model.scratch_4c, FLOATX, {B, T, FF}, SCRATCH, MODEL, batch);
-    if (recomputes_norm(plan)) row("scratch_ln", &model.scratch_ln, FLOATX, {B, T, C}, SCRATCH, MODEL, batch);
+    for (auto [gamma, weight] : FOLDED)   // unfolding makes the gradients of all four from those of weight and bias
+        for (int p : {beta_of(gamma), weight, bias_of(c, weight)})
+            if (kMsNorm && p >= 0 && plan.trains(p) != plan.trains(gamma))
+                fail("MS_NORM=1 trains all of a norm and the linear layer after it, or nothing of them");
+}
+// What every model needs besides its blocks. The workspace comes last: model_allocate counts on it.
+void table_add_rest(Table& table, Model& model, size_t colsum) {
+    const Config& c = model.config;
+    const Plan& plan = model.plan;
+    const size_t B = plan.B, T = plan.T, C = c.C, NH = c.NH;
     if (kMsNorm) {
-        row("fold_w", &model.fold_w, FLOATX, {FF, C}, SCRATCH, MODEL, smaller);
-        row("fold_b", &model.fold_b, FLOATX, {FF}, SCRATCH, MODEL, smaller);
+        size_t rows = 0;
+        for (auto [gamma, weight] : FOLDED) rows = std::max(rows, param_shape(c, weight).rows);
+        table_add(table, "fold_w", &model.fold_w, FLOATX, {rows, C}, SCRATCH, MODEL, SMALLER);
+        if (beta_of(FOLDED[0][0]) >= 0) table_add(table, "fold_b", &model.fold_b, FLOATX, {rows}, SCRATCH, MODEL, SMALLER);
     }
-    row("logits", &model.logits, FLOATX, {plan_chunk_rows(plan), (size_t)c.Vp}, SCRATCH, MODEL, chunks);
-    row("losses", &model.losses, F32, {B, T}, SCRATCH, MODEL, batch);
+    table_add(table, "logits", &model.logits, FLOATX, {plan_chunk_rows(plan), (size_t)c.Vp}, SCRATCH, MODEL, "--loss-chunks");
+    table_add(table, "losses", &model.losses, F32, {B, T}, SCRATCH, MODEL, BATCH);
     if (plan.training) {
-        row("dresid", &model.dresid, FLOATX, {B, T, C}, SCRATCH, MODEL, batch);
-        row("delta", &model.delta, F32, {B, NH, T}, SCRATCH, MODEL, batch);
-        const size_t colsum = std::max(colsum_scratch(C), attention_scratch(B, T, NH, NH, c.HS()));
-        row("colsum", &model.colsum, F32, {colsum}, SCRATCH, MODEL, batch);
-        row("squares", &model.squares, F32, {model_opt_blocks(model)}, SCRATCH, MODEL, smaller);
+        table_add(table, "dresid", &model.dresid, FLOATX, {B, T, C}, SCRATCH, MODEL, BATCH);
+        table_add(table, "delta", &model.delta, F32, {B, NH, T}, SCRATCH, MODEL, BATCH);
+        table_add(table, "colsum", &model.colsum, F32, {colsum}, SCRATCH, MODEL, BATCH);
+        table_add(table, "squares", &model.squares, F32, {model_opt_blocks(model)}, SCRATCH, MODEL, SMALLER);
     }
-    row("tokens", &model.tokens, I32, {token_ints(BT, c.V)}, SCRATCH, MODEL, batch);
-    row("step_state", &model.state, BYTE, {sizeof(StepState)}, OPTIMIZER, MODEL, smaller);
-    size_t workspace = plan.workspace ? plan.workspace : matmul_workspace(C * std::max<size_t>(FF, c.Vp));
-    row("workspace", &model.workspace, BYTE, {workspace}, WORKSPACE, MODEL, "--workspace");
+    table_add(table, "tokens", &model.tokens, I32, {token_ints(B * T, c.V)}, SCRATCH, MODEL, BATCH);
+    table_add(table, "step_state", &model.state, BYTE, {sizeof(StepState)}, OPTIMIZER, MODEL, SMALLER);
+    const size_t workspace = plan.workspace ? plan.workspace : matmul_workspace(C * std::max<size_t>(c.FF(), c.Vp));
+    table_add(table, "workspace", &model.workspace, BYTE, {workspace}, WORKSPACE, MODEL, "--workspace");
+}
+// ==== end twin
+// The table of a run. Nothing is allocated here, and the pointer of a tensor that the run does not need stays null.
+Table model_table(Model& model) {
+    const Config& c = model.config;
+    const Plan& plan = model.plan;
+    const size_t B = plan.B, T = plan.T, C = c.C, QKV = c.QKV(), FF = c.FF(), NH = c.NH;
+    const size_t L = plan.training ? c.L : 1;   // without a backward, one layer's tensors serve them all
+    Table table;
+    table_add_params(table, model);
+    LayerTensors& kept = model.kept;
+    auto keep = [&](const std::string& name, auto** where, DType dtype, std::vector<size_t> shape, const char* shrink) {
+        table_add(table, name, where, dtype, std::move(shape), plan.training ? SAVED : SCRATCH, LAYER, shrink);
+    };
+    const char* norm_hint = kMsNorm || plan.recompute == 2 ? BATCH : "--recompute 2, or a build with MS_NORM=1";
+    auto keep_norm = [&](const std::string& name, floatX** out, float** mean, float** rstd) {
+        if (!recomputes_norm(plan)) keep(name, out, FLOATX, {L, B, T, C}, norm_hint);
+        if (!kMsNorm) keep(name + "_mean", mean, F32, {L, B, T}, BATCH);
+        keep(name + "_rstd", rstd, F32, {L, B, T}, BATCH);
+    };
+    keep_norm("ln1", &kept.ln1, &kept.ln1_mean, &kept.ln1_rstd);
+    keep("qkv", &kept.qkv, FLOATX, {L, B, T, QKV}, BATCH);
+    keep("atty", &kept.atty, FLOATX, {L, B, T, C}, BATCH);
+    keep("lse", &kept.lse, F32, {L, B, NH, T}, BATCH);
+    if (!kMsNorm) keep("resid_mid", &kept.resid_mid, FLOATX, {L, B, T, C}, norm_hint);
+    keep_norm("ln2", &kept.ln2, &kept.ln2_mean, &kept.ln2_rstd);
+    if (kActBits) keep("fch_codes", &kept.fch, BYTE, {L, B, T, act_kept(FF)}, BATCH);
+    else keep("fch", &kept.fch, FLOATX, {L, B, T, FF}, "a build with APPROX_ACT=2");
+    if (!recomputes_act(plan)) keep("fch_gelu", &kept.fch_gelu, FLOATX, {L, B, T, FF}, kActBits ? BATCH : "--recompute 1");
+    if (!kMsNorm) keep("resid_out", &kept.resid_out, FLOATX, {L, B, T, C}, norm_hint);
+
+    const Kind kind = plan.training ? SAVED : SCRATCH;
+    table_add(table, "resid_in", &model.resid_in, FLOATX, {B, T, C}, kind, MODEL, BATCH);
+    table_add(table, "lnf_mean", &model.lnf_mean, F32, {B, T}, kind, MODEL, BATCH);
+    table_add(table, "lnf_rstd", &model.lnf_rstd, F32, {B, T}, kind, MODEL, BATCH);
+    table_add(table, "scratch_c", &model.scratch_c, FLOATX, {B, T, C}, SCRATCH, MODEL, BATCH);
+    table_add(table, "lnf", &model.lnf, FLOATX, {B, T, C}, SCRATCH, MODEL, BATCH, "scratch_c");
+    if (recomputes_act(plan) || plan.training)
+        table_add(table, "scratch_4c", &model.scratch_4c, FLOATX, {B, T, FF}, SCRATCH, MODEL, BATCH);
+    if (recomputes_norm(plan)) table_add(table, "scratch_ln", &model.scratch_ln, FLOATX, {B, T, C}, SCRATCH, MODEL, BATCH);
+    table_add_rest(table, model, std::max(colsum_scratch(C), attention_scratch(B, T, NH, NH, c.HS())));
     return table;
 }
+void model_constants(Model&) {}   // there are none beside the weights
 
+// ==== twin: allocation, linear layers
 // The mode as the ledger names it.
 std::string model_mode(const Plan& plan) {
-    std::string s = kActBits ? "GELU in " + std::to_string(kActBits) + (kActBits == 1 ? " bit" : " bits") : "exact GELU";
+    std::string s = std::string(kActBits ? "" : "exact ") + ACT_NAME;
+    if (kActBits) s += " in " + std::to_string(kActBits) + (kActBits == 1 ? " bit" : " bits");
     s += kMsNorm ? ", one tensor for a norm and its matmul" : ", separate norms";
     s += ", --recompute " + std::to_string(plan.recompute);
     if (plan.recompute >= 1 && !recomputes_act(plan) && !recomputes_norm(plan)) s += " (nothing is left to compute again)";
     else if (plan.recompute == 2 && !recomputes_act(plan)) s += " (only norms are left to compute again)";
-    else if (plan.recompute == 2 && !recomputes_norm(plan)) s += " (only GELU is left to compute again)";
+    else if (plan.recompute == 2 && !recomputes_norm(plan)) s += std::string(" (only ") + ACT_NAME + " is left to compute again)";
     if (!kFP32) s += plan.master ? ", fp32 master weights" : ", no master weights";
     return s;
 }
@@ -2442,16 +2498,15 @@ void model_allocate(Model& model) {
     matmul_state.workspace = model.workspace;
     matmul_state.workspace_bytes = model.table.back().bytes();
     if (matmul_state.handle == nullptr) cublasCheck(cublasLtCreate(&matmul_state.handle));
+    model_constants(model);
     cudaCheck(cudaMemsetAsync(model.state, 0, sizeof(StepState), model.stream));
     for (int p = 0; p < NUM_PARAMS; p++) {
         size_t n = param_shape(model.config, p).elements();
         if (model.m[p]) cudaCheck(cudaMemsetAsync(model.m[p], 0, shard_size(n) * sizeof(float), model.stream));
         if (model.v[p]) cudaCheck(cudaMemsetAsync(model.v[p], 0, shard_size(n) * sizeof(float), model.stream));
+        // most gradients are written before they are read, but for example positions from T on never get one
+        if (model.grad[p].p) cudaCheck(cudaMemsetAsync(model.grad[p].p, 0, n * dtype_size(model.grad[p].type), model.stream));
     }
-    // positions from T on never get a gradient; all other gradients are written before they are read
-    const Grad dwpe = model.grad[WPE];
-    const size_t dwpe_bytes = param_shape(model.config, WPE).elements() * dtype_size(dwpe.type);
-    if (dwpe.p) cudaCheck(cudaMemsetAsync(dwpe.p, 0, dwpe_bytes, model.stream));
     model.updates = 0;
 }
 
@@ -2459,11 +2514,13 @@ __global__ void widen_kernel(float* out, const floatX* inp, size_t n) {
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i < n) out[i] = (float)inp[i];
 }
-// GPT-2's initialisation: weights from N(0, 0.02), or less (enum Init); padding rows of wte 0. Master weights begin as they are.
+// GPT-2's initialisation: weights from N(0, 0.02), or less (enum Init); rows that pad the vocabulary 0. Master weights begin as they are.
 void model_init(Model& model) {
     for (int p = 0; p < NUM_PARAMS; p++) {
         const ParamShape s = param_shape(model.config, p);
-        const size_t n = s.elements(), drawn = s.init < NORMAL ? 0 : p == WTE ? (size_t)model.config.V * model.config.C : n;
+        const bool vocabulary = p == WTE || p == head_param(model.config);
+        const size_t n = s.elements(), drawn = s.init < NORMAL ? 0 : vocabulary ? (size_t)model.config.V * model.config.C : n;
+        if (n == 0) continue;
         const float std = s.init == NORMAL_RESIDUAL ? 0.02f / sqrtf(2.0f * model.config.L) : 0.02f, constant = s.init == ONES ? 1 : 0;
         init_kernel<<<ceil_div(n, 256), 256, 0, model.stream>>>(model.param[p], n, drawn, std, constant, model.seed, p);
         cudaCheck(cudaGetLastError());
@@ -2474,6 +2531,57 @@ void model_init(Model& model) {
     }
 }
 
+// ---- a linear layer: out = inp W^T + b
+// After a norm, with MS_NORM, inp is the norm's z, and gamma and beta are folded into W and b.
+struct Linear {
+    const floatX *weight, *bias;   // (OC, C), (OC) or null
+    Grad dweight, dbias;           // of the same shapes; null: not wanted
+    const floatX *gamma, *beta;    // (C) of the norm to fold in; null: none
+    Grad dgamma, dbeta;            // (C)
+    int C, OC;
+};
+Linear model_linear(const Model& model, int weight, int l, int norm = -1) {   // parameters; norm: the gamma of the norm before it
+    const ParamShape s = param_shape(model.config, weight);
+    const int bias = bias_of(model.config, weight);
+    Linear linear = {model_param(model, weight, l), model_param(model, bias, l), model_grad(model, weight, l),
+                     model_grad(model, bias, l), nullptr, nullptr, {}, {}, (int)s.cols, (int)s.rows};
+    if (kMsNorm && norm >= 0) {
+        linear.gamma = model_param(model, norm, l), linear.dgamma = model_grad(model, norm, l);
+        linear.beta = model_param(model, beta_of(norm), l), linear.dbeta = model_grad(model, beta_of(norm), l);
+    }
+    return linear;
+}
+// What its matmul multiplies by and adds: W and b, or with the norm folded in, which holds until the next call, W' and b'.
+struct Weights { const floatX *weight, *bias; };
+Weights linear_weights(const Model& model, const Linear& linear) {
+    if (linear.gamma == nullptr) return {linear.weight, linear.bias};
+    const bool folds_bias = linear.beta != nullptr;
+    norm_fold(model.fold_w, model.fold_b, linear.weight, folds_bias ? linear.bias : nullptr, linear.gamma, linear.beta, linear.OC,
+              linear.C, model.stream);
+    return {model.fold_w, folds_bias ? model.fold_b : linear.bias};
+}
+void linear_forward(const Model& model, floatX* out,   // (rows, OC)
+                    const floatX* inp,                 // (rows, C)
+                    const Linear& linear, int rows) {
+    const Weights w = linear_weights(model, linear);
+    matmul_forward(out, inp, w.weight, w.bias, rows, linear.C, linear.OC, model.stream);
+}
+struct Pass { bool add, last; };   // a micro-batch of a step: its gradients are added to those before; no further one comes
+// Gradients of a linear layer, but its bias.
+void linear_backward(const Model& model, floatX* dinp,   // (rows, C) or null: not wanted
+                     const floatX* dout,                 // (rows, OC); what the layer adds to dbias from it is done
+                     const floatX* inp,                  // (rows, C); may be dinp
+                     const Linear& linear, int rows, Pass pass,
+                     const void* gelu_inp = nullptr) {   // see matmul_backward_input
+    const int C = linear.C, OC = linear.OC;
+    const bool wanted = linear.dweight.p != nullptr;
+    if (wanted) matmul_backward_weight(linear.dweight, dout, inp, pass.add, rows, C, OC, model.stream);
+    if (dinp != nullptr) matmul_backward_input(dinp, dout, linear.weight, rows, C, OC, model.stream, gelu_inp);
+    if (wanted && linear.gamma != nullptr && pass.last)
+        norm_unfold(linear.dweight, linear.dgamma, linear.dbeta, model.colsum, linear.dbias, linear.weight, linear.gamma,
+                    linear.beta, OC, C, model.stream);
+}
+// ==== end twin
 // ---- forward: the figure at the top of this file, from top to bottom
 // Without training, all layers share one slot; a tensor that is not kept is a buffer for all.
 LayerTensors model_layer(const Model& model, int l, int BT) {
@@ -2491,75 +2599,43 @@ LayerTensors model_layer(const Model& model, int l, int BT) {
             at(kept.resid_out, C, model.resid_in)};
 }
 
-// A linear layer: out = inp W^T + b. After a norm, with MS_NORM, inp is the norm's z, and gamma and beta are folded into W and b.
-struct Linear {
-    const floatX *weight, *bias;   // (OC, C), (OC)
-    Grad dweight, dbias;           // of the same shapes; null: not wanted
-    const floatX *gamma, *beta;    // (C) of the norm to fold in; null: none
-    Grad dgamma, dbeta;            // (C)
-    int C, OC;
-};
-Linear model_linear(const Model& model, int weight, int l, int norm = -1) {   // parameters; norm: the gamma of the norm before it
-    const ParamShape s = param_shape(model.config, weight);
-    Linear linear = {model_param(model, weight, l), model_param(model, weight + 1, l), model_grad(model, weight, l),
-                     model_grad(model, weight + 1, l), nullptr, nullptr, {}, {}, (int)s.cols, (int)s.rows};
-    if (kMsNorm && norm >= 0) {
-        linear.gamma = model_param(model, norm, l), linear.dgamma = model_grad(model, norm, l);
-        linear.beta = model_param(model, norm + 1, l), linear.dbeta = model_grad(model, norm + 1, l);
-    }
-    return linear;
-}
-
-// out = inp W^T + b, or with `kept` GELU of that, keeping for backward what section 3 says
-void linear_forward(const Model& model, floatX* out,   // (rows, OC)
-                    const floatX* inp,                 // (rows, C)
-                    const Linear& linear, int rows,
-                    ActKept<kActBits>* kept = nullptr) {   // (rows, OC)
-    const floatX *weight = linear.weight, *bias = linear.bias;
-    if (linear.gamma != nullptr) {
-        norm_fold(model.fold_w, model.fold_b, weight, bias, linear.gamma, linear.beta, linear.OC, linear.C, model.stream);
-        weight = model.fold_w, bias = model.fold_b;
-    }
-    if (kept == nullptr) matmul_forward(out, inp, weight, bias, rows, linear.C, linear.OC, model.stream);
-    else matmul_act_forward<kActBits>(out, kept, inp, weight, bias, rows, linear.C, linear.OC, model.stream);
-}
-
 // From the inputs in model.tokens to the final norm's output, model.lnf. B and T may be smaller than the plan's.
 void model_forward(Model& model, int B, int T) {
     NvtxRange range("forward");
     const Config& c = model.config;
     const int C = c.C, NH = c.NH, L = c.L, BT = B * T;
     cudaStream_t stream = model.stream;
+    auto W = [&](int p, int l) { return model_param(model, p, l); };
     embedding_forward(model.resid_in, model.tokens, model.param[WTE], model.param[WPE], B, T, C, stream);
     LayerTensors t = model_layer(model, 0, BT);
-    add_norm_forward<kMsNorm>(nullptr, t.ln1, t.ln1_mean, t.ln1_rstd, t.resid, nullptr, model.param[LN1W], model.param[LN1B], BT, C,
-                              stream);
+    add_norm_forward<kMsNorm>(nullptr, t.ln1, t.ln1_mean, t.ln1_rstd, t.resid, nullptr, W(LN1W, 0), W(LN1B, 0), c.eps, BT, C, stream);
 
     for (int l = 0; l < L; l++) {
         NvtxRange layer_range("forward layer " + std::to_string(l));
-        auto W = [&](int p, int layer) { return model_param(model, p, layer); };
-
         linear_forward(model, t.qkv, t.ln1, model_linear(model, QKVW, l, LN1W), BT);
         attention_forward(t.atty, t.lse, t.qkv, B, T, NH, NH, c.HS(), stream);
         linear_forward(model, model.scratch_c, t.atty, model_linear(model, ATTPROJW, l), BT);
-        add_norm_forward<kMsNorm>(t.resid_mid, t.ln2, t.ln2_mean, t.ln2_rstd, t.resid, model.scratch_c, W(LN2W, l), W(LN2B, l), BT,
-                                  C, stream);
-        linear_forward(model, t.fch_gelu, t.ln2, model_linear(model, FCW, l, LN2W), BT, t.fch);
+        add_norm_forward<kMsNorm>(t.resid_mid, t.ln2, t.ln2_mean, t.ln2_rstd, t.resid, model.scratch_c, W(LN2W, l), W(LN2B, l),
+                                  c.eps, BT, C, stream);
+        const Linear fc = model_linear(model, FCW, l, LN2W);
+        const Weights w = linear_weights(model, fc);
+        matmul_act_forward<kActBits>(t.fch_gelu, t.fch, t.ln2, w.weight, w.bias, BT, C, fc.OC, stream);
         linear_forward(model, model.scratch_c, t.fch_gelu, model_linear(model, FCPROJW, l), BT);
 
         // The second residual addition is part of the norm that comes next: ln1 of the next layer, or the final norm.
         if (l + 1 < L) {
             LayerTensors next = model_layer(model, l + 1, BT);
             add_norm_forward<kMsNorm>(t.resid_out, next.ln1, next.ln1_mean, next.ln1_rstd, t.resid_mid, model.scratch_c,
-                                      W(LN1W, l + 1), W(LN1B, l + 1), BT, C, stream);
+                                      W(LN1W, l + 1), W(LN1B, l + 1), c.eps, BT, C, stream);
             t = next;
         } else {   // it always applies gamma and beta: its matmul uses wte, as the embedding does, so nothing can be folded in
             add_norm_forward<false>(t.resid_out, model.lnf, model.lnf_mean, model.lnf_rstd, t.resid_mid, model.scratch_c,
-                                    model.param[LNFW], model.param[LNFB], BT, C, stream);
+                                    W(LNFW, 0), W(LNFB, 0), c.eps, BT, C, stream);
         }
     }
 }
 
+// ==== twin: loss over chunks
 // ---- loss: the lm-head, softmax and cross-entropy over chunks of rows
 // Logits are (B*T, Vp), the largest tensor of a small model. A row's loss needs no other row, so a chunk of rows goes all the way
 // (logits, loss, their gradient, and from it the gradients of the head's weight and of lnf) before the next chunk reuses the
@@ -2569,21 +2645,23 @@ void model_loss(Model& model, int B, int T, bool train, bool first_micro_batch) 
     const int C = model.config.C, V = model.config.V, Vp = model.config.Vp, BT = B * T;
     const int* targets = model.tokens + BT;
     const int chunk = std::min((int)plan_chunk_rows(model.plan), BT);
+    const int head = head_param(model.config);
     const float dloss = 1.0f / ((float)BT * model.plan.micro_batches * world.size);
     for (int r = 0; r < BT; r += chunk) {
         int rows = std::min(chunk, BT - r);
         floatX* lnf = model.lnf + (size_t)r * C;
-        matmul_forward(model.logits, lnf, model.param[HEAD], nullptr, rows, C, Vp, model.stream);
+        matmul_forward(model.logits, lnf, model.param[head], nullptr, rows, C, Vp, model.stream);
         classifier(model.logits, model.losses + r, targets + r, dloss, train, rows, V, Vp, model.stream);
         if (!train) continue;
-        if (model.plan.trains(HEAD))
-            matmul_backward_weight(model.grad[HEAD], model.logits, lnf, !(first_micro_batch && r == 0), rows, C, Vp, model.stream);
-        matmul_backward_input(lnf, model.logits, model.param[HEAD], rows, C, Vp, model.stream);
+        if (model.plan.trains(head))
+            matmul_backward_weight(model.grad[head], model.logits, lnf, !(first_micro_batch && r == 0), rows, C, Vp, model.stream);
+        matmul_backward_input(lnf, model.logits, model.param[head], rows, C, Vp, model.stream);
     }
     sum_kernel<<<1, 256, 0, model.stream>>>(&model.state->loss_sum, model.losses, train && !first_micro_batch, BT);
     cudaCheck(cudaGetLastError());
 }
 
+// ==== end twin
 // ---- backward: the figure, from bottom to top
 // Where each of the 16 gradients is written. A bias's gradient is the column sum of the gradient of its layer's output. It costs
 // nothing extra in the kernel that computes that gradient, so it is made there:
@@ -2597,24 +2675,6 @@ void model_loss(Model& model, int B, int T, bool train, bool first_micro_batch) 
 //     ln1w ln1b ln2w ln2b           that norm, or with MS_NORM=1 linear_backward of the layer after it
 //     lnfw lnfb                     the final norm
 
-struct Pass { bool add, last; };   // a micro-batch of a step: its gradients are added to those before; no further one comes
-
-// Gradients of a linear layer, but its bias.
-void linear_backward(const Model& model, floatX* dinp,   // (rows, C) or null: not wanted
-                     const floatX* dout,                 // (rows, OC); what the layer adds to dbias from it is done
-                     const floatX* inp,                  // (rows, C); may be dinp
-                     const Linear& linear, int rows, Pass pass,
-                     const ActKept<kActBits>* act = nullptr) {   // if inp is GELU of something: what forward kept of that
-    const int C = linear.C, OC = linear.OC;
-    const bool wanted = linear.dweight.p != nullptr;
-    if (wanted) matmul_backward_weight(linear.dweight, dout, inp, pass.add, rows, C, OC, model.stream);
-    if (dinp != nullptr)
-        matmul_backward_input(dinp, dout, linear.weight, rows, C, OC, model.stream, act_backward_is_fused<kActBits>() ? act : nullptr);
-    if (wanted && linear.gamma != nullptr && pass.last)
-        norm_unfold(linear.dweight, linear.dgamma, linear.dbeta, model.colsum, linear.dbias, linear.weight, linear.gamma,
-                    linear.beta, OC, C, model.stream);
-}
-
 // From the gradient of the final norm's output, which model_loss has left in model.lnf, to all gradients.
 void model_backward(Model& model, int B, int T, int buckets, int micro_batch) {
     NvtxRange range("backward");
@@ -2626,7 +2686,8 @@ void model_backward(Model& model, int B, int T, int buckets, int micro_batch) {
     auto W = [&](int p, int l) { return model_param(model, p, l); };
     auto G = [&](int p, int l) { return l >= 0 ? model_grad(model, p, l) : Grad{}; };
     auto norm_again = [&](int gamma, floatX* out, float* mean, float* rstd, const floatX* inp, int l) {
-        add_norm_forward<false>(nullptr, out, mean, rstd, inp, nullptr, W(gamma, l), W(gamma + 1, l), BT, C, stream);
+        add_norm_forward<false>(nullptr, out, mean, rstd, inp, nullptr, W(gamma, l), W(beta_of(gamma), l), c.eps, BT, C,
+                                stream);
     };
     add_norm_backward<false>(dresid, G(FCPROJB, L - 1), G(LNFW, 0), G(LNFB, 0), model.colsum, model.lnf,
                              model_layer(model, L - 1, BT).resid_out, model.lnf_mean, model.lnf_rstd, W(LNFW, 0), false, pass.add,
@@ -2638,7 +2699,8 @@ void model_backward(Model& model, int B, int T, int buckets, int micro_batch) {
         // What forward did not keep is computed again, to the same bits (unless --gelu-fusion had cuBLASLt compute GELU, which rounds
         // in its own way). fch_gelu may be in scratch_4c: the weight's gradient reads it before the input's gradient takes its place.
         if (recomputes_act(model.plan)) act_forward<0>(t.fch_gelu, nullptr, (const floatX*)t.fch, nullptr, BT, c.FF(), stream);
-        linear_backward(model, d_wide, dresid, t.fch_gelu, model_linear(model, FCPROJW, l), BT, pass, t.fch);
+        linear_backward(model, d_wide, dresid, t.fch_gelu, model_linear(model, FCPROJW, l), BT, pass,
+                        act_backward_is_fused<kActBits>() ? t.fch : nullptr);
         act_backward<kActBits>(d_wide, G(FCB, l), model.colsum, t.fch, pass.add, BT, c.FF(), stream);
         if (recomputes_norm(model.plan)) norm_again(LN2W, t.ln2, t.ln2_mean, t.ln2_rstd, t.resid_mid, l);
         linear_backward(model, d, d_wide, t.ln2, model_linear(model, FCW, l, LN2W), BT, pass);
@@ -2656,11 +2718,11 @@ void model_backward(Model& model, int B, int T, int buckets, int micro_batch) {
     const int* positions = model.tokens + 2 * (size_t)BT;
     const int* bucket_token = positions + BT;
     const int* bucket_start = bucket_token + token_cap(BT, c.V);
-    static_assert(HEAD == WTE, "with a head of its own nobody writes the rows of wte's gradient whose tokens do not occur");
     embedding_backward(model.grad[WTE], model.grad[WPE], dresid, positions, bucket_token, bucket_start, buckets,
-                       true, pass.add, B, T, C, stream);
+                       true, pass.add, B, T, C, stream);   // to what the head has written
 }
 
+// ==== twin: update, files
 // ---- update
 struct Hyper {
     float lr, beta1 = 0.9f, beta2 = 0.95f, eps = 1e-8f, weight_decay = 0, grad_clip = 0, skip_loss_z = 0, skip_grad_z = 0;
@@ -2671,14 +2733,13 @@ struct Hyper {
 Verdict model_update(Model& model, const Hyper& h, uint64_t step, const std::function<void()>& meanwhile = nullptr) {
     NvtxRange range("update");
     world_group(true);
-    for (int p = 0; p < NUM_PARAMS; p++)
-        if (model.plan.trains(p)) world_reduce_gradient(model.grad[p], param_shape(model.config, p).elements(), model.stream);
+    const std::vector<int> trained = model_trained(model);
+    for (int p : trained) world_reduce_gradient(model.grad[p], param_shape(model.config, p).elements(), model.stream);
     world_group(false);
     const size_t squares = model_opt_blocks(model);
     if (world.sharded) cudaCheck(cudaMemsetAsync(model.squares, 0, squares * sizeof(float), model.stream));
     float* partial = model.squares;
-    for (int p = 0; p < NUM_PARAMS; p++) {
-        if (!model.plan.trains(p)) continue;
+    for (int p : trained) {
         const size_t n = param_shape(model.config, p).elements(), share = world_share(n);
         const int blocks = ceil_div(share, OPT_BLOCK);
         if (world_shards(n))
@@ -2697,8 +2758,7 @@ Verdict model_update(Model& model, const Hyper& h, uint64_t step, const std::fun
     cudaCheck(cudaGetLastError());
     const int updates = model.updates + 1;   // with this one
     AdamW a = {h.lr, h.beta1, h.beta2, h.eps, (float)(1 - pow(h.beta1, updates)), (float)(1 - pow(h.beta2, updates)), model.seed, step};
-    for (int p = 0; p < NUM_PARAMS; p++) {
-        if (!model.plan.trains(p)) continue;
+    for (int p : trained) {
         const ParamShape shape = param_shape(model.config, p);
         const size_t n = shape.elements(), offset = shard_offset(n), share = shard_size(n);
         const OptTensor tensor = {model.param[p] + offset, model.grad[p] + offset, model.m[p], model.v[p], model.master[p], share, offset,
@@ -2707,8 +2767,7 @@ Verdict model_update(Model& model, const Hyper& h, uint64_t step, const std::fun
         cudaCheck(cudaGetLastError());
     }
     world_group(true);
-    for (int p = 0; p < NUM_PARAMS; p++)
-        if (model.plan.trains(p)) world_gather_param(model.param[p], param_shape(model.config, p).elements(), model.stream);
+    for (int p : trained) world_gather_param(model.param[p], param_shape(model.config, p).elements(), model.stream);
     world_group(false);
     if (meanwhile) meanwhile();
     Verdict verdict;
@@ -2721,17 +2780,17 @@ Verdict model_update(Model& model, const Hyper& h, uint64_t step, const std::fun
 // Matmul operations of one token, forward and backward: 6 per weight that multiplies, and attention's two products over T/2
 // keys on average, three times.
 double model_flops_per_token(const Config& c, int T) {
-    double weights = (double)c.V * c.C;
+    double weights = (double)c.V * c.C;   // the head
     for (int p = 0; p < NUM_PARAMS; p++)
-        if (p != WTE && p != WPE && param_shape(c, p).cols) weights += (double)param_shape(c, p).elements();
-    return 6.0 * weights + 6.0 * c.L * c.C * (double)T;
+        if (const ParamShape s = param_shape(c, p); s.in_layer && s.cols) weights += (double)s.elements();
+    return 6.0 * weights + 6.0 * c.L * c.NH * c.HS() * (double)T;
 }
 
-// ==== twin: files
 // ==== 8. files ===================================================================================================================
-// Formats are llm.c's: little-endian, with a header of 256 int32. A reader trusts nothing: before it allocates, it compares the
-// magic, the version and all sizes with the real size of the file. A writer renames a file from a temporary name when all its
-// bytes are on the disk, so that a name always stands for a whole file. Only regular files are replaced.
+// Models are Hugging Face's directories; tokens and the states of runs are llm.c's files, little-endian, with a header of 256 int32. A
+// reader trusts nothing: before it allocates, it compares the magic, the version and all sizes with the real size of the file. A writer
+// renames a file from a temporary name when all its bytes are on the disk, so that a name always stands for a whole file. Only regular
+// files are replaced.
 
 constexpr int HEADER_INTS = 256;
 constexpr size_t HEADER_BYTES = HEADER_INTS * sizeof(int32_t);
@@ -2989,7 +3048,8 @@ void loader_open(Loader& d, const char* option, const char* pattern, int T, int 
         d.tokens += d.shards.back().tokens;
     }
     if (d.shards.empty())
-        fail("%s %s: %s; %s", option, pattern, names.empty() ? "no such file, and none matches it as a pattern" : "is a folder", TOKENS_REMEDY);
+        fail("%s %s: %s; %s", option, pattern, names.empty() ? "no such file, and none matches it as a pattern" : "is a folder",
+             TOKENS_REMEDY);
     double sum = 0, begin = now_seconds();
     for (size_t i = world.rank; i < d.shards.size(); i += world.size) {   // the ranks share the work
         progress("reading shards", i, d.shards.size(), begin);
@@ -3145,64 +3205,830 @@ bool log_close(Log& log) {   // false: lines are missing
     warn("the last lines of %s could not be written", log.path.c_str());
     return false;
 }
-// ==== end twin
-// ---- the file of a model: this header, and then the parameters in the order of enum Param
-struct ModelHeader { int32_t magic, version, maxT, V, L, NH, C, Vp, unused[HEADER_INTS - 8]; };
-constexpr int MODEL_MAGIC = 20240326, MODEL_FP32 = 3, MODEL_BF16 = 5;   // the last two are versions
-const char* MODEL_WHAT = "a GPT-2 model";
-const char* MODEL_REMEDY = "give -e a checkpoint written by train_gpt2 or prepro, or a size such as gpt2:d12";
-ModelHeader model_header(const Config& c) {
-    return {MODEL_MAGIC, kFP32 ? MODEL_FP32 : MODEL_BF16, c.maxT, c.V, c.L, c.NH, c.C, c.Vp};
+// ---- JSON (RFC 8259), as far as the files of a model need it
+//
+// A value is read whole into a tree. Numbers stay text until somebody asks for one. A name that stands twice in an object is an
+// error: readers disagree about which of the two counts.
+
+struct Json {
+    enum Type { ABSENT, JSON_NULL, BOOLEAN, NUMBER, STRING, ARRAY, OBJECT } type = ABSENT;
+    std::string text;                    // of a number or string (UTF-8); "true" or "false"
+    std::vector<std::string> names;      // of an object's members, in the order of the file
+    std::vector<Json> values;            // an object's members, an array's elements
+
+    const Json& operator[](const std::string& name) const {   // ABSENT where there is no such member
+        static const Json absent;
+        const size_t i = std::find(names.begin(), names.end(), name) - names.begin();
+        return type == OBJECT && i < names.size() ? values[i] : absent;
+    }
+    Json& set(const std::string& name, Json value) {   // in place of the member of that name, or as a new one
+        const size_t i = std::find(names.begin(), names.end(), name) - names.begin();
+        if (i == names.size()) names.push_back(name), values.emplace_back();
+        return values[i] = std::move(value);
+    }
+};
+Json json_object() { Json j; j.type = Json::OBJECT; return j; }
+Json json_string(const std::string& s) { Json j; j.type = Json::STRING, j.text = s; return j; }
+Json json_sizes(const std::vector<size_t>& sizes) {
+    Json j;
+    j.type = Json::ARRAY;
+    for (size_t n : sizes) j.values.emplace_back(), j.values.back().type = Json::NUMBER, j.values.back().text = std::to_string(n);
+    return j;
 }
+Json json_bool(bool b) { Json j; j.type = Json::BOOLEAN, j.text = b ? "true" : "false"; return j; }
+Json json_number_value(float x) {   // the shortest text that reads back as the same number; 1e-05 as Python writes it
+    char s[40];
+    for (int digits = 1; digits <= 9; digits++) {
+        snprintf(s, sizeof s, "%.*g", digits, x);
+        if (strtof(s, nullptr) == x) break;
+    }
+    Json j;
+    j.type = Json::NUMBER, j.text = s;
+    return j;
+}
+
+struct JsonReader {
+    const char *begin, *at, *end;
+    std::string error;   // the first one, with its place; after it nothing more is read
+
+    bool wrong(const char* expected) {
+        if (error.empty()) error = std::string("expected ") + expected + " at byte " + std::to_string(at - begin);
+        return false;
+    }
+    void blanks() {
+        while (at < end && (*at == ' ' || *at == '\t' || *at == '\n' || *at == '\r')) at++;
+    }
+    bool take(char c) {
+        blanks();
+        return at < end && *at == c ? at++, true : false;
+    }
+    bool word(const char* w) {
+        const size_t n = strlen(w);
+        return (size_t)(end - at) >= n && memcmp(at, w, n) == 0 ? at += n, true : false;
+    }
+    bool digits() {
+        const char* first = at;
+        while (at < end && *at >= '0' && *at <= '9') at++;
+        return at > first;
+    }
+    bool hex(unsigned& u) {   // of \u0041
+        u = 0;
+        for (int i = 0; i < 4; i++, at++) {
+            if (at >= end || !isxdigit((unsigned char)*at)) return wrong("four hexadecimal digits");
+            u = u * 16 + (*at <= '9' ? *at - '0' : (*at | 32) - 'a' + 10);
+        }
+        return true;
+    }
+    bool string(std::string& s) {   // after its opening quote
+        while (at < end && *at != '"') {
+            const unsigned char c = *at++;
+            if (c < 32) return at--, wrong("no control character in a string");
+            if (c != '\\') {
+                s += (char)c;
+                continue;
+            }
+            if (at >= end) break;
+            const char *escapes = "\"\\/bfnrt", *meaning = "\"\\/\b\f\n\r\t", e = *at++;
+            if (e != 'u') {
+                const char* found = e ? strchr(escapes, e) : nullptr;
+                if (found == nullptr) return at--, wrong("an escape that JSON knows");
+                s += meaning[found - escapes];
+                continue;
+            }
+            unsigned u, low;
+            if (!hex(u)) return false;
+            if (u >= 0xdc00 && u < 0xe000) return wrong("a surrogate's first half before its second");
+            if (u >= 0xd800 && u < 0xdc00) {   // two of them are one character beyond 0xffff
+                if (!word("\\u") || !hex(low) || low < 0xdc00 || low >= 0xe000) return wrong("the second half of a surrogate");
+                u = 0x10000 + ((u - 0xd800) << 10) + (low - 0xdc00);
+            }
+            const int more = u < 0x80 ? 0 : u < 0x800 ? 1 : u < 0x10000 ? 2 : 3;   // bytes of UTF-8 after the first
+            s += (char)(more == 0 ? u : (0xff00 >> (more + 1) & 0xff) | u >> 6 * more);
+            for (int i = more - 1; i >= 0; i--) s += (char)(0x80 | (u >> 6 * i & 63));
+        }
+        return at < end ? at++, true : wrong("the end of the string");
+    }
+    bool value(Json& j, int depth) {
+        blanks();
+        if (at >= end) return wrong("a value");
+        if (depth > 64) return wrong("no more than 64 levels");
+        const char* first = at;
+        if (take('{')) {
+            j.type = Json::OBJECT;
+            if (take('}')) return true;
+            do {
+                std::string name;
+                if (!take('"')) return wrong("a name in quotes");
+                if (!string(name)) return false;
+                if (!take(':')) return wrong("a colon");
+                j.names.push_back(name), j.values.emplace_back();
+                if (!value(j.values.back(), depth + 1)) return false;
+            } while (take(','));
+            if (!take('}')) return wrong("a comma or }");
+            std::vector<std::string> sorted = j.names;
+            std::sort(sorted.begin(), sorted.end());
+            const auto twice = std::adjacent_find(sorted.begin(), sorted.end());
+            return twice == sorted.end() || wrong(("the name " + *twice + " only once before").c_str());
+        }
+        if (take('[')) {
+            j.type = Json::ARRAY;
+            if (take(']')) return true;
+            do {
+                j.values.emplace_back();
+                if (!value(j.values.back(), depth + 1)) return false;
+            } while (take(','));
+            return take(']') || wrong("a comma or ]");
+        }
+        if (take('"')) return j.type = Json::STRING, string(j.text);
+        if (word("true") || word("false")) return j.type = Json::BOOLEAN, j.text.assign(first, at), true;
+        if (word("null")) return j.type = Json::JSON_NULL, true;
+        word("-");
+        if (!word("0") && !digits()) return at = first, wrong("a value");
+        if (word(".") && !digits()) return wrong("a digit");
+        if (word("e") || word("E")) {
+            if (!word("+")) word("-");
+            if (!digits()) return wrong("a digit");
+        }
+        return j.type = Json::NUMBER, j.text.assign(first, at), true;
+    }
+};
+// Reads a whole text. False: `error` says what was expected, and where.
+bool json_read(Json& j, const char* text, size_t bytes, std::string& error) {
+    JsonReader r = {text, text, text + bytes, ""};
+    if (r.value(j, 0) && (r.blanks(), r.at < r.end)) r.wrong("nothing more");
+    error = r.error;
+    return error.empty();
+}
+void json_append_string(std::string& out, const std::string& s) {
+    out += '"';
+    for (unsigned char c : s) {
+        char escaped[8];
+        if (c < 32) snprintf(escaped, sizeof escaped, "\\u%04x", c), out += escaped;
+        else (c == '"' || c == '\\' ? out += '\\' : out) += (char)c;
+    }
+    out += '"';
+}
+// As text, two blanks to a level; one line if `indent` is negative.
+void json_append(std::string& out, const Json& j, int indent) {
+    const bool object = j.type == Json::OBJECT, lines = indent >= 0 && !j.values.empty() && object;
+    if (j.type == Json::STRING) return json_append_string(out, j.text);
+    if (j.type < Json::ARRAY) return void(out += j.type <= Json::JSON_NULL ? "null" : j.text);
+    out += object ? '{' : '[';
+    for (size_t i = 0; i < j.values.size(); i++) {
+        out += i == 0 ? "" : lines ? "," : ", ";
+        if (lines) out += '\n' + std::string(2 * (indent + 1), ' ');
+        if (object) json_append_string(out, j.names[i]), out += ": ";
+        json_append(out, j.values[i], lines ? indent + 1 : -1);
+    }
+    if (lines) out += '\n' + std::string(2 * indent, ' ');
+    out += object ? '}' : ']';
+}
+
+// ---- safetensors: 8 bytes that count the bytes of a JSON header, the header, the elements of one tensor after another
+//
+// A reader trusts nothing: every shape and offset is checked against the bytes that are there before anything is allocated for it.
+// The format knows no gaps and no overlaps, so that a file has one meaning.
+
+std::string shape_text(const std::vector<size_t>& shape) {
+    std::string s = "[";
+    for (size_t i = 0; i < shape.size(); i++) s += (i ? ", " : "") + std::to_string(shape[i]);
+    return s + "]";
+}
+struct SafeTensor {
+    std::string name, file, type;
+    DType dtype;                 // F32, BF16 or F16: what can be loaded. BYTE: any other
+    std::vector<size_t> shape;
+    size_t begin, end;           // bytes in the file
+};
+bool json_size(const Json& j, size_t& n) {   // a whole number below 2^53
+    const bool digits = j.type == Json::NUMBER && j.text.size() <= 16 && j.text.find_first_not_of("0123456789") == std::string::npos;
+    n = digits ? strtoull(j.text.c_str(), nullptr, 10) : 0;
+    return digits && n < (size_t)1 << 53;
+}
+// The tensors of a file, from its header and the bytes after it. Returns what is wrong, or an empty text.
+std::string safetensors_parse(std::vector<SafeTensor>& tensors, const char* header, size_t bytes, size_t data_bytes) {
+    static const struct { const char* name; size_t size; DType dtype; } types[] = {
+        {"F32", 4, F32}, {"BF16", 2, BF16}, {"F16", 2, F16}, {"F64", 8, BYTE}, {"I64", 8, BYTE}, {"U64", 8, BYTE}, {"I32", 4, BYTE},
+        {"U32", 4, BYTE}, {"I16", 2, BYTE}, {"U16", 2, BYTE}, {"I8", 1, BYTE}, {"U8", 1, BYTE}, {"BOOL", 1, BYTE},
+        {"F8_E4M3", 1, BYTE}, {"F8_E5M2", 1, BYTE}};
+    Json root;
+    std::string error;
+    if (!json_read(root, header, bytes, error)) return "its header is no JSON: " + error;
+    if (root.type != Json::OBJECT) return "its header is no JSON object";
+    for (size_t i = 0; i < root.names.size(); i++) {
+        const Json& j = root.values[i];
+        if (root.names[i] == "__metadata__") continue;
+        const std::string tensor = "tensor " + root.names[i];
+        SafeTensor t = {root.names[i], "", j["dtype"].text, BYTE, {}, 0, 0};
+        const auto type = std::find_if(std::begin(types), std::end(types), [&](auto& known) { return known.name == j["dtype"].text; });
+        if (j["dtype"].type != Json::STRING || type == std::end(types))
+            return tensor + ": unknown type of elements '" + j["dtype"].text + "'";
+        t.dtype = type->dtype;
+        size_t size = type->size;
+        if (j["shape"].type != Json::ARRAY) return tensor + ": expected a shape, a list of whole numbers";
+        for (const Json& dimension : j["shape"].values) {
+            size_t n;
+            if (!json_size(dimension, n)) return tensor + ": expected a shape, a list of whole numbers";
+            if (__builtin_mul_overflow(size, n, &size)) return tensor + ": a shape of more than 2^64 bytes";
+            t.shape.push_back(n);
+        }
+        const std::vector<Json>& offsets = j["data_offsets"].values;
+        if (j["data_offsets"].type != Json::ARRAY || offsets.size() != 2 || !json_size(offsets[0], t.begin) ||
+            !json_size(offsets[1], t.end))
+            return tensor + ": expected data_offsets, two whole numbers";
+        if (t.begin > t.end || t.end > data_bytes)
+            return tensor + ": is at bytes " + offsets[0].text + " to " + offsets[1].text + ", but the file has " +
+                   std::to_string(data_bytes) + " bytes of elements; it is damaged or was cut off";
+        if (t.end - t.begin != size)
+            return tensor + ": a shape of " + shape_text(t.shape) + " takes " + std::to_string(size) + " bytes, but it has " +
+                   std::to_string(t.end - t.begin);
+        tensors.push_back(t);
+    }
+    std::sort(tensors.begin(), tensors.end(), [](const SafeTensor& a, const SafeTensor& b) {
+        return a.begin != b.begin ? a.begin < b.begin : a.end < b.end;
+    });
+    size_t at = 0;
+    for (SafeTensor& t : tensors) {
+        if (t.begin != at)
+            return "tensor " + t.name + ": begins at byte " + std::to_string(t.begin) + ", where the one before ends at " +
+                   std::to_string(at);
+        at = t.end;
+        t.begin += 8 + bytes, t.end += 8 + bytes;
+    }
+    return at == data_bytes ? "" : "after its last tensor come " + std::to_string(data_bytes - at) + " more bytes";
+}
+
+// IEEE's 16-bit floats: 1 sign, 5 exponent, 10 mantissa
+inline float half_to_float(uint16_t h) {
+    const uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = h >> 10 & 31, mantissa = h & 0x3ff;
+    const float value = exponent == 31 ? (mantissa ? NAN : INFINITY) : exponent == 0 ? ldexpf((float)mantissa, -24)
+                                       : ldexpf((float)(1024 + mantissa), (int)exponent - 25);
+    return sign ? -value : value;
+}
+inline uint16_t half_from_float(float f) {   // to the nearest, ties to even
+    const uint16_t sign = std::signbit(f) ? 0x8000 : 0;
+    if (f != f) return sign | 0x7e00;
+    const float x = fabsf(f);
+    if (x >= 65520) return sign | 0x7c00;                                     // halfway to 2^16 and beyond: infinity
+    if (x < 0x1p-14f) return sign | (uint16_t)nearbyintf(ldexpf(x, 24));      // subnormal: a multiple of 2^-24
+    int exponent;
+    const float mantissa = nearbyintf(ldexpf(frexpf(x, &exponent), 11));      // 1024 to 2048, the latter of the next exponent
+    return sign | (uint16_t)(((exponent + 13) << 10) + (int)mantissa);
+}
+
+// ---- a model's directory, in Hugging Face's format: config.json, and model.safetensors or shards with an index
+
+struct HfModel {
+    std::string folder;
+    Json config;
+    std::vector<SafeTensor> tensors;   // by name, ascending
+
+    const SafeTensor* find(const std::string& name) const {
+        const auto at = std::lower_bound(tensors.begin(), tensors.end(), name,
+                                         [](const SafeTensor& t, const std::string& n) { return t.name < n; });
+        return at != tensors.end() && at->name == name ? &*at : nullptr;
+    }
+};
+constexpr size_t HEADER_MOST = (size_t)16 << 20;   // of JSON, which may take 60 times that in memory; 100,000 tensors have 10 MiB
+const char* HF_REMEDY = "expected a model's directory as transformers writes it: config.json and model.safetensors";
+
+// The bytes of a small file.
+std::string read_text(const std::string& path, size_t most) {
+    const int fd = open(path.c_str(), O_RDONLY | O_NONBLOCK | O_CLOEXEC);
+    struct stat s;
+    if (fd < 0 || fstat(fd, &s) != 0) fail("cannot open %s: %s; %s", path.c_str(), strerror(errno), HF_REMEDY);
+    if (!S_ISREG(s.st_mode) || (size_t)s.st_size > most)
+        fail("%s: expected a regular file of at most %zu bytes, found %s; %s", path.c_str(), most,
+             S_ISREG(s.st_mode) ? std::to_string(s.st_size).c_str() : "something else", HF_REMEDY);
+    std::string text(s.st_size, '\0');
+    size_t n = 0;
+    for (ssize_t got; n < text.size() && (got = pread(fd, &text[n], text.size() - n, n)) > 0;) n += got;
+    close(fd);
+    if (n != text.size()) fail("%s: could not be read to its end", path.c_str());
+    return text;
+}
+Json read_json(const std::string& path) {
+    const std::string text = read_text(path, HEADER_MOST);
+    Json j;
+    std::string error;
+    if (!json_read(j, text.data(), text.size(), error)) fail("%s: is no JSON: %s", path.c_str(), error.c_str());
+    if (j.type != Json::OBJECT) fail("%s: expected a JSON object", path.c_str());
+    return j;
+}
+// The header of a file of tensors.
+std::vector<SafeTensor> safetensors_open(const std::string& path) {
+    const int fd = open(path.c_str(), O_RDONLY | O_NONBLOCK | O_CLOEXEC);
+    struct stat s;
+    if (fd < 0 || fstat(fd, &s) != 0) fail("cannot open %s: %s; %s", path.c_str(), strerror(errno), HF_REMEDY);
+    if (!S_ISREG(s.st_mode)) fail("%s: expected a regular file; %s", path.c_str(), HF_REMEDY);
+    uint64_t bytes = 0;
+    const size_t size = s.st_size;
+    if (pread(fd, &bytes, 8, 0) != 8 || bytes > HEADER_MOST || bytes + 8 > size)
+        fail("%s: expected safetensors, 8 bytes that count a header of at most 16 MiB and the header, found a file of %zu bytes "
+             "that counts %zu; it is damaged or was cut off", path.c_str(), size, (size_t)bytes);
+    std::string header(bytes, '\0');
+    if (pread(fd, &header[0], bytes, 8) != (ssize_t)bytes) fail("%s: its header could not be read", path.c_str());
+    close(fd);
+    std::vector<SafeTensor> tensors;
+    const std::string error = safetensors_parse(tensors, header.data(), bytes, size - 8 - bytes);
+    if (!error.empty()) fail("%s: %s", path.c_str(), error.c_str());
+    for (SafeTensor& t : tensors) t.file = path;
+    return tensors;
+}
+// Reads the config and all headers. No weight is read yet.
+HfModel hf_open(const std::string& folder) {
+    HfModel m;
+    m.folder = folder;
+    m.config = read_json(folder + "/config.json");
+    const std::string single = folder + "/model.safetensors", index = single + ".index.json";
+    if (file_exists(index) && !file_exists(single)) {
+        const Json map = read_json(index)["weight_map"];
+        std::map<std::string, std::string> file_of;
+        std::vector<std::string> files;
+        if (map.type != Json::OBJECT || map.values.empty())
+            fail("%s: expected a weight_map, which names the file of each tensor", index.c_str());
+        for (const Json& file : map.values) {
+            if (file.type != Json::STRING || file.text.empty() || file.text.find_first_of(std::string("/\0", 2)) != std::string::npos)
+                fail("%s: expected names of files in the same directory, found '%s'", index.c_str(), file.text.c_str());
+            files.push_back(file.text);
+        }
+        for (size_t i = 0; i < map.names.size(); i++) file_of[map.names[i]] = map.values[i].text;
+        std::sort(files.begin(), files.end());
+        files.erase(std::unique(files.begin(), files.end()), files.end());
+        for (const std::string& file : files)
+            for (const SafeTensor& t : safetensors_open(folder + "/" + file))
+                if (const auto at = file_of.find(t.name); at != file_of.end() && at->second == file) {
+                    m.tensors.push_back(t);
+                    file_of.erase(at);
+                }
+        if (!file_of.empty())
+            fail("%s: tensor %s should be in %s, but is not", index.c_str(), file_of.begin()->first.c_str(),
+                 file_of.begin()->second.c_str());
+    } else {
+        m.tensors = safetensors_open(single);
+    }
+    std::sort(m.tensors.begin(), m.tensors.end(), [](const SafeTensor& a, const SafeTensor& b) { return a.name < b.name; });
+    return m;
+}
+// Elements of a type as floats, and back: rounded to the nearest.
+void load_as(DType type, float* to, const char* from, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        uint16_t h;
+        if (type == F32) memcpy(&to[i], from + 4 * i, 4);
+        else memcpy(&h, from + 2 * i, 2), to[i] = type == F16 ? half_to_float(h) : (float)__ushort_as_bfloat16(h);
+    }
+}
+void store_as(DType type, char* to, const float* from, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        const uint16_t h = type == F16 ? half_from_float(from[i]) : __bfloat16_as_ushort(__float2bfloat16_rn(from[i]));
+        if (type == F32) memcpy(to + 4 * i, &from[i], 4);
+        else memcpy(to + 2 * i, &h, 2);
+    }
+}
+// Elements [first, first + n) of a tensor, as floats.
+void safetensors_read(const SafeTensor& t, size_t first, size_t n, float* out) {
+    const size_t size = dtype_size(t.dtype);
+    static std::string open_path;   // the file that was read last stays open
+    static int fd = -1;
+    if (open_path != t.file) {
+        if (fd >= 0) close(fd);
+        open_path = t.file;
+        fd = open(t.file.c_str(), O_RDONLY | O_CLOEXEC);
+        if (fd < 0) fail("cannot open %s again: %s", t.file.c_str(), strerror(errno));
+    }
+    std::vector<char> raw(n * size);
+    size_t done = 0;
+    errno = 0;
+    for (ssize_t got; done < raw.size() && (got = pread(fd, &raw[done], raw.size() - done, t.begin + first * size + done)) > 0;)
+        done += got;
+    if (done != raw.size()) fail("%s: tensor %s could not be read: %s", t.file.c_str(), t.name.c_str(),
+                                  errno ? strerror(errno) : "the file is shorter than it was");
+    load_as(t.dtype, out, raw.data(), n);
+}
+
+// Of each model, below: names that are no weights of it, names as they should be, and its config.json.
+bool hf_ignores(const Config& c, const std::string& name);
+void hf_complete_names(HfModel& m);
+void hf_config_json(const Config& c, Json& j);
+// ---- a model's weights to and from its directory
+// A piece is a tensor of a file, and some rows of one of our parameters: Hugging Face keeps q, k and v apart where we have one weight,
+// and GPT-2's weights (Conv1D) lie transposed in it. hf_pieces (below, of each model) lists a parameter's pieces in the order of rows.
+struct HfPiece {
+    std::string name;
+    size_t rows, cols;        // of ours; cols 0: a vector, rows 0: one number
+    bool transposed = false;  // in the file, (cols, rows)
+    size_t elements() const { return std::max<size_t>(rows, 1) * std::max<size_t>(cols, 1); }
+    std::vector<size_t> shape() const {
+        std::vector<size_t> shape;
+        if (rows > 0) shape.push_back(rows);
+        if (cols > 0) shape.push_back(cols);
+        if (transposed) std::swap(shape[0], shape[1]);
+        return shape;
+    }
+};
+constexpr size_t PIECE = (size_t)1 << 20;   // elements that are on the host at a time; a transposed tensor is there as a whole
+std::vector<HfPiece> hf_pieces(const Config& c, int p, int layer);   // layer -1: of a tensor outside the blocks
+// Calls f(parameter, its first element, piece) for all of a model.
+void hf_walk(const Config& c, const std::function<void(int p, size_t first, const HfPiece& piece)>& f) {
+    for (int layer = -1; layer < c.L; layer++)
+        for (int p = 0; p < NUM_PARAMS; p++) {
+            const ParamShape s = param_shape(c, p);
+            if (s.in_layer != (layer >= 0) || s.elements() == 0) continue;
+            size_t first = layer >= 0 ? layer * s.per_layer() : 0;
+            for (const HfPiece& piece : hf_pieces(c, p, layer)) f(p, first, piece), first += piece.elements();
+        }
+}
+
+// Elements [first, first + n) of a parameter, from the host into the weights and, where there are some, this rank's master weights.
+void model_put(Model& model, int p, size_t first, size_t n, const float* values) {
+    const size_t all = param_shape(model.config, p).elements(), begin = shard_offset(all), end = begin + shard_size(all);
+    const size_t from = std::max(first, begin), to = std::min(first + n, end);
+    const std::vector<floatX> rounded(values, values + n);
+    cudaCheck(cudaMemcpy(model.param[p] + first, rounded.data(), n * sizeof(floatX), cudaMemcpyHostToDevice));
+    if (model.master[p] != nullptr && from < to)
+        cudaCheck(cudaMemcpy(model.master[p] + (from - begin), values + (from - first), (to - from) * sizeof(float),
+                             cudaMemcpyHostToDevice));
+}
+// The other way, with all their bits. With --zero 1 the master weights are divided among the ranks: then all ranks call this, and each
+// has its own in `values`, and zeros.
+void model_get(const Model& model, int p, size_t first, size_t n, float* values) {
+    if (model.master[p] == nullptr) {
+        std::vector<floatX> weights(n);
+        cudaCheck(cudaMemcpy(weights.data(), model.param[p] + first, n * sizeof(floatX), cudaMemcpyDeviceToHost));
+        std::copy(weights.begin(), weights.end(), values);
+        return;
+    }
+    const size_t all = param_shape(model.config, p).elements(), begin = shard_offset(all), end = begin + shard_size(all);
+    const size_t from = std::max(first, begin), to = std::min(first + n, end);
+    std::fill(values, values + n, 0.0f);
+    if (from < to)
+        cudaCheck(cudaMemcpy(values + (from - first), model.master[p] + (from - begin), (to - from) * sizeof(float),
+                             cudaMemcpyDeviceToHost));
+    if (world_shards(all)) world_sum_host(values, n);
+}
+void transpose(float* to, const float* from, size_t rows, size_t cols) {   // to (cols, rows), from (rows, cols)
+    for (size_t r = 0; r < rows; r++)
+        for (size_t c = 0; c < cols; c++) to[c * rows + r] = from[r * cols + c];
+}
+
+// Where a model came from: what is written beside its weights, and in which types those are.
+struct Source {
+    Json config = json_object();         // what we do not know of stays in it
+    std::vector<std::pair<std::string, std::string>> files;   // of the tokenizer: names and contents. The directory may go
+    DType dtype = FLOATX;                // of the tensors that are not in `dtypes`
+    std::map<std::string, DType> dtypes;
+    DType dtype_of(const std::string& name) const {
+        const auto at = dtypes.find(name);
+        return at == dtypes.end() ? dtype : at->second;
+    }
+};
+// The headers of a directory's files, against its config: each weight must be there, once, in its shape, and nothing else that holds
+// weights. Completes the names.
+void hf_check(const Config& c, HfModel& m) {
+    hf_complete_names(m);
+    const auto twice = std::adjacent_find(m.tensors.begin(), m.tensors.end(), [](auto& a, auto& b) { return a.name == b.name; });
+    if (twice != m.tensors.end())
+        fail("%s: tensor %s is there twice, under a name with and one without its beginning", twice->file.c_str(), twice->name.c_str());
+    std::map<std::string, bool> wanted;
+    hf_walk(c, [&](int, size_t, const HfPiece& piece) {
+        const SafeTensor* t = m.find(piece.name);
+        if (t == nullptr) fail("%s: no tensor %s, which its config.json asks for; %s", m.folder.c_str(), piece.name.c_str(), HF_REMEDY);
+        if (t->dtype == BYTE)
+            fail("%s: tensor %s: expected elements of type F32, BF16 or F16, found %s", t->file.c_str(), t->name.c_str(), t->type.c_str());
+        if (t->shape != piece.shape())
+            fail("%s: tensor %s: expected the shape %s by config.json, found %s", t->file.c_str(), t->name.c_str(),
+                 shape_text(piece.shape()).c_str(), shape_text(t->shape).c_str());
+        wanted[piece.name] = true;
+    });
+    for (const SafeTensor& t : m.tensors)
+        if (!wanted.count(t.name) && !hf_ignores(c, t.name))
+            fail("%s: tensor %s is none of the model that config.json describes", t.file.c_str(), t.name.c_str());
+    // A tied head may be there once more. Readers disagree about which of two different ones counts.
+    const SafeTensor *head = m.find("lm_head.weight"), *wte = m.find(hf_pieces(c, WTE, -1)[0].name);
+    if (head == nullptr || wanted.count(head->name)) return;
+    bool same = head->shape == wte->shape && head->dtype == wte->dtype;
+    const size_t n = (size_t)c.V * c.C;
+    std::vector<float> a(std::min(PIECE, n)), b(a.size());
+    for (size_t at = 0; same && at < n; at += a.size()) {
+        const size_t count = std::min(a.size(), n - at);
+        safetensors_read(*head, at, count, a.data());
+        safetensors_read(*wte, at, count, b.data());
+        same = memcmp(a.data(), b.data(), count * sizeof(float)) == 0;
+    }
+    if (!same)
+        fail("%s: tensor %s is another than %s, but config.json says that they are one (tie_word_embeddings); remove the head, or untie it",
+             head->file.c_str(), head->name.c_str(), wte->name.c_str());
+}
+// Reads all weights of a directory.
+Source hf_load(Model& model, const std::string& folder) {
+    HfModel m = hf_open(folder);
+    hf_check(model.config, m);
+    Source source = {m.config};
+    for (const char* name : {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+                             "merges.txt", "tokenizer.model", "chat_template.jinja", "generation_config.json"}) {
+        const std::string path = folder + "/" + name;
+        if (file_exists(path)) source.files.push_back({name, read_text(path, (size_t)1 << 30)});
+    }
+    for (int p = 0; p < NUM_PARAMS; p++) {   // for the rows that pad the vocabulary
+        const size_t n = param_shape(model.config, p).elements();
+        cudaCheck(cudaMemset(model.param[p], 0, n * sizeof(floatX)));
+        if (model.master[p] != nullptr) cudaCheck(cudaMemset(model.master[p], 0, shard_size(n) * sizeof(float)));
+    }
+    hf_walk(model.config, [&](int p, size_t first, const HfPiece& piece) {
+        const SafeTensor* t = m.find(piece.name);
+        source.dtypes[piece.name] = t->dtype;
+        const size_t chunk = piece.transposed ? piece.elements() : std::min(PIECE, piece.elements());
+        std::vector<float> values(chunk), turned(piece.transposed ? chunk : 0);
+        for (size_t i = 0; i < piece.elements(); i += chunk) {
+            const size_t n = std::min(chunk, piece.elements() - i);
+            safetensors_read(*t, i, n, values.data());
+            if (piece.transposed) transpose(turned.data(), values.data(), piece.cols, piece.rows);
+            model_put(model, p, first + i, n, piece.transposed ? turned.data() : values.data());
+        }
+    });
+    source.dtype = source.dtypes[hf_pieces(model.config, WTE, -1)[0].name];
+    return source;
+}
+
+struct HfPart {   // a piece, where it begins in its parameter, and the type that it has in the file
+    int p;
+    size_t first;
+    HfPiece piece;
+    DType dtype;
+    size_t bytes() const { return piece.elements() * dtype_size(dtype); }
+};
+// Writes a file of tensors on rank 0. get(part, i, n, values) has all ranks find elements [i, i + n) of a part. Returns what went wrong.
+std::string safetensors_write(const std::string& path, const std::vector<HfPart>& parts,
+                              const std::function<void(const HfPart& part, size_t i, size_t n, float* values)>& get) {
+    Json header = json_object();
+    header.set("__metadata__", json_object()).set("format", json_string("pt"));
+    size_t at = 0;
+    for (const HfPart& part : parts) {
+        const size_t end = at + part.bytes();
+        Json& t = header.set(part.piece.name, json_object());
+        t.set("dtype", json_string(part.dtype == F32 ? "F32" : part.dtype == F16 ? "F16" : "BF16"));
+        t.set("shape", json_sizes(part.piece.shape()));
+        t.set("data_offsets", json_sizes({at, end}));
+        at = end;
+    }
+    std::string text;
+    json_append(text, header, -1);
+    text.resize((text.size() + 7) / 8 * 8, ' ');
+    std::string beyond;   // what the type cannot hold
+    auto fill = [&](const Put& put) {
+        const uint64_t length = text.size();
+        put(&length, sizeof length);
+        put(text.data(), text.size());
+        for (const HfPart& part : parts) {
+            const HfPiece& piece = part.piece;
+            const size_t size = dtype_size(part.dtype);
+            const size_t chunk = piece.transposed ? piece.elements() : std::min(PIECE, piece.elements());
+            std::vector<float> values(chunk), turned(piece.transposed ? chunk : 0);
+            std::vector<char> raw(chunk * size);
+            for (size_t i = 0; i < piece.elements(); i += chunk) {
+                const size_t n = std::min(chunk, piece.elements() - i);
+                get(part, i, n, values.data());
+                if (piece.transposed) transpose(turned.data(), values.data(), piece.rows, piece.cols);
+                for (size_t k = 0; k < n && part.dtype == F16 && beyond.empty(); k++)
+                    if (std::isfinite(values[k]) && fabsf(values[k]) >= 65520)
+                        beyond = path + ": tensor " + piece.name + " has " + std::to_string(values[k]) +
+                                 ", and f16 ends at 65504; --save-dtype bf16 or f32 holds it";
+                store_as(part.dtype, raw.data(), piece.transposed ? turned.data() : values.data(), n);
+                put(raw.data(), n * size);
+            }
+        }
+    };
+    if (world.rank > 0) fill([](const void*, size_t) {});
+    const std::string error = world.rank == 0 ? write_file(path, fill) : "";
+    return error.empty() ? beyond : error;
+}
+const char* DUMP_BEGINS = "{\"__metadata__\": {\"format\": \"pt\"}, \"loss\": {";
+// --dump-gradients: the loss of a micro-batch and every gradient, in fp32, under the names of the weights.
+std::string hf_dump_gradients(const Model& model, const std::string& path, float loss) {
+    std::vector<HfPart> parts = {{-1, 0, {"loss", 0, 0}, F32}};
+    hf_walk(model.config, [&](int p, size_t first, const HfPiece& piece) {
+        if (model.plan.trains(p)) parts.push_back({p, first, piece, F32});
+    });
+    return safetensors_write(path, parts, [&](const HfPart& part, size_t i, size_t n, float* values) {
+        if (part.p < 0) return void(values[0] = loss);
+        const Grad grad = model.grad[part.p] + (part.first + i);
+        std::vector<char> raw(n * dtype_size(grad.type));
+        cudaCheck(cudaMemcpy(raw.data(), grad.p, raw.size(), cudaMemcpyDeviceToHost));
+        load_as(grad.type, values, raw.data(), n);
+        for (size_t k = 0; k < n; k++) values[k] *= world.size;   // model_loss has divided by it, for the sum over the ranks
+    });
+}
+// Writes a model's directory. All ranks call it, rank 0 writes. Returns what went wrong, or an empty text.
+std::string hf_save(const Model& model, const std::string& folder, const Source& source) {
+    constexpr size_t SHARD_BYTES = (size_t)5 << 30;   // at most, unless one tensor has more
+    std::vector<std::vector<HfPart>> shards(1);
+    size_t bytes = 0, total = 0;
+    hf_walk(model.config, [&](int p, size_t first, const HfPiece& piece) {
+        const HfPart part = {p, first, piece, source.dtype_of(piece.name)};
+        if (bytes > 0 && bytes + part.bytes() > SHARD_BYTES) shards.emplace_back(), bytes = 0;
+        shards.back().push_back(part);
+        bytes += part.bytes(), total += part.bytes();
+    });
+    std::string error;
+    Json map = json_object();
+    for (size_t shard = 0; shard < shards.size(); shard++) {
+        char file[64] = "model.safetensors";
+        if (shards.size() > 1) snprintf(file, sizeof file, "model-%05zu-of-%05zu.safetensors", shard + 1, shards.size());
+        for (const HfPart& part : shards[shard]) map.set(part.piece.name, json_string(file));
+        const std::string wrong = safetensors_write(folder + "/" + file, shards[shard],
+            [&](const HfPart& part, size_t i, size_t n, float* values) { model_get(model, part.p, part.first + i, n, values); });
+        if (error.empty()) error = wrong;
+    }
+    if (world.rank > 0) return "";
+    auto write_json = [&](const char* name, const Json& j) {
+        std::string text;
+        json_append(text, j, 0);
+        text += '\n';
+        if (error.empty()) error = write_file(folder + "/" + name, [&](const Put& put) { put(text.data(), text.size()); });
+    };
+    if (shards.size() > 1) {
+        Json index = json_object();
+        index.set("metadata", json_object()).set("total_size", json_sizes({total}).values[0]);
+        index.set("weight_map", map);
+        write_json("model.safetensors.index.json", index);
+    }
+    Json config = source.config;
+    hf_config_json(model.config, config);
+    const char* type = source.dtype == F32 ? "float32" : source.dtype == F16 ? "float16" : "bfloat16";
+    for (const char* name : {"dtype", "torch_dtype"})   // transformers 5 has the first, 4 the second
+        if (config[name].type != Json::ABSENT || strcmp(name, "torch_dtype") == 0) config.set(name, json_string(type));
+    write_json("config.json", config);
+    for (const auto& file : source.files)
+        if (error.empty()) error = write_file(folder + "/" + file.first, [&](const Put& put) { put(file.second.data(), file.second.size()); });
+    return error;
+}
+
+// What config.json says under a name, or `usual` where it says nothing (or null). Another type than expected is an error.
+const Json* config_value(const HfModel& m, const char* name, Json::Type type, const char* expected) {
+    const Json& j = m.config[name];
+    if (j.type == Json::ABSENT || j.type == Json::JSON_NULL) return nullptr;
+    if (j.type != type) fail("%s/config.json: %s: expected %s", m.folder.c_str(), name, expected);
+    return &j;
+}
+constexpr int64_t REQUIRED = -1;
+int64_t config_int(const HfModel& m, const char* name, int64_t usual = REQUIRED) {
+    const Json* j = config_value(m, name, Json::NUMBER, "a whole number");
+    size_t n;
+    if (j == nullptr && usual == REQUIRED) fail("%s/config.json: has no %s, which this model needs", m.folder.c_str(), name);
+    if (j == nullptr) return usual;
+    if (!json_size(*j, n) || n < 1 || n > 1 << 30)
+        fail("%s/config.json: %s: expected a whole number from 1 to 2^30, found %s", m.folder.c_str(), name, j->text.c_str());
+    return (int64_t)n;
+}
+double config_number(const HfModel& m, const char* name, double usual) {
+    const Json* j = config_value(m, name, Json::NUMBER, "a number");
+    const double x = j ? strtod(j->text.c_str(), nullptr) : usual;
+    if (!std::isfinite(x)) fail("%s/config.json: %s: %s is too large for a number", m.folder.c_str(), name, j->text.c_str());
+    return x;
+}
+bool config_flag(const HfModel& m, const char* name, bool usual) {
+    const Json* j = config_value(m, name, Json::BOOLEAN, "true or false");
+    return j ? j->text == "true" : usual;
+}
+float config_eps(const HfModel& m, const char* name, double usual) {   // of norms
+    const double eps = config_number(m, name, usual);
+    if (!(eps > 0 && eps < 1)) fail("%s/config.json: %s: expected a number between 0 and 1, found %g", m.folder.c_str(), name, eps);
+    return (float)eps;
+}
+std::string config_text(const HfModel& m, const char* name, const char* usual) {
+    const Json* j = config_value(m, name, Json::STRING, "a text");
+    return j ? j->text : usual;
+}
+[[noreturn]] void config_refuse(const HfModel& m, const char* name, const std::string& found, const char* expected) {
+    fail("%s/config.json: %s is %s; expected %s: %s does nothing else", m.folder.c_str(), name, found.c_str(), expected, program_name);
+}
+// ==== end twin
+// ---- GPT-2's names and settings in Hugging Face's format
+
+std::vector<HfPiece> hf_pieces(const Config& c, int p, int layer) {
+    static const struct { const char* name; bool transposed; } names[NUM_PARAMS] = {
+        {"wte.weight", false}, {"wpe.weight", false}, {"ln_1.weight", false}, {"ln_1.bias", false},
+        {"attn.c_attn.weight", true}, {"attn.c_attn.bias", false}, {"attn.c_proj.weight", true}, {"attn.c_proj.bias", false},
+        {"ln_2.weight", false}, {"ln_2.bias", false}, {"mlp.c_fc.weight", true}, {"mlp.c_fc.bias", false},
+        {"mlp.c_proj.weight", true}, {"mlp.c_proj.bias", false}, {"ln_f.weight", false}, {"ln_f.bias", false}};
+    const ParamShape s = param_shape(c, p);
+    const std::string block = layer >= 0 ? "h." + std::to_string(layer) + "." : "";
+    return {{"transformer." + block + names[p].name, p == WTE ? (size_t)c.V : s.rows, s.cols, names[p].transposed}};   // padding is ours
+}
+// What files may hold besides: masks of attention, and the head, which is wte once more.
+bool hf_ignores(const Config&, const std::string& name) {
+    auto ends = [&](const std::string& with) {
+        return name.size() >= with.size() && name.compare(name.size() - with.size(), with.size(), with) == 0;
+    };
+    return ends(".attn.bias") || ends(".attn.masked_bias") || name == "lm_head.weight";
+}
+// Older files leave "transformer." out.
+void hf_complete_names(HfModel& m) {
+    for (SafeTensor& t : m.tensors)
+        if (t.name.compare(0, 12, "transformer.") != 0 && t.name != "lm_head.weight") t.name = "transformer." + t.name;
+    std::sort(m.tensors.begin(), m.tensors.end(), [](const SafeTensor& a, const SafeTensor& b) { return a.name < b.name; });
+}
+// The model that a config.json describes. What it asks for and we do not do is refused.
+Config hf_config(const HfModel& m) {
+    const std::string type = config_text(m, "model_type", "");
+    if (type != "gpt2") config_refuse(m, "model_type", "'" + type + "'", "gpt2 (train_llama takes llama, mistral, qwen2, qwen3)");
+    Config c = {};
+    c.maxT = (int)config_int(m, "n_positions", 1024), c.V = (int)config_int(m, "vocab_size", 50257);
+    c.L = (int)config_int(m, "n_layer", 12), c.NH = (int)config_int(m, "n_head", 12), c.C = (int)config_int(m, "n_embd", 768);
+    c.Vp = padded(c.V);
+    const int64_t inner = config_int(m, "n_inner", 4 * (int64_t)c.C);
+    const std::string act = config_text(m, "activation_function", "gelu_new");
+    c.eps = config_eps(m, "layer_norm_epsilon", USUAL_EPS);
+    if (inner != 4 * (int64_t)c.C) config_refuse(m, "n_inner", std::to_string(inner), "4 * n_embd");
+    if (act != "gelu_new" && act != "gelu_pytorch_tanh") config_refuse(m, "activation_function", act, "gelu_new");
+    if (!config_flag(m, "tie_word_embeddings", true)) config_refuse(m, "tie_word_embeddings", "false", "true");
+    if (!config_flag(m, "scale_attn_weights", true)) config_refuse(m, "scale_attn_weights", "false", "true");
+    for (const char* name : {"scale_attn_by_inverse_layer_idx", "add_cross_attention"})
+        if (config_flag(m, name, false)) config_refuse(m, name, "true", "false");
+    for (const char* name : {"resid_pdrop", "embd_pdrop", "attn_pdrop"})
+        if (config_number(m, name, 0) > 0 && world.rank == 0)
+            warn("note: %s/config.json has %s %g; this program trains without dropout", m.folder.c_str(), name, config_number(m, name, 0));
+    return c;
+}
+void hf_config_json(const Config& c, Json& j) {   // into what the model came with
+    Json architectures;
+    architectures.type = Json::ARRAY, architectures.values = {json_string("GPT2LMHeadModel")};
+    j.set("architectures", architectures);
+    j.set("model_type", json_string("gpt2"));
+    const std::pair<const char*, size_t> numbers[] = {
+        {"vocab_size", c.V}, {"n_positions", c.maxT}, {"n_embd", c.C}, {"n_layer", c.L}, {"n_head", c.NH}};
+    for (auto& [name, value] : numbers) j.set(name, json_sizes({value}).values[0]);
+    if (j["activation_function"].type == Json::ABSENT) j.set("activation_function", json_string("gelu_new"));
+    j.set("layer_norm_epsilon", json_number_value(c.eps));
+    j.set("tie_word_embeddings", json_bool(true));
+    for (const char* name : {"bos_token_id", "eos_token_id"})   // the last token of our own vocabularies ends a text, as GPT-2's does
+        if (j[name].type == Json::ABSENT) j.set(name, json_sizes({(size_t)c.V - 1}).values[0]);
+}
+
+// ---- llm.c's file of a model: this header, and then the parameters in the order of enum Param
+struct BinHeader { int32_t magic, version, maxT, V, L, NH, C, Vp, unused[HEADER_INTS - 8]; };
+constexpr int BIN_MAGIC = 20240326, BIN_FP32 = 3, BIN_BF16 = 5;   // the last two are versions
+const char* BIN_WHAT = "a GPT-2 model";
+const char* MODEL_REMEDY = "give -e a model's directory, llm.c's file of a GPT-2, or a size such as gpt2:d12";
 // The size of the model in a file, after checking it against the size of the file.
-Config model_read_config(const char* path) {
-    ModelHeader h;
-    FILE* f = open_with_header(path, &h, MODEL_MAGIC, MODEL_WHAT, MODEL_REMEDY);
+Config bin_config(const char* path) {
+    BinHeader h;
+    FILE* f = open_with_header(path, &h, BIN_MAGIC, BIN_WHAT, MODEL_REMEDY);
     const size_t size = file_size(f);
     fclose(f);
-    const Config c = {h.maxT, h.V, h.Vp, h.L, h.NH, h.C};
+    const Config c = {h.maxT, h.V, h.Vp, h.L, h.NH, h.C, USUAL_EPS};
     // The limits keep every product below 2^63, so that `expected` is the true size.
     const bool sane = c.maxT > 0 && c.V > 0 && c.V <= 1 << 30 && c.L > 0 && c.L <= 1 << 12 && c.NH > 0 && c.C > 0 &&
-                      c.C <= 1 << 16 && c.C % c.NH == 0 && c.Vp == ceil_div(c.V, 128) * 128;
-    if (!sane || (h.version != MODEL_FP32 && h.version != MODEL_BF16))
+                      c.C <= 1 << 16 && c.C % c.NH == 0 && c.Vp == padded(c.V);
+    if (!sane || (h.version != BIN_FP32 && h.version != BIN_BF16))
         fail("%s: its header makes no model: version %d (expected version 3, fp32, or 5, bf16), T %d, V %d padded to %d (a "
              "multiple of 128), L %d, NH %d, C %d; %s", path, h.version, c.maxT, c.V, c.Vp, c.L, c.NH, c.C, MODEL_REMEDY);
-    const size_t expected = HEADER_BYTES + param_count(c) * dtype_size(h.version == MODEL_FP32 ? F32 : BF16);
+    const size_t expected = HEADER_BYTES + param_count(c) * dtype_size(h.version == BIN_FP32 ? F32 : BF16);
     if (size != expected)
         fail("%s: its header (T %d, V %d, L %d, NH %d, C %d, version %d) asks for %zu bytes, found %zu; it is damaged or was cut "
              "off; %s", path, c.maxT, c.V, c.L, c.NH, c.C, h.version, expected, size, MODEL_REMEDY);
     return c;
 }
-
-// ==== twin: checkpoints, device, schedule, command line
-// ---- checkpoints: the weights, the state of each rank, and DONE when all of these are whole
-// Reads weights, in whichever of the two types the file has, into an allocated model. Master weights get all their bits.
-void model_load(Model& model, const char* path) {
-    constexpr size_t CHUNK = (size_t)1 << 20;   // elements
-    ModelHeader h;
-    FILE* f = open_with_header(path, &h, MODEL_MAGIC, MODEL_WHAT, MODEL_REMEDY);
-    std::vector<float> wide(CHUNK);
-    std::vector<__nv_bfloat16> half(CHUNK);
-    std::vector<floatX> rounded(CHUNK);
+DType bin_load(Model& model, const char* path) {
+    BinHeader h;
+    FILE* f = open_with_header(path, &h, BIN_MAGIC, BIN_WHAT, MODEL_REMEDY);
+    const DType type = h.version == BIN_FP32 ? F32 : BF16;
+    std::vector<char> raw(PIECE * dtype_size(type));
+    std::vector<float> values(PIECE);
     for (int p = 0; p < NUM_PARAMS; p++) {
-        const size_t n = param_shape(model.config, p).elements(), begin = shard_offset(n), end = begin + shard_size(n);
-        for (size_t i = 0; i < n; i += CHUNK) {
-            const size_t k = std::min(CHUNK, n - i), from = std::max(i, begin), to = std::min(i + k, end);
-            if (h.version == MODEL_FP32) read_bytes(f, path, wide.data(), k * sizeof(float));
-            else read_bytes(f, path, half.data(), k * sizeof(__nv_bfloat16));
-            for (size_t j = 0; j < k; j++) {
-                if (h.version != MODEL_FP32) wide[j] = (float)half[j];
-                rounded[j] = (floatX)wide[j];
-            }
-            cudaCheck(cudaMemcpy(model.param[p] + i, rounded.data(), k * sizeof(floatX), cudaMemcpyHostToDevice));
-            if (model.master[p] != nullptr && from < to)   // [from, to) is in this rank's share
-                cudaCheck(cudaMemcpy(model.master[p] + (from - begin), &wide[from - i], (to - from) * sizeof(float),
-                                     cudaMemcpyHostToDevice));
+        const size_t elements = param_shape(model.config, p).elements();
+        for (size_t i = 0; i < elements; i += PIECE) {
+            const size_t n = std::min(PIECE, elements - i);
+            read_bytes(f, path, raw.data(), n * dtype_size(type));
+            load_as(type, values.data(), raw.data(), n);
+            model_put(model, p, i, n, values.data());
         }
     }
     fclose(f);
+    return type;
+}
+// --write-bin: in the type of this build's weights. Returns what went wrong, or an empty text.
+std::string bin_save(const Model& model, const std::string& path) {
+    const Config& c = model.config;
+    return write_file(path, [&](const Put& put) {
+        const BinHeader h = {BIN_MAGIC, kFP32 ? BIN_FP32 : BIN_BF16, c.maxT, c.V, c.L, c.NH, c.C, c.Vp};
+        put(&h, sizeof h);
+        for (int p = 0; p < NUM_PARAMS; p++) device_copy(true, model.param[p], param_shape(c, p).elements() * sizeof(floatX), put);
+    });
+}
+// What -e names: a directory or a file.
+Config model_read_config(const std::string& path) {
+    return is_folder(path.c_str()) ? hf_config(hf_open(path)) : bin_config(path.c_str());
+}
+Source model_load(Model& model, const std::string& path) {
+    if (is_folder(path.c_str())) return hf_load(model, path);
+    Source source;
+    source.dtype = bin_load(model, path.c_str());
+    return source;
 }
 
+// ==== twin: checkpoints, device, schedule, command line
+// ---- checkpoints: OUT/step_00000010 is a model's directory, which also holds the state of each rank
 // Where a run stands, besides its weights: with it 5 steps, a checkpoint and 5 steps equal 10 steps.
 struct RunState {
     int step = 0, not_finite_in_row = 0;   // steps done, and how many of the last ones were not finite
@@ -3211,7 +4037,7 @@ struct RunState {
 };
 // llm.c's header of a state, with more in slots that llm.c leaves free. Beside a line stands the slot of its first name.
 struct StateHeader {
-    int32_t magic, version, ranks, rank, master, shuffle, zero, unused7[3];   // 0
+    int32_t magic, version, ranks, rank, master, shuffle, zero, weights, unused8[2];   // 0; weights: bytes of each, if it holds them
     int32_t step, T, shards, chunk_rows;                                      // 10
     size_t tokens;                                                            // 14
     int32_t B, unused17[3];                                                   // 16
@@ -3224,10 +4050,11 @@ struct StateHeader {
 };
 static_assert(sizeof(StateHeader) == HEADER_BYTES, "a header has 256 int32");
 constexpr int STATE_MAGIC = 20240527;
-const char* STATE_REMEDY = "remove this checkpoint's DONE file to resume from the one before, or start afresh with another --out";
+const char* STATE_REMEDY = "remove this checkpoint's directory to resume from the one before, or start afresh with another --out";
 
 StateHeader state_header(const Model& model, const RunState& r, const Loader& train) {
     StateHeader h = {STATE_MAGIC, 1, world.size, world.rank, model.master[0] != nullptr, 1, world.sharded};
+    h.weights = model.weights_in_state ? sizeof(floatX) : 0;
     h.step = r.step, h.position = r.position;
     h.T = train.T, h.shards = (int)train.shards.size(), h.tokens = train.tokens, h.checksum = train.checksum;
     h.B = model.plan.B, h.chunk_rows = model.plan.chunk_rows;
@@ -3241,6 +4068,8 @@ void state_walk(const Model& model, const std::function<void(void* device, size_
     for (float* const* tensors : {model.m, model.v, model.master})
         for (int p = 0; p < NUM_PARAMS; p++)
             if (tensors[p] != nullptr) f(tensors[p], shard_size(param_shape(model.config, p).elements()) * sizeof(float));
+    for (int p = 0; model.weights_in_state && p < NUM_PARAMS; p++)
+        if (model.param[p] != nullptr) f(model.param[p], param_shape(model.config, p).elements() * sizeof(floatX));
     f(&model.state->history, sizeof(History));
 }
 size_t state_bytes(const Model& model) {
@@ -3249,20 +4078,21 @@ size_t state_bytes(const Model& model) {
     return n;
 }
 
-std::string checkpoint_path(const std::string& folder, const char* kind, int step, int rank = world.rank) {
-    char name[64];
-    if (strcmp(kind, "state") == 0) snprintf(name, sizeof name, "/state_%08d_%05d.bin", step, rank);
-    else snprintf(name, sizeof name, strcmp(kind, "model") == 0 ? "/model_%08d.bin" : "/DONE_%08d", step);
-    return folder + name;
+std::string checkpoint_folder(const std::string& out, int step) {
+    char name[32];
+    snprintf(name, sizeof name, "/step_%08d", step);
+    return out + name;
 }
-bool is_checkpoint_name(const std::string& name) {   // also of one half-written
-    return name.compare(0, 6, "model_") == 0 || name.compare(0, 6, "state_") == 0 || name.compare(0, 5, "DONE_") == 0;
+std::string state_path(const std::string& folder, int rank = world.rank) {
+    char name[32];
+    snprintf(name, sizeof name, "/state_%05d.bin", rank);
+    return folder + name;
 }
 
 // What a run chose by the memory that was free, and keeps when it is resumed: otherwise sums would have another order.
-Plan state_plan(const std::string& folder, int step) {
+Plan state_plan(const std::string& folder) {
     StateHeader h;
-    const std::string path = checkpoint_path(folder, "state", step, 0);   // rank 0's, which there always is
+    const std::string path = state_path(folder, 0);   // rank 0's, which there always is
     fclose(open_with_header(path.c_str(), &h, STATE_MAGIC, "the state of a run", STATE_REMEDY));
     if (h.ranks != world.size)
         fail("%s: was written by a run on %d GPUs, this one has %d; resume with as many GPUs", path.c_str(), h.ranks, world.size);
@@ -3272,7 +4102,7 @@ Plan state_plan(const std::string& folder, int step) {
 }
 // Puts model and loader where the run stood after `step` steps. A run that only evaluates needs its seed alone.
 RunState state_load(Model& model, Loader& train, const std::string& folder, int step) {
-    const std::string name = checkpoint_path(folder, "state", step, model.plan.training ? world.rank : 0);
+    const std::string name = state_path(folder, model.plan.training ? world.rank : 0);
     const char* path = name.c_str();
     const StateHeader now = state_header(model, RunState(), train);
     StateHeader was;
@@ -3288,6 +4118,9 @@ RunState state_load(Model& model, Loader& train, const std::string& folder, int 
     if (was.master != now.master)
         fail("%s: its run %s fp32 master weights, this one %s them; resume with the same --master-weights and PRECISION", path,
              was.master ? "kept" : "did without", now.master ? "keeps" : "does without");
+    if (was.weights != 0 && was.weights != (int)sizeof(floatX))
+        fail("%s: holds weights of %d bytes each, this build has %zu; resume with the same PRECISION", path, was.weights, sizeof(floatX));
+    const bool weights = std::exchange(model.weights_in_state, was.weights != 0);   // until it is read
     if (file_size(f) != state_bytes(model))
         fail("%s: expected %zu bytes for this model, found %zu; it is damaged or was cut off; %s", path, state_bytes(model),
              file_size(f), STATE_REMEDY);
@@ -3295,7 +4128,7 @@ RunState state_load(Model& model, Loader& train, const std::string& folder, int 
         fail("%s: its run read %zu tokens in %d shards in sequences of %d (checksum %zx), this one reads %zu in %d in sequences "
              "of %d (checksum %zx); resume with the same -i and -t, or take the weights to other data: -e %s and another --out",
              path, was.tokens, was.shards, was.T, was.checksum, now.tokens, now.shards, now.T, now.checksum,
-             checkpoint_path(folder, "model", step).c_str());
+             folder.c_str());
     const Position& at = was.position;
     if (was.updates < 0 || at.shard >= train.shards.size() || at.window > train.tokens)
         fail("%s: step %d, shard %zu, sequence %zu is no place in these data; it is damaged; %s", path, step, at.shard, at.window,
@@ -3307,59 +4140,63 @@ RunState state_load(Model& model, Loader& train, const std::string& folder, int 
     state_walk(model, [&](void* device, size_t bytes) {
         device_copy(false, device, bytes, [&](void* data, size_t n) { read_bytes(f, path, data, n); });
     });
+    model.weights_in_state = weights;
     fclose(f);
     return {step, 0, at, {was.setting, was.setting + was.settings}};
 }
-// Steps of the whole checkpoints in a folder, ascending.
-std::vector<int> checkpoints_in(const std::string& folder) {
+constexpr const char* CHECKPOINTS = "/step_[0-9][0-9][0-9][0-9][0-9][0-9][0-9][0-9]";   // in a folder, as a pattern
+// Steps of the checkpoints in a folder, ascending.
+std::vector<int> checkpoints_in(const std::string& out) {
     std::vector<int> steps;
-    if (is_folder(folder.c_str()))
-        for (const std::string& name : files_named(folder + "/DONE_[0-9][0-9][0-9][0-9][0-9][0-9][0-9][0-9]"))
-            steps.push_back(atoi(&name[name.size() - 8]));
+    if (is_folder(out.c_str()))
+        for (const std::string& name : files_named(out + CHECKPOINTS))
+            if (is_folder(name.c_str())) steps.push_back(atoi(&name[name.size() - 8]));
     return steps;
 }
+void remove_folder(const std::string& path) {   // one of ours, in which there are only files; of a link, the link
+    struct stat s;
+    if (lstat(path.c_str(), &s) == 0 && S_ISLNK(s.st_mode)) return void(unlink(path.c_str()));
+    for (const std::string& file : files_named(path + "/*")) unlink(file.c_str());
+    rmdir(path.c_str());
+}
 
-// Writes the model, then the state of every rank, then DONE, so that a run which is killed in between resumes from the checkpoint
-// before. False: this one could not be written. That is said, nothing is left of it, and those before it stay.
-bool checkpoint_save(Model& model, const RunState& r, const Loader& train, const std::string& folder, int keep) {
+// Writes a checkpoint under a temporary name, and renames it when all is on the disk: a run that is killed in between resumes from the
+// one before. False: this one could not be written. That is said, nothing is left of it, and those before it stay.
+bool checkpoint_save(Model& model, const RunState& r, const Loader& train, const std::string& out, int keep, const Source& source) {
     NvtxRange range("checkpoint");
-    std::vector<std::string> written;
-    std::string error;   // of this rank; after one it writes no more files
-    auto write = [&](const char* kind, const std::function<void(const Put& put)>& fill) {
-        const std::string path = checkpoint_path(folder, kind, r.step);
-        if (error.empty()) error = write_file(path, fill);
-        if (error.empty()) written.push_back(path);
-    };
+    const std::string folder = checkpoint_folder(out, r.step), unfinished = folder + ".tmp";
+    std::string error;   // of this rank
     if (world.rank == 0) {
-        unlink(checkpoint_path(folder, "DONE", r.step).c_str());   // a run that started over may write this step again
-        write("model", [&](const Put& put) {
-            const ModelHeader h = model_header(model.config);
-            put(&h, sizeof h);
-            for (int p = 0; p < NUM_PARAMS; p++)
-                device_copy(true, model.param[p], param_shape(model.config, p).elements() * sizeof(floatX), put);
-        });
+        remove_folder(unfinished);   // a killed run may have left it
+        if (mkdir(unfinished.c_str(), 0777) != 0) error = "cannot make " + unfinished + ": " + strerror(errno);
     }
-    write("state", [&](const Put& put) {
-        const StateHeader h = state_header(model, r, train);
-        put(&h, sizeof h);
-        state_walk(model, [&](void* device, size_t bytes) { device_copy(true, device, bytes, put); });
-    });
-    if (!world_any(!error.empty()) && world.rank == 0) write("DONE", [](const Put& put) { put("whole\n", 6); });
-    if (world_any(!error.empty())) {
-        for (const std::string& path : written) unlink(path.c_str());
+    if (!world_any(!error.empty())) {   // and every rank has waited for the folder
+        error = hf_save(model, unfinished, source);
+        if (error.empty())
+            error = write_file(state_path(unfinished), [&](const Put& put) {
+                const StateHeader h = state_header(model, r, train);
+                put(&h, sizeof h);
+                state_walk(model, [&](void* device, size_t bytes) { device_copy(true, device, bytes, put); });
+            });
+    }
+    bool failed = world_any(!error.empty());
+    if (!failed && world.rank == 0) {
+        remove_folder(folder);   // a run that started over may write this step again
+        if (rename(unfinished.c_str(), folder.c_str()) != 0) error = "cannot rename " + unfinished + ": " + strerror(errno);
+        sync_folder(out);
+    }
+    failed = world_any(!error.empty());
+    if (failed) {
+        if (world.rank == 0) remove_folder(unfinished);
         if (!error.empty()) warn("%s. There is no checkpoint of step %d; those before it stay", error.c_str(), r.step);
         return false;
     }
-    if (world.rank == 0) printf("checkpoint of step %d in %s\n", r.step, folder.c_str());
-    const std::vector<int> steps = checkpoints_in(folder);
-    world_barrier();   // before files go, every rank has its list of them
+    if (world.rank > 0) return true;
+    printf("checkpoint of step %d in %s\n", r.step, folder.c_str());
+    const std::vector<int> steps = checkpoints_in(out);
     for (size_t i = 0; keep > 0 && i + keep < steps.size(); i++) {
-        if (world.rank == 0) {   // DONE first: half a checkpoint must not look whole
-            unlink(checkpoint_path(folder, "DONE", steps[i]).c_str());
-            sync_folder(folder);
-            unlink(checkpoint_path(folder, "model", steps[i]).c_str());
-        }
-        unlink(checkpoint_path(folder, "state", steps[i]).c_str());
+        const std::string old = checkpoint_folder(out, steps[i]);
+        if (rename(old.c_str(), (old + ".tmp").c_str()) == 0) remove_folder(old + ".tmp");   // half of one must not look whole
     }
     return true;
 }
@@ -3482,7 +4319,11 @@ void option_set(Option& o, const std::string& text, bool attached) {   // attach
     else if (word < o.words.size()) *(int64_t*)o.value = word;
     else if (fine && o.type == REAL) *(double*)o.value = number;
     else if (fine) *(int64_t*)o.value = (int64_t)number;   // exact: no limit is above 2^53
-    else if (o.low > o.high) fail_usage("%s %s: expected cosine, linear, constant or wsd", name, value);
+    else if (o.low > o.high) {
+        std::string words;
+        for (const char* w : o.words) words += (words.empty() ? "" : ", ") + std::string(w);
+        fail_usage("%s %s: expected one of: %s", name, value, words.c_str());
+    }
     else if (o.type == REAL) fail_usage("%s %s: expected a number from %g to %g", name, value, o.low, o.high);
     else fail_usage("%s %s: expected a whole number from %.0f to %.0f%s", name, value, o.low, o.high, o.words.empty() ? "" : ", or auto");
 }
@@ -3515,10 +4356,69 @@ void options_parse(int argc, char** argv) {
         option_set(*o, value, attached);
     }
 }
+
+// Files that the run will write besides its checkpoints: found out now whether it can.
+void check_name(const char* name, const std::string& path) {
+    const std::string out = *(std::string*)option("out").value, base = path.substr(path.rfind('/') + 1);
+    auto real = [](const std::string& p) {
+        char* found = realpath(p.c_str(), nullptr);
+        const std::string text = found ? found : p;
+        free(found);
+        return text;
+    };
+    const std::string model = *(std::string*)option("model").value, folder = real(folder_of(path));
+    const bool checkpoint = fnmatch(&CHECKPOINTS[1], base.substr(0, 13).c_str(), 0) == 0;
+    if (!out.empty() && folder == real(out) && (checkpoint || base == ".lock"))
+        fail_option(name, "that name in --out is a checkpoint's or the lock's; expected another");
+    if (is_folder(model.c_str()) && folder == real(model)) fail_option(name, "expected a name outside the directory of the model");
+    for (const char* other : {"log", "dump-gradients", "write-bin"})
+        for (const Option& o : options)
+            if (strcmp(o.name, other) == 0 && strcmp(name, other) != 0 && *(std::string*)o.value == path)
+                fail_option(name, "is the file of --%s as well; expected one for each", other);
+    struct stat st;
+    if (stat((path + ".tmp").c_str(), &st) == 0)
+        fail_option(name, "there is %s.tmp, under which it would be written first; remove that, or name another", path.c_str());
+}
+// One that is there is replaced if it begins as ours do, `at` bytes from its beginning.
+void check_output(const char* name, const std::string& path, size_t at, const std::string& begins) {
+    if (path.empty()) return;
+    check_name(name, path);
+    struct stat st;
+    if (stat(path.c_str(), &st) != 0) {
+        const std::string folder = folder_of(path);
+        if (access(folder.c_str(), W_OK | X_OK) != 0) fail_option(name, "cannot write into the folder %s: %s", folder.c_str(), strerror(errno));
+        return;
+    }
+    if (!S_ISREG(st.st_mode)) fail_option(name, "expected a file, found a folder or a device");
+    std::string found(begins.size(), '\0');
+    FILE* f = fopen(path.c_str(), "rb");
+    const size_t got = f != nullptr && fseek(f, at, SEEK_SET) == 0 ? fread(&found[0], 1, found.size(), f) : 0;
+    const bool ours = f != nullptr && (st.st_size == 0 || (got == found.size() && found == begins));
+    if (f != nullptr) fclose(f);
+    if (!ours) fail_option(name, "there is another kind of file of that name, which stays; remove it or name another");
+}
+
+// ---- sizes by letters, as in L4,H4,C128,T64,V257
+struct SizeLetter { char name; int* value; bool must, seen = false; };
+void parse_letters(const char* at, std::vector<SizeLetter> letters, const char* meaning, const std::string& example) {
+    while (*at != '\0') {
+        char* end;
+        const long value = strtol(at + 1, &end, 10);
+        auto letter = std::find_if(letters.begin(), letters.end(), [&](auto& l) { return l.name == *at && !l.seen; });
+        if (letter == letters.end() || end == at + 1 || value < 1 || value > 1 << 30 || (*end != '\0' && *end != ','))
+            bad_option("model", "expected a size like %s (%s)", example.c_str(), meaning);
+        *letter->value = (int)value;
+        letter->seen = true;
+        at = *end == ',' ? end + 1 : end;
+    }
+    for (const SizeLetter& l : letters)
+        if (l.must && !l.seen) bad_option("model", "expected %c among the sizes, as in %s", l.name, example.c_str());
+}
 // ==== end twin
 // ---- what of main is GPT-2's alone
 // The model without -e, and a short way to ask for it; what --help says of -e and -r; the levels of -r.
-const char *USUAL_MODEL = "gpt2:d12", *USUAL_TYPED = "d12", *MODEL_HELP = "a checkpoint, d12, or a size like gpt2:L4,H4,C128,T64,V257";
+const char *USUAL_MODEL = "gpt2:d12", *USUAL_TYPED = "d12";
+const char* MODEL_HELP = "DIR or FILE of a model, d12, gpt2-xl, or a size like gpt2:L4,H4,C128,T64,V257";
 const char* RECOMPUTE_HELP = "keep less for backward: 1: GELU, 2: and norms, are computed again";
 constexpr int RECOMPUTE_MOST = 2;
 std::string model_example(int V) { return "gpt2:L4,H4,C128,T64,V" + std::to_string(V); }   // a small size, for messages
@@ -3528,33 +4428,28 @@ std::string model_sizes(const Config& c) {
     return text;
 }
 
-// "d12", "gpt2:d12" or "gpt2:L4,H4,C128,T64,V257". False if the text is none of these, and so names a file.
+// "d12", "gpt2:d12", "gpt2-xl" or "gpt2:L4,H4,C128,T64,V257". False if the text is none of these, and so names a directory or a file.
 bool model_parse_size(const std::string& text, Config& c) {
     const bool prefixed = text.compare(0, 5, "gpt2:") == 0;
     const std::string size = text.substr(prefixed ? 5 : 0), example = model_example(257);
     const bool depth = size.size() > 1 && size[0] == 'd' && size.find_first_not_of("0123456789", 1) == std::string::npos;
-    if (!prefixed && !depth) return false;
+    const struct { const char* name; int L, NH, C; } known[] = {
+        {"d6", 6, 6, 384},     {"d12", 12, 12, 768},  {"d24", 24, 16, 1024},  {"d36", 36, 20, 1280},         {"d48", 48, 25, 1600},
+        {"d60", 60, 30, 1920}, {"d72", 72, 30, 2880}, {"d84", 84, 36, 3456},  {"gpt2", 12, 12, 768},
+        {"gpt2-medium", 24, 16, 1024}, {"gpt2-large", 36, 20, 1280}, {"gpt2-xl", 48, 25, 1600}};
+    auto found = std::find_if(std::begin(known), std::end(known), [&](auto& k) { return size == k.name; });
+    const bool named = found != std::end(known) && !(!prefixed && is_folder(text.c_str()));
+    if (!prefixed && !depth && !named) return false;
     c = {};
+    c.eps = USUAL_EPS;
     c.maxT = 1024;   // GPT-2's, as is V, unless said otherwise
     c.V = 50257;
-    const int depths[][3] = {{6, 6, 384},    {12, 12, 768},  {24, 16, 1024}, {36, 20, 1280},
-                             {48, 25, 1600}, {60, 30, 1920}, {72, 30, 2880}, {84, 36, 3456}};
-    for (auto& d : depths)
-        if (depth && atoi(size.c_str() + 1) == d[0]) c.L = d[0], c.NH = d[1], c.C = d[2];
-    if (depth && c.L == 0) bad_option("model", "expected one of d6 d12 d24 d36 d48 d60 d72 d84, or a size like %s", example.c_str());
-    struct { char name; int* value; bool seen; } letters[] = {{'L', &c.L}, {'H', &c.NH}, {'C', &c.C}, {'T', &c.maxT}, {'V', &c.V}};
-    for (const char* at = depth ? "" : size.c_str(); *at != '\0';) {
-        char* end;
-        const long value = strtol(at + 1, &end, 10);
-        auto letter = std::find_if(std::begin(letters), std::end(letters), [&](auto& l) { return l.name == *at && !l.seen; });
-        if (letter == std::end(letters) || end == at + 1 || value < 1 || value > 1 << 30 || (*end != '\0' && *end != ','))
-            bad_option("model", "expected a size like %s (layers, heads, channels, longest sequence, vocabulary)", example.c_str());
-        *letter->value = (int)value;
-        letter->seen = true;
-        at = *end == ',' ? end + 1 : end;
-    }
-    if (!c.L || !c.NH || !c.C) bad_option("model", "expected L, H and C among the sizes, as in %s", example.c_str());
-    c.Vp = ceil_div(c.V, 128) * 128;
+    if (named) c.L = found->L, c.NH = found->NH, c.C = found->C;
+    else if (depth) bad_option("model", "expected one of d6 d12 d24 d36 d48 d60 d72 d84, or a size like %s", example.c_str());
+    else parse_letters(size.c_str(),
+                       {{'L', &c.L, true}, {'H', &c.NH, true}, {'C', &c.C, true}, {'T', &c.maxT, false}, {'V', &c.V, false}},
+                       "layers, heads, channels, longest sequence, vocabulary", example);
+    c.Vp = padded(c.V);
     return true;
 }
 
@@ -3571,24 +4466,42 @@ void model_check_config(const Config& c, const char* from) {
 }
 
 int64_t gelu_fusion = 0;
+std::string write_bin;
 #define MODEL_OPTIONS \
-    {"gelu-fusion", "-ge", INTEGER, &gelu_fusion, 0, 2, "0", "GELU in cuBLASLt's epilogue: 1: forward, 2: and backward", 13},
+    {"gelu-fusion", "-ge", INTEGER, &gelu_fusion, 0, 2, "0", "GELU in cuBLASLt's epilogue: 1: forward, 2: and backward", 13}, \
+    {"write-bin", "", TEXT, &write_bin, 0, 0, "none", "FILE for the model at the end, in llm.c's format"},
+// What is left to do when a run has ended well. Returns the exit status.
+int model_finish(const Model& model) {
+    const std::string error = write_bin.empty() ? "" : bin_save(model, write_bin);
+    if (!error.empty()) warn("%s", error.c_str());
+    else if (!write_bin.empty()) printf("the model, in llm.c's format, in %s\n", write_bin.c_str());
+    return error.empty() ? 0 : 1;
+}
 void model_check_options() {
     if (kActBits > 0 && gelu_fusion > 0)
         bad_option("gelu-fusion", "this build keeps GELU's input in %d bits, which no epilogue of cuBLASLt makes; expected 0, or a build "
                    "with APPROX_ACT=0", kActBits);
     matmul_state.gelu_fusion = (int)gelu_fusion;
+    check_output("write-bin", write_bin, 0, std::string((const char*)&BIN_MAGIC, sizeof BIN_MAGIC));
+    const std::string& model = *(std::string*)option("model").value;
+    struct stat read, written;
+    if (stat(model.c_str(), &read) == 0 && stat(write_bin.c_str(), &written) == 0 && read.st_ino == written.st_ino &&
+        read.st_dev == written.st_dev)
+        bad_option("write-bin", "is the file that -e reads; expected another");
 }
 
 // ==== twin: settings, plan, loop, main
 // ---- settings: what the command line says
 struct Settings {
     std::string train_data = "data/train.bin", val_data = "data/val.bin", model = USUAL_MODEL, out, log, estimate, tokenizer;
+    std::string dump_gradients;
     int64_t B = 4, T = 1024, total_batch = 0, steps = -1, schedule = COSINE, warmup = 0, seed = 1337;
     int64_t recompute = 1, master = 1, loss_chunks = 0, workspace = 0, tf32 = 1, zero = 0;
     int64_t val_every = 20, val_batches = 20, sample_every = 20, sample_tokens = 64, top_k = 40, overfit = 0;
-    int64_t checkpoint_every = -1, keep = 0, resume = 0;   // -1: at the end alone
+    int64_t checkpoint_every = -1, keep = 0, resume = 0, save_dtype = 0;   // -1: at the end alone
     int64_t act_bits = kActBits, ms_norm = kMsNorm, fp32 = kFP32;   // the build's
+    // steps of 0 may still want gradients, or the model written as it came
+    bool trains() const { return steps != 0 || !dump_gradients.empty() || (!out.empty() && !resume); }
     double lr = 3e-4, final_fraction = 0.1, weight_decay = 0, grad_clip = 1.0, skip_loss_z = 0, skip_grad_z = 0, temperature = 0.8;
 };
 std::vector<Option> settings_options(Settings& s) {
@@ -3629,6 +4542,9 @@ std::vector<Option> settings_options(Settings& s) {
         {"overfit", "-a", INTEGER, &s.overfit, 0, 1, "0", "1: train on the first step's data again and again", 12},
         {"checkpoint-every", "-n", INTEGER, &s.checkpoint_every, 0, BIG, "at the end", "steps between checkpoints; 0: none at all"},
         {"keep", "-nk", INTEGER, &s.keep, 0, BIG, "0", "the newest so many checkpoints; 0: all"},
+        {"dump-gradients", "", TEXT, &s.dump_gradients, 0, 0, "none", "FILE.safetensors for the first micro-batch's loss and gradients"},
+        {"save-dtype", "", INTEGER, &s.save_dtype, 1, 0, "as it was", "of the weights in checkpoints: f32, bf16, f16", -1,
+         {"as it was", "f32", "bf16", "f16"}},
         {"resume", "-y", INTEGER, &s.resume, 0, 1, "0", "1: go on from the newest checkpoint in --out"},
         {"log", "", TEXT, &s.log, 0, 0, "none", "FILE for one JSON object a step"},
         {"estimate", "", ESTIMATE, &s.estimate, 0, 0, "", "print what the run would take on the device, and exit; =json for programs"},
@@ -3640,6 +4556,7 @@ std::vector<Option> settings_options(Settings& s) {
 }
 void settings_check(const Settings& s) {
     model_check_options();
+    check_output("dump-gradients", s.dump_gradients, 8, DUMP_BEGINS);
     for (const char* name : {"resume", "checkpoint-every", "keep"})
         if (option(name).number() > 0 && s.out.empty()) bad_option(name, "expected --out DIR with it, the folder of the checkpoints");
     if (s.steps == 0 && s.checkpoint_every > 0)
@@ -3657,7 +4574,8 @@ struct Run {
     cudaDeviceProp device = {};   // without a name where there is none
     size_t free_bytes = 0, total_bytes = 0;
     double peak_flops = 0;
-    std::string model_file;   // whose weights are loaded; empty: weights are drawn
+    std::string model_file;   // a model's directory (or file), whose weights are loaded; empty: weights are drawn
+    Source source;
     int steps = 0, resume_step = -1;
     int saved = -1, status = 0;           // the last step in --out; the exit status if it ended now
     float val_loss = 0, first_loss = 0;   // of the last validation; of the first step that was finite
@@ -3678,7 +4596,7 @@ struct Run {
     bool on_cpu() const { return strstr(device.name, "CPU") != nullptr; }
     const char* model_name() const { return model_file.empty() ? s.model.c_str() : model_file.c_str(); }
     bool saves() const { return !s.out.empty() && model.plan.training; }
-    bool unsaved() const { return saves() && state.step > 0 && state.step != saved; }
+    bool unsaved() const { return saves() && (state.step > 0 || s.steps == 0) && state.step != saved; }
 };
 
 // What shapes the numbers of a run, besides its model and its data: the values that have a slot, in their order.
@@ -3705,19 +4623,23 @@ void pick_model(Run& run) {
     const std::vector<int> checkpoints = s.resume ? checkpoints_in(s.out) : std::vector<int>();
     const bool size = model_parse_size(s.model, c), resumes = !checkpoints.empty();
     if (s.resume && s.steps == 0 && !resumes)
-        fail_option("resume", "%s holds no whole checkpoint, so there is nothing to evaluate; expected DONE_* in it", s.out.c_str());
+        fail_option("resume", "%s holds no checkpoint, so there is nothing to evaluate; expected step_* in it", s.out.c_str());
     if (resumes) run.resume_step = checkpoints.back();
-    if (resumes || !size) run.model_file = resumes ? checkpoint_path(s.out, "model", run.resume_step) : s.model;
+    if (resumes || !size) run.model_file = resumes ? checkpoint_folder(s.out, run.resume_step) : s.model;
     Config asked = c;
-    if (!run.model_file.empty()) c = model_read_config(run.model_file.c_str());
+    if (!run.model_file.empty()) c = model_read_config(run.model_file);
     if (resumes && given("model") && s.model != run.model_file) {   // it is the checkpoint's model; another may have been asked for
-        if (!size) asked = file_exists(s.model) ? model_read_config(s.model.c_str()) : c;
+        if (!size) asked = file_exists(s.model) ? model_read_config(s.model) : c;
         if (memcmp(&asked, &c, sizeof c) != 0)
             bad_option("model", "is another model (%s) than that of the checkpoint to resume, %s (%s); leave %s out, or begin anew in "
                        "another --out", model_sizes(asked).c_str(), run.model_name(), model_sizes(c).c_str(), typed("model").c_str());
         if (!size && world.rank == 0) printf("note: %s is not read: the run goes on from %s\n", s.model.c_str(), run.model_name());
     }
     model_check_config(c, run.model_name());
+    if (is_folder(run.model_file.c_str())) {   // before memory is taken and a folder made
+        HfModel m = hf_open(run.model_file);
+        hf_check(c, m);
+    }
     if (!given("seq-len")) s.T = std::min<int64_t>(s.T, c.maxT);
     if (s.T > c.maxT) bad_option("seq-len", "the model's longest sequence is %d", c.maxT);
     run.model.seed = s.seed;
@@ -3762,7 +4684,7 @@ size_t open_data(Run& run) {
         loader_open(d, typed(option).c_str(), name.c_str(), (int)s.T, c.V, shuffle, run.model.seed);
         batch = std::min(batch, loader_largest_batch(d));
     };
-    if (s.steps != 0) open(run.train, "train-data", s.train_data, true);
+    if (s.steps != 0 || !s.dump_gradients.empty()) open(run.train, "train-data", s.train_data, true);
     if (s.val_every > 0) open(run.val, "val-data", s.val_data, false);
     // samples are written in the tokens of the data
     const std::string& named = given("train-data") || !given("val-data") ? s.train_data : s.val_data;
@@ -3795,8 +4717,8 @@ size_t open_data(Run& run) {
 void choose_plan(Run& run, size_t data_batch) {
     const Settings& s = run.s;
     Plan& plan = run.model.plan;
-    const Plan was = run.resume_step >= 0 && s.steps != 0 ? state_plan(s.out, run.resume_step) : Plan{};
-    plan = {(int)s.B, (int)s.T, 1, s.steps != 0, (int)s.recompute, s.master != 0, 0, (size_t)s.workspace << 20};
+    const Plan was = run.resume_step >= 0 && s.trains() ? state_plan(run.model_file) : Plan{};
+    plan = {(int)s.B, (int)s.T, 1, s.trains(), (int)s.recompute, s.master != 0, 0, (size_t)s.workspace << 20};
     auto micro_batches = [&](int64_t B) -> int64_t {   // that make a step of --total-batch tokens; 0 where no number does
         const int64_t tokens = B * s.T * world.size;
         return s.total_batch == 0 ? 1 : s.total_batch % tokens == 0 ? s.total_batch / tokens : 0;
@@ -3838,8 +4760,9 @@ void count_steps(Run& run) {
     const Plan& plan = run.model.plan;
     const bool told = run.s.steps >= 0;
     if (run.s.val_every > 0) loader_set_batch(run.val, plan.B);
-    if (!plan.training) return;
+    if (run.train.shards.empty()) return;
     loader_set_batch(run.train, plan.B);
+    if (run.s.steps == 0) return;
     const size_t batches = run.train.batches_per_epoch();
     run.steps = (int)(told ? run.s.steps : std::min<int64_t>(batches / plan.micro_batches, 1 << 30));
     if (run.steps == 0)
@@ -3893,13 +4816,12 @@ void prepare_out(const Settings& s, int resume_step) {
                     steps.back());
     if (s.resume && resume_step != (steps.empty() ? -1 : steps.back()))
         fail_option("out", "another run has written into this folder just now; start again");
-    for (const std::string& path : files_named(s.out + "/*.tmp"))   // what a killed run has left half-written
-        if (is_checkpoint_name(path.substr(path.rfind('/') + 1))) unlink(path.c_str());
+    for (const std::string& path : files_named(s.out + CHECKPOINTS + ".tmp")) remove_folder(path);   // of a killed run
 }
 
 // A disk that is too small for what this run will write is said now, and not after its last step.
-void check_room(const Settings& s, const Model& model, int steps) {
-    const double weights = HEADER_BYTES + (double)param_count(model.config) * sizeof(floatX);
+void check_room(const Settings& s, const Model& model, const Source& source, int steps) {
+    const double weights = (double)param_count(model.config) * dtype_size(source.dtype);   // nearly: a few may have another type
     const double need = weights + world_sum((double)state_bytes(model)), MiB = 1 << 20;
     if (world.rank != 0 || steps <= 0) return;
     struct rlimit limit;
@@ -3930,11 +4852,9 @@ void log_open(Log& log, const Settings& s, int resume_step) {
         if (log.fd < 0) fail_option("log", "cannot write there: %s", strerror(errno));
         return;
     }
+    check_name("log", s.log);
     const std::string path = follow_links(s.log);
-    struct stat at = {}, folder, out;
-    if (!s.out.empty() && is_checkpoint_name(path.substr(path.rfind('/') + 1)) && stat(folder_of(path).c_str(), &folder) == 0 &&
-        stat(s.out.c_str(), &out) == 0 && folder.st_dev == out.st_dev && folder.st_ino == out.st_ino)
-        fail_option("log", "this is the name of a file of a checkpoint; expected another");
+    struct stat at = {};
     const bool stream = stat(name, &at) == 0 && !S_ISREG(at.st_mode);
     if (S_ISDIR(at.st_mode) || S_ISBLK(at.st_mode)) fail_option("log", "expected a file, found a folder or a disk");
     const int how = stream ? O_WRONLY | O_NOCTTY | O_NONBLOCK : O_RDWR | O_CREAT;   // a FIFO would wait for a reader
@@ -4033,7 +4953,8 @@ bool sample(Run& run) {
         std::copy(host, host + padded, host + padded);
         tokens_upload(model.tokens, host, padded, V, model.stream);
         model_forward(model, 1, padded);
-        matmul_forward(model.logits, model.lnf + (size_t)(T - 1) * C, model.param[HEAD], nullptr, 1, C, Vp, model.stream);
+        const floatX *last = model.lnf + (size_t)(T - 1) * C, *head = model.param[head_param(model.config)];
+        matmul_forward(model.logits, last, head, nullptr, 1, C, Vp, model.stream);
         cudaCheck(cudaMemcpyAsync(logits.data(), model.logits, Vp * sizeof(floatX), cudaMemcpyDeviceToHost, model.stream));
         cudaCheck(cudaStreamSynchronize(model.stream));
         const float uniform = hash_uniform(hash64(model.seed, run.state.step + (1ull << 42), i));
@@ -4130,12 +5051,12 @@ void train_step(Run& run) {
 void save(Run& run) {
     const RunState& at = run.state;
     bool good = at.not_finite_in_row == 0 && std::isfinite(run.val_loss);
-    if (good) {
+    if (good && !run.first_tokens.empty()) {
         std::copy(run.first_tokens.begin(), run.first_tokens.end(), run.host_free());
         const float limit = 2 * std::max(logf((float)run.model.config.V), run.first_loss);
         good = !world_any(!(model_batch_loss(run.model, run.host_free()) <= limit));   // so written, NaN is not good
     }
-    run.status = !good ? 3 : checkpoint_save(run.model, at, run.train, run.s.out, (int)run.s.keep) ? 0 : 1;
+    run.status = !good ? 3 : checkpoint_save(run.model, at, run.train, run.s.out, (int)run.s.keep, run.source) ? 0 : 1;
     if (run.status == 0) run.saved = at.step;
     if (!good && world.rank == 0)
         warn("no checkpoint of step %d: the loss is not finite, or has exploded; those before it stay", at.step);
@@ -4163,10 +5084,31 @@ int end_loop(Run& run, bool finished, bool left_out, bool wrote) {
     return status;
 }
 
+// --dump-gradients, before the first step: that step computes them again.
+void dump_gradients(Run& run) {
+    Model& model = run.model;
+    const int B = model.plan.B, T = model.plan.T, micro_batches = std::exchange(model.plan.micro_batches, 1);
+    tokens_copy(model.tokens, run.host_region(0), B * T, model.config.V, run.buckets[0], model.stream);
+    model_forward(model, B, T);
+    model_loss(model, B, T, true, true);
+    model_backward(model, B, T, run.buckets[0], 0);
+    float loss;
+    cudaCheck(cudaMemcpyAsync(&loss, &model.state->loss_sum, sizeof loss, cudaMemcpyDeviceToHost, model.stream));
+    cudaCheck(cudaStreamSynchronize(model.stream));
+    model.plan.micro_batches = micro_batches;
+    const std::string error = world.rank == 0 ? hf_dump_gradients(model, run.s.dump_gradients, loss / (B * T)) : "";
+    if (!error.empty()) fail_option("dump-gradients", "%s", error.c_str());
+    if (world.rank == 0) printf("gradients of the first micro-batch in %s\n", run.s.dump_gradients.c_str());
+}
+
 int run_loop(Run& run) {   // returns the exit status
     const Settings& s = run.s;
     RunState& at = run.state;
     run.saved = run.resume_step;
+    if (!s.dump_gradients.empty()) {
+        load_tokens(run);
+        if (run.ready) dump_gradients(run);
+    }
     while (true) {
         if (world.rank == 0 && fflush(stdout) != 0 && errno == EPIPE) on_interrupt(SIGPIPE);   // nobody reads us any more
         set_stop_answer(run.unsaved());
@@ -4199,7 +5141,7 @@ void print_plan(Run& run, bool all) {
                total, total - room);
         printf("model      %s: %s, %.2fM parameters, %s\n", run.model_name(), model_sizes(c).c_str(), param_count(c) / 1e6,
                dtype_name(FLOATX));
-        if (plan.training)
+        if (run.steps > 0)
             printf("step       %d sequences x %d tokens x %d micro-batches x %d GPUs = %zu tokens; %d steps, an epoch has %zu\n", plan.B,
                    plan.T, plan.micro_batches, world.size, run.step_tokens(), run.steps,
                    run.train.batches_per_epoch() / plan.micro_batches);
@@ -4224,7 +5166,13 @@ void make_model(Run& run) {
     if (world.rank == 0) printf("weights    %s%s\n", run.model_file.empty() ? "drawn from --seed" : "from ", run.model_file.c_str());
     fflush(stdout);
     if (run.model_file.empty()) model_init(model);
-    else model_load(model, run.model_file.c_str());
+    else run.source = model_load(model, run.model_file);
+    if (run.s.save_dtype > 0) run.source.dtype = std::vector<DType>{F32, BF16, F16}[run.s.save_dtype - 1], run.source.dtypes.clear();
+    model.weights_in_state = false;
+    hf_walk(model.config, [&](int, size_t, const HfPiece& piece) {
+        const DType type = run.source.dtype_of(piece.name);
+        model.weights_in_state |= type != F32 && (kFP32 || type != BF16);
+    });
     cudaCheck(cudaStreamSynchronize(model.stream));
 }
 
@@ -4232,7 +5180,7 @@ void make_model(Run& run) {
 void begin_or_go_on(Run& run) {
     const std::vector<double> kept = settings_kept(run);
     const bool resumes = run.resume_step >= 0;
-    if (resumes) run.state = state_load(run.model, run.train, run.s.out, run.resume_step);
+    if (resumes) run.state = state_load(run.model, run.train, run.model_file, run.resume_step);
     const std::vector<double> was = run.state.settings;   // of an older file there may be fewer, or none
     run.state.settings = kept;
     if (world.rank != 0 || !run.s.resume) return;
@@ -4269,12 +5217,13 @@ int main(int argc, char** argv) {
     if (speaks) print_plan(run, false);
     make_model(run);
     begin_or_go_on(run);
-    if (run.saves()) check_room(run.s, run.model, run.steps - run.state.step);
+    if (run.saves()) check_room(run.s, run.model, run.source, run.steps - run.state.step);
     if (!run.s.log.empty() && speaks) log_open(run.log, run.s, run.resume_step);   // after all that could still refuse to run
     catch_signals();
     if (speaks) printf("start      at step %d; the first step also prepares the matmuls\n", run.state.step);
     fflush(stdout);
     int status = run_loop(run);
+    if (status == 0 && speaks) status = model_finish(run.model);
     const size_t announced = table_bytes(run.model.table);
     if (speaks) printf("device memory: %zu bytes at the peak, %zu announced\n", device_peak, announced);
     log_line(run.log, "{\"done\": %s, \"steps\": %d, \"peak_bytes\": %zu, \"estimate_bytes\": %zu}", status == 0 ? "true" : "false",

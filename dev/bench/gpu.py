@@ -81,7 +81,9 @@ def path(variant, program):
 def kernel_programs():
     return sorted("dev/cuda/" + os.path.basename(p)[:-3] for p in glob.glob(os.path.join(ROOT, "dev/cuda/*.cu")))
 
-TINY = ["-e", "gpt2:L2,H2,C128,T64,V257", "-b", "2", "-t", "64", "-x", "3", "-v", "0", "-s", "0", "-i", TINY_TOKENS]
+# a run of each trainer, on tensor cores in bf16
+TINY = {program: ["-e", size, "-b", "2", "-t", "64", "-x", "3", "-v", "0", "-s", "0", "-i", TINY_TOKENS]
+        for program, size in (("train_gpt2", "gpt2:L2,H2,C128,T64,V257"), ("train_llama", "llama:L2,H4,K2,C128,D64,F192,T64,V257"))}
 # three steps, and the same losses and norms once more
 TWICE = "(?s)" + ".*".join([r"loss (\d\.\d+) \| norm (\d{1,2}\.\d+) "] * 3 + [rf"loss \{i} \| norm \{i + 1} " for i in (1, 3, 5)])
 CHECKED = ["gpu-bf16", "gpu-fp32", "gpu-approxbp-bf16", "gpu-approxbp-fp32", "gpu-norm-bf16", "gpu-norm-fp32"]
@@ -91,8 +93,8 @@ def check_jobs(a, m):
     kernels = kernel_programs()
     jobs = [Job(f"{v} test_gpt2", [path(v, "test_gpt2")], r"^(?P<passed>[1-9]\d*) passed, 0 failed$", 10) for v in CHECKED]
     jobs += [Job(f"{v} {k}", [path(v, k)], "^all is well$", 10) for v in ("gpu-bf16", "gpu-fp32") for k in kernels]
-    jobs += [Job(f"{v} train_gpt2, twice", ["sh", "-c", '"$@" && "$@"', "sh", path(v, "train_gpt2"), *TINY], TWICE, 10)
-             for v in CHECKED]
+    jobs += [Job(f"{v} {program}, twice", ["sh", "-c", '"$@" && "$@"', "sh", path(v, program), *run], TWICE, 10)
+             for v in CHECKED for program, run in TINY.items()]
     jobs += [Job("determinism", [sys.executable, "-B", "-m", "pytest", "-q", "-k", "gpu", "-p", "no:cacheprovider",
                                  "dev/test/test_determinism.py"], r"[1-9]\d* passed", 30)] * a.pytest
 
@@ -103,8 +105,9 @@ def check_jobs(a, m):
                    "--target-processes", "application-only", *more, path(variant, program), *options],
                    "ERROR SUMMARY: 0 errors|RACECHECK SUMMARY: 0 hazards", 30)
     # initcheck does not see what bf16 matmuls write through the copy engine, so it gets builds whose matmuls write plainly
-    checked = [sanitized(tool, v, "train_gpt2", *TINY) for tool in ("memcheck", "racecheck") for v in ("gpu-bf16", "gpu-approxbp-bf16")]
-    checked += [sanitized("initcheck", v, "train_gpt2", *TINY, "-f", "0") for v in ("gpu-fp32", "gpu-approxbp-fp32")]
+    checked = [sanitized(tool, v, program, *run) for tool in ("memcheck", "racecheck") for v in ("gpu-bf16", "gpu-approxbp-bf16")
+               for program, run in TINY.items()]
+    checked += [sanitized("initcheck", v, program, *run, "-f", "0") for v in ("gpu-fp32", "gpu-approxbp-fp32") for program, run in TINY.items()]
     checked += [sanitized(tool, v, k, "--tight", "--small") for v in ("gpu-bf16", "gpu-fp32")
                 for tool in ("memcheck", "racecheck", "initcheck") for k in kernels]
     return jobs + (checked if m.sanitizer else [])
@@ -406,7 +409,7 @@ def torch_of(python):
 
 # what a stage's figures depend on
 SOURCES = {"check": ["*.cu", "Makefile", "dev/cuda/*.cu*", "dev/test/fixtures/*"],
-           "bench": ["train_gpt2.cu", "Makefile", "dev/cuda/*.cu*"],
+           "bench": ["train_*.cu", "Makefile", "dev/cuda/*.cu*"],
            "peers": ["train_gpt2.cu", "Makefile", "dev/bench/torch_baseline.py"]}
 OUR_VARIABLES = "ARCH PRECISION USE_APPROXBP APPROX_ACT MS_NORM CPU SAN MULTI_GPU PTXAS BUILD MAKEFLAGS MFLAGS MAKELEVEL".split()
 

@@ -1,16 +1,21 @@
 """What a kernel takes of a multiprocessor: registers, and how many blocks and warps fit there, on each architecture.
 
-    make train_gpt2 CPU=0 ARCH="80 86 89 90 100 120" PTXAS=1 BUILD=build/nvcc-bf16
+    make variants VARIANTS="nvcc-bf16 nvcc-approxbp-bf16"
     python3 dev/bench/occupancy.py [--write] [LOG ...]
 
-Reads what ptxas says of the kernels (build/nvcc-bf16/train_gpt2.log, and build/nvcc-approxbp-bf16's for the kernels that only that
-build has) and prints a table, or with --write puts it into dev/cuda/README.md. Compiled, not run: no GPU is needed.
+Reads what ptxas says of train_gpt2's kernels (build/nvcc-bf16/train_gpt2.log, and build/nvcc-approxbp-bf16's for the kernels that only
+that build has), compiles those that only train_llama has, and prints a table, or with --write puts it into dev/cuda/README.md.
+Compiled, not run: no GPU is needed.
 """
 import argparse
 import os
 import re
+import shutil
+import subprocess
 import sys
+import tempfile
 from collections import namedtuple
+from pathlib import Path
 
 import report
 from common import ROOT
@@ -19,6 +24,15 @@ sys.path.insert(0, os.path.join(ROOT, "dev/test"))
 from ptx import template  # noqa: E402
 
 LOGS = ["build/nvcc-bf16/train_gpt2.log", "build/nvcc-approxbp-bf16/train_gpt2.log"]
+# Of train_llama, with the kernels of the mode that it is not built for
+LLAMA = """#include "train_llama.cu"
+namespace other_mode {
+auto forward = swiglu_forward<2>, again = swiglu_forward<2, true>;
+auto backward = swiglu_backward<2>;
+auto norm_forward = add_norm_forward<true>;
+auto norm_backward = add_norm_backward<true>;
+}
+"""
 
 # Of a multiprocessor: warps and blocks at most, KB of shared memory (CUDA C++ programming guide, technical specifications).
 # All have 65,536 registers, a quarter for each of their four schedulers, and take 1 KB of shared memory a block for themselves.
@@ -38,7 +52,9 @@ LAUNCHES = {
     "attention_backward_dq_tc_kernel<64>": (128, 32 << 10), "attention_backward_dq_tc_kernel<128>": (128, 64 << 10),
     "attention_backward_dkv_tc_kernel<64>": (128, 48 << 10), "attention_backward_dkv_tc_kernel<128>": (128, 80 << 10),
     "act_forward_kernel": (256, 0), "act_backward_kernel": (256, 0), "classifier_kernel": (1024, 0), "square_sum_kernel": (256, 0),
-    "adamw_kernel": (256, 0)}
+    "adamw_kernel": (256, 0),
+    "rope_kernel": (256, 0), "qk_norm_rope_kernel": (256, 0), "qk_norm_rope_backward_kernel": (256, 0), "swiglu_forward_kernel": (256, 0),
+    "swiglu_backward_kernel": (256, 0)}
 # In one block, or before the first step: how many of them fit is of no interest
 ALONE = ["sum_kernel", "verdict_kernel", "init_kernel", "widen_kernel"]
 
@@ -61,6 +77,31 @@ def read_log(text):
         shared = re.search(r"(\d+) bytes smem", lines)
         used["".join(template(mangled)), target] = Used(int(took[0]), int(shared[1]) if shared else 0, max(stores + loads, stack))
     return used
+
+def toolkit(program):
+    return shutil.which(program) or f"/usr/local/cuda/bin/{program}"
+
+def compile_llama(folder, *flags, architectures=(80, 100)):
+    """What nvcc says, and the PTX by architecture. Those from 100 on have instructions of their own that it makes use of."""
+    (folder / "llama.cu").write_text(LLAMA)
+    said, texts = "", {}
+    for a in architectures:
+        done = subprocess.run([toolkit("nvcc"), "-ptx", "-O3", "-std=c++17", f"-arch=compute_{a}", *flags, "-I", ROOT, "llama.cu", "-o", f"{a}.ptx"],
+                              cwd=folder, text=True, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        said, texts[a] = said + done.stdout, (folder / f"{a}.ptx").read_text()
+    return said, texts
+
+def assemble(folder, texts, without):
+    """What ptxas says of the kernels that are not `without`, and {(kernel, architecture): Used} of them, of the newest PTX that an
+    architecture takes. Attention takes ptxas most of its time, and is in both trainers."""
+    said = ""
+    for target in LIMITS:
+        text = re.sub(r"^(?:\.visible |\.weak )?\.entry (\w+)\(.*?\n}\n", lambda m: "" if "".join(template(m[1])) in without else m[0],
+                      texts[max(a for a in texts if a <= int(target[3:]))], flags=re.S | re.M)
+        (folder / "own.ptx").write_text(text)
+        said += subprocess.run([toolkit("ptxas"), "-v", f"-arch={target}", "own.ptx", "-o", "own.cubin"], cwd=folder, text=True, check=True,
+                               stderr=subprocess.PIPE).stderr
+    return said, read_log(said)
 
 def resident(target, registers, shared, threads):
     """Blocks of so many threads that a multiprocessor holds at a time."""
@@ -101,6 +142,8 @@ def main():
                 used = {**read_log(f.read()), **used}
         except OSError as e:
             parser.error(f"{path}: {e.strerror}; expected the log of a build with PTXAS=1 (--help has the command)")
+    with tempfile.TemporaryDirectory() as folder:
+        used.update(assemble(Path(folder), compile_llama(Path(folder))[1], {kernel for kernel, _ in used})[1])
     lines = table(used)
     if not a.write:
         print("\n".join(lines))

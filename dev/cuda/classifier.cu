@@ -309,10 +309,10 @@ void test_loss_sum(uint64_t seed) {
 // ---- benchmark: a chunk of logits as the trainer makes it
 
 void bench(const char* model, int positions, int) {
-    const Config c = {1024, 50257, 50304, 0, 0, 0};
+    const Config c = {1024, 50257, 50304};
     const int rows = loss_auto_rows(positions, c.Vp, CHUNK_BYTES);
     const double X = sizeof(floatX);
-    BenchTable t((size_t)rows * c.Vp, BenchTable::BYTES, "GPT-2 %s: a chunk of %d rows, V %d", model, rows, c.V);
+    BenchTable t((size_t)rows * c.Vp, BenchTable::BYTES, "%s: a chunk of %d rows, V %d", model, rows, c.V);
     const int r = t.here(rows, 1);
     Buffer<floatX> logits((size_t)r * c.Vp);
     Buffer<float> losses(r);

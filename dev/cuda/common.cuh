@@ -526,10 +526,20 @@ void bench_device() {
         printf("Times mean nothing on the CPU backend: here are the bytes that each version moves, or the flops that it makes,\n"
                "counted from the shapes.\n");
 }
-// bench(model, positions, C) for both models.
+// The models of the trainer's family that a benchmark has its shapes of.
+struct BenchModel {
+    const char* name;
+    int B, T, C, NH, NKV, HS, F;
+    int rows() const { return B * T; }
+};
+const BenchModel BENCH_MODELS[2][2] = {
+    {{"GPT-2 124M, B 64, T 1024", 64, 1024, 768, 12, 12, 64, 3072}, {"GPT-2 1558M, B 8, T 1024", 8, 1024, 1600, 25, 25, 64, 6400}},
+    {{"SmolLM2 135M, B 64, T 1024", 64, 1024, 576, 9, 3, 64, 1536}, {"Llama 3.1 8B, B 1, T 8192", 1, 8192, 4096, 32, 8, 128, 14336}}};
+// bench(model) for both of them, or bench(model's name, positions, C).
 template <class F> int bench_models(F&& bench) {
     bench_device();
-    bench("124M, B 64, T 1024", 64 * 1024, 768);
-    bench("1558M, B 8, T 1024", 8 * 1024, 1600);
+    for (const BenchModel& m : BENCH_MODELS[kRMSNorm])
+        if constexpr (std::is_invocable_v<F, BenchModel>) bench(m);
+        else bench(m.name, m.rows(), m.C);
     return 0;
 }

@@ -313,7 +313,7 @@ void bench(const char* model, int BT, int C) {
     Random random(1337, 1);
     const Batch batch(text(SKEWED, BT, V, random), B, T, V);
     const double rows = (double)batch.buckets / BT, once = X * (1 + rows + 1.0 / B), gradients = G * (2 * rows + 1.0 / B);
-    BenchTable t((size_t)BT * C, BenchTable::BYTES, "GPT-2 %s: C %d, %d tokens, gradients in fp32", model, C, batch.buckets);
+    BenchTable t((size_t)BT * C, BenchTable::BYTES, "%s: C %d, %d tokens, gradients in fp32", model, C, batch.buckets);
     Buffer<floatX> wte(t.here((size_t)V * C, C)), wpe(t.here((size_t)T * C, C)), out(t.here(t.n, C));
     for (Buffer<floatX>* b : {&wte, &wpe, &out}) b->fill();
     GradBuffer dwte(wte.n, F32), dwpe(wpe.n, F32);

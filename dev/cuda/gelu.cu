@@ -15,6 +15,7 @@ A thread owns 8 neighbouring elements of a row, so OC has to be a multiple of 8.
 #include "../../train_gpt2.cu"
 
 #include "common.cuh"
+#include "codes.cuh"
 
 // ---- versions of the forward pass
 
@@ -31,15 +32,6 @@ __global__ void add_bias_1_kernel(floatX* x, const floatX* inp, const floatX* bi
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i < n) x[i] = (floatX)((float)inp[i] + (float)bias[i % OC]);
 }
-template <int BITS> __global__ void codes_1_kernel(uint8_t* byte_codes, const floatX* x, size_t n) {
-    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= n) return;
-    constexpr StepFunction<BITS> h = gelu_steps<BITS>();
-    int code = 0;   // how many thresholds are below x; a NaN is above them all
-#pragma unroll
-    for (int j = 0; j < (1 << BITS) - 1; j++) code += !((float)x[i] <= h.threshold[j]);
-    byte_codes[i] = (uint8_t)code;
-}
 __device__ inline float gelu_1(float x) { return 0.5f * x * (1.0f + tanhf(GELU_SCALE * (x + GELU_CUBIC * x * x * x))); }
 __global__ void gelu_1_kernel(floatX* x, size_t n) {
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
@@ -49,7 +41,7 @@ template <int BITS> void act_forward_1(floatX* out, void* byte_codes, const floa
     size_t n = rows * OC;
     int blocks = ceil_div(n, 256);
     add_bias_1_kernel<<<blocks, 256>>>(out, inp, bias, n, OC);
-    if constexpr (BITS > 0) codes_1_kernel<BITS><<<blocks, 256>>>((uint8_t*)byte_codes, out, n);
+    if constexpr (BITS > 0) codes_1_kernel<BITS><<<blocks, 256>>>((uint8_t*)byte_codes, out, gelu_steps<BITS>(), n, OC, OC);
     gelu_1_kernel<<<blocks, 256>>>(out, n);
 }
 
@@ -73,20 +65,11 @@ template <int BITS> void act_forward_2(floatX* out, void* kept, const floatX* in
 // ---- versions of the backward pass
 
 // Version 1: the slope, one element per thread (read d and what was kept, write d: 4 bytes and k bits, or 6), then the bias: a
-// thread owns a column and walks down all rows (2). A code is read bit by bit, and its slope looked up in a table. The table is
-// indexed by a variable, which registers cannot be: it lies in memory, local or constant. And 3072 columns are 96 warps for a GPU
-// that can hold 8000: each has a few loads under way at a time, far too few to keep the memory busy.
+// thread owns a column and walks down all rows (2). 3072 columns are 96 warps for a GPU that can hold 8000: each has a few loads
+// under way at a time, far too few to keep the memory busy.
 template <int BITS> __device__ inline float slope_1(const void* kept, size_t i) {
     if constexpr (BITS == 0) return gelu_derivative((float)((const floatX*)kept)[i]);
-    else {
-        const StepFunction<BITS> h = gelu_steps<BITS>();
-        int code = 0;
-        for (int b = 0; b < BITS; b++) {
-            int bit = BITS * (int)(i % 8) + b;
-            code |= (((const uint8_t*)kept)[i / 8 * BITS + bit / 8] >> (bit % 8) & 1) << b;
-        }
-        return h.slope[code];
-    }
+    else return code_slope_1<BITS>((const uint8_t*)kept, gelu_steps<BITS>(), i);
 }
 template <int BITS> __global__ void slope_1_kernel(floatX* d, const void* kept, size_t n) {
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
@@ -115,24 +98,18 @@ void act_backward_2(floatX* d, Grad dbias, float* scratch, const void* kept, boo
 // ---- all numbers of bits, called alike: the tests are written once for all of them
 
 enum { ONE, TRAINERS };   // versions
-struct Act {
-    int bits;
-    std::vector<float> threshold, slope;   // of the codes
+struct Act : Codes {
     decltype(&act_forward_1<1>) forward[2];
     decltype(&act_backward_1<1>) backward[2];
     size_t kept_bytes(size_t n) const { return bits == 0 ? n * sizeof(floatX) : n / 8 * bits; }
 };
 template <int BITS> Act act_of() {
-    Act act = {BITS, {}, {}, {act_forward_1<BITS>, act_forward_2<BITS>}, {act_backward_1<BITS>, act_backward_2<BITS>}};
-    if constexpr (BITS > 0) {
-        constexpr StepFunction<BITS> h = gelu_steps<BITS>();
-        act.threshold.assign(std::begin(h.threshold), std::end(h.threshold));
-        act.slope.assign(std::begin(h.slope), std::end(h.slope));
-    }
+    Act act = {{BITS, {}, {}}, {act_forward_1<BITS>, act_forward_2<BITS>}, {act_backward_1<BITS>, act_backward_2<BITS>}};
+    if constexpr (BITS > 0) (Codes&)act = codes_of<BITS>(gelu_steps<BITS>());
     return act;
 }
 
-// ---- the reference, in double precision and one bit at a time
+// ---- the reference, in double precision; of codes: codes.cuh
 
 struct Gelu { double value, slope, value_terms, slope_terms; };   // GELU(x), GELU'(x), and the terms of their tolerance
 Gelu reference(double x) {
@@ -144,24 +121,6 @@ Gelu reference(double x) {
     // fp32, s is 0 too soon.
     double steep = 1 + std::min(fabs(u), 100.0), cancels = q > 1e-9 ? fabs(2 * x * s * du) : 0, early = x < -9 ? 1e-29 : 0;
     return {x * s, s + bent, fabs(x * s) * steep + early, (s + cancels) * steep + early};
-}
-
-// The number of thresholds below x. A NaN has the highest code.
-int code_reference(const Act& h, float x) {
-    if (std::isnan(x)) return (1 << h.bits) - 1;
-    int code = 0;
-    for (float c : h.threshold) code += x > c;
-    return code;
-}
-
-// Element i has bits k*(i%8) and up of the k bytes of its group of 8, the lowest first.
-int read_code(const uint8_t* kept, int bits, size_t i) {
-    int code = 0;
-    for (int b = 0; b < bits; b++) {
-        size_t bit = bits * (i % 8) + b;
-        code |= (kept[i / 8 * bits + bit / 8] >> (bit % 8) & 1) << b;
-    }
-    return code;
 }
 
 // ---- tests
@@ -214,16 +173,6 @@ void test_functions() {
     printf("       the largest relative error for -8 < x < 0 is %.1e; with tanh it is %.0f\n", worst, worst_1);
 }
 
-// Values where something could go wrong: at and beside thresholds, and at the ends. (In bf16 they become fewer.)
-std::vector<float> special_values(const Act& h) {
-    std::vector<float> v = {0.0f, 1.401298464e-45f, 1e-40f, 1.175494210e-38f, 1.175494351e-38f, 1e-20f, 1e-3f, 1.0f, 9.0f, 12.0f,
-                            1e4f, 1e20f, 3.402823466e38f, INFINITY, NAN};
-    for (size_t k = v.size(); k-- > 0;) v.push_back(-v[k]);
-    for (float c : h.threshold)
-        for (float x : {c, nextafterf(c, -INFINITY), nextafterf(c, INFINITY)}) v.push_back(x);
-    return v;
-}
-
 // Tensors of one vector of 8 below, at and above a block of the forward kernel; rows of less than a warp's 256 columns, as many and
 // more; slices of the rows from 1 to 64, with 1 to 8 warps adding them up. For 1, 3 and 4 bits the small ones are enough.
 struct Shape { int rows, OC; };
@@ -240,7 +189,7 @@ void test_forward(const Act& h, uint64_t seed) {
     Property value("forward: GELU, NaN and infinities too; codes, every bit"),
         again("forward: the same bits in place, in a second run, with nothing kept"),
         one("forward, version 1", "of the rounded sum");
-    const std::vector<float> special = special_values(h);
+    const std::vector<float> special = h.special_values();
     for (auto [rows, OC] : shapes(h.bits))
         for (bool with_bias : {true, false}) {
             const size_t n = (size_t)rows * OC;
@@ -259,7 +208,7 @@ void test_forward(const Act& h, uint64_t seed) {
             again.is(same_bits(y, dropped.read()) && same_bits(x.read(), inp), "other bits");
             for (size_t i = 0; i < n; i++) {
                 const float sum = with_bias ? (float)inp[i] + (float)bias[i % OC] : (float)inp[i];
-                if (h.bits > 0) value.equal(i, read_code(k.data(), h.bits, i), code_reference(h, sum));
+                if (h.bits > 0) value.equal(i, h.read(k.data(), i), h.of(sum));
                 Gelu r = reference(sum);
                 if (!std::isfinite(sum)) value.equal(i, (float)y[i], sum > 0 ? INFINITY : NAN);
                 else value.close(i, (float)y[i], r.value, r.value_terms);
@@ -271,7 +220,7 @@ void test_forward(const Act& h, uint64_t seed) {
                 const std::vector<uint8_t> k1 = byte_codes.read();
                 for (size_t i = 0; i < n; i++) {
                     const float sum = (float)(floatX)((float)inp[i] + (float)bias[i % OC]);
-                    if (h.bits > 0) one.equal(i, k1[i], code_reference(h, sum));
+                    if (h.bits > 0) one.equal(i, k1[i], h.of(sum));
                     if (fabsf(sum) <= 100) one.close(i, (float)y1[i], reference(sum).value, 2 * fabsf(sum));
                 }
             }
@@ -298,7 +247,7 @@ void test_backward(const Act& h, uint64_t seed) {
         Doubles products(n), terms(n), sum(OC, 0), all_terms(OC, 0);
         for (size_t i = 0; i < n; i++) {
             Gelu r = reference((float)x[i]);
-            const double slope = h.bits ? h.slope[read_code(keep.data(), h.bits, i)] : r.slope;
+            const double slope = h.bits ? h.slope[h.read(keep.data(), i)] : r.slope;
             products[i] = (float)d[i] * slope;
             terms[i] = fabs((float)d[i]) * (h.bits ? fabs(slope) : r.slope_terms);
             sum[i % OC] += products[i], all_terms[i % OC] += terms[i];
@@ -411,7 +360,7 @@ void bench(const char* model, int rows, int C) {
     const double X = sizeof(floatX), codes = 2 / 8.0;
     const int OC = 4 * C;
     const size_t n = (size_t)rows * OC;
-    BenchTable t(n, BenchTable::BYTES, "GPT-2 %s: rows %d, OC %d", model, rows, OC);
+    BenchTable t(n, BenchTable::BYTES, "%s: rows %d, OC %d", model, rows, OC);
     const size_t m = t.here(n, OC);
     Buffer<floatX> x(m), y(m), bias(OC), inp(t.here((size_t)rows * C, C)), weight(t.here((size_t)OC * C, C));
     for (Buffer<floatX>* b : {&x, &y, &bias, &inp, &weight}) b->fill();
@@ -437,7 +386,7 @@ void bench(const char* model, int rows, int C) {
     backward("2 bits: backward, version 1", 3 * X + codes, two, ONE);
     backward("2 bits: backward, version 2: the trainer's", 2 * X + codes, two, TRAINERS);
 
-    BenchTable u(n, BenchTable::FLOPS, "GPT-2 %s: with the matmul, rows %d, C %d, OC %d", model, rows, C, OC);
+    BenchTable u(n, BenchTable::FLOPS, "%s: with the matmul, rows %d, C %d, OC %d", model, rows, C, OC);
     auto fused = [&](const char* name, int fusion, bool back) {
         matmul_state.gelu_fusion = fusion;
         u.row(name, 2.0 * C, [&] {

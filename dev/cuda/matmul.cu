@@ -349,7 +349,7 @@ void test_bias_far(uint64_t seed) {
 // ---- benchmark
 
 void bench_matmul(const char* model, const char* name, int rows, int C, int OC, bool all_versions) {
-    BenchTable t((size_t)rows * OC, BenchTable::FLOPS, "GPT-2 %s: %s, rows %d, C %d, OC %d", model, name, rows, C, OC);
+    BenchTable t((size_t)rows * OC, BenchTable::FLOPS, "%s: %s, rows %d, C %d, OC %d", model, name, rows, C, OC);
     const size_t r = t.here(rows, 1), c = t.here(C, 8), oc = t.here(OC, 8);
     Buffer<floatX> inp(r * c), weight(oc * c), bias(oc), out(r * oc), dweight(oc * c);   // inp, out: dinp, dout too
     for (Buffer<floatX>* b : {&inp, &weight, &bias, &out}) b->fill();
@@ -373,7 +373,7 @@ void bench(const char* model, int rows, int C) {
     bench_matmul(model, "lm-head, a chunk of rows", chunk, C, Vp, false);
 
     const int OC = 4 * C;
-    BenchTable t((size_t)rows * OC, BenchTable::BYTES, "GPT-2 %s: bias gradient, rows %d, OC %d", model, rows, OC);
+    BenchTable t((size_t)rows * OC, BenchTable::BYTES, "%s: bias gradient, rows %d, OC %d", model, rows, OC);
     Buffer<floatX> dout(t.here(t.n, OC));
     dout.fill();
     GradBuffer dbias(OC, F32);

@@ -695,10 +695,10 @@ void bench(const char* model, const Config& config) {
     const double X = sizeof(floatX);
     const size_t n = param_count(config), bytes = n * (sizeof(floatX) + 4 * sizeof(float));
     if (!on_cpu_backend() && free_memory() < bytes + ((size_t)4 << 30)) {
-        if (!bench_json) printf("\nGPT-2 %s: skipped, it takes %.1f GB\n", model, bytes / 1e9);
+        if (!bench_json) printf("\n%s: skipped, it takes %.1f GB\n", model, bytes / 1e9);
         return;
     }
-    BenchTable u(n, BenchTable::BYTES, "GPT-2 %s: the norm of the gradients, %d tensors", model, (int)NUM_PARAMS);
+    BenchTable u(n, BenchTable::BYTES, "%s: the norm of the gradients, %d tensors", model, (int)NUM_PARAMS);
     const size_t m = u.here(n, NUM_PARAMS * VEC);
     Buffer<floatX> param(m);
     Buffer<float> mean(m), square(m), master(m), grad(m);
@@ -728,7 +728,7 @@ void bench(const char* model, const Config& config) {
         row("norm, version 1: added up by the host, tensor by tensor", [&] { square_sum_1(partial.p, t); });
         row("norm, version 2: the trainer's, added up by a kernel", [&] { square_sum_2(sum.p, partial.p, t); });
     }
-    BenchTable t(n, BenchTable::BYTES, "GPT-2 %s: AdamW, %zu parameters in %d tensors", model, n, (int)NUM_PARAMS);
+    BenchTable t(n, BenchTable::BYTES, "%s: AdamW, %zu parameters in %d tensors", model, n, (int)NUM_PARAMS);
     AdamW a = hyper(1337, 1, 1);
     t.row("AdamW, version 1: an element a thread", 16 + 3 * X, [&] { adamw_1<NEAREST>(plain, verdict.p, a); });
     t.row("AdamW, version 2: the trainer's, 8 elements a thread", 16 + 3 * X, [&] { adamw_2(plain, verdict.p, a); });
@@ -740,8 +740,8 @@ int main(int argc, char** argv) {
     Arguments o = parse_arguments(argc, argv, "optimizer: the norm of all gradients, the verdict, AdamW, and the first weights");
     if (o.bench) {
         bench_device();
-        bench("124M", {1024, 50257, 50304, 12, 12, 768});
-        bench("1558M", {1024, 50257, 50304, 48, 25, 1600});
+        bench("GPT-2 124M", {1024, 50257, 50304, 12, 12, 768});
+        bench("GPT-2 1558M", {1024, 50257, 50304, 48, 25, 1600});
         return 0;
     }
     printf("optimizer, %s\n", dtype_name(FLOATX));

@@ -4,12 +4,14 @@ The writers and readers here use struct and nothing of the project, so that a mi
 cannot hide behind the same mistake here."""
 import functools
 import json
+import math
 import os
 import random
 import shutil
 import struct
 import subprocess
 import sys
+from collections import namedtuple
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -161,7 +163,13 @@ def write_model(path, shape, tensors, version=3):
     Path(path).write_bytes(model_bytes(shape, tensors, version))
 
 def read_model(path, shape):
-    """{name: values} after checking what any model of this shape must be. Values are as stored, widened to float."""
+    """{name: values} after checking what any model of this shape must be, llm.c's file or a directory. Values are as stored, widened
+    to float; a directory has no padding, so its rows come from here."""
+    if Path(path).is_dir():
+        found = read_safetensors(Path(path) / "model.safetensors")
+        expected = hf_tensors(shape, {name: [0.0] * n for name, n in shape.counts().items()})
+        assert {name: t.shape for name, t in found.items()} == {name: t.shape for name, t in expected.items()}
+        return from_hf(shape, found)
     data = Path(path).read_bytes()
     head = struct.unpack("<256i", data[:1024])
     version = head[1]
@@ -174,6 +182,98 @@ def read_model(path, shape):
         tensors[name] = list(flat[at:at + n])
         at += n
     return tensors
+
+# ---- models in Hugging Face's format --------------------------------------------------------------
+
+Tensor = namedtuple("Tensor", "dtype shape data")   # as in a file: F32, [2, 3], bytes
+
+def pack(dtype, values):
+    return struct.pack(f"<{len(values)}H", *to_bf16(values)) if dtype == "BF16" else struct.pack(f"<{len(values)}{FLOATS[dtype]}", *values)
+
+def unpack(t):
+    n = len(t.data) // struct.calcsize(FLOATS[t.dtype])
+    numbers = struct.unpack(f"<{n}{FLOATS[t.dtype]}", t.data)
+    return from_bf16(numbers) if t.dtype == "BF16" else list(numbers)
+
+FLOATS = {"F32": "f", "F16": "e", "BF16": "H"}
+
+def safetensors_bytes(tensors, change=None, header=None, length=None):
+    """A file of {name: Tensor}. change(entries) may lie in what the header says; header and length replace its bytes and their count."""
+    entries, at = {"__metadata__": {"format": "pt"}}, 0
+    for name, t in tensors.items():
+        entries[name] = {"dtype": t.dtype, "shape": list(t.shape), "data_offsets": [at, at + len(t.data)]}
+        at += len(t.data)
+    if change:
+        change(entries)
+    text = json.dumps(entries).encode() if header is None else header
+    return struct.pack("<Q", len(text) if length is None else length) + text + b"".join(t.data for t in tensors.values())
+
+def read_safetensors(path):
+    """{name: Tensor} of a file that has neither gaps nor overlaps, and says that it is PyTorch's."""
+    data = Path(path).read_bytes()
+    begin = 8 + struct.unpack("<Q", data[:8])[0]
+    entries = json.loads(data[8:begin])
+    assert entries.pop("__metadata__") == {"format": "pt"} and begin % 8 == 0
+    tensors, at = {}, begin
+    for name, e in sorted(entries.items(), key=lambda entry: entry[1]["data_offsets"]):
+        assert begin + e["data_offsets"][0] == at
+        tensors[name] = Tensor(e["dtype"], e["shape"], data[at:begin + e["data_offsets"][1]])
+        at += len(tensors[name].data)
+        assert len(tensors[name].data) == math.prod(e["shape"]) * struct.calcsize(FLOATS[e["dtype"]]), name
+    assert at == len(data)
+    return tensors
+
+HF_NAMES = dict(zip(SLOTS, [  # of our tensors; those that Conv1D has lie transposed
+    "wte.weight", "wpe.weight", "h.{}.ln_1.weight", "h.{}.ln_1.bias", "h.{}.attn.c_attn.weight", "h.{}.attn.c_attn.bias", "h.{}.attn.c_proj.weight",
+    "h.{}.attn.c_proj.bias", "h.{}.ln_2.weight", "h.{}.ln_2.bias", "h.{}.mlp.c_fc.weight", "h.{}.mlp.c_fc.bias", "h.{}.mlp.c_proj.weight",
+    "h.{}.mlp.c_proj.bias", "ln_f.weight", "ln_f.bias"]))
+
+def hf_places(shape):
+    """Of each tensor of a model's directory: (name, ours, where it begins in ours, rows, columns or 0, is it transposed?)."""
+    C = shape.C
+    columns = {"wte": C, "wpe": C, "qkvw": C, "attprojw": C, "fcw": C, "fcprojw": 4 * C}
+    for slot, n in shape.counts().items():
+        for layer in range(shape.L if "{}" in HF_NAMES[slot] else 1):
+            size = shape.V * C if slot == "wte" else n // shape.L if "{}" in HF_NAMES[slot] else n
+            cols = columns.get(slot, 0)
+            yield "transformer." + HF_NAMES[slot].format(layer), slot, layer * size, size // max(cols, 1), cols, slot in MATRICES[2:]
+
+def transpose(values, rows, cols):
+    return [values[r * cols + c] for c in range(cols) for r in range(rows)]
+
+def hf_tensors(shape, tensors, dtype="F32"):
+    """{name: Tensor} of {our name: values}."""
+    found = {}
+    for name, slot, begin, rows, cols, turned in hf_places(shape):
+        values = tensors[slot][begin:begin + rows * max(cols, 1)]
+        dims = [cols, rows] if turned else [rows, cols] if cols else [rows]
+        found[name] = Tensor(dtype, dims, pack(dtype, transpose(values, rows, cols) if turned else values))
+    return found
+
+def from_hf(shape, found):
+    """The other way."""
+    tensors = {slot: [0.0] * n for slot, n in shape.counts().items()}
+    for name, slot, begin, rows, cols, turned in hf_places(shape):
+        values = unpack(found[name])
+        tensors[slot][begin:begin + len(values)] = transpose(values, cols, rows) if turned else values
+    return tensors
+
+def hf_config(shape, **more):
+    return {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": shape.V, "n_positions": shape.T, "n_embd": shape.C,
+            "n_layer": shape.L, "n_head": shape.H, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, **more}
+
+def write_hf(folder, shape, tensors, shards=1, **config):
+    """A model's directory of {name: Tensor}, in one file or so many shards."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(hf_config(shape, **config)))
+    parts = [dict(list(tensors.items())[i::shards]) for i in range(shards)]
+    files = ["model.safetensors"] if shards == 1 else [f"model-{i + 1:05d}-of-{shards:05d}.safetensors" for i in range(shards)]
+    for file, part in zip(files, parts):
+        (folder / file).write_bytes(safetensors_bytes(part))
+    if shards > 1:
+        (folder / "model.safetensors.index.json").write_text(json.dumps({
+            "metadata": {"total_size": sum(len(t.data) for t in tensors.values())},
+            "weight_map": {name: file for file, part in zip(files, parts) for name in part}}))
 
 # ---- training ------------------------------------------------------------------------------------
 
@@ -217,9 +317,9 @@ class Lab:
     def path(self, name):
         return self.folder / name
 
-    def run(self, *arguments, variant="cpu-bf16", status=0, **how):
+    def run(self, *arguments, variant="cpu-bf16", trainer="train_gpt2", status=0, **how):
         """Exactly these arguments."""
-        done = execute(program(variant), *arguments, cwd=self.folder, **how)
+        done = execute(program(variant, trainer), *arguments, cwd=self.folder, **how)
         assert status is None or done.status == status, \
             f"{' '.join(map(str, arguments))}\nexit status {done.status}, expected {status}\n{done.out[-600:]}\n{done.err[-2000:]}"
         return done
@@ -237,13 +337,14 @@ class Lab:
         return result
 
     def files(self, folder):
-        """{name: bytes} of what is in a folder, but for the lock of the runs that write there."""
+        """{path: bytes} of what is in a folder and its folders, but for the lock of the runs that write there. An empty folder is b""."""
         where = self.path(folder)
-        return {p.name: p.read_bytes() for p in sorted(where.iterdir()) if p.name != ".lock" and p.is_file()} if where.exists() else {}
+        return {str(p.relative_to(where)): p.read_bytes() if p.is_file() else b"" for p in sorted(where.rglob("*"))
+                if p.name != ".lock" and (p.is_file() or not any(p.iterdir()))}
 
-def names(step):
-    """Of the files of a checkpoint of one process."""
-    return [f"model_{step:08d}.bin", f"state_{step:08d}_00000.bin", f"DONE_{step:08d}"]
+def names(step, ranks=1):
+    """Of the files of a checkpoint: the model first."""
+    return [f"step_{step:08d}/{name}" for name in ("model.safetensors", "config.json", *(f"state_{rank:05d}.bin" for rank in range(ranks)))]
 
 def learned(result):
     """What two runs that compute the same have in common: the log without its clock."""

@@ -1,17 +1,17 @@
-"""Mutation testing of the kernels: does a test notice when a barrier or a comparison of train_gpt2.cu is wrong?
+"""Mutation testing of the kernels: does a test notice when a barrier or a comparison of a trainer is wrong?
 
-    python3 dev/test/mutate.py                 all of it (an hour on two cores); writes dev/test/results/mutation.json
+    python3 dev/test/mutate.py                 all of it (half an hour to an hour on two cores); writes dev/test/results/mutation.json
     python3 dev/test/mutate.py --list          the mutants, without running anything
     python3 dev/test/mutate.py --only colsum   mutants of functions whose names match
 
-A mutant is one change in one __global__ or __device__ function: a barrier (__syncthreads, __syncwarp, cp_async_wait...) that is
+A mutant is one change in one __global__ or __device__ function of train_gpt2.cu, or of what train_llama.cu has alone: a barrier (__syncthreads, __syncwarp, cp_async_wait...) that is
 gone, a < or > whose boundary is moved (< and <= change places) or that is reversed (< becomes >=), an == that becomes !=. Its name
 is its line of code, with the change in brackets: `if (i [< to <=] n) {`; comments, line numbers and the order of functions do not
 matter. What is decided when compiling has none: if constexpr, static_assert, constexpr, and
 loops of constant length.
 Comparisons are told from template arguments by the blanks around them, as clang-format puts them.
 
-All mutants are in one build of each program of dev/cuda: a copy of the trainer has `a <= M >= b` for `a < b`, where M knows the
+All mutants are in one build of each program of dev/cuda: a copy of its trainer has `a <= M >= b` for `a < b`, where M knows the
 mutant's number and the operator. <= and >= have the precedence of < and never open a template's arguments, so no expression has to
 be parsed. MUTANT=n in the environment switches mutant n on. MUTANTS_SEEN=file takes the numbers of those that would have decided
 otherwise at least once, and a mutant is run with such programs alone: the quickest first, in four orders of threads and once without
@@ -35,7 +35,7 @@ from collections import namedtuple
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCE = ROOT / "train_gpt2.cu"
+SOURCES = [ROOT / "train_gpt2.cu", ROOT / "train_llama.cu"]
 OUT = ROOT / "build/mutate"
 RESULT = ROOT / "dev/test/results/mutation.json"
 ENOUGH = 0.95
@@ -68,6 +68,7 @@ EQUIVALENT = [
     ("tc_column_sums: if (row [== to !=] 0) shared", 1, "the sums have the same bits in the 8 lanes of a column: the other 7 write the same"),
     ("first_query + 8 * N [<= to >] T)", 1, "queries after T have zeros for q, dout, lse and delta: their p is 1, and multiplies zeros"),
     ("first_query + col + right [>= to >] T)", 1, "as before"),
+    ("i0 [< to <=] end; i0 += slots", 1, "the round too many has no head: it adds zeros to sums of dgamma, and stores nothing"),
     ("if (lane_col() [== to !=] 0 && query < T)", 2,
      "neighbours_sum and the exchange of maxima have given the 4 lanes of a row the same bits: the other 3 write what lane 0 would have"),
 ]
@@ -79,8 +80,9 @@ COMPARISON = r"(?<=\s)(?:<=|>=|==|!=|<|>)(?=\s)"
 UNBLANKED = r"(?<![\s<>=!-])(?:<=|>=|==|!=)|(?:<=|(?<![<>])>=|==|!=)(?![\s<>=])"
 BRACKETS = r"\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)"
 NO_CODE = [r"//[^\n]*|/\*.*?\*/|\"(?:\\.|[^\"\\\n])*\"|'(?:\\.|[^'\\\n])'", r"#ifdef __CUDACC__.*?(?=#else|#endif)"]
+TWINS = [r"^// ==== twin: .*?^// ==== end twin"]
 COMPILE_TIME = [rf"\bif constexpr {BRACKETS}", r"\b(?:static_assert|constexpr)\b[^;{]*;",
-                rf"#pragma unroll[ \d]*\n *for (?!\([^;]*; \w+ < [a-z]\w*;){BRACKETS}", r"\b\w+ < (?:VEC|ATT_VECS|ATT_CHANNELS|N|\(1 << BITS\) - 1|1u << BITS); \w+(?=\+\+| <<=| \+= 2|, )", r"\bo > 0; o >>= 1", r"\bBITS == 3 \?",
+                rf"#pragma unroll[ \d]*\n *for (?!\([^;]*; \w+ < [a-z]\w*;){BRACKETS}", r"\b\w+ < (?:VEC|PAIRS|ATT_VECS|ATT_CHANNELS|N|\(1 << BITS\) - 1|1u << BITS); \w+(?=\+\+| <<=| \+= 2|, )", r"\bo > 0; o >>= 1", r"\bBITS == 3 \?",
                 r"^ *#[^\n]*"]
 CHANGES = {"<": ["<=", ">="], "<=": ["<", ">"], ">": [">=", "<="], ">=": [">", "<"], "==": ["!="], "!=": ["=="]}
 KIND = {"<": "LT", "<=": "LE", ">": "GT", ">=": "GE", "==": "EQ", "!=": "NE"}
@@ -103,8 +105,8 @@ def functions(code):
         if "constexpr" not in head[0]:
             yield re.sub(r"\s", "", name[1]), head.end(), end.end()
 
-def find(text):
-    """The mutants of a source, in its order; each operator's share a begin."""
+def find(text, first=1):
+    """The mutants of a source, in its order; each operator's share a begin. Their numbers begin with `first`."""
     bare = blank(NO_CODE, text)
     code, mutants = blank(COMPILE_TIME, bare), []
     for function, begin, end in functions(code):
@@ -115,8 +117,14 @@ def find(text):
             line = bare.rfind("\n", 0, m.start()) + 1, bare.find("\n", m.end())
             for change in CHANGES.get(m[0], ["nothing"]):
                 name = f"{bare[line[0]:m.start()]}[{m[0]} to {change}]{bare[m.end():line[1]]}"
-                mutants.append(Mutant(len(mutants) + 1, function, " ".join(name.split()), m.start(), m.end(), m[0]))
+                mutants.append(Mutant(len(mutants) + first, function, " ".join(name.split()), m.start(), m.end(), m[0]))
     return mutants
+
+def find_all(texts):
+    """Those of both trainers, {path: its mutants}; the second one's twins are the first one's."""
+    gpt2, llama = SOURCES
+    found = find(texts[gpt2])
+    return {gpt2: found, llama: find(blank(TWINS, texts[llama]), len(found) + 1)}
 
 def match_equivalents(mutants, entries=None):
     """{number: argument}; an entry that does not fit as many mutants as it says is an error."""
@@ -221,11 +229,13 @@ ORDERS = {"forward": {}, "reverse": {"SIMT_ORDER": "reverse"}, "priority 1": {"S
 BUILDS = [Build("bf16", [], list(ORDERS)), Build("san", ["SAN=1"], ["forward"]), Build("fp32", ["PRECISION=FP32"], list(ORDERS))]
 interrupted = threading.Event()
 
-def build(text, mutants, names, how, jobs):
+def build(texts, mutants, names, how, jobs):
     """Makes the programs in a copy of the tree, in which only what has changed is written again."""
     files = {path.relative_to(ROOT): path.read_text() for pattern in ("Makefile", "dev/cpu/*.*", "dev/cpu/include/**/*.h", "dev/cuda/*.cu*")
              for path in ROOT.glob(pattern)}
-    for path, content in {**files, "train_gpt2.cu": mutated(text, mutants), "mutation.h": HEADER.replace("@COUNT@", str(len(mutants)))}.items():
+    files.update({path.name: mutated(texts[path], mutants[path]) for path in SOURCES})
+    files["mutation.h"] = HEADER.replace("@COUNT@", str(sum(map(len, mutants.values()))))
+    for path, content in files.items():
         to = OUT / path
         to.parent.mkdir(parents=True, exist_ok=True)
         if not to.exists() or to.read_text() != content:
@@ -310,21 +320,22 @@ def summary(text, mutants, killed, equivalent):
             "equivalent": names(equivalent), "kills": sorted(f"{m.function}: {m.name} -- {killed[m.number]}" for m in mutants if m.number in killed)}
 
 def main():
-    parser = argparse.ArgumentParser(description="Mutation testing of train_gpt2.cu's kernels by the programs of dev/cuda.")
+    parser = argparse.ArgumentParser(description="Mutation testing of the trainers' kernels by the programs of dev/cuda.")
     parser.add_argument("--only", metavar="REGEX", help="mutants of the functions whose names match, alone; writes no file")
     parser.add_argument("--programs", metavar="A,B", help="by these programs of dev/cuda alone; writes no file")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="runs at a time (one per core)")
     parser.add_argument("--list", action="store_true", help="show the mutants, and run nothing")
     a = parser.parse_args()
-    begin, text = time.monotonic(), SOURCE.read_text()
-    everything = find(text)
+    begin, texts = time.monotonic(), {path: path.read_text() for path in SOURCES}
+    by_source = find_all(texts)
+    everything = sum(by_source.values(), [])
     equivalent, killed = match_equivalents(everything), {}
     chosen = [m for m in everything if re.search(a.only or "", m.function)]
     if a.list or not chosen:
         return say("\n".join(f"{m.function}: {m.name}" for m in chosen) + f"\n{len(chosen)} mutants")
     names = a.programs.split(",") if a.programs else sorted(path.stem for path in ROOT.glob("dev/cuda/*.cu"))
     for how in BUILDS:
-        build(text, everything, names, how, a.jobs)
+        build(texts, by_source, names, how, a.jobs)
         programs = sorted(in_parallel(lambda name: Program(name, how), names, a.jobs), key=lambda p: p.seconds)
         left = [m for m in chosen if m.number not in killed]
         say(f"{how.name}: {len(left)} mutants to kill ({time.monotonic() - begin:.0f} s so far)")
@@ -333,7 +344,7 @@ def main():
     wrong = [m for m in chosen if m.number in killed and m.number in equivalent]
     for m in wrong:
         say(f"error: EQUIVALENT: {m.name}: it was killed by {killed[m.number]}")
-    result = summary(text, chosen, killed, {n: why for n, why in equivalent.items() if n in {m.number for m in chosen}})
+    result = summary("".join(texts.values()), chosen, killed, {n: why for n, why in equivalent.items() if n in {m.number for m in chosen}})
     for name in result["survived"]:
         say(f"survived: {name}")
     if not (a.only or a.programs or wrong):

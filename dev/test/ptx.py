@@ -1,6 +1,6 @@
 """How wide the kernels' loads are, read from their PTX.
 
-    nvcc -ptx -O3 -std=c++17 -arch=compute_80 train_gpt2.cu -o x.ptx && python3 dev/test/ptx.py x.ptx [more.ptx ...]
+    nvcc -ptx -O3 -std=c++17 -arch=compute_80 train_gpt2.cu -o x.ptx && python3 dev/test/ptx.py x.ptx [more.ptx, of either trainer ...]
 
 A thread that takes 8 neighbouring elements must fetch them 16 bytes at a time: by 2 bytes it takes eight times the instructions,
 and a warp's loads touch four times the lines. What the compiler does of it shows in no result, so it is read here. Each load of
@@ -12,7 +12,7 @@ import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 
-SOURCE = Path(__file__).resolve().parents[2] / "train_gpt2.cu"
+ROOT = Path(__file__).resolve().parents[2]
 
 # Tensors that any kernel may read by element: they are small, or neighbouring lanes read neighbouring floats
 SMALL = {
@@ -22,6 +22,8 @@ SMALL = {
     "partial": "neighbouring lanes, neighbouring floats", "sum": "one float", "verdict": "what to do with a step, 16 bytes in all",
     "s": "the step's state, read by one thread"}
 FRAGMENT = "operands of mma.sync, 4 bytes per lane: once per block, where the other side is read again and again"
+HALVES = "a head's halves are aligned to 8 bytes, where HS is no multiple of 16"
+EIGHT_CODES = "a thread's 8 codes, all of them in one load"
 # (kernel, tensor): how many loads by element its code may have, whether it has wide ones besides, and why
 ANY = 999
 ONE_BY_ONE = {
@@ -30,7 +32,11 @@ ONE_BY_ONE = {
     ("norm_fold_kernel", "bias"): (1, False, "one per row of the weight"),
     ("norm_unfold_kernel", "dbias"): (2, False, "one per row of the weight, in bf16 or fp32"),
     ("classifier_kernel", "logits"): (1, True, "the target's logit"),
-    **{(f"act_backward_kernel<{bits}>", "kept"): (1, False, "a thread's 8 codes, all of them in one load") for bits in (1, 2, 3, 4)},
+    **{(f"act_backward_kernel<{bits}>", "kept"): (1, False, EIGHT_CODES) for bits in (1, 2, 3, 4)},
+    **{(f"swiglu_backward_kernel<{bits}>", "codes"): (1, False, EIGHT_CODES) for bits in (1, 2, 3, 4)},
+    **{(f"{kernel}<4>", tensor): (2, False, HALVES)
+       for kernel, tensors in (("rope_kernel", ["qkv"]), ("qk_norm_rope_kernel", ["qkv", "k_gamma or q_gamma"]),
+                               ("qk_norm_rope_backward_kernel", ["qkv", "d", "gamma"])) for tensor in tensors},
     ("widen_kernel", "inp"): (1, False, "once, before the first step"),
     ("sum_kernel", "x"): (ANY, False, "neighbouring lanes, neighbouring floats"),
     ("attention_forward_tc_kernel", "qkv"): (ANY, True, FRAGMENT),
@@ -134,7 +140,7 @@ def flags(ptx, source):
 def main():
     wrong = 0
     for path in sys.argv[1:]:
-        found = flags(Path(path).read_text(), SOURCE.read_text())
+        found = flags(Path(path).read_text(), "".join((ROOT / name).read_text() for name in ("train_gpt2.cu", "train_llama.cu")))
         wrong += len(found)
         print(*found, f"{path}: {len(found)} tensors are read too narrowly", sep="\n")
     sys.exit(wrong > 0)

@@ -1,6 +1,7 @@
 """What USE_APPROXBP stands on in Python: the table of the codes, its fit, the reference with codes, and merging norms. What needs SciPy,
 Matplotlib or PyTorch is skipped where they are missing."""
 import importlib
+import json
 import math
 import os
 import re
@@ -9,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 
+import helpers
 from helpers import FIXTURES, ROOT, library, script
 
 sys.path[:0] = [str(ROOT / "prepro"), str(ROOT / "dev/bench")]
@@ -144,6 +146,50 @@ def test_merge_norm(tmp_path, version):
         assert (new[name] == old[name]).all()
     assert script("prepro/merge_norm.py", tmp_path / "out.bin", tmp_path / "again.bin").count("nothing to merge") == 2
     assert (tmp_path / "again.bin").read_bytes() == (tmp_path / "out.bin").read_bytes()
+
+@pytest.mark.parametrize("dtype, shards, near", [("F32", 1, 2**-23), ("BF16", 3, 2**-8), ("F16", 1, 2**-10)])
+def test_merge_norm_of_a_directory(tmp_path, dtype, shards, near):
+    """The same model as llm.c's file gives; what lies beside the weights goes along, but for the state of a run."""
+    shape = helpers.Shape(C=16, V=19)
+    helpers.write_model(tmp_path / "in.bin", shape, helpers.random_model(shape, std=0.2))
+    given = helpers.hf_tensors(shape, helpers.read_model(tmp_path / "in.bin", shape), dtype)
+    helpers.write_hf(tmp_path / "in", shape, {name.replace("transformer.", ""): t for name, t in given.items()} if shards > 1 else given, shards)
+    (tmp_path / "in/tokenizer.json").write_text("{}")
+    (tmp_path / "in/state_00000.bin").write_text("")
+    assert "nothing to merge" not in script("prepro/merge_norm.py", tmp_path / "in", tmp_path / "out/")
+    script("prepro/merge_norm.py", tmp_path / "in.bin", tmp_path / "out.bin")
+    assert sorted(os.listdir(tmp_path / "out")) == sorted({*os.listdir(tmp_path / "in")} - {"state_00000.bin"})
+    found = {}
+    for path in (tmp_path / "out").glob("*.safetensors"):
+        data = path.read_bytes()   # as the writer here left it: read_safetensors wants the trainer's alignment
+        begin = 8 + int.from_bytes(data[:8], "little")
+        for name, e in json.loads(data[8:begin]).items():
+            if name != "__metadata__":
+                found["transformer." + name.replace("transformer.", "")] = helpers.Tensor(e["dtype"], e["shape"], data[begin:][slice(*e["data_offsets"])])
+    merged, expected = helpers.from_hf(shape, found), helpers.read_model(tmp_path / "out.bin", shape)
+    for name in expected:
+        assert merged[name] == pytest.approx(expected[name], rel=near, abs=near), name
+    assert set(merged["ln1w"]) == {1.0} and set(merged["ln2b"]) == {0.0} and {t.dtype for t in found.values()} == {dtype}
+    assert script("prepro/merge_norm.py", tmp_path / "out", tmp_path / "again").count("nothing to merge") == 2
+
+def test_merge_errors_of_directories(tmp_path):
+    shape = helpers.Shape(C=16, V=19)
+    good = helpers.hf_tensors(shape, helpers.random_model(shape), "F16")
+    gamma, weight = "transformer.h.1.ln_1.weight", "transformer.h.1.attn.c_attn.weight"
+    changes = {"missing": {gamma: None}, "type": {gamma: helpers.Tensor("I16", [16], bytes(32))}, "shape": {weight: good[weight]._replace(shape=[48, 16])},
+               "big": {gamma: helpers.Tensor("F16", [16], helpers.pack("F16", [6e4] * 16)), weight: good[weight]._replace(data=helpers.pack("F16", [6e4] * 768))}}
+    for name, change in changes.items():
+        helpers.write_hf(tmp_path / name, shape, {n: t for n, t in {**good, **change}.items() if t})
+    for name, cut in (("cut", -1), ("header", 100), ("empty", 0)):
+        helpers.write_hf(tmp_path / name, shape, good)
+        (tmp_path / name / "model.safetensors").write_bytes(helpers.safetensors_bytes(good)[:cut])
+    (tmp_path / "none").mkdir()
+    there = sorted(os.listdir(tmp_path))
+    for name, said in (("missing", gamma[12:]), ("type", "I16"), ("shape", "[16, 48], found [48, 16]"), ("big", "not finite"), ("cut", "cut off"),
+                       ("header", "cut off"), ("empty", "cut off"), ("none", "expected a GPT-2")):
+        assert said in script("prepro/merge_norm.py", tmp_path / name, tmp_path / "out", status=1), name
+    assert "a new name" in script("prepro/merge_norm.py", tmp_path / "none", tmp_path / "cut", status=1)
+    assert sorted(os.listdir(tmp_path)) == there
 
 def test_merge_errors(tmp_path):
     model, out = FIXTURES / "gpt2_c96.bin", tmp_path / "out.bin"

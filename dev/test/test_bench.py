@@ -229,7 +229,7 @@ def test_the_demo_goes_on(demo_folder):
     assert [x for x in more if x not in first] == ["12", "-y", "1"] and [x for x in first if x not in more] == ["4"]
     demo.train(first, every=25)
     done = execute(*more, cwd=demo_folder)
-    assert done.status == 0 and (demo_folder / "out/DONE_00000012").exists(), done.err
+    assert done.status == 0 and (demo_folder / "out/step_00000012").exists(), done.err
     assert not re.search("other|differ|change", done.err, re.I), done.err
     assert [line["step"] for line in common.read_log("log.jsonl") if "train_loss" in line] == list(range(1, 13))
 
@@ -247,7 +247,7 @@ def test_the_demo_is_interrupted(demo_folder, number):
     begin = time.time()
     out, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number and "Traceback" not in err and time.time() - begin < 20, err
-    assert "Interrupted" in out and list((demo_folder / "out").glob("DONE_*"))
+    assert "Interrupted" in out and list((demo_folder / "out").glob("step_*"))
 
 def test_the_demo_of_make_is_interrupted(tmp_path):
     """While it reads the text, too."""

@@ -42,8 +42,9 @@ def build_cpu(name, precision, san):
     return done, program
 
 def build_gpu(name):
-    """The kernels' PTX. What ptxas makes of the trainer's own is looked at in test_ptxas.py, and the rest is compiled for the CPU."""
-    return execute(nvcc(), "-O3", "-std=c++17", "-arch=sm_90", "-ptx", "-Idev/cuda", f"dev/cuda/{name}.cu", "-o", OUT / f"{name}.ptx", cwd=ROOT, timeout=600)
+    """The kernels' PTX, and little care for it, which is a third of the time. What ptxas makes of the trainer's own is looked at in
+    test_ptxas.py, and the rest is compiled for the CPU."""
+    return execute(nvcc(), "-Xcicc", "-O0", "-std=c++17", "-arch=sm_90", "-ptx", "-Idev/cuda", f"dev/cuda/{name}.cu", "-o", OUT / f"{name}.ptx", cwd=ROOT, timeout=600)
 
 def build_and_run(name, precision, san=False):
     """A build, and {which run: what it said} in each order; where threads are told by two of them, with another seed."""
@@ -110,7 +111,11 @@ BYTES = {"layernorm": {"forward, version 1": 14, "forward, version 2: the": 8, "
          "optimizer": {"norm, version 2: the trainer's, added up by a kernel, fp32": 4, "AdamW, version 1": 22, "AdamW, version 2: the": 22,
                        "AdamW, version 2 with a master copy, gradients": 30},
          "gelu": {"forward, version 1": 8, "forward, version 2": 4, "2 bits: forward, version 2": 4.25, "backward, version 1": 8,
-                  "backward, version 2": 6, "2 bits: backward, version 2": 4.25}}
+                  "backward, version 2": 6, "2 bits: backward, version 2": 4.25},
+         "rmsnorm": {"forward, version 1": 12, "forward, version 2: the": 8, "backward, version 1": 24, "backward, version 2: the": 8},
+         "rope": {"version 2": 4},
+         "swiglu": {"forward, version 1": 10, "forward, version 2": 6, "2 bits: forward, version 2": 8.25, "backward, version 1": 18,
+                    "backward, version 2": 10, "2 bits: backward, version 2": 10.25, "2 bits: h once more": 6}}
 
 @pytest.mark.parametrize("name", NAMES)
 def test_bench_without_a_gpu(runs, name):
@@ -119,7 +124,7 @@ def test_bench_without_a_gpu(runs, name):
     text = of["bench"].out
     assert of["bench"].status == of["json"].status == 0, of["bench"].err + of["json"].err
     assert "Times mean nothing" in text and not re.search(r"GB/s|TFLOP/s|\bms\b", text)
-    assert "124M" in text and "1558M" in text
+    assert ("124M" in text and "1558M" in text) or ("135M" in text and "8B" in text)
     rows = [json.loads(line) for line in of["json"].out.splitlines()]
     printed = [float(line.split()[-1]) for line in text.splitlines() if line.startswith("  ") and re.search(r" [\d.]+$", line)]
     assert len(rows) == len(printed) >= 4

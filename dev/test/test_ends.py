@@ -82,7 +82,7 @@ def test_ctrl_c_ends_what_takes_long(lab, given, when):
     err, out, log = interrupted(lab, "-o", "out", *given, when=when)
     assert "stopping after this step" in err
     assert not any("val_loss" in line for line in log) and "val loss" not in out and log[-1]["done"] is False
-    assert ("DONE_00000001" in lab.files("out")) == ("-s" in given)
+    assert (names(1)[0] in lab.files("out")) == ("-s" in given)
 
 def test_a_terminal_sees_a_validation_go_on(lab):
     ours, theirs = pty.openpty()
@@ -113,12 +113,13 @@ def test_closed_stdout_gets_into_no_file(lab):
 
 @pytest.mark.parametrize("failing, kept, status", [([4], [2, 6], 0), ([4, 6], [2], 1)])
 def test_a_checkpoint_that_fails_ends_nothing(lab, failing, kept, status):
-    """A folder stands where its temporary file should. The exit status tells of the last one."""
-    for step in failing:
-        lab.path(f"out/model_{step:08d}.bin.tmp/x").mkdir(parents=True)
+    """A folder that is not ours stands where it should be made. The exit status tells of the last one."""
+    theirs = [f"step_{step:08d}.tmp/mine/x" for step in failing]
+    for name in theirs:
+        lab.path(f"out/{name}").mkdir(parents=True)
     result = lab.train("-x", 6, "-n", 2, "-nk", 3 - len(failing), "-o", "out", status=status)
-    says(result.err, "model_00000004.bin", "no checkpoint of step 4")
-    assert len(result.steps) == 6 and set(lab.files("out")) == {name for step in kept for name in names(step)}
+    says(result.err, "step_00000004", "no checkpoint of step 4")
+    assert len(result.steps) == 6 and set(lab.files("out")) == {*theirs, *(name for step in kept for name in names(step))}
 
 @pytest.mark.parametrize("log", ["/dev/full", "reader gone"])
 def test_a_log_that_fails_ends_nothing(lab, log):
@@ -219,7 +220,7 @@ def test_a_fifo_as_a_log(lab):
     assert reader.communicate(timeout=30)[0].count(b"train_loss") == 4
 
 @pytest.mark.parametrize("resume", [0, 1])
-@pytest.mark.parametrize("name", ["train.bin", "val.bin", "start.bin", "out/model_00000002.bin", "out/DONE_00000002", "notes.jsonl", "out", "link"])
+@pytest.mark.parametrize("name", ["train.bin", "val.bin", "start.bin", "out/step_00000002/model.safetensors", "out/step_00000002/config.json", "out/step_00000002", "notes.jsonl", "out", "link"])
 def test_what_is_no_log_is_refused(lab, name, resume):
     write_model(lab.path("start.bin"), Shape(), random_model(Shape()))
     lab.path("notes.jsonl").write_text('{"step": 1, "train_loss": 5}\n{"messages": []}\n')
@@ -231,23 +232,21 @@ def test_what_is_no_log_is_refused(lab, name, resume):
     says(done.err, f"--log {name}")
     assert before == ({name: lab.path(name).read_bytes() for name in before[0]}, lab.files("out"))
 
-@pytest.mark.parametrize("log", ["out/model_00000004.bin", "out/DONE_00000004", "./out/../out/state_00000004_00000.bin"])
+@pytest.mark.parametrize("log", ["out/step_00000004", "./out/../out/step_00000004.tmp"])
 def test_a_log_where_a_checkpoint_will_be(lab, log):
-    says(lab.run(*options("-o", "out", "--log", log), status=1).err, log, "checkpoint")
+    """It would be lost, or the checkpoint would."""
+    says(lab.run(*options("-o", "out", "--log", log), status=1).err, f"--log {log}", "a checkpoint's")
+    assert not lab.files("out")
 
 def test_checkpoints_behind_links(lab):
-    """A link stays one, and what it leads to is replaced with its permissions; a device is written to."""
-    for place in ("out", "far"):
-        lab.path(place).mkdir()
-    lab.path("far/model").write_bytes(b"old")
-    os.chmod(lab.path("far/model"), 0o600)
-    lab.path("out/model_00000004.bin").symlink_to("../far/model")
-    lab.path("out/state_00000004_00000.bin").symlink_to("../far/state")
-    lab.train("-x", 4, "-o", "out")
-    assert all(lab.path(f"out/{name}").is_symlink() for name in names(4)[:2])
-    assert stat.S_IMODE(lab.path("far/model").stat().st_mode) == 0o600
-    assert sorted(lab.files("far")) == ["model", "state"]
-    lab.train("-x", 5, "-o", "out", "-y", 1)
+    """--out may be a link, and so may a checkpoint that is gone on from."""
+    lab.path("far").mkdir()
+    lab.path("out").symlink_to("far")
+    lab.train("-x", 2, "-o", "out")
+    lab.path("far/step_00000002").rename(lab.path("elsewhere"))
+    lab.path("far/step_00000002").symlink_to("../elsewhere")
+    lab.train("-x", 4, "-o", "out", "-y", 1)
+    assert lab.path("out").is_symlink() and set(lab.files("far")) >= set(names(4)) and lab.files("elsewhere")
 
 @pytest.mark.parametrize("kind", ["file", "link to nothing", "link to a file"])
 def test_out_is_no_folder(lab, kind):
@@ -265,10 +264,26 @@ def test_out_without_permission(lab, mode):
 
 def test_leftovers_are_swept(lab):
     lab.path("out").mkdir()
-    for name in ("model_00000007.bin.tmp", "state_00000007_00000.bin.tmp", "DONE_00000007.tmp", "mine.tmp"):
+    for name in ("step_00000007.tmp/model.safetensors", "step_00000007.tmp/state_00000.bin.tmp", "step_00000002.tmp/x", "mine.tmp/x"):
+        lab.path(f"out/{name}").parent.mkdir(parents=True, exist_ok=True)
         lab.path(f"out/{name}").write_bytes(b"half")
     lab.train("-x", 2, "-o", "out")
-    assert set(lab.files("out")) == {*names(2), "mine.tmp"}
+    assert set(lab.files("out")) == {*names(2), "mine.tmp/x"}
+
+def test_what_others_have_in_the_folder_stays(lab):
+    """Only what has a checkpoint's name is one, and nothing is removed through a link."""
+    theirs = ["step_mine.tmp/x", "step_00000009.tmp.old/x", "far/x", "old/x"]
+    for name in theirs:
+        lab.path(f"out/{name}").parent.mkdir(parents=True)
+        lab.path(f"out/{name}").write_bytes(b"mine")
+    lab.path("out/step_00000009.tmp").symlink_to("far")
+    lab.train("-x", 1, "-o", "out")
+    for name in names(1):
+        lab.path(f"out/{name}").rename(lab.path(f"out/old/{name.split('/')[1]}"))
+    lab.path("out/step_00000001").rmdir()
+    lab.path("out/step_00000001").symlink_to("old")
+    lab.train("-x", 2, "-o", "out", "-y", 1, "-nk", 1)
+    assert set(theirs) <= set(lab.files("out")) and len(lab.files("out/old")) == 4
 
 # ---- models that are no good ---------------------------------------------------------------------
 

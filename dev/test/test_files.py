@@ -19,7 +19,7 @@ VERSIONS = {"cpu-fp32": 3, "cpu-bf16": 5}  # what each build writes
 def test_initialisation(lab, variant):
     shape = Shape(L=3, H=4, C=64, T=64, V=257)
     lab.train("-e", shape.size(), "-x", 1, "-l", 0, "-o", "out", variant=variant)
-    tensors = read_model(lab.path("out/model_00000001.bin"), shape)
+    tensors = read_model(lab.path("out/step_00000001"), shape)
     tensors["wte"] = tensors["wte"][:shape.V * shape.C]
     for name, values in tensors.items():
         if name in MATRICES:
@@ -45,8 +45,8 @@ def test_a_model_of_an_independent_writer_loads(lab, variant, V):
     seen = []
     for version in (3, 5):
         write_model(lab.path(f"v{version}.bin"), shape, tensors, version)
-        result = lab.train("-e", f"v{version}.bin", "-x", 1, "-l", 0, "-v", 1, "-o", f"out{version}", variant=variant)
-        assert lab.path(f"out{version}/model_00000001.bin").read_bytes() == model_bytes(shape, tensors, VERSIONS[variant])
+        result = lab.train("-e", f"v{version}.bin", "-x", 1, "-l", 0, "-v", 1, "--write-bin", f"out{version}.bin", variant=variant)
+        assert lab.path(f"out{version}.bin").read_bytes() == model_bytes(shape, tensors, VERSIONS[variant])
         seen.append(learned(result))
     assert seen[0] == seen[1]  # the values are such that bf16 holds them
 
@@ -54,8 +54,8 @@ def test_a_model_with_wider_values_is_rounded_to_nearest(lab):
     shape = Shape(L=1, H=1, C=32, T=32, V=257)
     tensors = {name: [x * 1.001 for x in values] for name, values in random_model(shape).items()}
     write_model(lab.path("wide.bin"), shape, tensors, 3)
-    lab.train("-e", "wide.bin", "-x", 1, "-l", 0, "-o", "out", variant="cpu-bf16")
-    body = lab.path("out/model_00000001.bin").read_bytes()[1024:]
+    lab.train("-e", "wide.bin", "-x", 1, "-l", 0, "--write-bin", "out.bin", variant="cpu-bf16")
+    body = lab.path("out.bin").read_bytes()[1024:]
     flat = [x for values in tensors.values() for x in values]
     assert list(struct.unpack(f"<{len(flat)}H", body)) == to_bf16(flat)
 
@@ -213,17 +213,17 @@ def small_disk(lab, size, *given):
         err = process.communicate(timeout=60)[1]
     return process.returncode, err
 
-@pytest.mark.parametrize("culprit, fraction", [("model_{}.bin", 0), ("model_{}.bin", 0.999), ("state_{}_00000.bin", 0.5), ("state_{}_00000.bin", 0.999)])
+@pytest.mark.parametrize("culprit, fraction", [("model.safetensors", 0), ("model.safetensors", 0.999), ("state_00000.bin", 0.5), ("state_00000.bin", 0.999)])
 def test_full_disk(lab, culprit, fraction):
     """The limit strikes in the model, or in the state, which is larger. The checkpoint before is whole, and nothing else is left."""
     given = ["-x", 16, "-k", "constant", "-n", 8, "-nk", 1]
     straight = lab.train(*given, "-o", "straight")
     lab.train("-x", 2, "-k", "constant", "-o", "out")
     before = lab.files("out")
-    limit = len(lab.files("straight")[culprit.format("00000016")]) * fraction
+    limit = len(lab.files("straight")[f"step_00000016/{culprit}"]) * fraction
     status, err = small_disk(lab, int(limit), *given, "-o", "out", "-y", 1)
     assert status == 1 and lab.files("out") == before
-    says(err, culprit.format("00000008"), "no checkpoint of step 8", culprit.format("00000016"))
+    says(err, f"step_00000008.tmp/{culprit}", "no checkpoint of step 8", f"step_00000016.tmp/{culprit}")
     assert learned(lab.train(*given, "-o", "out", "-y", 1))[:14] == learned(straight)[2:16]
     assert lab.files("out") == lab.files("straight")
 
@@ -256,4 +256,4 @@ def test_a_disk_that_is_too_small(lab, disk):
     says(result.out, "room for 2 more", "would add 6")
     says(result.err, "No space left", "no checkpoint of step 3")
     assert len(result.steps) == 6 and sorted(lab.files("disk")) == sorted(names(1) + names(2))
-    lab.train("-x", 7, "-o", "away", "-e", "disk/model_00000002.bin")
+    lab.train("-x", 7, "-o", "away", "-e", "disk/step_00000002")

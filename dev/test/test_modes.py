@@ -36,7 +36,7 @@ def test_modes_with_one_derivative_compute_the_same(lab, like, mode):
             assert int(re.search(r"simt: peak (\d+) bytes", ran.err)[1]) == ran.done["peak_bytes"] == ran.done["estimate_bytes"]
             assert lab.files(f"{way}{r}")[names(3)[0]] == lab.files(f"{way}0")[names(3)[0]]
         losses[way] = ran.losses
-        after = read_model(lab.path(f"{way}0/model_00000001.bin"), shape)
+        after = read_model(lab.path(f"{way}0/step_00000001"), shape)
         moves[way] = {name: [(x > a) - (x < a) for x, a in zip(after[name], start[name])] for name in start}
     assert close(losses[mode], losses[like], 2e-2)
     for name, signs in moves[like].items():   # a third of qkvb, the keys' bias, has a gradient of rounding alone
@@ -55,6 +55,6 @@ def test_no_epilogue_makes_codes(lab):
 def test_a_checkpoint_goes_from_mode_to_mode(lab):
     """Parameters mean the same in every mode: gamma and beta are not merged into the weights. Forward is the exact one in each."""
     lab.train("-x", 3, "-o", "out", variant=MODES["both"])
-    how = ["-e", "out/model_00000003.bin", "-x", 0, "-v", 1]
+    how = ["-e", "out/step_00000003", "-x", 0, "-v", 1]
     vals = [lab.train(*how, variant=variant).vals[-1] for variant in MODES.values()]
     assert all(close(v, vals[0], 2e-3) for v in vals)

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from helpers import Shape, close, environment, execute, mpirun, options, program, read_log, says
+from helpers import Shape, close, environment, execute, mpirun, names, options, program, read_log, says
 
 RANKS = 2
 OVERSUBSCRIBE = {"OMP_NUM_THREADS": 1, "OMPI_MCA_rmaps_base_oversubscribe": 1}
@@ -40,25 +40,25 @@ def test_a_shared_out_optimizer_is_smaller_and_equal(lab, ranks, shape, seed):
     same = ("step", "train_loss", "grad_norm", "lr", "done")
     assert [[line.get(k) for k in same] for line in whole] == [[line.get(k) for k in same] for line in shared]
     assert any(line["grad_norm"] > 1 for line in whole[:-1])   # it is clipped by the norm, so the norm's bits are in the model
-    assert lab.files("whole")["model_00000004.bin"] == lab.files("shared")["model_00000004.bin"]
+    assert lab.files("whole")[names(4)[0]] == lab.files("shared")[names(4)[0]]
     assert (shared[-1]["peak_bytes"] < whole[-1]["peak_bytes"]) == (ranks > 1) and shared[-1]["peak_bytes"] == shared[-1]["estimate_bytes"]
 
-@pytest.mark.parametrize("zero", [0, 1])
-def test_resume(lab, zero):
-    how = ["-z", zero, "-d", 256, "-k", "constant"]
+@pytest.mark.parametrize("zero, dtype", [(0, "f32"), (1, "f32"), (1, "f16")])
+def test_resume(lab, zero, dtype):
+    how = ["-z", zero, "-d", 256, "-k", "constant", "--save-dtype", dtype]
     _, straight = train(lab, "straight", "-x", 6, "-o", "straight", *how)
     train(lab, "half", "-x", 3, "-o", "half", *how)
-    assert {"state_00000003_00000.bin", "state_00000003_00001.bin"} <= set(lab.files("half"))
+    assert set(names(3, RANKS)) == set(lab.files("half"))
     _, resumed = train(lab, "resumed", "-x", 6, "-o", "half", "-y", 1, *how)
     assert losses(resumed) == losses(straight)[3:]
-    assert lab.files("half")["model_00000006.bin"] == lab.files("straight")["model_00000006.bin"]
+    assert lab.files("half")[names(6)[0]] == lab.files("straight")[names(6)[0]]
 
 def test_a_checkpoint_that_one_rank_cannot_write_is_none(lab):
-    """A folder stands where the second rank's temporary file should: what the first has written goes too, and training goes on."""
-    lab.path("out/state_00000002_00001.bin.tmp/x").mkdir(parents=True)
+    """A folder stands where the second rank's file should: what the first has written goes too, and training goes on."""
+    lab.path("out/step_00000002.tmp/state_00001.bin/mine").mkdir(parents=True)
     done, log = train(lab, "log", "-x", 4, "-n", 2, "-o", "out")
     assert "no checkpoint of step 2" in done.err and len(losses(log)) == 4
-    assert set(lab.files("out")) == {"model_00000004.bin", "state_00000004_00000.bin", "state_00000004_00001.bin", "DONE_00000004"}
+    assert set(lab.files("out")) == {*names(4, RANKS), "step_00000002.tmp/state_00001.bin/mine"}
 
 def test_a_signal_saves(lab):
     """mpirun hands SIGUSR1 on. (After Ctrl-C it gives its processes one second.)"""
@@ -72,7 +72,7 @@ def test_a_signal_saves(lab):
         process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGUSR1
     step = len(losses(read_log(lab.path("log"))))
-    assert set(lab.files("out")) == {f"model_{step:08d}.bin", f"state_{step:08d}_00000.bin", f"state_{step:08d}_00001.bin", f"DONE_{step:08d}"}
+    assert set(lab.files("out")) == set(names(step, RANKS))
 
 def test_another_number_of_ranks_is_refused(lab):
     train(lab, "two", "-x", 2, "-o", "out")

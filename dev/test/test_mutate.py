@@ -99,10 +99,14 @@ def test_mutants_decide_as_they_say(tmp_path):
     assert not seen & {3, 5, 6}   # -1 is not at the boundary, a NaN on neither side
 
 def test_the_trainer():
-    """Every barrier of the trainer's kernels has a mutant, and every entry of EQUIVALENT is about as many as it says."""
-    text = mutate.SOURCE.read_text()
-    mutants = mutate.find(text)
-    assert sum(m.operator == "__syncthreads();" for m in mutants) == mutate.blank(mutate.NO_CODE, text).count("__syncthreads();") > 10
+    """Every barrier of the trainers' kernels has a mutant, and every entry of EQUIVALENT is about as many as it says."""
+    texts = {path: path.read_text() for path in mutate.SOURCES}
+    gpt2, llama = mutate.find_all(texts).values()
+    mutants = gpt2 + llama
+    assert [m.number for m in mutants] == list(range(1, len(mutants) + 1)) and {"rope_kernel", "swiglu_backward_kernel"} <= {m.function for m in llama}
+    assert not {m.function for m in gpt2} & {m.function for m in llama}, "a twin is there twice"
+    bare = "".join(mutate.blank(mutate.NO_CODE, text if path == mutate.SOURCES[0] else mutate.blank(mutate.TWINS, text)) for path, text in texts.items())
+    assert sum(m.operator == "__syncthreads();" for m in mutants) == bare.count("__syncthreads();") > 10
     assert len({m.begin for m in mutants if m.operator in mutate.CHANGES}) > 100
     assert mutate.match_equivalents(mutants)
     with pytest.raises(mutate.MutateError, match="expected 1 mutants, found 0"):

@@ -520,7 +520,6 @@ def test_bad_tokenizer_files(tmp_path, tokenizers):
     byte_level(tokenizers).save(str(bad))
     said = run("text.py", "-", "--tokenizer", bad, "--out", out, status=1, input=b"caf\xe9" * 100)
     assert "0xe9 at offset 3" in said and "--tokenizer bytes" in said
-    assert "300 bytes" in prepare(tmp_path, byte_level(tokenizers, ["<|endoftext|>", "x" * 300]), status=1)
     tok = byte_level(tokenizers, ["@end@"])
     assert "--eot TOKEN" in prepare(tmp_path, tok, status=1)
     assert "is not in the vocabulary" in prepare(tmp_path, tok, SAMPLE, "--eot", "@no@", status=1)
@@ -565,7 +564,7 @@ def test_reference_against_torch(reference):
     """Logits of the whole model: PyTorch's own blocks, with the norm first, and its loss."""
     import torch
     config = binfmt.Config.parse(SIZES)
-    tensors = reference.random_model(config, 3)
+    tensors = reference.gpt2_model(config, 3)
     x, y = (torch.from_numpy(ids) for ids in reference.random_batch(config, 2, 5, 3))
     t = {name: torch.from_numpy(values.astype(np.float64)) for name, values in tensors.items()}
     h = t["wte"][x] + t["wpe"][:5]

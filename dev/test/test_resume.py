@@ -16,9 +16,7 @@ def checkpoint(files, step):
 
 def copy_of_step(lab, source, step, to):
     """A folder as it was when this checkpoint was the last."""
-    lab.path(to).mkdir()
-    for name in names(step):
-        shutil.copy(lab.path(source) / name, lab.path(to) / name)
+    shutil.copytree(lab.path(source) / f"step_{step:08d}", lab.path(to) / f"step_{step:08d}")
 
 @pytest.mark.parametrize("variant", ["cpu-bf16", "cpu-fp32"])
 @pytest.mark.parametrize("mode", [
@@ -57,9 +55,9 @@ def test_what_memory_decides_is_decided_once(lab, chosen):
 
 def test_keep(lab):
     """The newest -nk checkpoints, 0 for all; without -n there is one, at the end. That they are written changes nothing."""
-    mine = ["model_best.bin", "notes.txt", "model_00000001.bin.copy"]
-    lab.path("out").mkdir()
+    mine = ["model_best.bin", "notes.txt", "step_00000001", "step_00000001.copy/x", "step_1/x", "step_000000001/x"]
     for name in mine:
+        lab.path(f"out/{name}").parent.mkdir(parents=True, exist_ok=True)
         lab.path(f"out/{name}").write_text("mine")
     lab.train("-x", 6, "-n", 1, "-nk", 2, "-o", "out")
     assert sorted(lab.files("out")) == sorted(names(5) + names(6) + mine)
@@ -70,13 +68,12 @@ def test_keep(lab):
     assert learned(every) == learned(one)
 
 def test_leftovers_of_a_killed_run_do_not_disturb(lab):
-    """A checkpoint without its DONE does not count, nor does half a file."""
+    """What is not whole has another name, does not count, and goes."""
     lab.train("-x", 4, "-n", 2, "-o", "out")
     before = lab.files("out")
-    lab.path("out/DONE_00000004").unlink()
-    for name in names(4)[:2]:
-        lab.path(f"out/{name}").write_bytes(b"half")
-        lab.path(f"out/{name}.tmp").write_bytes(b"half")
+    lab.path("out/step_00000004").rename(lab.path("out/step_00000004.tmp"))
+    for name in ("model.safetensors", "state_00000.bin.tmp"):
+        lab.path(f"out/step_00000004.tmp/{name}").write_bytes(b"half")
     assert len(lab.train("-x", 4, "-o", "out", "-y", 1).steps) == 2
     assert lab.files("out") == before
 
@@ -104,7 +101,7 @@ def test_killed_at_any_moment(lab):
     rng, kills = random.Random(1), 0
 
     def newest():
-        return max(int(name[5:]) for name in os.listdir(lab.path("out")) if name.startswith("DONE_") and name[5:].isdigit())
+        return max(int(name[5:]) for name in os.listdir(lab.path("out")) if name[5:].isdigit())
     for _ in range(8):
         with subprocess.Popen([program("cpu-bf16"), *options("-x", 40, "-n", 1, "-nk", 3, "-o", "out", "-y", 1)], cwd=lab.folder, env=environment(),
                               stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
@@ -126,7 +123,7 @@ def stopped(lab):
     lab.train("-x", 2, "-o", "out")
     return lab
 
-STATE = "out/state_00000002_00000.bin"
+STATE = "out/step_00000002/state_00000.bin"
 
 def damage(path, at=None, value=None, cut=None):
     data = bytearray(path.read_bytes())
@@ -143,15 +140,16 @@ def test_damaged_state(stopped, how, named):
     damage(stopped.path(STATE), **how) if how else stopped.path(STATE).unlink()
     before = stopped.files("out")
     done = stopped.run(*options("-x", 4, "-o", "out", "-y", 1), status=1)
-    says(done.err, "state_00000002_00000.bin", *named)
+    says(done.err, "step_00000002/state_00000.bin", *named)
     assert stopped.files("out") == before
 
 def test_a_state_without_its_model_or_with_another(stopped):
     stopped.train("-e", Shape(C=64).size(), "-x", 2, "-o", "other")
-    stopped.path("out/model_00000002.bin").unlink()
-    says(stopped.run(*options("-x", 4, "-o", "out", "-y", 1), status=1).err, "model_00000002.bin")
-    shutil.copy(stopped.path("other/model_00000002.bin"), stopped.path("out/model_00000002.bin"))
-    says(stopped.run(*options("-e", None, "-x", 4, "-o", "out", "-y", 1), status=1).err, "state_00000002_00000.bin")
+    stopped.path("out/step_00000002/model.safetensors").unlink()
+    says(stopped.run(*options("-x", 4, "-o", "out", "-y", 1), status=1).err, "step_00000002/model.safetensors")
+    for name in names(2)[:2]:
+        shutil.copy(stopped.path(f"other/{name}"), stopped.path(f"out/{name}"))
+    says(stopped.run(*options("-e", None, "-x", 4, "-o", "out", "-y", 1), status=1).err, "step_00000002/state_00000.bin")
 
 def test_other_data_than_the_state_was_made_with(stopped):
     """A position in the data means nothing in others: longer, shorter, or as long and with one other token."""
@@ -159,7 +157,7 @@ def test_other_data_than_the_state_was_made_with(stopped):
     for name, other in [("short", ids[:65]), ("long", ids + ids), ("one", ids[:-1] + [0]), ("order", ids[2000:] + ids[:2000])]:
         write_tokens(stopped.path(f"{name}.bin"), other)
         done = stopped.run(*options("-i", f"{name}.bin", "-x", 4, "-o", "out", "-y", 1), status=1)
-        says(done.err, "state_00000002_00000.bin", "same -i", "-e out/model_00000002.bin")
+        says(done.err, "step_00000002/state_00000.bin", "same -i", "-e out/step_00000002")
 
 def test_the_same_data_under_another_name(stopped):
     """What counts is the tokens: neither the name nor the type of an id."""
@@ -187,7 +185,7 @@ def test_a_change_is_said(stopped, option, value, note):
     assert notes(stopped.train("-x", 4, "-o", "out", "-y", 1)) or option == "-x"  # and the next one compares with this one
 
 def test_another_build_is_said(lab):
-    lab.train("-x", 2, "-w", 0, "-o", "out")
+    lab.train("-x", 2, "-w", 0, "--save-dtype", "f32", "-o", "out")
     assert {"PRECISION was BF16, is FP32", "--tf32 was 0, is 1"} <= notes(lab.train("-x", 3, "-w", 0, "-o", "out", "-y", 1, variant="cpu-fp32"))
     if (ROOT / "build/cpu-approxbp-bf16").exists():   # make quick has none
         more = notes(lab.train("-x", 4, "-w", 0, "-o", "out", "-y", 1, variant="cpu-approxbp-bf16"))
@@ -198,8 +196,8 @@ def test_a_state_without_settings_is_gone_on_from(stopped):
     for at in (*range(36 * 4, 256 * 4, 4),):
         damage(stopped.path(STATE), at=at, value=0)
     assert notes(stopped.train("-x", 3, "-l", 5e-3, "-o", "out", "-y", 1)) == set()
-    damage(stopped.path("out/state_00000003_00000.bin"), at=40 * 4, value=2**30)
-    says(stopped.run(*options("-x", 4, "-o", "out", "-y", 1), status=1).err, "state_00000003_00000.bin", "settings")
+    damage(stopped.path("out/step_00000003/state_00000.bin"), at=40 * 4, value=2**30)
+    says(stopped.run(*options("-x", 4, "-o", "out", "-y", 1), status=1).err, "step_00000003/state_00000.bin", "settings")
 
 @pytest.mark.parametrize("other", [dict(L=1), dict(H=4), dict(C=64), dict(T=64), dict(V=258)], ids=str)
 def test_another_model_is_refused(stopped, other):

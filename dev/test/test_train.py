@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from helpers import MATRICES, SLOTS, Shape, close, random_model, read_model, write_model, write_tokenizer, write_tokens, words
+from helpers import MATRICES, SLOTS, Shape, close, names, random_model, read_model, write_model, write_tokenizer, write_tokens, words
 
 EXACT = {"cpu-fp32": 1e-5, "cpu-bf16": 1e-2}  # relative rounding of a loss after a few steps
 
@@ -22,7 +22,7 @@ def test_sampling_prints_what_was_learnt(lab):
     assert "abcdabcdabcd" in lab.train(*given, "-x", 60, "-l", 3e-3, "-q", 1, "-b", 4, "-o", "out").out
     for c, d in ((b"c", b"\n"), (b"c", b"\r"), (b"c", b"\r\n"), (b"\r", b"\n")):
         write_tokenizer(lab.path("tokenizer.bin"), [{ord("c"): c, ord("d"): d}.get(i, bytes([i])) for i in range(256)] + [b"<|endoftext|>"], 256)
-        out = lab.train(*given, "-e", "out/model_00000060.bin", "-x", 0).out
+        out = lab.train(*given, "-e", "out/step_00000060", "-x", 0).out
         assert 3 * ("ab\n" if c == b"\r" else "abc\n") in out and "\r" not in out, (c, d)
 
 def test_sampling_options(lab):
@@ -66,7 +66,7 @@ def test_another_way(lab, variant, usual, others):
         assert close(norms(result), norms(results[0]), 10 * EXACT[variant]), others[i]
         if usual == "-r 0":   # the same kernels from the same bits: no rounding is different
             assert result.losses == results[0].losses and norms(result) == norms(results[0])
-            assert lab.files(f"out{i + 1}")["model_00000005.bin"] == lab.files("out0")["model_00000005.bin"]
+            assert lab.files(f"out{i + 1}")[names(5)[0]] == lab.files("out0")[names(5)[0]]
 
 @pytest.mark.parametrize("size", [dict(H=1, C=16, T=7), dict(H=3, C=96, T=40, V=301), dict(H=1, C=64, T=130), dict(H=2, C=16, T=16, V=5), dict(L=1, H=2, C=256, T=16)])
 def test_sizes(lab, size):
@@ -101,9 +101,8 @@ def test_schedules(shared_lab, schedule, warmup, final):
     assert [line["lr"] for line in result.steps] == pytest.approx(expected, rel=1e-3, abs=1e-9)
 
 def after_one_step(lab, shape, *given):
-    folder = f"out{lab.runs}"
-    lab.train("-e", "start.bin", "-x", 1, *given, "-o", folder, variant="cpu-fp32")
-    return read_model(lab.path(folder) / "model_00000001.bin", shape)
+    lab.train("-e", "start.bin", "-x", 1, *given, "--write-bin", "after.bin", variant="cpu-fp32")
+    return read_model(lab.path("after.bin"), shape)
 
 def test_weight_decay_is_for_matrices(lab):
     """Decoupled: w shrinks by rate * decay * w, and biases and gammas by nothing."""

@@ -15,9 +15,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2] / "prepro"))
 from atomic import atomic  # noqa: E402
 
-SECTIONS = ["numbers and errors", "column sums, norm, matmul, attention", "loss", "codes", "MS-LN",
-            "tensor cores, optimizer, many GPUs, tensor table", "files", "checkpoints, device, schedule, command line",
-            "settings, plan, loop, main"]
+SECTIONS = ["primer", "numbers and errors, embedding, column sums, norm, matmul, attention", "loss", "codes", "MS-LN",
+            "tensor cores, optimizer, many GPUs, tensor table", "plan", "model", "allocation, linear layers", "loss over chunks",
+            "update, files", "checkpoints, device, schedule, command line", "settings, plan, loop, main"]
 IN_ONE_FILE = []   # those of SECTIONS that the other trainer does without
 
 BEGIN = re.compile(r"// ==== twin: (\S.*?)\s*")
