@@ -1,5 +1,4 @@
 """LoRA in both trainers: gradients and memory against prepro/reference.py and PEFT; adapters that come in, go on, go out and are merged."""
-import contextlib
 import json
 import re
 import shutil
@@ -8,10 +7,10 @@ import warnings
 import numpy as np
 import pytest
 
-from finetune import (PEFT, PLAIN, adapters, arrays, batch, check_gradients, config_json, distance, hf_names, model, modules, peft_config,
+from finetune import (PEFT, PLAIN, adapters, arrays, batch, check_gradients, distance, model, modules, peft_config,
                       peft_tensors, reference, trainer_of, write_adapter, write_base)
 from helpers import (Lab, Tensor, close, execute, learned, library, mpirun, options, pack, program, read_log, read_safetensors,
-                     safetensors_bytes, says, unpack, words, write_tokens)
+                     says, unpack, words, write_tokens)
 
 B, T, STEPS = 2, 19, 5
 
@@ -583,3 +582,164 @@ def test_a_merged_models_adapter_is_spent(bench):
     lab = bench("all")[0]
     shutil.rmtree(lab.path("merged"), ignore_errors=True)
     merged(lab, env={"SIMT_MEMORY": 100000})
+
+# ---- what is refused ------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory):
+    """A folder with a Llama and a GPT-2, in which an adapter is written anew for each test."""
+    lab = Lab(tmp_path_factory.mktemp("room"))
+    for name, sizes in (("in", "llama:L2,H2,C16,F24,T32,V257"), ("gpt2", "gpt2:L2,H2,C16,T32,V257")):
+        write_base(lab.path(name), *model(sizes))
+    return lab
+
+def refused(lab, *given, parts, trainer="train_llama", base="in"):
+    """One line with these parts; nothing is written, and what was there stays."""
+    before = lab.files(".")
+    done = lab.run(*options("-e", base, "-o", "out", *given), status=None, trainer=trainer, timeout=30)
+    assert done.status in (1, 2), done.out[-500:]
+    says(done.err, *parts)
+    assert done.err.count(f"{trainer}: ") == 1 and "simt" not in done.err
+    assert not lab.files("out") if lab.path("out").exists() else True
+    shutil.rmtree(lab.path("out"), ignore_errors=True)
+    assert lab.files(".") == before
+
+Q0, V1 = (f"{PEFT}model.layers.{l}.self_attn.{name}_proj.lora_" for l, name in ((0, "q"), (1, "v")))
+GIVEN = {"q_proj": 3, "v_proj": 3}
+
+def of(dtype, shape, value=0.5):
+    n = int(np.prod(shape))
+    return Tensor(dtype, list(shape), pack(dtype, [value] * n) if dtype in ("F32", "BF16", "F16") else bytes(n * 4))
+
+BAD_CONFIGS = {
+    "DoRA": (dict(use_dora=True), ["use_dora"]), "biases": (dict(bias="all"), ["bias"]), "biases of LoRA's": (dict(bias="lora_only"), ["bias"]),
+    "B's bias": (dict(lora_bias=True), ["lora_bias"]), "LoKr": (dict(peft_type="LOKR"), ["peft_type", "LOKR"]), "IA3": (dict(peft_type="IA3"), ["IA3"]),
+    "no type": (dict(peft_type="absent"), ["peft_type"]), "a type that is a number": (dict(peft_type=1), ["peft_type"]),
+    "embeddings": (dict(modules_to_save=["embed_tokens", "lm_head"]), ["modules_to_save", "embed_tokens"]),
+    "QA-LoRA": (dict(use_qalora=True), ["use_qalora"]), "layers twice": (dict(layer_replication=[[0, 2], [1, 2]]), ["layer_replication"]),
+    "parameters": (dict(target_parameters=["mlp.experts"]), ["target_parameters"]), "tokens": (dict(trainable_token_indices=[1]), ["trainable_token_indices"]),
+    "activated LoRA": (dict(alora_invocation_tokens=[1]), ["alora_invocation_tokens"]), "PiSSA": (dict(init_lora_weights="pissa"), ["init_lora_weights", "pissa"]),
+    "another task": (dict(task_type="SEQ_CLS"), ["task_type", "SEQ_CLS"]),
+    "only q": (dict(target_modules=["q_proj"]), ["layers.0.self_attn.v_proj", "target_modules"]),
+    "none": (dict(target_modules=[]), ["target_modules"]), "a number": (dict(target_modules=3), ["target_modules"]),
+    "null": (dict(target_modules=None), ["target_modules"]), "a regex of others": (dict(target_modules=r".*\.(k|o)_proj"), ["target_modules"]),
+    "a regex of q": (dict(target_modules=r".*\.q_proj"), ["v_proj", "target_modules"]), "no regex": (dict(target_modules=r".*\.(q_proj"), ["target_modules"]),
+    "one more": (dict(target_modules=["q_proj", "v_proj", "o_proj"]), ["layers.0.self_attn.o_proj"]), "all-linear": (dict(target_modules="all-linear"), ["k_proj"]),
+    "of another model": (dict(target_modules=["c_attn"]), ["target_modules"]), "the head": (dict(target_modules=["q_proj", "v_proj", "lm_head"]), ["lm_head"]),
+    "one layer": (dict(layers_to_transform=[1]), ["layers.0.self_attn.q_proj"]), "a layer that is not there": (dict(layers_to_transform=[0, 1, 5]), ["layers_to_transform"]),
+    "not v": (dict(exclude_modules=["v_proj"]), ["v_proj"]),
+    "another rank": (dict(r=4), ["lora_A", "[4, 16]", "[3, 16]"]), "another rank of v": (dict(rank_pattern={"v_proj": 5}), ["v_proj.lora_A", "[5, 16]", "[3, 16]"]),
+    "rank 0": (dict(r=0), ["r"]), "half a rank": (dict(r=2.5), ["r"]), "a rank in words": (dict(r="three"), ["r"]), "a rank of 2^40": (dict(r=2**40), ["r"]),
+    "no alpha": (dict(lora_alpha="absent"), ["lora_alpha"]), "alpha in words": (dict(lora_alpha="six"), ["lora_alpha"]), "alpha 1e999": (dict(lora_alpha=float("inf")), ["adapter_config.json"]),
+    "patterns that are a list": (dict(rank_pattern=[3]), ["rank_pattern"]), "alpha_pattern in words": (dict(alpha_pattern={"q_proj": "x"}), ["alpha_pattern"]),
+    "dropout 1": (dict(lora_dropout=1.0), ["lora_dropout"]), "rslora in words": (dict(use_rslora="yes"), ["use_rslora"]),
+}
+
+@pytest.mark.parametrize("name", BAD_CONFIGS)
+def test_bad_config(room, name):
+    change, parts = BAD_CONFIGS[name]
+    write_adapter(room.path("adapter"), adapters(model("llama:L2,H2,C16,F24,T32,V257")[0], GIVEN), **change)
+    refused(room, "--adapter", "adapter", parts=["adapter", *parts])
+
+BAD_ADAPTERS = {
+    "no B": (lambda t: t.pop(V1 + "B.weight"), [V1 + "B.weight"]), "no A": (lambda t: t.pop(Q0 + "A.weight"), [Q0 + "A.weight"]),
+    "no q in a layer": (lambda t: [t.pop(Q0 + f"{which}.weight") for which in "AB"], [Q0]), "nothing": (lambda t: t.clear(), ["adapter_model.safetensors"]),
+    "A of another width": (lambda t: t.update({Q0 + "A.weight": of("F32", [3, 24])}), [Q0 + "A.weight", "[3, 16]", "[3, 24]"]),
+    "A turned": (lambda t: t.update({Q0 + "A.weight": of("F32", [16, 3])}), [Q0 + "A.weight", "[3, 16]", "[16, 3]"]),
+    "B of another height": (lambda t: t.update({V1 + "B.weight": of("F32", [8, 3])}), [V1 + "B.weight", "[16, 3]", "[8, 3]"]),
+    "ranks that differ": (lambda t: t.update({V1 + "B.weight": of("F32", [16, 4])}), [V1 + "B.weight", "[16, 3]", "[16, 4]"]),
+    "flat": (lambda t: t.update({V1 + "B.weight": of("F32", [48])}), [V1 + "B.weight", "[48]"]),
+    "NaN": (lambda t: t.update({V1 + "B.weight": of("F32", [16, 3], float("nan"))}), [V1 + "B.weight"]),
+    "infinity": (lambda t: t.update({Q0 + "A.weight": of("F16", [3, 16], float("inf"))}), [Q0 + "A.weight"]),
+    "integers": (lambda t: t.update({Q0 + "A.weight": of("I32", [3, 16])}), [Q0 + "A.weight", "I32"]),
+    "DoRA's magnitudes": (lambda t: t.update({Q0 + "magnitude_vector": of("F32", [16])}), ["lora_magnitude_vector"]),
+    "B's bias": (lambda t: t.update({Q0 + "B.bias": of("F32", [16])}), [Q0 + "B.bias"]),
+    "an embedding's": (lambda t: t.update({f"{PEFT}model.embed_tokens.lora_embedding_A": of("F32", [3, 257])}), ["lora_embedding_A"]),
+    "the head's": (lambda t: t.update({f"{PEFT}lm_head.lora_{w}.weight": of("F32", s) for w, s in (("A", [3, 16]), ("B", [257, 3]))}), ["lm_head"]),
+    "a head to save": (lambda t: t.update({f"{PEFT}lm_head.weight": of("F32", [257, 16])}), ["lm_head.weight"]),
+    "of a layer that is not there": (lambda t: t.update({Q0.replace("layers.0", "layers.2") + f"{w}.weight": of("F32", s) for w, s in (("A", [3, 16]), ("B", [16, 3]))}), ["layers.2"]),
+    "without base_model.model": (lambda t: [t.update({n.removeprefix(PEFT): t.pop(n)}) for n in list(t)], ["model.layers.0.self_attn", PEFT.rstrip(".")]),
+    "with an adapter's name": (lambda t: [t.update({n.replace(".weight", ".default.weight"): t.pop(n)}) for n in list(t)], ["default"]),
+    "LoKr's": (lambda t: t.update({Q0.replace("lora_", "lokr_w1"): of("F32", [4, 4])}), ["lokr_w1"]),
+    "a base's": (lambda t: t.update({"model.norm.weight": of("F32", [16])}), ["model.norm.weight"]),
+}
+
+@pytest.mark.parametrize("name", BAD_ADAPTERS)
+def test_bad_tensors(room, name):
+    change, parts = BAD_ADAPTERS[name]
+    made = adapters(model("llama:L2,H2,C16,F24,T32,V257")[0], GIVEN)
+    tensors = peft_tensors(made)
+    change(tensors)
+    write_adapter(room.path("adapter"), made, tensors=tensors)
+    refused(room, "--adapter", "adapter", parts=["adapter", *parts])
+
+BAD_FOLDERS = {
+    "no weights": (lambda p: (p / "adapter_model.safetensors").unlink(), ["adapter_model.safetensors"]),
+    "no config": (lambda p: (p / "adapter_config.json").unlink(), ["adapter_config.json"]),
+    "a pickle": (lambda p: (p / "adapter_model.safetensors").rename(p / "adapter_model.bin"), ["adapter_model.safetensors"]),
+    "a cut file": (lambda p: (p / "adapter_model.safetensors").write_bytes((p / "adapter_model.safetensors").read_bytes()[:-1]), ["adapter_model.safetensors", "cut off"]),
+    "an empty file": (lambda p: (p / "adapter_model.safetensors").write_bytes(b""), ["adapter_model.safetensors"]),
+    "no JSON": (lambda p: (p / "adapter_config.json").write_text("{"), ["adapter_config.json"]),
+    "a list": (lambda p: (p / "adapter_config.json").write_text("[]"), ["adapter_config.json"]),
+    "a folder for a file": (lambda p: ((p / "adapter_config.json").unlink(), (p / "adapter_config.json").mkdir()), ["adapter_config.json"]),
+    "nothing": (shutil.rmtree, ["adapter"]),
+}
+
+@pytest.mark.parametrize("name", BAD_FOLDERS)
+def test_bad_folder(room, name):
+    change, parts = BAD_FOLDERS[name]
+    shutil.rmtree(room.path("adapter"), ignore_errors=True)
+    write_adapter(room.path("adapter"), adapters(model("llama:L2,H2,C16,F24,T32,V257")[0], GIVEN))
+    change(room.path("adapter"))
+    refused(room, "--adapter", "adapter", parts=parts)
+    shutil.rmtree(room.path("adapter"), ignore_errors=True)
+
+@pytest.mark.parametrize("trainer, base, given, parts", [
+    ("train_llama", "in", ["--lora", 4, "--adapter", "adapter"], ["--lora 4", "--adapter"]),
+    ("train_llama", "in", ["--adapter", "adapter", "--lora-targets", "q"], ["--lora-targets", "--adapter"]),
+    ("train_llama", "in", ["--adapter", "adapter", "--lora-alpha", 4], ["--lora-alpha", "--adapter"]),
+    ("train_llama", "in", ["--merge", "merged"], ["--merge", "--adapter"]), ("train_llama", "in", ["--merge", "merged", "--lora", 4], ["--merge", "--adapter"]),
+    ("train_llama", "in", ["--adapter", "adapter", "--merge", "in"], ["--merge in"]), ("train_llama", "in", ["--adapter", "adapter", "--merge", "adapter"], ["--merge adapter"]),
+    ("train_llama", "in", ["--adapter", "adapter", "--merge", "train.bin"], ["--merge train.bin"]),
+    ("train_llama", "in", ["--adapter", "in"], ["adapter_config.json"]), ("train_llama", "adapter", [], ["config.json"]),
+    ("train_llama", "in", ["--adapter", "of_gpt2"], ["transformer.h.0"]), ("train_gpt2", "gpt2", ["--adapter", "adapter"], ["model.layers.0"]),
+    ("train_llama", "llama:L2,H2,C32,F24,T32,V257", ["--adapter", "adapter"], ["[3, 32]", "[3, 16]"]),
+    ("train_llama", "in", ["--lora", -1], ["--lora -1"]), ("train_llama", "in", ["--lora", 1.5], ["--lora 1.5"]), ("train_llama", "in", ["--lora", 1 << 30], ["--lora"]),
+    ("train_llama", "in", ["--lora", 3, "--lora-targets", "c_attn"], ["c_attn"]), ("train_llama", "in", ["--lora", 3, "--lora-targets", ""], ["--lora-targets"]),
+    ("train_llama", "in", ["--lora", 3, "--lora-targets", "q,,v"], ["--lora-targets q,,v"]), ("train_llama", "in", ["--lora", 3, "--lora-targets", "q,lm_head"], ["lm_head"]),
+    ("train_gpt2", "gpt2", ["--lora", 3, "--lora-targets", "gate"], ["gate", "q,k,v,o,fc,proj"]), ("train_gpt2", "gpt2", ["--lora", 3, "--lora-targets", "c_proj"], ["c_proj"]),
+    *[("train_llama", "in", ["--lora", 3, name, x], [f"{name} {x}"]) for name, x in (("--lora-dropout", 1), ("--lora-dropout", -0.1), ("--lora-dropout", "nan"),
+                                                                                ("--lora-alpha", 0), ("--lora-alpha", -1), ("--lora-freeze-a", 2), ("--lora-train-norms", 2))],
+    *[("train_llama", "in", [name, x], [name, "--lora"]) for name, x in (("--lora-targets", "q"), ("--lora-alpha", 3), ("--lora-dropout", 0.1), ("--lora-freeze-a", 1), ("--lora-train-norms", 1))],
+    ("train_llama", "in", ["--base", "nf4"], ["--base nf4", "--lora"]), ("train_llama", "in", ["--lora", 3, "--base", "fp4"], ["--base fp4", "nf4"]),
+    ("train_llama", "in", ["--lora", 3, "--embedding-on", "disk"], ["--embedding-on disk", "host"]), ("train_llama", "in", ["--lora", 3, "--double-quant", 2], ["--double-quant 2"]),
+    ("train_llama", "in", ["--adapter", "adapter", "--dump-gradients", "adapter/adapter_model.safetensors"], ["--dump-gradients adapter/adapter_model.safetensors"]),
+    ("train_llama", "in", ["--adapter", "adapter", "--log", "adapter/adapter_config.json"], ["--log adapter/adapter_config.json"]),
+])
+def test_what_contradicts(room, trainer, base, given, parts):
+    write_adapter(room.path("adapter"), adapters(model("llama:L2,H2,C16,F24,T32,V257")[0], GIVEN))
+    write_adapter(room.path("of_gpt2"), adapters(model("gpt2:L2,H2,C16,T32,V257")[0], {"attn.c_attn": 3}))
+    refused(room, *given, parts=parts, trainer=trainer, base=base)
+
+def test_resume_asks_for_what_it_was(room):
+    """Another rank, other targets, full training, another base: said, and nothing of the folder changes."""
+    for name in ("lora", "full"):
+        shutil.rmtree(room.path(name), ignore_errors=True)
+        room.train("-e", "in", *(["--lora", 3] if name == "lora" else []), "-x", 2, "-o", name, trainer="train_llama")
+    write_base(room.path("wider"), *model("llama:L2,H2,C32,F24,T32,V257"))
+    before = room.files("lora"), room.files("full")
+    for out, given, parts in (("lora", ["-e", "in", "--lora", 4], ["--lora 4"]), ("lora", ["-e", "in", "--lora", 3, "--lora-targets", "q"], ["--lora-targets"]),
+                              ("lora", ["-e", "wider", "--lora", 3], ["lora_A"]), ("full", ["-e", "in", "--lora", 3], ["lora"])):
+        done = room.run(*options(*given, "-x", 4, "-o", out, "-y", 1), status=None, trainer="train_llama")
+        assert done.status in (1, 2), (out, given, done.out[-800:])
+        says(done.err, *parts)
+    assert before == (room.files("lora"), room.files("full"))
+
+def test_no_adapter_that_is_not_finite(room):
+    """Steps that explode change nothing and write nothing; a folder that is there holds numbers."""
+    shutil.rmtree(room.path("boom"), ignore_errors=True)
+    room.train("-e", "in", "--lora", 3, "-x", 14, "-n", 1, "-l", 1e30, "--grad-clip", 0, "-k", "constant", "-o", "boom", trainer="train_llama", variant="cpu-fp32", status=None)
+    for path in room.path("boom").rglob("adapter_model.safetensors"):
+        assert all(np.isfinite(t).all() for t in arrays(path).values()), path
+    assert not room.path("boom/step_00000014").exists()
+    shutil.rmtree(room.path("boom"))
