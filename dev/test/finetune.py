@@ -85,15 +85,16 @@ def peft_tensors(made, dtype="F32"):
     return {f"{PEFT}{module}.lora_{which}.weight": Tensor(dtype, list(x.shape), pack(dtype, x.flatten().tolist()))
             for module, (A, B, _) in made.items() for which, x in (("A", A), ("B", B))}
 
-def peft_config(made, alpha=6, gpt2=None, **more):
+def peft_config(made, alpha=6, **more):
     """adapter_config.json: the rank that most have, and rank_pattern for the others."""
     ranks = {module: A.shape[0] for module, (A, _, _) in made.items()}
     r = max(set(ranks.values()), key=list(ranks.values()).count)
-    gpt2 = any(module.startswith("transformer.") for module in made) if gpt2 is None else gpt2
+    layers = sorted({int(module.split(".")[2]) for module in made})
+    gpt2 = any(module.startswith("transformer.") for module in made)
     found = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "in", "r": r, "lora_alpha": alpha, "lora_dropout": 0.0,
              "target_modules": sorted({".".join(module.split(".")[3:]) for module in made}), "bias": "none", "fan_in_fan_out": gpt2,
              "inference_mode": True, "init_lora_weights": True, "use_rslora": False, "use_dora": False, "modules_to_save": None,
-             "layers_to_transform": None, "rank_pattern": {m: n for m, n in ranks.items() if n != r}, "alpha_pattern": {}, "revision": None, **more}
+             "layers_to_transform": layers if len(layers) == 1 else None, "rank_pattern": {m: n for m, n in ranks.items() if n != r}, "alpha_pattern": {}, "revision": None, **more}
     return {name: value for name, value in found.items() if value != "absent"}
 
 def write_adapter(folder, made, dtype="F32", tensors=None, **config):

@@ -412,7 +412,8 @@ def test_what_is_frozen_has_no_row(lab, size, trainer, given):
     config, _ = model(size)
     trained = sum(8 * (outs + (0 if "--lora-freeze-a" in given else ins)) for outs, ins in modules(config).values())
     for kind, bytes_ in (("grad", 4), ("optimizer", 8)):
-        assert sum(row["bytes"] for row in table["rows"] if row["kind"] == kind) == bytes_ * trained, kind
+        found = sum(row["bytes"] for row in table["rows"] if row["kind"] == kind)
+        assert bytes_ * trained <= found <= 1.01 * bytes_ * trained, kind   # and the sums of squares, one for a block of threads
     full = estimate(lab, "-e", size, "-b", 1, "-t", 64, variant="cpu-fp32", trainer=trainer)
     assert table["total_bytes"] < full["total_bytes"]
 
@@ -507,21 +508,22 @@ def test_dropout(bench):
         assert vals[0] == vals[1]
 
 @pytest.mark.parametrize("case", ["q,v", "gpt2 all"])
-def test_dropouts_gradient_is_unbiased(bench, case):
-    """The mean over 200 masks of B's gradient, at B = 0, where it is linear in what is dropped, comes near the one without."""
-    lab, given = bench(case)[0], dict(bench(case)[0].given)
-    write_adapter(lab.path("zero"), {m: (A, np.zeros_like(B_), s) for m, (A, B_, s) in given.items()})
+def test_dropout_is_unbiased(bench, case):
+    """Of an adapter so small that the loss is linear in what it adds, along its gradient: the mean over many masks is the loss without."""
+    lab = bench(case)[0]
 
-    def gradients(seed, *more):
-        train(lab, "--adapter", "zero", "-x", 0, "--seed", seed, "--dump-gradients", "g.safetensors", *more, variant="cpu-fp32")
-        return arrays(lab.path("g.safetensors"))
-    exact = gradients(1)
-    many = [gradients(seed, "--lora-dropout", 0.5) for seed in range(12)]
-    for name, t in exact.items():
-        if name.endswith("lora_B.weight"):
-            one = np.mean([distance(g[name], t) for g in many])
-            mean = distance(np.mean([g[name] for g in many], 0), t)
-            assert 0.3 < one and mean < 0.5 * one, (name, one, mean)
+    def write(name, scale, towards):
+        write_adapter(lab.path(name), {m: (A, (-scale * towards[f"{PEFT}{m}.lora_B.weight"]).astype(np.float32), s) for m, (A, _, s) in lab.given.items()})
+    zero = {f"{PEFT}{m}.lora_B.weight": np.zeros_like(b) for m, (_, b, _) in lab.given.items()}
+    write("zero", 1, zero)
+    train(lab, "--adapter", "zero", "-x", 0, "--dump-gradients", "g.safetensors", variant="cpu-fp32")
+    g = arrays(lab.path("g.safetensors"))
+    write("small", 0.002 / sum((g[name]**2).sum() for name in zero), g)
+    base, exact = (train(lab, "--adapter", name, "-x", 1, "-l", 0, variant="cpu-fp32").losses[0] for name in ("zero", "small"))
+    masked = np.array(train(lab, "--adapter", "small", "-x", 150, "-l", 0, "--lora-dropout", 0.5, variant="cpu-fp32").losses)
+    error = masked.std() / len(masked)**0.5
+    assert 0.001 < base - exact < 0.0021 and 0 < error < 0.1 * (base - exact)
+    assert abs(masked.mean() - exact) < 4 * error + 0.05 * (base - exact), (base, exact, masked.mean(), error)
 
 @pytest.mark.parametrize("case, given", [("all", ["-r", 2]), ("all", ["--base", "nf4", "--lora-dropout", 0.1]), ("gpt2 all", ["-r", 2, "--lora-dropout", 0.1])])
 def test_sanitizers_find_nothing(bench, case, given):
