@@ -537,6 +537,25 @@ def test_thread_orders_and_poison_change_nothing(bench):
                 for order in ("forward", "reverse", "priority")]
         assert runs[0] == runs[1] == runs[2]
 
+MODES = [("all", "cpu-bf16", ["-r", r, *more]) for r in (0, 1, 2) for more in ([], ["--base", "nf4"], ["--lora-freeze-a", 1])] + \
+        [("gpt2 all", variant, ["-r", r, "--lora-freeze-a", a]) for variant in ("cpu-bf16", "cpu-approxbp-bf16") for r in (0, 2) for a in (0, 1)] + \
+        [("all", "cpu-norm-bf16", []), ("all", "cpu-bf16", ["--lora-dropout", 0.1]), ("all", "cpu-bf16", ["--base", "nf4", "--double-quant", 0, "-w", 0]),
+         ("all", "cpu-bf16", ["--base", "nf4", "--embedding-on", "device"]), ("all", "cpu-bf16", ["--embedding-on", "host", "--lora-train-norms", 1]),
+         ("gpt2 all", "cpu-act-bf16", ["--lora-dropout", 0.1, "--loss-chunks", 3]), ("gpt2 all", "cpu-norm-bf16", ["--lora-targets", "q,v", "--lora-train-norms", 1]),
+         ("gpt2 all", "cpu-approxbp-bf16", ["--base", "nf4", "--lora-targets", "k,proj"]), ("all", "cpu-approxbp-bf16", ["--lora-targets", "o", "-d", 3 * B * T]),
+         ("all", "cpu-bf16", ["-b", "auto"]), ("qwen3", "cpu-norm-bf16", ["--base", "nf4", "-r", 2])]
+
+@pytest.mark.parametrize("case, variant, given", MODES)
+def test_the_ledger_is_the_truth(bench, case, variant, given):
+    """What is taken is what the run said, and what --estimate says without data."""
+    lab = bench(case)[0]
+    how = ["--lora", 3, *given]
+    ran = train(lab, *how, "-x", 1, "-v", 1, "-m", 1, "-j", "batch.bin", variant=variant, env={"SIMT_REPORT": 1, "SIMT_MEMORY": "30M"})
+    assert int(re.search(r"simt: peak (\d+) bytes", ran.err)[1]) == ran.done["peak_bytes"] == ran.done["estimate_bytes"]
+    if "auto" not in given:
+        said = json.loads(lab.run("--estimate=json", *options("-e", "in", "-b", B, "-t", T, "-v", 1, *how)[2:], variant=variant, **lab.how).out)
+        assert said["total_bytes"] == ran.done["estimate_bytes"]
+
 # ---- merging ------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("case, dtype", [("all", "F32"), ("all", "BF16"), ("gpt2 all", "BF16"), ("qwen2", "BF16"), ("c_attn", "F32"), ("many ranks", "BF16")])
@@ -579,11 +598,21 @@ def test_merge(bench, case, dtype):
         shutil.rmtree(lab.path("in"), ignore_errors=True)
         shutil.move(lab.path("wide"), lab.path("in"))
 
-def test_a_merged_models_adapter_is_spent(bench):
-    """Of shards as of one file, and nothing of it needs the device: the base is never there."""
+def test_merging_needs_no_device(bench):
+    """Tensor by tensor on the host."""
     lab = bench("all")[0]
     shutil.rmtree(lab.path("merged"), ignore_errors=True)
-    merged(lab, env={"SIMT_MEMORY": 100000})
+    merged(lab, env={"SIMT_MEMORY": 1000})
+
+def test_a_sample_is_the_merged_models(bench):
+    """What is written while training, and with -x 0, is base and adapter."""
+    for case in ("all", "gpt2 all"):
+        lab, said = bench(case)[0], []
+        shutil.rmtree(lab.path("merged"), ignore_errors=True)
+        merged(lab, variant="cpu-fp32")
+        for given in (["-e", "in", "--adapter", "adapter"], ["-e", "merged"], ["-e", "in"]):
+            said.append(lab.run(*options(*given, "-x", 0, "-s", 1, "-g", 12, "-t", T), variant="cpu-fp32", **lab.how).out.split("---- sample")[1])
+        assert said[0] == said[1] != said[2]
 
 # ---- what is refused ------------------------------------------------------------------------------------------
 
