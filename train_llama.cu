@@ -1149,13 +1149,34 @@ __global__ void __launch_bounds__(256) qk_norm_rope_backward_kernel(floatX* d, f
     }
 }
 
-// Calls launch(pairs per thread, as a constant, and lanes per head).
-template <class Launch> void rope_launch(int HS, const Launch& launch) {
+RopeShape rope_shape(int T, int NH, int NKV, int HS) {
     if (HS < 8 || HS > 128 || HS % 8 != 0) fail("RoPE: a head has %d channels: expected a multiple of 8, up to 128", HS);
-    auto lanes = [&](int pairs) { int n = 1; while (n * pairs < HS / 2) n *= 2; return n; };
-    if (HS % 16 == 0) launch(std::integral_constant<int, 8>(), lanes(8));
-    else launch(std::integral_constant<int, 4>(), lanes(4));
+    int lanes = 1;
+    while (lanes * (HS % 16 == 0 ? 8 : 4) < HS / 2) lanes *= 2;
+    return {T, NH, NKV, HS, lanes};
+}
+template <int PAIRS>
+void rope_forward_launch(floatX* out, const floatX* qkv, const floatX* q_gamma, const floatX* k_gamma, const float2* angles, float eps,
+                         size_t rows, RopeShape shape, cudaStream_t stream) {
+    const size_t heads = rows * (q_gamma ? shape.NH + 2 * shape.NKV : shape.NH + shape.NKV);
+    const int blocks = ceil_div(heads * shape.lanes, 256);
+    if (q_gamma == nullptr) rope_kernel<PAIRS><<<blocks, 256, 0, stream>>>(out, angles, false, shape, heads);
+    else qk_norm_rope_kernel<PAIRS><<<blocks, 256, 0, stream>>>(out, qkv, q_gamma, k_gamma, angles, eps, shape, heads);
     cudaCheck(cudaGetLastError());
+}
+template <int PAIRS>
+void rope_backward_launch(floatX* d, const Grad (&dgamma)[2], float* scratch, const floatX* qkv, const floatX* const (&gamma)[2],
+                          const float2* angles, float eps, bool accumulate, size_t rows, RopeShape shape, cudaStream_t stream) {
+    const size_t heads = rows * (shape.NH + shape.NKV);
+    if (gamma[0] == nullptr) rope_kernel<PAIRS><<<ceil_div(heads * shape.lanes, 256), 256, 0, stream>>>(d, angles, true, shape, heads);
+    cudaCheck(cudaGetLastError());
+    for (int keys = 0; gamma[0] != nullptr && keys < 2; keys++) {   // queries, then keys
+        const int n = keys ? shape.NKV : shape.NH, slices = norm_slices((int)std::min<size_t>(rows * n, INT_MAX));
+        qk_norm_rope_backward_kernel<PAIRS><<<slices, 256, 0, stream>>>(d, scratch, qkv, gamma[keys], angles, eps, shape,
+                                                                        keys ? shape.NH : 0, n, rows * n);
+        cudaCheck(cudaGetLastError());
+        colsum_finish({dgamma[keys]}, 1, scratch, slices, shape.HS, accumulate, stream);
+    }
 }
 // What attention reads, from the matmul's output: heads of q and k turned, in place; or with norms of these, into another tensor.
 void rope_forward(floatX* out, const floatX* qkv,                   // (B, T, QKV) each: the same, or with norms not the same
@@ -1163,13 +1184,9 @@ void rope_forward(floatX* out, const floatX* qkv,                   // (B, T, QK
                   const float2* angles, float eps,                  // (T, HS/2)
                   int B, int T, int NH, int NKV, int HS, cudaStream_t stream) {
     if ((out == qkv) != (q_gamma == nullptr)) fail("rope_forward: without norms it works in place, with norms it does not");
-    rope_launch(HS, [&](auto pairs, int lanes) {
-        const size_t heads = (size_t)B * T * (q_gamma ? NH + 2 * NKV : NH + NKV);
-        const RopeShape shape = {T, NH, NKV, HS, lanes};
-        const int blocks = ceil_div(heads * lanes, 256);
-        if (q_gamma == nullptr) rope_kernel<pairs.value><<<blocks, 256, 0, stream>>>(out, angles, false, shape, heads);
-        else qk_norm_rope_kernel<pairs.value><<<blocks, 256, 0, stream>>>(out, qkv, q_gamma, k_gamma, angles, eps, shape, heads);
-    });
+    const RopeShape shape = rope_shape(T, NH, NKV, HS);
+    auto run = HS % 16 == 0 ? rope_forward_launch<8> : rope_forward_launch<4>;
+    run(out, qkv, q_gamma, k_gamma, angles, eps, (size_t)B * T, shape, stream);
 }
 // From the gradient of what attention has read to that of the matmul's output, in place.
 void rope_backward(floatX* d,                                       // (B, T, QKV)
@@ -1177,21 +1194,9 @@ void rope_backward(floatX* d,                                       // (B, T, QK
                    const floatX* qkv,                               // (B, T, QKV), the matmul's output; not read without norms
                    const floatX* q_gamma, const floatX* k_gamma, const float2* angles, float eps,
                    bool accumulate, int B, int T, int NH, int NKV, int HS, cudaStream_t stream) {
-    rope_launch(HS, [&](auto pairs, int lanes) {
-        const RopeShape shape = {T, NH, NKV, HS, lanes};
-        const size_t rows = (size_t)B * T, heads = rows * (NH + NKV);
-        if (q_gamma == nullptr) {
-            rope_kernel<pairs.value><<<ceil_div(heads * lanes, 256), 256, 0, stream>>>(d, angles, true, shape, heads);
-            return;
-        }
-        for (bool keys : {false, true}) {
-            const int n = keys ? NKV : NH, slices = norm_slices((int)std::min<size_t>(rows * n, INT_MAX));
-            qk_norm_rope_backward_kernel<pairs.value><<<slices, 256, 0, stream>>>(d, scratch, qkv, keys ? k_gamma : q_gamma, angles, eps,
-                                                                                  shape, keys ? NH : 0, n, rows * n);
-            cudaCheck(cudaGetLastError());
-            colsum_finish({keys ? dk_gamma : dq_gamma}, 1, scratch, slices, HS, accumulate, stream);
-        }
-    });
+    const RopeShape shape = rope_shape(T, NH, NKV, HS);
+    auto run = HS % 16 == 0 ? rope_backward_launch<8> : rope_backward_launch<4>;
+    run(d, {dq_gamma, dk_gamma}, scratch, qkv, {q_gamma, k_gamma}, angles, eps, accumulate, (size_t)B * T, shape, stream);
 }
 
 // ---- activation: SwiGLU
