@@ -12,8 +12,9 @@ def test_readers_survive_mutated_headers():
 
 def test_readers_survive_libfuzzer():
     """It looks for inputs that take new ways through the code. 10 million were tried once: make fuzz."""
-    if not shutil.which("clang++"):
-        pytest.skip("clang++ is not installed (Debian: clang)")
+    if not shutil.which("clang++") or execute("bash", "-c", "clang++ -fsanitize=fuzzer -x c++ -o /dev/null - <<<'extern \"C\" int LLVMFuzzerTestOneInput("
+                                              "const char*, unsigned long) { return 0; }'").status:
+        pytest.skip("clang++ with libFuzzer is not installed (Debian: clang, libclang-rt-dev)")
     done = execute("make", "fuzz", "RUNS=100000", cwd=ROOT, timeout=300)
     assert done.status == 0, (done.out + done.err)[-3000:]
     assert int(re.search(r"number_of_executed_units: (\d+)", done.err)[1]) >= 100000
