@@ -4570,16 +4570,22 @@ void hf_check(const Config& c, HfModel& m) {
         fail("%s: tensor %s is another than %s, but config.json says that they are one (tie_word_embeddings); remove the head, or untie it",
              head->file.c_str(), head->name.c_str(), wte->name.c_str());
 }
+// What goes along with the weights. Their types, as they are in the files.
+Source hf_source(const HfModel& m) {
+    Source source = {m.config};
+    for (const char* name : {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+                             "merges.txt", "tokenizer.model", "chat_template.jinja", "generation_config.json"}) {
+        const std::string path = m.folder + "/" + name;
+        if (file_exists(path)) source.files.push_back({name, read_text(path, (size_t)1 << 30)});
+    }
+    for (const SafeTensor& t : m.tensors) source.dtypes[t.name] = t.dtype;
+    return source;
+}
 // Reads all weights of a directory.
 Source hf_load(Model& model, const std::string& folder) {
     HfModel m = hf_open(folder);
     hf_check(model.config, m);
-    Source source = {m.config};
-    for (const char* name : {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-                             "merges.txt", "tokenizer.model", "chat_template.jinja", "generation_config.json"}) {
-        const std::string path = folder + "/" + name;
-        if (file_exists(path)) source.files.push_back({name, read_text(path, (size_t)1 << 30)});
-    }
+    Source source = hf_source(m);
     for (int p = 0; p < LORA_A; p++) {   // for the rows that pad the vocabulary
         const size_t n = param_shape(model.config, p).elements();
         if (model.param[p] == nullptr) continue;
@@ -4594,7 +4600,6 @@ Source hf_load(Model& model, const std::string& folder) {
                 if (part.first == first % per_layer / piece.cols) bnb_load(m, piece, part.nf4);
             return;
         }
-        source.dtypes[piece.name] = t->dtype;
         const size_t chunk = piece.transposed ? piece.elements() : std::min(PIECE, piece.elements());
         std::vector<float> values(chunk), turned(piece.transposed ? chunk : 0);
         for (size_t i = 0; i < piece.elements(); i += chunk) {
@@ -4604,7 +4609,7 @@ Source hf_load(Model& model, const std::string& folder) {
             model_put(model, p, first + i, n, piece.transposed ? turned.data() : values.data());
         }
     });
-    source.dtype = source.dtypes[hf_pieces(model.config, WTE, -1)[0].name];
+    source.dtype = source.dtype_of(hf_pieces(model.config, WTE, -1)[0].name);
     return source;
 }
 
@@ -5086,6 +5091,47 @@ std::string hf_save(const Config& c, const std::string& folder, const Source& so
         if (config[name].type != Json::ABSENT || strcmp(name, "torch_dtype") == 0) config.set(name, json_string(type));
     if (error.empty()) error = write_json(folder + "/config.json", config);
     return error.empty() ? write_files(folder, source) : error;
+}
+// --merge: base and adapter as one model, W + scale B A, on the host, matrix by matrix, in fp32 and rounded once.
+std::string hf_merge(const Config& c, const std::string& base, const AdapterFile& a, const std::string& folder, Source& source) {
+    HfModel m = hf_open(base);
+    hf_check(c, m);
+    std::map<std::string, LoraMatrix> adapted;
+    for (const LoraMatrix& matrix : lora_matrices(c, a.lora))
+        if (matrix.rank() > 0) adapted[matrix.name + ".weight"] = matrix;
+    const size_t targets = lora_targets(c).size();
+    std::string loaded;   // the matrix whose A and B are here
+    std::vector<float> A, B, turned;
+    auto read = [&](const std::string& name, std::vector<float>& values) {
+        const SafeTensor& t = *a.tensors.find(name);
+        values.resize(t.shape[0] * t.shape[1]);
+        safetensors_read(t, 0, values.size(), values.data());
+    };
+    return hf_save(c, folder, source, [&](const HfPart& part, size_t i, size_t n, float* values) {
+        const HfPiece& piece = part.piece;
+        const SafeTensor* t = a.norms && is_norm(part.p) ? a.tensors.find(saved_name(piece)) : m.find(piece.name);
+        safetensors_read(*t, i, n, values);
+        if (piece.transposed) turned.assign(values, values + n), transpose(values, turned.data(), piece.cols, piece.rows);
+        const auto found = adapted.find(piece.name);
+        if (found == adapted.end()) return;
+        const LoraMatrix& matrix = found->second;
+        if (loaded != matrix.name) {
+            loaded = matrix.name;
+            read("base_model.model." + loaded + ".lora_A.weight", A);
+            read("base_model.model." + loaded + ".lora_B.weight", B);
+        }
+        const float scale = a.lora[matrix.layer * targets + matrix.parts[0].index].scale;
+        const size_t rank = A.size() / piece.cols;
+        for (size_t at = i; at < i + n;) {   // row by row
+            const size_t r = at / piece.cols, first = at % piece.cols, count = std::min(piece.cols - first, i + n - at);
+            float* w = values + (at - i);
+            for (size_t k = 0; k < rank; k++) {
+                const float factor = scale * B[r * rank + k], *row = &A[k * piece.cols + first];
+                for (size_t j = 0; j < count; j++) w[j] += factor * row[j];
+            }
+            at += count;
+        }
+    });
 }
 // The model as a run writes it: all of it, or the adapter.
 std::string model_save(const Model& model, const std::string& folder, const Source& source) {
@@ -6657,6 +6703,56 @@ void begin_or_go_on(Run& run) {
         printf("note: the run goes on with its own --seed, %llu\n", (unsigned long long)run.model.seed);
 }
 
+// --merge, and where there are data to validate on the losses of base, base with adapter, and what was written, over one batch.
+void merge(Run& run) {
+    Settings& s = run.s;
+    const std::string folder = s.merge, unfinished = folder + ".tmp";
+    if (world.size > 1) bad_option("merge", "one process is enough; start it without mpirun");
+    if (run.adapter.folder.empty()) bad_option("merge", "expected --adapter DIR with it, whose weights are added to those of -e");
+    if (!is_folder(run.model_file.c_str())) bad_option("merge", "expected -e DIR, the directory of the base model");
+    if (run.model.config.lora.quantized) bad_option("merge", "%s is in 4 bits, and the sum would be rounded to them; expected the model in 16 bits",
+                                                    run.model_name());
+    if (file_exists(folder)) bad_option("merge", "there is something of that name; expected a new one");
+    const bool compare = given("val-data");
+    const Config with = run.model.config;
+    double loss[3] = {};
+    auto measure = [&](int which, const std::string& model_file, bool adapter) {
+        if (!compare) return;
+        run.model.config.lora = adapter ? with.lora : Lora{};
+        if (!adapter) run.model.plan.host_wte = false;
+        run.model_file = model_file;
+        make_model(run);
+        loader_seek(run.val, 0, 0, 0);
+        int* host = run.host_free();
+        if (!loader_next(run.val, host, host + run.BT(), run.documents(host))) fail("%s", run.val.error.c_str());
+        loss[which] = model_batch_loss(run.model, host) / std::max(1.0, run.count_with_loss(host));
+        table_free(run.model.table);
+        cudaCheck(cudaFreeHost(run.host_tokens));
+        run.model.config = with;
+    };
+    if (compare) {
+        pick_device(run);
+        choose_plan(run, open_data(run));
+        loader_set_batch(run.val, run.model.plan.B);
+        const std::string base = run.model_file;
+        measure(1, base, true), measure(0, base, false);
+    }
+    if (mkdir(unfinished.c_str(), 0777) != 0) fail_option("merge", "cannot make %s: %s", unfinished.c_str(), strerror(errno));
+    HfModel m = hf_open(run.model_file);
+    Source source = hf_source(m);
+    source.dtype = source.dtype_of(hf_pieces(with, WTE, -1)[0].name);
+    if (s.save_dtype > 0) source.dtype = std::vector<DType>{F32, BF16, F16}[s.save_dtype - 1], source.dtypes.clear();
+    const std::string error = hf_merge(with, run.model_file, run.adapter, unfinished, source);
+    if (!error.empty() || rename(unfinished.c_str(), folder.c_str()) != 0) {
+        remove_folder(unfinished);
+        fail_option("merge", "%s", error.empty() ? strerror(errno) : error.c_str());
+    }
+    printf("base and adapter, as one model, in %s\n", folder.c_str());
+    if (!compare) return;
+    measure(2, folder, false);
+    printf("loss of a batch: base %.6f, base with adapter %.6f, merged %.6f\n", loss[0], loss[1], loss[2]);
+}
+
 int main(int argc, char** argv) {
     for (int fd = 0; fd < 3; fd++)   // a file of ours that took a closed one's number would get our messages
         if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", O_RDONLY) < 0) return 1;
@@ -6669,6 +6765,10 @@ int main(int argc, char** argv) {
     options_parse(argc, argv);
     settings_check(run.s);
     pick_model(run);
+    if (!run.s.merge.empty()) {
+        merge(run);
+        leave(0);
+    }
     pick_device(run);
     const bool estimating = !run.s.estimate.empty();
     if (estimating && given("train-data"))   // marks take four bytes a token
