@@ -175,7 +175,8 @@ missing_demo = $(if $(filter 1,$(CPU)),$(missing_cpu),$(missing_gpu)) $(call imp
 missing_test = $(missing_cpu) $(call imports,numpy,numpy) $(call imports,pytest,pytest)
 # what some tests want, which are skipped where it is not to be had
 wanted_test  = $(call imports,ensurepip,venv) $(foreach p,scipy matplotlib torch,$(call imports,$(p),$(p))) $(call imports,xdist,pytest-xdist) \
-               $(call lacks,command -v mpicxx,libopenmpi-dev) $(call lacks,command -v mpirun,openmpi-bin) $(call lacks,command -v shellcheck,shellcheck)
+               $(call lacks,command -v mpicxx,libopenmpi-dev) $(call lacks,command -v mpirun,openmpi-bin) $(call lacks,command -v shellcheck,shellcheck) \
+               $(call lacks,command -v clang++,clang libclang-rt-dev)
 
 # $(call install,packages,further ones that we can do without). What cannot be installed is said in one line. sudo may ask for a
 # password where there is somebody to ask.

@@ -76,6 +76,7 @@ constexpr bool kRMSNorm = false;           // GPT-2 has LayerNorm
 #include <glob.h>
 #include <limits.h>
 #include <math.h>
+#include <regex.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdint.h>
@@ -319,22 +320,24 @@ struct NvtxRange {   // names a part of the timeline in Nsight Systems
 // ---- embedding
 // out[b,t,:] = wte[token[b,t],:] + wpe[t,:]. A thread makes 8 neighbouring channels. Models that turn queries and keys by their
 // position (RoPE) have no wpe. (dev/cuda/embedding.cu)
-__global__ void embedding_forward_kernel(floatX* out, const int* tokens, const floatX* wte, const floatX* wpe, size_t n, int T, int C) {
+__global__ void embedding_forward_kernel(floatX* out, const int* tokens, const floatX* wte, const floatX* wpe, const int* document, size_t n,
+                                         int T, int C) {
     size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC;
     if (i >= n) return;
     size_t bt = i / C;
     int c = (int)(i % C);
     Floats e = load(wte + (size_t)tokens[bt] * C + c);
-    if (wpe != nullptr) e += load(wpe + (bt % T) * C + c);
+    if (wpe != nullptr) e += load(wpe + (bt % T - (document != nullptr ? document[bt] : 0)) * C + c);
     store(out + i, e);
 }
 void embedding_forward(floatX* out,                               // (B, T, C)
                        const int* tokens,                         // (B, T)
                        const floatX* wte, const floatX* wpe,      // (Vp, C), (maxT, C) or null
+                       const int* document,                       // (B, T) where each token's document begins in its row; null: at 0
                        int B, int T, int C, cudaStream_t stream) {
     check_vec("embedding_forward: C", C);
     size_t n = (size_t)B * T * C;
-    embedding_forward_kernel<<<ceil_div(n, 256 * VEC), 256, 0, stream>>>(out, tokens, wte, wpe, n, T, C);
+    embedding_forward_kernel<<<ceil_div(n, 256 * VEC), 256, 0, stream>>>(out, tokens, wte, wpe, document, n, T, C);
     cudaCheck(cudaGetLastError());
 }
 
@@ -363,13 +366,17 @@ __global__ void embedding_backward_wte_kernel(Grad dwte, const floatX* dout, con
     }
 }
 
-// dwpe[t,:] (+)= sum over b of dout[b,t,:]
-__global__ void embedding_backward_wpe_kernel(Grad dwpe, const floatX* dout, int B, int T, int C, bool accumulate) {
+// dwpe[t,:] (+)= sum over b of dout[b,t,:], or over all tokens that are at position t of their document
+__global__ void embedding_backward_wpe_kernel(Grad dwpe, const floatX* dout, const int* document, int B, int T, int C, bool accumulate) {
     size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC;   // element of (T, C)
     if (i >= (size_t)T * C) return;
     Floats sum = {};
     if (accumulate) sum = grad_load_vec(dwpe, i);
-    for (int b = 0; b < B; b++) sum += load(dout + (size_t)b * T * C + i);
+    for (int b = 0, position = (int)(i / C); b < B; b++) {
+        if (document == nullptr) sum += load(dout + (size_t)b * T * C + i);
+        else for (int t = position; t < T; t++)
+            if (t - document[(size_t)b * T + t] == position) sum += load(dout + ((size_t)b * T + t) * C + i % C);
+    }
     grad_store_vec(dwpe, i, sum);
 }
 void embedding_backward(Grad dwte,                // (Vp, C) or null; rows of tokens that do not occur are not written
@@ -378,13 +385,15 @@ void embedding_backward(Grad dwte,                // (Vp, C) or null; rows of to
                         const int* positions,     // (B*T) indices into (B,T), sorted by token, ascending within one
                         const int* bucket_token,  // (buckets) the tokens that occur
                         const int* bucket_start,  // (buckets + 1) where each one's positions begin
+                        const int* document,      // (B, T) as in forward, or null
                         int buckets, bool accumulate_wte, bool accumulate_wpe, int B, int T, int C, cudaStream_t stream) {
     check_vec("embedding_backward: C", C);
     dim3 grid(buckets, ceil_div(C, 32 * VEC));
     if (dwte.p != nullptr)
         embedding_backward_wte_kernel<<<grid, 256, 0, stream>>>(dwte, dout, positions, bucket_token, bucket_start, accumulate_wte, C);
     if (dwpe.p != nullptr)
-        embedding_backward_wpe_kernel<<<ceil_div((size_t)T * C, 256 * VEC), 256, 0, stream>>>(dwpe, dout, B, T, C, accumulate_wpe);
+        embedding_backward_wpe_kernel<<<ceil_div((size_t)T * C, 256 * VEC), 256, 0, stream>>>(dwpe, dout, document, B, T, C,
+                                                                                                      accumulate_wpe);
     cudaCheck(cudaGetLastError());
 }
 
@@ -569,7 +578,8 @@ template <bool MS_LN, bool RMS> __device__ inline Floats norm_z(const floatX* ke
 constexpr int NORM_ROWS = 8;
 constexpr int NORM_THREADS = kFP32 ? 256 : 512;   // at most: 4096 columns, 2048 in fp32, which takes more registers; where there
 // are more columns, further blocks compute the means once more
-template <bool MS_LN, bool RMS>
+enum NormSums { NO_SUMS, DBIAS_SUM, ALL_SUMS };   // over the rows: of dresidual, and for dgamma and dbeta
+template <bool MS_LN, bool RMS, NormSums SUMS>
 __global__ void __launch_bounds__(NORM_THREADS, 1)   // the 1: it needs up to 99 registers, and room for two such blocks leaves 64
 add_norm_backward_kernel(floatX* dresidual, float* partial, const floatX* dout, const floatX* kept, const float* mean,
                          const float* rstd, const floatX* gamma, bool accumulate, int rows, int C) {
@@ -612,10 +622,10 @@ add_norm_backward_kernel(floatX* dresidual, float* partial, const floatX* dout, 
             store(dresidual + at, dx);
         }
     }
-    if (column >= C) return;
+    if (column >= C || SUMS == NO_SUMS) return;
     size_t sums = (size_t)gridDim.x * C, at = (size_t)blockIdx.x * C + column;
     store(partial + at, sum_dresidual);
-    if constexpr (!MS_LN) {
+    if constexpr (SUMS == ALL_SUMS) {
         store(partial + sums + at, sum_dout_z);
         if constexpr (!RMS) store(partial + 2 * sums + at, sum_dout);
     }
@@ -623,7 +633,7 @@ add_norm_backward_kernel(floatX* dresidual, float* partial, const floatX* dout, 
 template <bool MS_LN, bool RMS = kRMSNorm>
 void add_norm_backward(floatX* dresidual,    // (rows, C), added to if accumulate_residual
                        Grad dbias,           // (C) column sums of dresidual as it comes out, or null
-                       Grad dgamma, Grad dbeta,   // (C) or null; MS_LN: neither is written, RMS: no dbeta
+                       Grad dgamma, Grad dbeta,   // (C) or null: not wanted, or MS_NORM: norm_unfold makes them; RMS: no dbeta
                        float* scratch,       // colsum_scratch(C) floats
                        const floatX* dout,   // (rows, C)
                        const floatX* kept,   // (rows, C): x; MS_LN: z
@@ -631,11 +641,13 @@ void add_norm_backward(floatX* dresidual,    // (rows, C), added to if accumulat
                        bool accumulate_residual, bool accumulate, int rows, int C, cudaStream_t stream) {
     check_vec("add_norm_backward: C", C);
     int slices = norm_slices(rows), threads = std::min(ceil_div(C, 32 * VEC) * 32, NORM_THREADS);
-    add_norm_backward_kernel<MS_LN, RMS><<<dim3(slices, ceil_div(C, threads * VEC)), threads, 0, stream>>>(
-        dresidual, scratch, dout, kept, mean, rstd, gamma, accumulate_residual, rows, C);
+    const bool all = dgamma.p != nullptr || dbeta.p != nullptr;
+    auto kernel = all ? add_norm_backward_kernel<MS_LN, RMS, ALL_SUMS> : dbias.p != nullptr ? add_norm_backward_kernel<MS_LN, RMS, DBIAS_SUM>
+                                                                           : add_norm_backward_kernel<MS_LN, RMS, NO_SUMS>;
+    kernel<<<dim3(slices, ceil_div(C, threads * VEC)), threads, 0, stream>>>(dresidual, scratch, dout, kept, mean, rstd, gamma,
+                                                                             accumulate_residual, rows, C);
     cudaCheck(cudaGetLastError());
-    if (MS_LN) colsum_finish({dbias}, 1, scratch, slices, C, accumulate, stream);   // norm_unfold makes the others
-    else colsum_finish({dbias, dgamma, dbeta}, RMS ? 2 : 3, scratch, slices, C, accumulate, stream);
+    colsum_finish({dbias, dgamma, dbeta}, !all ? 1 : RMS ? 2 : 3, scratch, slices, C, accumulate, stream);
 }
 
 // ---- matmul, by cuBLASLt
@@ -672,7 +684,8 @@ struct Matmul {
 // What cuBLASLt is asked for: D (n, m) row-major, that is D^T = op(A) op(B), where op transposes or not, of sums of k terms.
 struct MatmulShape {
     long m, n, k;
-    long trans_a, trans_b;   // 0 or 1
+    long trans_a, trans_b;             // 0 or 1
+    long ld_a = 0, ld_b = 0, ld_d = 0; // elements from one row in memory to the next; 0: rows lie one after the other
 };
 struct MatmulPlan {
     struct Key {             // what the plan is for; longs, so that there are no gaps between them
@@ -706,7 +719,7 @@ MatmulPlan* matmul_plan(const MatmulPlan::Key& key, const void* bias, const void
     }
     MatmulPlan p = {};
     p.key = key;
-    const auto [m, n, k, trans_a, trans_b] = key.shape;
+    const auto [m, n, k, trans_a, trans_b, ld_a, ld_b, ld_d] = key.shape;
     const cublasComputeType_t compute = kFP32 && matmul_state.tf32 ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F;
     cublasCheck(cublasLtMatmulDescCreate(&p.desc, compute, CUDA_R_32F));
     matmul_set(p, CUBLASLT_MATMUL_DESC_TRANSA, trans_a ? CUBLAS_OP_T : CUBLAS_OP_N);
@@ -715,9 +728,12 @@ MatmulPlan* matmul_plan(const MatmulPlan::Key& key, const void* bias, const void
     if (bias) matmul_set(p, CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, cuda_dtype(FLOATX));
     if (aux) matmul_set(p, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, (int64_t)m);
     matmul_set_pointers(p, bias, aux);   // before the heuristic is asked: it looks at the epilogue's pointers
-    cublasCheck(cublasLtMatrixLayoutCreate(&p.A, cuda_dtype(FLOATX), trans_a ? k : m, trans_a ? m : k, trans_a ? k : m));
-    cublasCheck(cublasLtMatrixLayoutCreate(&p.B, cuda_dtype(FLOATX), trans_b ? n : k, trans_b ? k : n, trans_b ? n : k));
-    cublasCheck(cublasLtMatrixLayoutCreate(&p.D, cuda_dtype((DType)key.out), m, n, m));
+    auto layout = [](cublasLtMatrixLayout_t& l, DType type, long rows, long cols, long ld) {   // column-major
+        cublasCheck(cublasLtMatrixLayoutCreate(&l, cuda_dtype(type), rows, cols, ld ? ld : rows));
+    };
+    layout(p.A, FLOATX, trans_a ? k : m, trans_a ? m : k, ld_a);
+    layout(p.B, FLOATX, trans_b ? n : k, trans_b ? k : n, ld_b);
+    layout(p.D, (DType)key.out, m, n, ld_d);
     cublasLtMatmulPreference_t preference;
     cublasCheck(cublasLtMatmulPreferenceCreate(&preference));
     auto prefer = [&](cublasLtMatmulPreferenceAttributes_t what, auto value) {
@@ -749,14 +765,15 @@ MatmulPlan* matmul_plan(const MatmulPlan::Key& key, const void* bias, const void
 }
 
 void matmul(void* D, DType out, const floatX* A, const floatX* B, const MatmulShape& shape, bool accumulate, cudaStream_t stream,
-            cublasLtEpilogue_t epilogue = CUBLASLT_EPILOGUE_DEFAULT, const void* bias = nullptr, const void* aux = nullptr) {
+            cublasLtEpilogue_t epilogue = CUBLASLT_EPILOGUE_DEFAULT, const void* bias = nullptr, const void* aux = nullptr,
+            float alpha = 1) {
     // The largest power of two, up to 256, that divides all the addresses: the lowest bit set in any of them. x & -x is the lowest
     // bit of x alone: 0b101000 & 0b011000 = 0b001000.
     auto align = [](uintptr_t bits) { return (long)((bits | 256) & -(bits | 256)); };
     MatmulPlan* p = matmul_plan({shape, out, epilogue, align((uintptr_t)D | (uintptr_t)A | (uintptr_t)B | (uintptr_t)aux),
                                  align((uintptr_t)bias), (long)matmul_state.workspace_bytes}, bias, aux);
     if (p == nullptr) return;   // counted in matmul_state.missing
-    float alpha = 1, beta = accumulate ? 1 : 0;
+    float beta = accumulate ? 1 : 0;
     cublasCheck(cublasLtMatmul(matmul_state.handle, p->desc, &alpha, A, p->A, B, p->B, &beta, D, p->D, D, p->D, &p->algo,
                                matmul_state.workspace, matmul_state.workspace_bytes, stream));
 }
@@ -811,6 +828,14 @@ struct AttShape {
     int T, NH, NKV, HS;
     float scale;    // 1 / sqrt(HS)
     int together;   // heads whose blocks run at about the same time, see att_place
+    const int* document;   // (B, T) the first key that a query sees: where its document begins, never before an earlier query's; null: 0
+    __device__ int first_key(int b, int t) const { return document != nullptr ? document[(size_t)b * T + min(t, T - 1)] : 0; }
+    // Behind the last query that sees a key up to `key`, in steps of `step` rows from `first` on
+    __device__ int last_query(int b, int first, int key, int step) const {
+        int end = document != nullptr ? first : T;
+        while (end < T && document[(size_t)b * T + end] <= key) end += step;
+        return min(end, T);
+    }
     __device__ size_t stride() const { return (size_t)(NH + 2 * NKV) * HS; }   // of a row of qkv
     __device__ int group() const { return NH / NKV; }                          // query heads per key-value head
     // Which of a row's heads are the keys and values of query head h
@@ -853,6 +878,7 @@ constexpr int ATT_ROWS = 64;   // rows per block
 constexpr int ATT_TILE = 16;   // rows of the other side in shared memory at a time
 constexpr int ATT_VECS = 4;    // vectors per thread
 constexpr int ATT_CHANNELS = ATT_VECS * VEC;
+constexpr float ATT_NO_MAX = -1e37f;   // before the first key. Minus infinity less itself would be NaN
 template <int SHARES>
 using AttTile = Floats[ATT_TILE][SHARES][ATT_VECS + 1];   // the 1: else the 4 shares of a row would begin in the same bank
 
@@ -903,23 +929,26 @@ attention_forward_kernel(floatX* out, float* lse, const floatX* qkv, AttShape sh
     const floatX *k = qkv + shape.qkv_at(block.b, 0, shape.k_head(block.h)), *v = k + (size_t)shape.NKV * HS;
     Floats q[ATT_VECS], o[ATT_VECS] = {};
     att_load_row(q, qkv + shape.qkv_at(block.b, row, block.h), share, HS, row < T);
-    float max = -INFINITY, sum = 0;
-    for (int t0 = 0, end = min(block.first + ATT_ROWS, T); t0 < end; t0 += ATT_TILE) {
+    const int first_key = shape.first_key(block.b, row);
+    float max = ATT_NO_MAX, sum = 0;
+    for (int t0 = shape.first_key(block.b, block.first) / ATT_TILE * ATT_TILE, end = min(block.first + ATT_ROWS, T); t0 < end; t0 += ATT_TILE) {
         att_load_tiles<SHARES>(k_tile, k, stride, v_tile, v, stride, t0, shape);
-        if (!__any_sync(ALL_LANES, t0 <= row)) continue;   // no query of the warp sees a key of the tile
-        float s[ATT_TILE], new_max = max;
+        if (!__any_sync(ALL_LANES, t0 <= row && first_key < t0 + ATT_TILE)) continue;   // no query of the warp sees a key of the tile
+        float s[ATT_TILE];
 #pragma unroll
         for (int j = 0; j < ATT_TILE; j++) {
             s[j] = att_dot<SHARES>(q, k_tile[j][share]) * shape.scale;
-            if (t0 + j > row) s[j] = -INFINITY;   // masked: p will be 0
-            new_max = fmaxf(new_max, s[j]);
+            if (t0 + j > row || t0 + j < first_key) s[j] = -INFINITY;   // masked: p will be 0
         }
-        float shrink = expf(max - new_max);
-        max = new_max;
-        sum *= shrink;
-        for (int i = 0; i < ATT_CHANNELS; i++) o[i / VEC][i % VEC] *= shrink;
+        // Key by key, so that a query's bits depend on the keys of its document alone, and not on where tiles begin.
 #pragma unroll
         for (int j = 0; j < ATT_TILE; j++) {
+            if (s[j] > max) {
+                const float shrink = expf(max - s[j]);
+                max = s[j];
+                sum *= shrink;
+                for (int i = 0; i < ATT_CHANNELS; i++) o[i / VEC][i % VEC] *= shrink;
+            }
             float p = expf(s[j] - max);
             sum += p;
             att_add(o, p, v_tile[j][share]);
@@ -951,17 +980,20 @@ attention_backward_kernel(floatX* dqkv, float* delta, const floatX* dout, const 
     }
     att_load_row(a, qkv + row_a, share, HS, row < T);
     const int heads = KEYS ? shape.group() : 1;   // of queries: those that share the block's keys, in order; or its own
+    const int first_key = KEYS ? 0 : shape.first_key(block.b, row);
+    const int first = KEYS ? block.first : shape.first_key(block.b, block.first) / ATT_TILE * ATT_TILE;   // rows of the other side
+    const int last = KEYS ? shape.last_query(block.b, block.first, block.first + ATT_ROWS - 1, ATT_TILE) : min(block.first + ATT_ROWS, T);
     for (int h = block.h * heads; h < (block.h + 1) * heads; h++) {
         const floatX* x = qkv + shape.qkv_at(block.b, 0, KEYS ? h : shape.k_head(h));
         const floatX* y = KEYS ? dout + shape.out_at(block.b, 0, h) : qkv + shape.qkv_at(block.b, 0, shape.v_head(h));
         const size_t y_stride = KEYS ? (size_t)shape.NH * HS : shape.stride(), head_lse = shape.lse_at(block.b, h, 0);
-        for (int t0 = KEYS ? block.first : 0, end = KEYS ? T : min(block.first + ATT_ROWS, T); t0 < end; t0 += ATT_TILE) {
+        for (int t0 = first, end = last; t0 < end; t0 += ATT_TILE) {
             att_load_tiles<SHARES>(x_tile, x, shape.stride(), y_tile, y, y_stride, t0, shape);
             if (!__any_sync(ALL_LANES, KEYS ? row < t0 + ATT_TILE : t0 <= row)) continue;
 #pragma unroll KEYS ? 1 : 2   // two at a time would take more registers than there are
             for (int i = 0; i < ATT_TILE; i++) {
                 const int query = KEYS ? t0 + i : row, key = KEYS ? row : t0 + i;
-                const bool sees = key <= query && query < T;   // or else p = 0
+                const bool sees = key <= query && query < T && key >= (KEYS ? shape.first_key(block.b, query) : first_key);   // or else p = 0
                 float s = att_dot<SHARES>(a, x_tile[i][share]) * shape.scale, dp = att_dot<SHARES>(b, y_tile[i][share]);
                 float p = sees ? expf(s - lse[head_lse + query]) : 0, delta_row = sees ? delta[head_lse + query] : 0;
                 att_add(sum_x, p * (dp - delta_row), x_tile[i][share]);
@@ -1102,6 +1134,11 @@ classifier_kernel(floatX* logits, float* losses, const int* targets, float dloss
     size_t row = blockIdx.x;
     floatX* x = logits + row * Vp;
     int target = targets[row];
+    if (target < 0) {   // this row has no loss
+        if (threadIdx.x == 0) losses[row] = 0;
+        for (int c = threadIdx.x * VEC; train && c < Vp; c += blockDim.x * VEC) store(x + c, Floats{});
+        return;
+    }
     float target_logit = (float)x[target];   // before it is overwritten
     float max = -INFINITY, sum = 0;
     for (int c = threadIdx.x * VEC; c < V; c += blockDim.x * VEC) {
@@ -1142,7 +1179,7 @@ classifier_kernel(floatX* logits, float* losses, const int* targets, float dloss
     }
 }
 void classifier(floatX* logits,                           // (rows, Vp); out, if train: their gradient
-                float* losses, const int* targets,        // (rows) each; losses in nats
+                float* losses, const int* targets,        // (rows) each; losses in nats; target -1: no loss
                 float dloss, bool train, int rows, int V, int Vp, cudaStream_t stream) {
     check_vec("classifier: Vp", Vp);
     int threads = std::clamp(ceil_div(Vp, 32 * VEC), 1, 32) * 32;
@@ -1254,28 +1291,36 @@ template <int BITS> __device__ inline Floats act_slope(const ActKept<BITS>* kept
 // unfolding each one would count db beta^T more than once. The published method merges gamma and beta into the weights for good;
 // prepro/merge_norm.py does that to a checkpoint. RMSNorm has no beta, and its matmul may have no bias. (dev/cuda/layernorm.cu)
 
-__global__ void norm_fold_kernel(floatX* folded, floatX* folded_bias, const floatX* weight, const floatX* bias, const floatX* gamma,
+// Weights as they are; section 3's last part has those in 4 bits. A vector is 8 elements from i on.
+struct PlainWeight {
+    static constexpr bool TABLE = false;
+    const floatX* weight;
+    __device__ Floats at(size_t i, const float*) const { return load(weight + i); }
+};
+template <class Weight>
+__global__ void norm_fold_kernel(floatX* folded, floatX* folded_bias, Weight weight, const floatX* bias, const floatX* gamma,
                                  const floatX* beta, int OC, int C) {
+    __shared__ float table[16];
+    if constexpr (Weight::TABLE) weight.table(table);
     int lane = threadIdx.x % 32;
     int row = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
     if (row >= OC) return;
     size_t base = (size_t)row * C;
     float sum = 0;
     for (int c = lane * VEC; c < C; c += 32 * VEC) {
-        Floats w = load(weight + base + c), gamma_c = load(gamma + c), beta_c = {};
+        Floats w = weight.at(base + c, table), beta_c = {};
         if (beta != nullptr) beta_c = load(beta + c);
-        for (int k = 0; k < VEC; k++) {
-            sum += w[k] * beta_c[k];
-            w[k] *= gamma_c[k];
-        }
+        for (int k = 0; k < VEC; k++) sum += w[k] * beta_c[k];
+        if (gamma != nullptr) w *= load(gamma + c);
         store(folded + base + c, w);
     }
     sum = warp_sum(sum);
-    if (bias != nullptr && lane == 0) folded_bias[row] = (floatX)((float)bias[row] + sum);
+    if (folded_bias != nullptr && lane == 0) folded_bias[row] = (floatX)((bias != nullptr ? (float)bias[row] : 0.0f) + sum);
 }
-void norm_fold(floatX* folded, floatX* folded_bias,         // (OC, C) W', (OC) b'
-               const floatX* weight, const floatX* bias,    // (OC, C), (OC) or null: then there is no b', and no beta
-               const floatX* gamma, const floatX* beta,     // (C), (C) or null
+template <class Weight>
+void norm_fold(floatX* folded, floatX* folded_bias,         // (OC, C) W', (OC) b' or null: not wanted
+               Weight weight, const floatX* bias,           // (OC, C), (OC) or null: zeros
+               const floatX* gamma, const floatX* beta,     // (C) each, or null: ones, zeros
                int OC, int C, cudaStream_t stream) {
     check_vec("norm_fold: C", C);
     norm_fold_kernel<<<ceil_div(OC, 8), 256, 0, stream>>>(folded, folded_bias, weight, bias, gamma, beta, OC, C);
@@ -1317,6 +1362,161 @@ void norm_unfold(Grad dweight,                               // (OC, C) in: G, o
                                                                                 dbias, weight, gamma, beta, OC, C);
     cudaCheck(cudaGetLastError());
     colsum_finish({dgamma, dbeta}, 2, scratch, slices, C, false, stream);
+}
+
+// ---- NF4: frozen weights in 4 bits
+// A frozen weight is read and never written, and can do with fewer bits (QLoRA: Dettmers et al., arXiv 2305.14314). Of 64 elements in a
+// row of memory the largest |w| is kept as absmax, and each w / absmax as the nearest of 16 values, which divide a normal distribution
+// into equal parts. The 64 elements -0.02, 0.05, 0.1, 0.004, ... with absmax 0.1:
+//     w / absmax          -0.2     0.5     1.0    0.04
+//     nearest value     -0.185   0.441       1       0 (0.04 is above 0.0398, halfway to 0.0796: so 0.0796)
+//     index                  5      12      15       8        two to a byte, the first one high: 0x5c 0xf8
+// That is 4 bits and a float for 64 elements, 4.5 in all. With --double-quant 1 absmax is kept in 8 bits too: less their mean, in
+// blocks of 256 with a scale of their own, as the nearest of 256 values: 4.127 bits. All of it is bitsandbytes' format, bit for bit.
+// Before each matmul a weight is made again, in one buffer for all; a norm's gamma is multiplied in on the way. (dev/cuda/nf4.cu)
+
+constexpr int NF4_BLOCK = 64, NF4_NESTED = 256;
+constexpr int NF4_TABLES = 16 + 256;   // floats: the 16 values, and the 256 of absmax
+struct Nf4 {   // of one matrix, flattened
+    static constexpr bool TABLE = true;
+    const uint8_t* codes;      // (OC * C / 2)
+    const void* absmax;        // (blocks) float, or with `nested` bytes: indices of values
+    const float* nested;       // (ceil(blocks / 256) + 1) scales of absmax, then the mean; null: no double quantization
+    const float* tables;       // (NF4_TABLES)
+    __device__ void table(float* shared) const {
+        if (threadIdx.x < 16) shared[threadIdx.x] = tables[threadIdx.x];
+        __syncthreads();
+    }
+    __device__ Floats at(size_t i, const float* values) const {
+        size_t block = i / NF4_BLOCK;
+        float scale;
+        if (nested == nullptr) scale = ((const float*)absmax)[block];
+        else scale = __fadd_rn(__fmul_rn(tables[16 + ((const uint8_t*)absmax)[block]], nested[1 + block / NF4_NESTED]), nested[0]);
+        uint32_t bits = *(const uint32_t*)(codes + i / 2);
+        Floats w;
+        for (int k = 0; k < VEC; k++) w[k] = values[bits >> (k / 2 * 8 + (k % 2 ? 0 : 4)) & 15] * scale;
+        return w;
+    }
+};
+inline size_t nf4_blocks(size_t n) { return ceil_div(n, NF4_BLOCK); }
+inline size_t nf4_nested(size_t n) { return ceil_div(nf4_blocks(n), NF4_NESTED) + 1; }   // the mean stands first
+
+const float NF4_VALUES[16] = {
+    -1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f, -0.18477343022823334f,
+    -0.09105003625154495f, 0.0f, 0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f, 0.33791524171829224f,
+    0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f};
+// bitsandbytes' dynamic map of 8 bits: in each of 7 decades twice as many values as in the one below, between 0 and 1 and below 0.
+std::vector<float> nf4_tables() {
+    std::vector<float> tables(NF4_VALUES, NF4_VALUES + 16), map = {0, 1};
+    for (int decade = 0; decade < 7; decade++) {
+        const int n = (1 << decade) + 1;   // from 0.1 to 1, of which neighbours' means count, as torch.linspace makes them in fp32
+        const float step = 0.9f / (n - 1);
+        auto point = [&](int i) { return i < n / 2 ? 0.1f + step * i : 1.0f - step * (n - 1 - i); };
+        for (int i = 0; i + 1 < n; i++) {
+            const float value = (float)(pow(10.0, decade - 6) * (double)((point(i) + point(i + 1)) / 2.0f));
+            map.push_back(value), map.push_back(-value);
+        }
+    }
+    std::sort(map.begin(), map.end());
+    tables.insert(tables.end(), map.begin(), map.end());
+    return tables;
+}
+// The index of the nearest of `count` ascending values: how many of the points halfway between two of them x is above. NaN: 0.
+inline int nf4_nearest(float x, const float* values, int count) {
+    int low = 0, high = count - 1;
+    while (low < high) {
+        const int middle = (low + high) / 2;
+        if (x > (values[middle] + values[middle + 1]) * 0.5f) low = middle + 1;
+        else high = middle;
+    }
+    return low;
+}
+// A matrix of n elements, quantized on the host. Elements come in any number of calls, each but the last with a multiple of 64.
+struct Nf4Host {
+    std::vector<uint8_t> codes, absmax8;
+    std::vector<float> absmax, nested;
+    void add(const float* w, size_t n) {
+        for (size_t first = 0; first < n; first += NF4_BLOCK) {
+            const size_t end = std::min(n, first + NF4_BLOCK);
+            float most = 0;
+            for (size_t i = first; i < end; i++) most = std::max(most, fabsf(w[i]));
+            const float scale = 1.0f / most;   // of zeros: infinite, and 0 times it is NaN, whose index is 0
+            absmax.push_back(most);
+            for (size_t i = first; i < end; i += 2)
+                codes.push_back((uint8_t)(nf4_nearest(w[i] * scale, NF4_VALUES, 16) << 4 | nf4_nearest(w[i + 1] * scale, NF4_VALUES, 16)));
+        }
+    }
+    void finish(bool twice, const float* tables) {   // twice: double quantization
+        if (!twice) return;
+        const float mean = (float)(std::accumulate(absmax.begin(), absmax.end(), 0.0) / absmax.size());
+        nested = {mean};
+        for (size_t first = 0; first < absmax.size(); first += NF4_NESTED) {
+            const size_t end = std::min(absmax.size(), first + NF4_NESTED);
+            float most = 0;
+            for (size_t i = first; i < end; i++) most = std::max(most, fabsf(absmax[i] - mean));
+            const float scale = 1.0f / most;
+            nested.push_back(most);
+            for (size_t i = first; i < end; i++) absmax8.push_back((uint8_t)nf4_nearest((absmax[i] - mean) * scale, tables + 16, 256));
+        }
+    }
+};
+
+// ---- adapters' input: y = gamma x + beta, and dropout
+// --lora-dropout sets elements of an adapter's input to 0, and multiplies the others so that the mean stays. Which ones is a hash of the
+// step, the layer and the element, so that backward knows them without a mask. ADD: out += what dropout makes of inp.
+struct Dropout {
+    float p;               // 0: none
+    uint64_t seed, stream; // stream: of the micro-batch and the linear layer
+};
+template <bool ADD>
+__global__ void dropout_kernel(floatX* out, const floatX* inp, const floatX* gamma, const floatX* beta, Dropout drop, size_t n, int C) {
+    size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC;
+    if (i >= n) return;
+    int c = (int)(i % C);
+    Floats x = load(inp + i), old = {};
+    if (gamma != nullptr) x *= load(gamma + c);
+    if (beta != nullptr) x += load(beta + c);
+    if constexpr (ADD) old = load(out + i);
+    const uint32_t limit = (uint32_t)(drop.p * 65536.0f);   // 16 random bits an element
+    const float keep = 65536.0f / (65536 - limit);
+    for (int half = 0; half < 2; half++) {
+        uint64_t random = hash64(drop.seed, drop.stream, i + half * 4);
+        for (int k = half * 4; k < half * 4 + 4; k++, random >>= 16) x[k] = (random & 0xffff) < limit ? 0.0f : x[k] * keep;
+    }
+    x += old;
+    store(out + i, x);
+}
+template <bool ADD>
+void dropout(floatX* out, const floatX* inp,                // (rows, C) each
+             const floatX* gamma, const floatX* beta,       // (C) or null, before dropout
+             const Dropout& drop, size_t rows, int C, cudaStream_t stream) {
+    check_vec("dropout: C", C);
+    dropout_kernel<ADD><<<ceil_div(rows * C, 256 * VEC), 256, 0, stream>>>(out, inp, gamma, beta, drop, rows * C, C);
+    cudaCheck(cudaGetLastError());
+}
+// With MS_NORM an adapter's gradient G = dt^T z is one of A * gamma: dA (+)= G * gamma + colsum(dt) beta^T, in each micro-batch.
+__global__ void adapter_unfold_kernel(Grad dA, const float* G, const float* dt_sum, const floatX* gamma, const floatX* beta,
+                                      bool accumulate, size_t n, int C) {
+    size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC;
+    if (i >= n) return;
+    int c = (int)(i % C);
+    Floats g = load(G + i), old = {};
+    g *= load(gamma + c);
+    if (beta != nullptr) {
+        Floats b = load(beta + c);
+        for (int k = 0; k < VEC; k++) g[k] += dt_sum[i / C] * b[k];
+    }
+    if (accumulate) old = grad_load_vec(dA, i);
+    g += old;
+    grad_store_vec(dA, i, g);
+}
+void adapter_unfold(Grad dA, const float* G, const float* dt_sum,    // (rows, C), (rows, C), (rows): not read without beta
+                    const floatX* gamma, const floatX* beta,         // (C), (C) or null
+                    bool accumulate, int rows, int C, cudaStream_t stream) {
+    check_vec("adapter_unfold: C", C);
+    const size_t n = (size_t)rows * C;
+    adapter_unfold_kernel<<<ceil_div(n, 256 * VEC), 256, 0, stream>>>(dA, G, dt_sum, gamma, beta, accumulate, n, C);
+    cudaCheck(cudaGetLastError());
 }
 // ==== end twin
 // ==== twin: tensor cores, optimizer, many GPUs, tensor table
@@ -1502,7 +1702,16 @@ __device__ inline void tc_add(TcSums<HS>& sums, const uint32_t (&a)[TC_M<HS>][4]
 // Scores of pairs whose key comes after the query become -infinity: their p is 0. s[n][m] has queries as rows, from first_query on,
 // and keys as columns, from first_key + 8 n on. With KEY_ROWS it is the other way round, and queries after T are masked too.
 template <bool KEY_ROWS, int N, int M>
-__device__ inline void tc_mask(float (*s)[M][4], int m, int first_query, int first_key, int T) {
+__device__ inline void tc_mask(float (*s)[M][4], int m, int first_query, int first_key, const AttShape& shape, int b) {
+    const int T = shape.T;
+    if (shape.document != nullptr && first_key < shape.first_key(b, first_query + (KEY_ROWS ? 8 * N : 16) - 1)) {   // some see not all keys
+        const int row = lane_row(), col = lane_col();
+#pragma unroll
+        for (int i = 0; i < 4 * N; i++) {
+            const int r = row + i % 4 / 2 * 8, c = col + i / 4 * 8 + i % 2;
+            if (first_key + (KEY_ROWS ? r : c) < shape.first_key(b, first_query + (KEY_ROWS ? c : r))) s[i / 4][m][i % 4] = -INFINITY;
+        }
+    }
     const int key_less_query = first_key - first_query;   // in row 0 and column 0
     if (key_less_query + (KEY_ROWS ? 15 : 8 * N - 1) <= 0 && (!KEY_ROWS || first_query + 8 * N <= T)) return;   // no pair is masked
     const int row = lane_row(), col = lane_col(), own = key_less_query + (KEY_ROWS ? row - col : col - row);   // in the lane's c[0]
@@ -1562,9 +1771,10 @@ attention_forward_tc_kernel(bf16* out, float* lse, const bf16* qkv, AttShape sha
     float max[M][2], sum[M][2] = {};   // of the lane's rows
     tc_load_rows<HS>(q, row0 + block.h * HS, stride, first_query(), T);
 #pragma unroll
-    for (int m = 0; m < M; m++) max[m][0] = max[m][1] = -INFINITY;
-    tc_load_tiles<HS>(tiles, k_head, stride, k_head + to_v, stride, 0, T);
-    for (int t0 = 0, stage = 0; t0 < end; t0 += TC_ROWS, stage ^= 1) {
+    for (int m = 0; m < M; m++) max[m][0] = max[m][1] = ATT_NO_MAX;
+    const int first = shape.first_key(block.b, block.first) / TC_ROWS * TC_ROWS;
+    tc_load_tiles<HS>(tiles, k_head, stride, k_head + to_v, stride, first, T);
+    for (int t0 = first, stage = 0; t0 < end; t0 += TC_ROWS, stage ^= 1) {
         const uint32_t k_tile = tiles + stage * 2 * TC_TILE<HS>, v_tile = k_tile + TC_TILE<HS>;
         cp_async_wait_all();
         __syncthreads();   // the copies of all threads are complete, and no thread reads the tiles before any more
@@ -1577,7 +1787,7 @@ attention_forward_tc_kernel(bf16* out, float* lse, const bf16* qkv, AttShape sha
             tc_scores<HS>(s, q, read, k_tile, j);
 #pragma unroll
             for (int m = 0; m < M; m++) {
-                tc_mask<false, KEYS / 8>(s, m, first_query() + 16 * m, t0 + j, T);
+                tc_mask<false, KEYS / 8>(s, m, first_query() + 16 * m, t0 + j, shape, block.b);
 #pragma unroll
                 for (int half = 0; half < 2; half++) {   // the lane's row of c[0] and c[1], then that of c[2] and c[3]
                     float new_max = max[m][half];
@@ -1629,7 +1839,8 @@ attention_backward_dq_tc_kernel(bf16* dqkv, float* partial, float* delta, const 
     const float scale = shape.scale * LOG2E;
     auto stage = [&](int t0) { return tiles + t0 / TC_ROWS % 2 * 2 * TC_TILE<HS>; };
     auto load = [&](int t0) { tc_load_tiles<HS>(stage(t0), k_head, stride, k_head + shape.NKV * HS, stride, t0, T); };
-    load(0);
+    const int first = shape.first_key(block.b, block.first) / TC_ROWS * TC_ROWS;
+    load(first);
     const size_t q_head = shape.qkv_at(block.b, 0, block.h), out_head = shape.out_at(block.b, 0, block.h);
     TcRows<HS> q, dout_rows;
     TcSums<HS> dq = {};
@@ -1651,7 +1862,7 @@ attention_backward_dq_tc_kernel(bf16* dqkv, float* partial, float* delta, const 
         if (lane_col() == 0 && query < T) delta[at] = delta_row[r];   // for the kernel below
     }
     tc_load_rows<HS>(q, qkv + q_head, stride, first_query, T);
-    for (int t0 = 0; t0 < end; t0 += TC_ROWS) {
+    for (int t0 = first; t0 < end; t0 += TC_ROWS) {
         const uint32_t k_tile = stage(t0), v_tile = k_tile + TC_TILE<HS>;
         cp_async_wait_all();
         __syncthreads();   // the copies of all threads are complete, and no thread reads the tiles before any more
@@ -1666,7 +1877,7 @@ attention_backward_dq_tc_kernel(bf16* dqkv, float* partial, float* delta, const 
                 tc_scores<HS>(s, q, read, k_tile, j + 8 * right);
                 tc_scores<HS>(dp, dout_rows, read, v_tile, j + 8 * right);
                 for (int m = 0; m < M; m++) {
-                    tc_mask<false, 1>(s, m, first_query + 16 * m, t0 + j + 8 * right, T);
+                    tc_mask<false, 1>(s, m, first_query + 16 * m, t0 + j + 8 * right, shape, block.b);
                     for (int i = 0; i < 4; i++)   // ds = p (dp - delta)
                         dp[0][m][i] = exp_2(s[0][m][i] * scale - lse_row[2 * m + i / 2]) * (dp[0][m][i] - delta_row[2 * m + i / 2]);
                     tc_as_a(ds[m], dp[0][m], right);
@@ -1711,10 +1922,11 @@ attention_backward_dkv_tc_kernel(bf16* dqkv, float* partial, const bf16* dout, c
     if constexpr (!TC_V_SHARED<HS>) tc_load_rows<HS>(v, k_head + to_v, stride, first_key(), T);
     else for (int m = 0; m < M; m++) tc_load_tile<HS>(v_tile + m * TC_TILE<HS>, k_head + to_v, stride, block.first + 64 * m, T);
     load_stage(stage, first_head, block.first);
+    const int end = shape.last_query(block.b, block.first, block.first + TC_BLOCK<HS> - 1, TC_ROWS);
     for (int h = first_head; h <= last_head; h++)
-        for (int t0 = block.first; t0 < T; t0 += TC_ROWS, stage ^= 1) {   // earlier queries see none of these keys
+        for (int t0 = block.first; t0 < end; t0 += TC_ROWS, stage ^= 1) {   // earlier queries see none of these keys, nor do later ones
             const uint32_t q_tile = tiles + stage * 2 * TC_TILE<HS>, dout_tile = q_tile + TC_TILE<HS>;
-            const bool last = t0 + TC_ROWS >= T;   // of the head
+            const bool last = t0 + TC_ROWS >= end;   // of the head
             cp_async_wait_all();
             __syncthreads();
             if (!last || h < last_head) load_stage(stage ^ 1, h + last, last ? block.first : t0 + TC_ROWS);
@@ -1724,7 +1936,7 @@ attention_backward_dkv_tc_kernel(bf16* dqkv, float* partial, const bf16* dout, c
                 float s[2][M][4] = {}, dp[2][M][4] = {};   // of 8 queries, then 8 more
                 tc_scores<HS>(s, k, read, q_tile, j);
                 tc_scores<HS, TC_V_SHARED<HS>>(dp, v, read, dout_tile, j, v_tile, first_key() - block.first);
-                for (int m = 0; m < M; m++) tc_mask<true, 2>(s, m, t0 + j, first_key() + 16 * m, T);
+                for (int m = 0; m < M; m++) tc_mask<true, 2>(s, m, t0 + j, first_key() + 16 * m, shape, block.b);
                 uint32_t p[M][4], ds[M][4];
 #pragma unroll
                 for (int n = 0; n < 2; n++) {
@@ -1782,7 +1994,7 @@ void attention_backward_tc(floatX* dqkv, Grad dbias, float* delta, float* scratc
     colsum_finish({dbias}, 1, partial, B * row_blocks, (shape.NH + 2 * shape.NKV) * shape.HS, accumulate, stream);
 }
 
-AttShape att_shape(int T, int NH, int NKV, int HS) {
+AttShape att_shape(const int* document, int T, int NH, int NKV, int HS) {
     if (NKV < 1 || NH % NKV != 0) fail("attention: %d query heads, %d key-value heads: expected a multiple", NH, NKV);
     if (HS < VEC || HS > 4 * ATT_CHANNELS || HS % VEC != 0)
         fail("attention: a head has %d channels: expected a multiple of %d, up to %d", HS, VEC, 4 * ATT_CHANNELS);
@@ -1792,16 +2004,17 @@ AttShape att_shape(int T, int NH, int NKV, int HS) {
         cudaCheck(cudaDeviceGetAttribute(&bytes, cudaDevAttrL2CacheSize, device));
         return bytes > 0 ? bytes : 32 << 20;   // a virtual GPU may not say
     }();
-    return {T, NH, NKV, HS, 1.0f / sqrtf((float)HS), att_heads_together(T, HS, l2_bytes)};
+    return {T, NH, NKV, HS, 1.0f / sqrtf((float)HS), att_heads_together(T, HS, l2_bytes), document};
 }
 
 void attention_forward(floatX* out,        // (B, T, NH*HS)
                        float* lse,         // (B, NH, T), natural logarithm
                        const floatX* qkv,  // (B, T, (NH + 2 NKV)*HS): q of all heads, then k, then v
+                       const int* document,   // (B, T) as in AttShape, or null
                        int B, int T, int NH, int NKV, int HS, cudaStream_t stream) {
     auto run = HS <= 32 ? attention_forward_launch<1> : HS <= 64 ? attention_forward_launch<2> : attention_forward_launch<4>;
     if constexpr (!kFP32) run = HS == 64 ? attention_forward_tc<64> : HS == 128 ? attention_forward_tc<128> : run;
-    run(out, lse, qkv, B, att_shape(T, NH, NKV, HS), stream);
+    run(out, lse, qkv, B, att_shape(document, T, NH, NKV, HS), stream);
 }
 
 inline size_t attention_scratch(size_t B, size_t T, size_t NH, size_t NKV, size_t HS) {   // floats that backward takes for dbias
@@ -1812,10 +2025,11 @@ void attention_backward(floatX* dqkv,                               // (B, T, (N
                         float* delta, float* scratch,               // (B, NH, T); for dbias attention_scratch(B, T, NH, NKV, HS) floats
                         const floatX* dout, const floatX* qkv,      // (B, T, NH*HS), as dqkv
                         const floatX* out, const float* lse,        // (B, T, NH*HS), (B, NH, T)
+                        const int* document,                        // (B, T) as in AttShape, or null
                         bool accumulate, int B, int T, int NH, int NKV, int HS, cudaStream_t stream) {
     auto run = HS <= 32 ? attention_backward_launch<1> : HS <= 64 ? attention_backward_launch<2> : attention_backward_launch<4>;
     if constexpr (!kFP32) run = HS == 64 ? attention_backward_tc<64> : HS == 128 ? attention_backward_tc<128> : run;
-    run(dqkv, dbias, delta, scratch, dout, qkv, out, lse, accumulate, B, att_shape(T, NH, NKV, HS), stream);
+    run(dqkv, dbias, delta, scratch, dout, qkv, out, lse, accumulate, B, att_shape(document, T, NH, NKV, HS), stream);
 }
 
 // ==== 5. optimizer ===============================================================================================================
@@ -1933,12 +2147,13 @@ __global__ void adamw_kernel(OptTensor tensor, const Verdict* verdict, AdamW a) 
     }
 }
 
-// A tensor that training starts from: normal random values (Box and Muller) for `drawn` elements, then a constant.
-__global__ void init_kernel(floatX* param, size_t n, size_t drawn, float std, float constant, uint64_t seed, int which) {
+// A tensor that training starts from: normal random values (Box and Muller) for `drawn` elements, then a constant. `first`: the number
+// of its first element, by which they are drawn.
+__global__ void init_kernel(floatX* param, size_t n, size_t drawn, float std, float constant, uint64_t seed, int which, size_t first) {
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= n) return;
-    float u1 = hash_uniform(hash64(seed, 2 * which, i)), u2 = hash_uniform(hash64(seed, 2 * which + 1, i));
-    param[i] = (floatX)(i < drawn ? std * sqrtf(-2.0f * logf(u1)) * cosf(6.2831853f * u2) : constant);
+    float u1 = hash_uniform(hash64(seed, 2 * which, first + i)), u2 = hash_uniform(hash64(seed, 2 * which + 1, first + i));
+    param[i] = (floatX)(first + i < drawn ? std * sqrtf(-2.0f * logf(u1)) * cosf(6.2831853f * u2) : constant);
 }
 
 // ==== 6. many GPUs ===============================================================================================================
@@ -2198,7 +2413,7 @@ void table_print_json(const Table& table) {
 
 // ---- parameters, by a table: param_shape
 // The initial values of a tensor. The projections that add to the residual stream start smaller by sqrt(2L), because 2L of them add up.
-enum Init { ZEROS, ONES, NORMAL, NORMAL_RESIDUAL };
+enum Init { ZEROS, ONES, NORMAL, NORMAL_RESIDUAL, UNIFORM };   // UNIFORM: below 1 / sqrt(cols), as PEFT's A
 struct ParamShape {
     const char* name;
     bool in_layer;       // each layer has one
@@ -2208,6 +2423,18 @@ struct ParamShape {
     size_t layers;       // L, or 1 for the tensors outside the blocks
     size_t per_layer() const { return rows * (cols ? cols : 1); }
     size_t elements() const { return layers * per_layer(); }
+};
+// What adapters can be put on, by the name that --lora-targets has for it and by PEFT's: rows [first, first + rows) of a weight. `part`:
+// Hugging Face has no matrix for it, but one of which it is a part.
+struct LoraTarget {
+    const char *name, *peft;
+    int weight;
+    size_t first, rows;
+    bool part = false;
+};
+struct Lora {
+    int rank, targets;   // in memory: the largest rank as a multiple of 8, or 0; bit i: lora_targets()[i]
+    int quantized;       // the directory's weights are in NF4: 1; 2 with double quantization
 };
 // ==== end twin
 // ---- configuration and parameters
@@ -2219,21 +2446,25 @@ struct Config {
     int NH;     // heads
     int C;      // channels
     float eps;  // of the norms
+    Lora lora;  // adapters on it
     int HS() const { return C / NH; }
     int QKV() const { return 3 * C; }   // channels of q, k and v together
     int FF() const { return 4 * C; }    // channels between the two matmuls of the MLP
 };
 
-// The 16 parameter tensors, in the order of the checkpoint file. A weight's bias, and a norm's beta, comes right after it.
-enum Param { WTE, WPE, LN1W, LN1B, QKVW, QKVB, ATTPROJW, ATTPROJB, LN2W, LN2B, FCW, FCB, FCPROJW, FCPROJB, LNFW, LNFB, NUM_PARAMS };
+// The 16 parameter tensors, in the order of llm.c's file. A weight's bias, and a norm's beta, comes right after it. The last ones are
+// adapters', two for each of LINEAR.
+enum Param { WTE, WPE, LN1W, LN1B, QKVW, QKVB, ATTPROJW, ATTPROJB, LN2W, LN2B, FCW, FCB, FCPROJW, FCPROJB, LNFW, LNFB, LORA_A,
+             LORA_B = LORA_A + 4, NUM_PARAMS = LORA_B + 4 };
+constexpr int LINEAR[4] = {QKVW, ATTPROJW, FCW, FCPROJW};   // the weights of a block, in the order of forward
 inline int head_param(const Config&) { return WTE; }   // the lm-head's weight is the embedding ("tied"): its gradient comes from both
 inline int bias_of(const Config&, int weight) { return weight + 1; }
 inline int beta_of(int gamma) { return gamma + 1; }
 constexpr int FOLDED[2][2] = {{LN1W, QKVW}, {LN2W, FCW}};   // MS_NORM: a norm's gamma, and the weight that it is folded into
 
-ParamShape param_shape(const Config& c, int p) {
+ParamShape base_shape(const Config& c, int p) {
     const size_t C = c.C, QKV = c.QKV(), FF = c.FF();
-    ParamShape shapes[NUM_PARAMS] = {
+    ParamShape shapes[LORA_A] = {
         {"wte",      false, (size_t)c.Vp,   C,  NORMAL,          true},
         {"wpe",      false, (size_t)c.maxT, C,  NORMAL,          true},
         {"ln1w",     true,  C,              0,  ONES,            false},
@@ -2254,10 +2485,28 @@ ParamShape param_shape(const Config& c, int p) {
     shapes[p].layers = shapes[p].in_layer ? c.L : 1;
     return shapes[p];
 }
+const char* LORA_NAMES[8] = {"qkvw_A", "attprojw_A", "fcw_A", "fcprojw_A", "qkvw_B", "attprojw_B", "fcw_B", "fcprojw_B"};
+std::vector<LoraTarget> lora_targets(const Config& c) {   // q, k and v together are Hugging Face's c_attn; apart, each has its own A
+    const size_t C = c.C, FF = c.FF();
+    return {{"qkv", "c_attn", QKVW, 0, 3 * C}, {"q", "", QKVW, 0, C, true}, {"k", "", QKVW, C, C, true}, {"v", "", QKVW, 2 * C, C, true},
+            {"o", "attn.c_proj", ATTPROJW, 0, C}, {"fc", "c_fc", FCW, 0, FF}, {"proj", "mlp.c_proj", FCPROJW, 0, C}};
+}
 // ==== twin: plan
-size_t param_count(const Config& c) {
+// An adapter's A of all targets of one weight lie below one another, as their B do. A rank that is no multiple of 8, or that is smaller
+// than the largest, is padded by zeros in both: their gradients are 0 too, so they stay.
+ParamShape param_shape(const Config& c, int p) {
+    if (p < LORA_A) return base_shape(c, p);
+    const ParamShape w = base_shape(c, LINEAR[(p - LORA_A) % 4]);
+    ParamShape s = {LORA_NAMES[p - LORA_A], true, 0, p < LORA_B ? w.cols : c.lora.rank, p < LORA_B ? UNIFORM : ZEROS, true, w.layers};
+    const std::vector<LoraTarget> targets = lora_targets(c);
+    for (size_t i = 0; i < targets.size(); i++)
+        if ((c.lora.targets >> i & 1) && targets[i].weight == LINEAR[(p - LORA_A) % 4]) s.rows += p < LORA_B ? c.lora.rank : targets[i].rows;
+    return s;
+}
+inline int linear_index(int p) { return (int)(std::find(LINEAR, LINEAR + 4, p) - LINEAR); }   // 4: it is none
+size_t param_count(const Config& c) {   // without adapters
     size_t n = 0;
-    for (int p = 0; p < NUM_PARAMS; p++) n += param_shape(c, p).elements();
+    for (int p = 0; p < LORA_A; p++) n += param_shape(c, p).elements();
     return n;
 }
 constexpr float USUAL_EPS = 1e-5f;
@@ -2273,7 +2522,12 @@ struct Plan {
     int chunk_rows;       // rows of logits that exist at a time; 0: all
     size_t workspace;     // bytes for cuBLASLt; 0: what this model can use
     unsigned frozen;      // bit p: parameter p is not trained, and has neither gradient nor optimizer state
+    bool nf4, nested;     // the weights of the blocks are in 4 bits; their absmax in 8
+    bool host_wte;        // the embedding is on the host: a batch's rows of it come to the device
+    float dropout;        // of adapters' inputs
+    bool marks;           // the data say where documents begin, and which tokens have no loss
     bool trains(int p) const { return training && !(frozen >> p & 1); }
+    bool quantizes(int p) const { return nf4 && linear_index(p) < 4; }
 };
 // Rows of a chunk of logits: a multiple of 256 (whole tiles of a matmul) where that gives the same number of chunks.
 inline int loss_chunk_rows(size_t rows, size_t chunks) {
@@ -2295,6 +2549,10 @@ inline size_t plan_chunk_rows(const Plan& p) {
 // What --recompute still recomputes: with codes GELU's output is kept, and with MS-LN z is.
 inline bool recomputes_act(const Plan& p) { return p.recompute >= 1 && kActBits == 0; }
 inline bool recomputes_norm(const Plan& p) { return p.recompute >= 2 && !kMsNorm; }
+// Whether backward has a weight's input in any case: it is kept for another purpose, or computed again.
+bool has_input(const Plan& p, int weight) {
+    return weight == ATTPROJW || (weight == FCPROJW ? recomputes_act(p) : kMsNorm || recomputes_norm(p));
+}
 
 // What forward keeps for backward, as in the figure at the top: in Model the tensors of all layers, from model_layer those of one.
 struct LayerTensors {
@@ -2322,6 +2580,15 @@ struct BlockBuffers {
     floatX* scratch_ln; // (B, T, C)      -r 2: a norm's output
 };
 // ==== twin: model
+struct LoraModule {
+    int rank;      // 0: this layer has none on this target
+    float scale;   // alpha / rank, or as its file says
+};
+struct Quantized {         // of all layers, one after the other, and in each the matrices that Hugging Face has
+    uint8_t* codes;
+    void* absmax;          // float, or with double quantization bytes
+    float* nested;
+};
 // Null pointers: what the run does not need.
 struct Model : BlockBuffers {
     Config config;
@@ -2332,7 +2599,20 @@ struct Model : BlockBuffers {
     Grad grad[NUM_PARAMS];
     float *m[NUM_PARAMS], *v[NUM_PARAMS], *master[NUM_PARAMS];   // (shard_size) each
     LayerTensors kept;         // with L in front of the shapes
-    floatX *fold_w, *fold_b;   // of the largest shape: a weight and a bias with their norm's gamma and beta folded in
+    floatX *fold_w, *fold_b;   // of the largest shape: a weight and a bias with their norm's gamma and beta folded in; NF4: a weight
+    // adapters: the rank and the scale of each target in each layer; where backward can stop; x A^T and its gradient (B, T, rank of all
+    // targets of a weight); with MS_NORM A with gamma, and A beta, folded in, dt^T z, and the column sums of dt; x after dropout
+    std::vector<LoraModule> lora;
+    int lowest;                // LINEAR[lowest % 4] of layer lowest / 4 has the lowest parameters that are trained; -1: all below too
+    floatX* kept_t[4];         // (L, B, T, ranks) of LINEAR: see keeps_t
+    floatX *lora_t, *lora_dt, *lora_fold, *lora_fold_b, *dropped;
+    float *lora_G, *lora_dt_sum;
+    uint64_t micro_batch;      // of the run, for dropout; 0: none, this is no training
+    Quantized quantized[4];    // NF4: LINEAR's weights
+    float* nf4_tables;
+    std::vector<floatX> wte_on_host;   // (Vp, C), with Plan::host_wte
+    struct { floatX* rows; cudaEvent_t copied; } wte_rows[2];   // pinned: a micro-batch's rows of it, and when they are on the device
+    int wte_turn;              // which of the two comes next
     floatX* dresid;     // (B, T, C)      gradient of the residual stream
     float* delta;       // (B, NH, T)     attention's backward
     floatX* logits;     // (chunk, Vp)    of one chunk of rows; then their gradient
@@ -2348,7 +2628,7 @@ struct Model : BlockBuffers {
 };
 // Of layer l. p -1: of a parameter that this model does without.
 const floatX* model_param(const Model& model, int p, int l) {
-    return p < 0 ? nullptr : model.param[p] + l * param_shape(model.config, p).per_layer();
+    return p < 0 || model.param[p] == nullptr ? nullptr : model.param[p] + l * param_shape(model.config, p).per_layer();
 }
 Grad model_grad(const Model& model, int p, int l) {
     return p < 0 ? Grad{} : model.grad[p] + l * param_shape(model.config, p).per_layer();
@@ -2359,16 +2639,50 @@ std::vector<int> model_trained(const Model& model) {   // the parameters that ar
         if (model.plan.trains(p) && param_shape(model.config, p).elements() > 0) trained.push_back(p);
     return trained;
 }
+bool has_adapter(const Config& c, int weight) { return param_shape(c, LORA_A + linear_index(weight)).rows > 0; }
+// Whether forward keeps t = x A^T for backward: where A is frozen, so that x itself is not needed, and x would take more.
+bool keeps_t(const Model& model, int weight) {
+    const Plan& plan = model.plan;
+    return plan.training && has_adapter(model.config, weight) && !plan.trains(LORA_A + linear_index(weight)) && !has_input(plan, weight);
+}
+// Whether backward wants the input of a weight's matmul: for the gradient of the weight or of its adapter's A, or to make t again.
+bool needs_input(const Model& model, int weight) {
+    return model.plan.trains(weight) || (has_adapter(model.config, weight) && !keeps_t(model, weight));
+}
+// Where backward can stop (Model::lowest).
+int model_lowest(const Model& model) {
+    const std::vector<LoraTarget> targets = lora_targets(model.config);
+    for (int p = 0; p < LORA_A; p++)
+        if (model.plan.trains(p)) return -1;
+    int lowest = INT_MAX;
+    for (size_t i = 0; i < model.lora.size(); i++)
+        if (model.lora[i].rank > 0)
+            lowest = std::min(lowest, (int)(i / targets.size()) * 4 + linear_index(targets[i % targets.size()].weight));
+    return lowest;
+}
 
-// inputs (BT), targets (BT), positions (BT), bucket_token (cap), bucket_start (cap + 1); see tokens_sort
+// inputs (BT), targets (BT; -1: no loss), positions (BT), bucket_token (cap), bucket_start (cap + 1): see tokens_sort; of data with marks
+// documents (BT): where in its row each token's document begins
 inline size_t token_cap(size_t BT, int V) { return std::min(BT, (size_t)V); }
-inline size_t token_ints(size_t BT, int V) { return 3 * BT + 2 * token_cap(BT, V) + 1; }
+inline size_t documents_at(size_t BT, int V) { return 3 * BT + 2 * token_cap(BT, V) + 1; }
+inline size_t token_ints(size_t BT, int V, bool marks) { return documents_at(BT, V) + (marks ? BT : 0); }
+// Null: the data have no marks, and every row is one document.
+const int* model_documents(const Model& model, int BT) {
+    return model.plan.marks ? model.tokens + documents_at(BT, model.config.V) : nullptr;
+}
 
 inline size_t opt_blocks(size_t n) { return n / world_share(n) * ceil_div(world_share(n), OPT_BLOCK); }   // of all ranks
 size_t model_opt_blocks(const Model& model) {
     size_t blocks = 0;
     for (int p : model_trained(model)) blocks += opt_blocks(param_shape(model.config, p).elements());
     return blocks;
+}
+struct Nf4Sizes { size_t blocks, nested; };   // of a layer's matrices
+Nf4Sizes nf4_sizes(const Config& c, int p) {
+    Nf4Sizes n = {};
+    for (const LoraTarget& t : lora_targets(c))
+        if (t.weight == p && !t.part) n.blocks += nf4_blocks(t.rows * param_shape(c, p).cols), n.nested += nf4_nested(t.rows * param_shape(c, p).cols);
+    return n;
 }
 const char *SMALLER = "a smaller model (-e)", *BATCH = "--batch (halving it halves this; --total-batch keeps the step's size)";
 template <class X>
@@ -2393,8 +2707,21 @@ void table_add_params(Table& table, Model& model) {
         }
         table_add(table, std::string(prefix) + s.name, where, dtype, shape, kind, scope, shrink);
     };
-    for (int p = 0; p < NUM_PARAMS; p++)
-        if (param_shape(c, p).elements() > 0) add("", p, &model.param[p], FLOATX, false, PARAM, SMALLER);
+    for (int p = 0; p < NUM_PARAMS; p++) {
+        const ParamShape s = param_shape(c, p);
+        if (s.elements() == 0 || (p == WTE && plan.host_wte)) continue;
+        if (!plan.quantizes(p)) {
+            add("", p, &model.param[p], FLOATX, false, PARAM, p < LORA_A ? SMALLER : "--lora");
+            continue;
+        }
+        Quantized& q = model.quantized[linear_index(p)];
+        const Nf4Sizes n = nf4_sizes(c, p);
+        table_add(table, s.name, &q.codes, BYTE, {s.layers, s.rows, s.cols / 2}, PARAM, LAYER, SMALLER);
+        table_add(table, std::string(s.name) + "_absmax", &q.absmax, plan.nested ? BYTE : F32, {s.layers, n.blocks}, PARAM, LAYER,
+                  plan.nested ? SMALLER : "--double-quant 1");
+        if (plan.nested) table_add(table, std::string(s.name) + "_scales", &q.nested, F32, {s.layers, n.nested}, PARAM, LAYER, SMALLER);
+    }
+    if (plan.nf4) table_add(table, "nf4_tables", &model.nf4_tables, F32, {NF4_TABLES}, PARAM, MODEL, SMALLER);
     for (int p : model_trained(model)) {
         // the head's gradient is a sum over chunks of the loss in any case
         model.grad[p].type = plan.micro_batches > 1 || p == head_param(c) ? F32 : FLOATX;
@@ -2405,21 +2732,57 @@ void table_add_params(Table& table, Model& model) {
         if (plan.master && !kFP32) add("master_", p, &model.master[p], F32, true, OPTIMIZER, "--master-weights 0");
     }
     for (auto [gamma, weight] : FOLDED)   // unfolding makes the gradients of all four from those of weight and bias
-        for (int p : {beta_of(gamma), weight, bias_of(c, weight)})
-            if (kMsNorm && p >= 0 && plan.trains(p) != plan.trains(gamma))
-                fail("MS_NORM=1 trains all of a norm and the linear layer after it, or nothing of them");
+        for (int p : {gamma, beta_of(gamma), bias_of(c, weight)})
+            if (kMsNorm && p >= 0 && plan.trains(weight) && !plan.trains(p))
+                fail("MS_NORM=1 trains all of a norm and the linear layer after it, or not the layer");
+}
+// What adapters need besides themselves.
+void table_add_adapters(Table& table, Model& model) {
+    const Config& c = model.config;
+    const Plan& plan = model.plan;
+    const size_t B = plan.B, T = plan.T;
+    size_t ranks = 0, folded = 0, input = 0;   // of all targets of a weight, at most; after a norm; columns of an input
+    for (int i = 0; i < 4; i++) {
+        const ParamShape s = param_shape(c, LORA_A + i);
+        ranks = std::max(ranks, s.rows);
+        input = std::max(input, s.rows > 0 ? s.cols : 0);
+        for (auto [gamma, weight] : FOLDED)
+            if (weight == LINEAR[i]) folded = std::max(folded, s.rows);
+    }
+    for (int i = 0; i < 4; i++)
+        if (keeps_t(model, LINEAR[i]))
+            table_add(table, std::string(base_shape(c, LINEAR[i]).name) + "_t", &model.kept_t[i], FLOATX,
+                      {(size_t)c.L, B, T, param_shape(c, LORA_A + i).rows}, SAVED, LAYER, "--lora");
+    if (ranks == 0) return;
+    table_add(table, "lora_t", &model.lora_t, FLOATX, {B, T, ranks}, SCRATCH, MODEL, BATCH);
+    if (plan.training) table_add(table, "lora_dt", &model.lora_dt, FLOATX, {B, T, ranks}, SCRATCH, MODEL, BATCH);
+    if (kMsNorm && folded > 0) {
+        const size_t C = c.C;
+        table_add(table, "lora_fold", &model.lora_fold, FLOATX, {folded, C}, SCRATCH, MODEL, "--lora");
+        if (beta_of(FOLDED[0][0]) >= 0) {
+            table_add(table, "lora_fold_b", &model.lora_fold_b, FLOATX, {folded}, SCRATCH, MODEL, "--lora");
+            if (plan.training) table_add(table, "lora_dt_sum", &model.lora_dt_sum, F32, {folded}, SCRATCH, MODEL, "--lora");
+        }
+        if (plan.training) table_add(table, "lora_G", &model.lora_G, F32, {folded, C}, SCRATCH, MODEL, "--lora");
+    }
+    if (plan.training && plan.dropout > 0) table_add(table, "dropped", &model.dropped, FLOATX, {B, T, input}, SCRATCH, MODEL, "--lora-dropout 0");
 }
 // What every model needs besides its blocks. The workspace comes last: model_allocate counts on it.
 void table_add_rest(Table& table, Model& model, size_t colsum) {
     const Config& c = model.config;
     const Plan& plan = model.plan;
     const size_t B = plan.B, T = plan.T, C = c.C, NH = c.NH;
-    if (kMsNorm) {
-        size_t rows = 0;
-        for (auto [gamma, weight] : FOLDED) rows = std::max(rows, param_shape(c, weight).rows);
-        table_add(table, "fold_w", &model.fold_w, FLOATX, {rows, C}, SCRATCH, MODEL, SMALLER);
-        if (beta_of(FOLDED[0][0]) >= 0) table_add(table, "fold_b", &model.fold_b, FLOATX, {rows}, SCRATCH, MODEL, SMALLER);
+    ParamShape largest = {};   // of the weights that are made in fold_w
+    size_t bias = 0;
+    for (int weight : LINEAR) {
+        const ParamShape s = param_shape(c, weight);
+        const bool folds = std::any_of(std::begin(FOLDED), std::end(FOLDED), [&](auto& f) { return f[1] == weight; });
+        if ((plan.nf4 || (kMsNorm && folds)) && s.per_layer() > largest.per_layer()) largest = s;
+        if (kMsNorm && folds && beta_of(FOLDED[0][0]) >= 0) bias = std::max(bias, s.rows);
     }
+    if (largest.rows > 0) table_add(table, "fold_w", &model.fold_w, FLOATX, {largest.rows, largest.cols}, SCRATCH, MODEL, SMALLER);
+    if (bias > 0) table_add(table, "fold_b", &model.fold_b, FLOATX, {bias}, SCRATCH, MODEL, SMALLER);
+    table_add_adapters(table, model);
     table_add(table, "logits", &model.logits, FLOATX, {plan_chunk_rows(plan), (size_t)c.Vp}, SCRATCH, MODEL, "--loss-chunks");
     table_add(table, "losses", &model.losses, F32, {B, T}, SCRATCH, MODEL, BATCH);
     if (plan.training) {
@@ -2428,12 +2791,20 @@ void table_add_rest(Table& table, Model& model, size_t colsum) {
         table_add(table, "colsum", &model.colsum, F32, {colsum}, SCRATCH, MODEL, BATCH);
         table_add(table, "squares", &model.squares, F32, {model_opt_blocks(model)}, SCRATCH, MODEL, SMALLER);
     }
-    table_add(table, "tokens", &model.tokens, I32, {token_ints(B * T, c.V)}, SCRATCH, MODEL, BATCH);
+    table_add(table, "tokens", &model.tokens, I32, {token_ints(B * T, c.V, plan.marks)}, SCRATCH, MODEL, BATCH);
     table_add(table, "step_state", &model.state, BYTE, {sizeof(StepState)}, OPTIMIZER, MODEL, SMALLER);
     const size_t workspace = plan.workspace ? plan.workspace : matmul_workspace(C * std::max<size_t>(c.FF(), c.Vp));
     table_add(table, "workspace", &model.workspace, BYTE, {workspace}, WORKSPACE, MODEL, "--workspace");
 }
 // ==== end twin
+// What is kept in a tensor of its own. Without a backward, one layer's tensors serve all, and are as large as scratch.
+bool keeps_norm(const Model& model, int weight) {   // the output of the norm before a weight
+    const Plan& plan = model.plan;
+    return kMsNorm || (!recomputes_norm(plan) && (!plan.training || needs_input(model, weight)));
+}
+bool keeps_act(const Model& model) {   // GELU's output
+    return !recomputes_act(model.plan) && (!model.plan.training || needs_input(model, FCPROJW));
+}
 // The table of a run. Nothing is allocated here, and the pointer of a tensor that the run does not need stays null.
 Table model_table(Model& model) {
     const Config& c = model.config;
@@ -2447,20 +2818,21 @@ Table model_table(Model& model) {
         table_add(table, name, where, dtype, std::move(shape), plan.training ? SAVED : SCRATCH, LAYER, shrink);
     };
     const char* norm_hint = kMsNorm || plan.recompute == 2 ? BATCH : "--recompute 2, or a build with MS_NORM=1";
-    auto keep_norm = [&](const std::string& name, floatX** out, float** mean, float** rstd) {
-        if (!recomputes_norm(plan)) keep(name, out, FLOATX, {L, B, T, C}, norm_hint);
+    // Outputs of norms and of GELU that no backward wants are kept by nobody: scratch holds them.
+    auto keep_norm = [&](const std::string& name, floatX** out, float** mean, float** rstd, int weight) {
+        if (keeps_norm(model, weight)) keep(name, out, FLOATX, {L, B, T, C}, norm_hint);
         if (!kMsNorm) keep(name + "_mean", mean, F32, {L, B, T}, BATCH);
         keep(name + "_rstd", rstd, F32, {L, B, T}, BATCH);
     };
-    keep_norm("ln1", &kept.ln1, &kept.ln1_mean, &kept.ln1_rstd);
+    keep_norm("ln1", &kept.ln1, &kept.ln1_mean, &kept.ln1_rstd, QKVW);
     keep("qkv", &kept.qkv, FLOATX, {L, B, T, QKV}, BATCH);
     keep("atty", &kept.atty, FLOATX, {L, B, T, C}, BATCH);
     keep("lse", &kept.lse, F32, {L, B, NH, T}, BATCH);
     if (!kMsNorm) keep("resid_mid", &kept.resid_mid, FLOATX, {L, B, T, C}, norm_hint);
-    keep_norm("ln2", &kept.ln2, &kept.ln2_mean, &kept.ln2_rstd);
+    keep_norm("ln2", &kept.ln2, &kept.ln2_mean, &kept.ln2_rstd, FCW);
     if (kActBits) keep("fch_codes", &kept.fch, BYTE, {L, B, T, act_kept(FF)}, BATCH);
     else keep("fch", &kept.fch, FLOATX, {L, B, T, FF}, "a build with APPROX_ACT=2");
-    if (!recomputes_act(plan)) keep("fch_gelu", &kept.fch_gelu, FLOATX, {L, B, T, FF}, kActBits ? BATCH : "--recompute 1");
+    if (keeps_act(model)) keep("fch_gelu", &kept.fch_gelu, FLOATX, {L, B, T, FF}, kActBits ? BATCH : "--recompute 1");
     if (!kMsNorm) keep("resid_out", &kept.resid_out, FLOATX, {L, B, T, C}, norm_hint);
 
     const Kind kind = plan.training ? SAVED : SCRATCH;
@@ -2469,9 +2841,10 @@ Table model_table(Model& model) {
     table_add(table, "lnf_rstd", &model.lnf_rstd, F32, {B, T}, kind, MODEL, BATCH);
     table_add(table, "scratch_c", &model.scratch_c, FLOATX, {B, T, C}, SCRATCH, MODEL, BATCH);
     table_add(table, "lnf", &model.lnf, FLOATX, {B, T, C}, SCRATCH, MODEL, BATCH, "scratch_c");
-    if (recomputes_act(plan) || plan.training)
+    if (!keeps_act(model) || plan.training)
         table_add(table, "scratch_4c", &model.scratch_4c, FLOATX, {B, T, FF}, SCRATCH, MODEL, BATCH);
-    if (recomputes_norm(plan)) table_add(table, "scratch_ln", &model.scratch_ln, FLOATX, {B, T, C}, SCRATCH, MODEL, BATCH);
+    if (!keeps_norm(model, QKVW) || !keeps_norm(model, FCW))
+        table_add(table, "scratch_ln", &model.scratch_ln, FLOATX, {B, T, C}, SCRATCH, MODEL, BATCH);
     table_add_rest(table, model, std::max(colsum_scratch(C), attention_scratch(B, T, NH, NH, c.HS())));
     return table;
 }
@@ -2488,6 +2861,7 @@ std::string model_mode(const Plan& plan) {
     else if (plan.recompute == 2 && !recomputes_act(plan)) s += " (only norms are left to compute again)";
     else if (plan.recompute == 2 && !recomputes_norm(plan)) s += std::string(" (only ") + ACT_NAME + " is left to compute again)";
     if (!kFP32) s += plan.master ? ", fp32 master weights" : ", no master weights";
+    if (plan.nf4) s += plan.nested ? ", base in NF4, double quantization" : ", base in NF4";
     return s;
 }
 
@@ -2502,28 +2876,88 @@ void model_allocate(Model& model) {
     cudaCheck(cudaMemsetAsync(model.state, 0, sizeof(StepState), model.stream));
     for (int p = 0; p < NUM_PARAMS; p++) {
         size_t n = param_shape(model.config, p).elements();
+        if (p >= LORA_A && model.param[p]) cudaCheck(cudaMemsetAsync(model.param[p], 0, n * sizeof(floatX), model.stream));
+        if (p >= LORA_A && model.master[p]) cudaCheck(cudaMemsetAsync(model.master[p], 0, shard_size(n) * sizeof(float), model.stream));
         if (model.m[p]) cudaCheck(cudaMemsetAsync(model.m[p], 0, shard_size(n) * sizeof(float), model.stream));
         if (model.v[p]) cudaCheck(cudaMemsetAsync(model.v[p], 0, shard_size(n) * sizeof(float), model.stream));
         // most gradients are written before they are read, but for example positions from T on never get one
         if (model.grad[p].p) cudaCheck(cudaMemsetAsync(model.grad[p].p, 0, n * dtype_size(model.grad[p].type), model.stream));
     }
     model.updates = 0;
+    model.lowest = model_lowest(model);
+    for (auto& half : model.wte_rows) {
+        if (!model.plan.host_wte) continue;
+        cudaCheck(cudaMallocHost((void**)&half.rows, (size_t)model.plan.B * model.plan.T * model.config.C * sizeof(floatX)));
+        cudaCheck(cudaEventCreate(&half.copied));
+    }
+    if (model.plan.nf4)
+        cudaCheck(cudaMemcpy(model.nf4_tables, nf4_tables().data(), NF4_TABLES * sizeof(float), cudaMemcpyHostToDevice));
+}
+
+// ---- a frozen weight in 4 bits
+// The matrices of a weight in layer l, as they are on the device.
+struct Nf4Part { size_t first, rows; Nf4 nf4; };
+std::vector<Nf4Part> nf4_parts(const Model& model, int p, int l) {
+    const Quantized& q = model.quantized[linear_index(p)];
+    const ParamShape s = param_shape(model.config, p);
+    const Nf4Sizes sizes = nf4_sizes(model.config, p);
+    size_t block = l * sizes.blocks, nested = l * sizes.nested;
+    std::vector<Nf4Part> parts;
+    for (const LoraTarget& t : lora_targets(model.config)) {
+        if (t.weight != p || t.part) continue;
+        parts.push_back({t.first, t.rows, {q.codes + (l * s.per_layer() + t.first * s.cols) / 2, (char*)q.absmax + block * (q.nested ? 1 : 4),
+                                           q.nested ? q.nested + nested : nullptr, model.nf4_tables}});
+        block += nf4_blocks(t.rows * s.cols), nested += nf4_nested(t.rows * s.cols);
+    }
+    return parts;
+}
+void nf4_put(const Nf4& to, const Nf4Host& from) {
+    auto copy = [](const void* device, const auto& host) {
+        if (device) cudaCheck(cudaMemcpy((void*)device, host.data(), host.size() * sizeof host[0], cudaMemcpyHostToDevice));
+    };
+    copy(to.codes, from.codes);
+    if (to.nested == nullptr) return copy(to.absmax, from.absmax);
+    copy(to.absmax, from.absmax8), copy(to.nested, from.nested);
+}
+// W into fold_w; with a norm W * gamma, and b + W beta into fold_b.
+void nf4_dequantize(const Model& model, int p, int l, const floatX* bias, const floatX* gamma, const floatX* beta) {
+    const size_t C = param_shape(model.config, p).cols;
+    for (const Nf4Part& part : nf4_parts(model, p, l))
+        norm_fold(model.fold_w + part.first * C, beta ? model.fold_b + part.first : nullptr, part.nf4, bias ? bias + part.first : nullptr, gamma,
+                  beta, (int)part.rows, (int)C, model.stream);
 }
 
 __global__ void widen_kernel(float* out, const floatX* inp, size_t n) {
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i < n) out[i] = (float)inp[i];
 }
+void model_put(Model& model, int p, size_t first, size_t n, const float* values);   // section 8: from the host
 // GPT-2's initialisation: weights from N(0, 0.02), or less (enum Init); rows that pad the vocabulary 0. Master weights begin as they are.
 void model_init(Model& model) {
-    for (int p = 0; p < NUM_PARAMS; p++) {
+    for (int p = 0; p < LORA_A; p++) {
         const ParamShape s = param_shape(model.config, p);
         const bool vocabulary = p == WTE || p == head_param(model.config);
         const size_t n = s.elements(), drawn = s.init < NORMAL ? 0 : vocabulary ? (size_t)model.config.V * model.config.C : n;
         if (n == 0) continue;
         const float std = s.init == NORMAL_RESIDUAL ? 0.02f / sqrtf(2.0f * model.config.L) : 0.02f, constant = s.init == ONES ? 1 : 0;
-        init_kernel<<<ceil_div(n, 256), 256, 0, model.stream>>>(model.param[p], n, drawn, std, constant, model.seed, p);
-        cudaCheck(cudaGetLastError());
+        auto draw = [&](floatX* to, size_t first, size_t count) {
+            init_kernel<<<ceil_div(count, 256), 256, 0, model.stream>>>(to, count, drawn, std, constant, model.seed, p, first);
+            cudaCheck(cudaGetLastError());
+        };
+        if (model.param[p] != nullptr) draw(model.param[p], 0, n);
+        for (size_t layer = 0; model.param[p] == nullptr && layer < s.layers; layer++) {   // to be kept in another way than it is drawn
+            const size_t rows = p == WTE ? 128 : s.rows, count = rows * s.cols;   // at a time: what fits into a buffer
+            floatX* buffer = p == WTE ? model.logits : model.fold_w;
+            std::vector<floatX> drawn_here(count);
+            std::vector<float> values(count);
+            for (size_t row = 0; row < s.rows; row += rows) {
+                draw(buffer, layer * s.per_layer() + row * s.cols, count);
+                cudaCheck(cudaMemcpyAsync(drawn_here.data(), buffer, count * sizeof(floatX), cudaMemcpyDeviceToHost, model.stream));
+                cudaCheck(cudaStreamSynchronize(model.stream));
+                std::copy(drawn_here.begin(), drawn_here.end(), values.begin());
+                model_put(model, p, layer * s.per_layer() + row * s.cols, count, values.data());
+            }
+        }
         if (model.master[p] == nullptr) continue;
         const size_t share = shard_size(n);
         widen_kernel<<<ceil_div(share, 256), 256, 0, model.stream>>>(model.master[p], model.param[p] + shard_offset(n), share);
@@ -2531,55 +2965,141 @@ void model_init(Model& model) {
     }
 }
 
-// ---- a linear layer: out = inp W^T + b
-// After a norm, with MS_NORM, inp is the norm's z, and gamma and beta are folded into W and b.
+// ---- a linear layer: out = inp W^T + b, and perhaps an adapter: + s (inp A^T) B^T
+// After a norm, with MS_NORM, inp is the norm's z, and gamma and beta are folded into W, b and A. W may be frozen, and then in 4 bits.
+//
+// An adapter (LoRA: Hu et al., arXiv 2106.09685) is a narrow matrix A (R, C) and another one B (OC, R), which begins with zeros; they are
+// trained in place of W. t = inp A^T is R wide, so it is computed again in backward. Matrices that share their input (q, k and v; gate and
+// up) have their A below one another, for one matmul, and each its own B, which is multiplied with its R columns of t. Backward:
+//     dt = s dout B      dA += dt^T inp      dB += s dout^T t      dinp = dout W + dt A
+// Without a gradient of A (LoRA-FA: Zhang et al., arXiv 2308.03303) inp is not needed.
 struct Linear {
-    const floatX *weight, *bias;   // (OC, C), (OC) or null
+    const floatX *weight, *bias;   // (OC, C), (OC) or null; weight null: in 4 bits
     Grad dweight, dbias;           // of the same shapes; null: not wanted
     const floatX *gamma, *beta;    // (C) of the norm to fold in; null: none
     Grad dgamma, dbeta;            // (C)
-    int C, OC;
+    int C, OC, p, l;               // p: its parameter
+    const floatX *A, *B;           // (ranks, C), the targets' (rows, R) one after the other
+    Grad dA, dB;
+    int R, slots;                  // R: of a target; ranks = slots * R
+    struct Slot { size_t first, rows; float scale; } slot[3];   // rows of the weight; scale 0: this layer has no adapter there
+    floatX* t;                     // (rows, ranks): scratch, or what forward keeps for backward
+    Dropout dropout;
+    bool lowest;                   // nothing below it is trained
+    int ranks() const { return slots * R; }
 };
 Linear model_linear(const Model& model, int weight, int l, int norm = -1) {   // parameters; norm: the gamma of the norm before it
     const ParamShape s = param_shape(model.config, weight);
-    const int bias = bias_of(model.config, weight);
+    const int bias = bias_of(model.config, weight), index = linear_index(weight);
     Linear linear = {model_param(model, weight, l), model_param(model, bias, l), model_grad(model, weight, l),
-                     model_grad(model, bias, l), nullptr, nullptr, {}, {}, (int)s.cols, (int)s.rows};
+                     model_grad(model, bias, l), nullptr, nullptr, {}, {}, (int)s.cols, (int)s.rows, weight, l};
     if (kMsNorm && norm >= 0) {
         linear.gamma = model_param(model, norm, l), linear.dgamma = model_grad(model, norm, l);
         linear.beta = model_param(model, beta_of(norm), l), linear.dbeta = model_grad(model, beta_of(norm), l);
     }
+    linear.lowest = model.lowest == l * 4 + index;
+    if (!has_adapter(model.config, weight)) return linear;
+    linear.A = model_param(model, LORA_A + index, l), linear.dA = model_grad(model, LORA_A + index, l);
+    linear.B = model_param(model, LORA_B + index, l), linear.dB = model_grad(model, LORA_B + index, l);
+    linear.R = model.config.lora.rank, linear.t = model.lora_t;
+    if (model.kept_t[index]) linear.t = model.kept_t[index] + (size_t)l * model.plan.B * model.plan.T * param_shape(model.config, LORA_A + index).rows;
+    const float dropout = model.micro_batch > 0 ? model.plan.dropout : 0;
+    linear.dropout = {dropout, model.seed, model.micro_batch * model.config.L * 4 + l * 4 + index};
+    const std::vector<LoraTarget> targets = lora_targets(model.config);
+    for (size_t i = 0; i < targets.size(); i++)
+        if (targets[i].weight == weight && (model.config.lora.targets >> i & 1))
+            linear.slot[linear.slots++] = {targets[i].first, targets[i].rows, model.lora[l * targets.size() + i].scale};
     return linear;
 }
-// What its matmul multiplies by and adds: W and b, or with the norm folded in, which holds until the next call, W' and b'.
+// What a matmul multiplies by and adds: W and b, or with the norm folded in (if wanted), which holds until the next call, W' and b'.
 struct Weights { const floatX *weight, *bias; };
-Weights linear_weights(const Model& model, const Linear& linear) {
-    if (linear.gamma == nullptr) return {linear.weight, linear.bias};
-    const bool folds_bias = linear.beta != nullptr;
-    norm_fold(model.fold_w, model.fold_b, linear.weight, folds_bias ? linear.bias : nullptr, linear.gamma, linear.beta, linear.OC,
-              linear.C, model.stream);
-    return {model.fold_w, folds_bias ? model.fold_b : linear.bias};
+Weights linear_weights(const Model& model, const Linear& linear, bool fold) {
+    const floatX *gamma = fold ? linear.gamma : nullptr, *beta = fold ? linear.beta : nullptr;
+    const bool quantized = linear.weight == nullptr;
+    if (quantized) nf4_dequantize(model, linear.p, linear.l, linear.bias, gamma, beta);
+    else if (gamma != nullptr)
+        norm_fold(model.fold_w, beta ? model.fold_b : nullptr, PlainWeight{linear.weight}, linear.bias, gamma, beta, linear.OC, linear.C,
+                  model.stream);
+    return {quantized || gamma ? model.fold_w : linear.weight, beta ? model.fold_b : linear.bias};
+}
+// What A is multiplied with: the layer's input, or with dropout what is left of it.
+const floatX* adapter_input(const Model& model, const floatX* inp, const Linear& linear, int rows) {
+    if (linear.dropout.p == 0) return inp;
+    dropout<false>(model.dropped, inp, linear.gamma, linear.beta, linear.dropout, rows, linear.C, model.stream);
+    return model.dropped;
+}
+// t = x A^T, of what adapter_input returns. Without dropout gamma and beta are folded into A.
+void adapter_down(const Model& model, const floatX* x, const Linear& linear, int rows) {
+    const bool folds = linear.gamma != nullptr && linear.dropout.p == 0;
+    floatX* folded_b = folds && linear.beta ? model.lora_fold_b : nullptr;
+    if (folds)
+        norm_fold(model.lora_fold, folded_b, PlainWeight{linear.A}, nullptr, linear.gamma, linear.beta, linear.ranks(), linear.C, model.stream);
+    matmul_forward(linear.t, x, folds ? model.lora_fold : linear.A, folded_b, rows, linear.C, linear.ranks(), model.stream);
 }
 void linear_forward(const Model& model, floatX* out,   // (rows, OC)
                     const floatX* inp,                 // (rows, C)
                     const Linear& linear, int rows) {
-    const Weights w = linear_weights(model, linear);
+    const Weights w = linear_weights(model, linear, true);
     matmul_forward(out, inp, w.weight, w.bias, rows, linear.C, linear.OC, model.stream);
+    if (linear.slots == 0) return;
+    adapter_down(model, adapter_input(model, inp, linear, rows), linear, rows);
+    const floatX* B = linear.B;
+    for (int i = 0, R = linear.R; i < linear.slots; B += linear.slot[i++].rows * R) {   // out += scale t B^T, in the slot's columns
+        const Linear::Slot& s = linear.slot[i];
+        matmul(out + s.first, FLOATX, B, linear.t + i * R, {(long)s.rows, rows, R, true, false, 0, linear.ranks(), linear.OC}, true,
+               model.stream, CUBLASLT_EPILOGUE_DEFAULT, nullptr, nullptr, s.scale);
+    }
 }
 struct Pass { bool add, last; };   // a micro-batch of a step: its gradients are added to those before; no further one comes
-// Gradients of a linear layer, but its bias.
-void linear_backward(const Model& model, floatX* dinp,   // (rows, C) or null: not wanted
+// Gradients of an adapter; leaves dt in lora_dt.
+void adapter_backward(const Model& model, const floatX* dout, const floatX* inp, const Linear& linear, int rows, Pass pass) {
+    const int R = linear.R, ranks = linear.ranks(), C = linear.C, OC = linear.OC;
+    const floatX *x = inp ? adapter_input(model, inp, linear, rows) : nullptr, *B = linear.B;
+    if (inp != nullptr) adapter_down(model, x, linear, rows);   // or t was kept
+    size_t at = 0;
+    for (int i = 0; i < linear.slots; i++) {
+        const Linear::Slot& s = linear.slot[i];
+        auto product = [&](void* D, DType type, const floatX* A, const MatmulShape& shape, bool add) {   // with dout's columns
+            matmul(D, type, A, dout + s.first, shape, add, model.stream, CUBLASLT_EPILOGUE_DEFAULT, nullptr, nullptr, s.scale);
+        };
+        const Grad dB = linear.dB + at;
+        product(dB.p, dB.type, linear.t + i * R, {R, (long)s.rows, rows, false, true, ranks, OC, 0}, pass.add);
+        product(model.lora_dt + i * R, FLOATX, B + at, {R, rows, (long)s.rows, false, false, 0, OC, ranks}, false);
+        at += s.rows * R;
+    }
+    if (linear.dA.p == nullptr) return;
+    if (linear.gamma == nullptr || linear.dropout.p > 0)
+        return matmul_backward_weight(linear.dA, model.lora_dt, x, pass.add, rows, C, ranks, model.stream);
+    matmul_backward_weight({model.lora_G, F32}, model.lora_dt, x, false, rows, C, ranks, model.stream);
+    if (linear.beta) bias_backward({model.lora_dt_sum, F32}, model.colsum, model.lora_dt, false, rows, ranks, model.stream);
+    adapter_unfold(linear.dA, model.lora_G, model.lora_dt_sum, linear.gamma, linear.beta, pass.add, ranks, C, model.stream);
+}
+// Gradients of a linear layer, but its bias. False: nothing below it is trained, and dinp was not computed.
+bool linear_backward(const Model& model, floatX* dinp,   // (rows, C)
                      const floatX* dout,                 // (rows, OC); what the layer adds to dbias from it is done
-                     const floatX* inp,                  // (rows, C); may be dinp
+                     const floatX* inp,                  // (rows, C), may be dinp; null: not needed (needs_input)
                      const Linear& linear, int rows, Pass pass,
                      const void* gelu_inp = nullptr) {   // see matmul_backward_input
-    const int C = linear.C, OC = linear.OC;
+    const int C = linear.C, OC = linear.OC, ranks = linear.ranks();
     const bool wanted = linear.dweight.p != nullptr;
     if (wanted) matmul_backward_weight(linear.dweight, dout, inp, pass.add, rows, C, OC, model.stream);
-    if (dinp != nullptr) matmul_backward_input(dinp, dout, linear.weight, rows, C, OC, model.stream, gelu_inp);
+    if (linear.slots > 0) adapter_backward(model, dout, inp, linear, rows, pass);
+    if (linear.lowest) return false;
+    matmul_backward_input(dinp, dout, linear_weights(model, linear, false).weight, rows, C, OC, model.stream, gelu_inp);
+    if (linear.slots > 0 && linear.dropout.p > 0) {
+        matmul_backward_input(model.dropped, model.lora_dt, linear.A, rows, C, ranks, model.stream);
+        dropout<true>(dinp, model.dropped, nullptr, nullptr, linear.dropout, rows, C, model.stream);
+    } else if (linear.slots > 0) {
+        matmul(dinp, FLOATX, linear.A, model.lora_dt, {C, rows, ranks, false, false}, true, model.stream);
+    }
     if (wanted && linear.gamma != nullptr && pass.last)
         norm_unfold(linear.dweight, linear.dgamma, linear.dbeta, model.colsum, linear.dbias, linear.weight, linear.gamma,
                     linear.beta, OC, C, model.stream);
+    return true;
+}
+// The gradient of a norm's gamma or beta that the norm itself makes. With MS_NORM norm_unfold does, where the weight after it is trained.
+Grad norm_grad(const Model& model, int p, int weight, int l) {
+    return kMsNorm && model.plan.trains(weight) ? Grad{} : model_grad(model, p, l);
 }
 // ==== end twin
 // ---- forward: the figure at the top of this file, from top to bottom
@@ -2599,27 +3119,37 @@ LayerTensors model_layer(const Model& model, int l, int BT) {
             at(kept.resid_out, C, model.resid_in)};
 }
 
+// GELU of a linear layer's output, and what backward wants of its input.
+void linear_act_forward(const Model& model, floatX* out, ActKept<kActBits>* kept, const floatX* inp, const Linear& linear, int rows) {
+    if (linear.slots == 0) {
+        const Weights w = linear_weights(model, linear, true);
+        return matmul_act_forward<kActBits>(out, kept, inp, w.weight, w.bias, rows, linear.C, linear.OC, model.stream);
+    }
+    floatX* sum = kActBits ? out : (floatX*)kept;   // with the adapter's part
+    linear_forward(model, sum, inp, linear, rows);
+    act_forward<kActBits>(out, kept, sum, nullptr, rows, linear.OC, model.stream);
+}
+
 // From the inputs in model.tokens to the final norm's output, model.lnf. B and T may be smaller than the plan's.
 void model_forward(Model& model, int B, int T) {
     NvtxRange range("forward");
     const Config& c = model.config;
     const int C = c.C, NH = c.NH, L = c.L, BT = B * T;
     cudaStream_t stream = model.stream;
+    const int* document = model_documents(model, BT);
     auto W = [&](int p, int l) { return model_param(model, p, l); };
-    embedding_forward(model.resid_in, model.tokens, model.param[WTE], model.param[WPE], B, T, C, stream);
+    embedding_forward(model.resid_in, model.tokens, model.param[WTE], model.param[WPE], document, B, T, C, stream);
     LayerTensors t = model_layer(model, 0, BT);
     add_norm_forward<kMsNorm>(nullptr, t.ln1, t.ln1_mean, t.ln1_rstd, t.resid, nullptr, W(LN1W, 0), W(LN1B, 0), c.eps, BT, C, stream);
 
     for (int l = 0; l < L; l++) {
         NvtxRange layer_range("forward layer " + std::to_string(l));
         linear_forward(model, t.qkv, t.ln1, model_linear(model, QKVW, l, LN1W), BT);
-        attention_forward(t.atty, t.lse, t.qkv, B, T, NH, NH, c.HS(), stream);
+        attention_forward(t.atty, t.lse, t.qkv, document, B, T, NH, NH, c.HS(), stream);
         linear_forward(model, model.scratch_c, t.atty, model_linear(model, ATTPROJW, l), BT);
         add_norm_forward<kMsNorm>(t.resid_mid, t.ln2, t.ln2_mean, t.ln2_rstd, t.resid, model.scratch_c, W(LN2W, l), W(LN2B, l),
                                   c.eps, BT, C, stream);
-        const Linear fc = model_linear(model, FCW, l, LN2W);
-        const Weights w = linear_weights(model, fc);
-        matmul_act_forward<kActBits>(t.fch_gelu, t.fch, t.ln2, w.weight, w.bias, BT, C, fc.OC, stream);
+        linear_act_forward(model, t.fch_gelu, t.fch, t.ln2, model_linear(model, FCW, l, LN2W), BT);
         linear_forward(model, model.scratch_c, t.fch_gelu, model_linear(model, FCPROJW, l), BT);
 
         // The second residual addition is part of the norm that comes next: ln1 of the next layer, or the final norm.
@@ -2640,13 +3170,14 @@ void model_forward(Model& model, int B, int T) {
 // Logits are (B*T, Vp), the largest tensor of a small model. A row's loss needs no other row, so a chunk of rows goes all the way
 // (logits, loss, their gradient, and from it the gradients of the head's weight and of lnf) before the next chunk reuses the
 // memory. Nothing is computed twice. The gradient of a chunk of lnf overwrites the chunk itself, which is not needed any more.
-void model_loss(Model& model, int B, int T, bool train, bool first_micro_batch) {
+// `with_loss`: the targets that have a loss in all of the step, over which the gradient is a mean.
+void model_loss(Model& model, int B, int T, bool train, bool first_micro_batch, double with_loss) {
     NvtxRange range("loss");
     const int C = model.config.C, V = model.config.V, Vp = model.config.Vp, BT = B * T;
     const int* targets = model.tokens + BT;
     const int chunk = std::min((int)plan_chunk_rows(model.plan), BT);
     const int head = head_param(model.config);
-    const float dloss = 1.0f / ((float)BT * model.plan.micro_batches * world.size);
+    const float dloss = 1.0f / (float)with_loss;
     for (int r = 0; r < BT; r += chunk) {
         int rows = std::min(chunk, BT - r);
         floatX* lnf = model.lnf + (size_t)r * C;
@@ -2682,6 +3213,7 @@ void model_backward(Model& model, int B, int T, int buckets, int micro_batch) {
     const int C = c.C, NH = c.NH, L = c.L, BT = B * T;
     const Pass pass = {micro_batch > 0, micro_batch == model.plan.micro_batches - 1};
     cudaStream_t stream = model.stream;
+    const int* document = model_documents(model, BT);
     floatX *dresid = model.dresid, *d = model.scratch_c, *d_wide = model.scratch_4c;
     auto W = [&](int p, int l) { return model_param(model, p, l); };
     auto G = [&](int p, int l) { return l >= 0 ? model_grad(model, p, l) : Grad{}; };
@@ -2698,28 +3230,31 @@ void model_backward(Model& model, int B, int T, int buckets, int micro_batch) {
 
         // What forward did not keep is computed again, to the same bits (unless --gelu-fusion had cuBLASLt compute GELU, which rounds
         // in its own way). fch_gelu may be in scratch_4c: the weight's gradient reads it before the input's gradient takes its place.
-        if (recomputes_act(model.plan)) act_forward<0>(t.fch_gelu, nullptr, (const floatX*)t.fch, nullptr, BT, c.FF(), stream);
-        linear_backward(model, d_wide, dresid, t.fch_gelu, model_linear(model, FCPROJW, l), BT, pass,
-                        act_backward_is_fused<kActBits>() ? t.fch : nullptr);
+        const bool act = needs_input(model, FCPROJW), ln2 = needs_input(model, FCW), atty = needs_input(model, ATTPROJW);
+        const bool ln1 = needs_input(model, QKVW);
+        auto norm = [&](int p, int weight) { return norm_grad(model, p, weight, l); };
+        if (act && !keeps_act(model)) act_forward<0>(t.fch_gelu, nullptr, (const floatX*)t.fch, nullptr, BT, c.FF(), stream);
+        if (!linear_backward(model, d_wide, dresid, act ? t.fch_gelu : nullptr, model_linear(model, FCPROJW, l), BT, pass,
+                             act_backward_is_fused<kActBits>() ? t.fch : nullptr)) return;
         act_backward<kActBits>(d_wide, G(FCB, l), model.colsum, t.fch, pass.add, BT, c.FF(), stream);
-        if (recomputes_norm(model.plan)) norm_again(LN2W, t.ln2, t.ln2_mean, t.ln2_rstd, t.resid_mid, l);
-        linear_backward(model, d, d_wide, t.ln2, model_linear(model, FCW, l, LN2W), BT, pass);
-        add_norm_backward<kMsNorm>(dresid, G(ATTPROJB, l), G(LN2W, l), G(LN2B, l), model.colsum, d, kMsNorm ? t.ln2 : t.resid_mid,
-                                   t.ln2_mean, t.ln2_rstd, W(LN2W, l), true, pass.add, BT, C, stream);
+        if (ln2 && !keeps_norm(model, FCW)) norm_again(LN2W, t.ln2, t.ln2_mean, t.ln2_rstd, t.resid_mid, l);
+        if (!linear_backward(model, d, d_wide, ln2 ? t.ln2 : nullptr, model_linear(model, FCW, l, LN2W), BT, pass)) return;
+        add_norm_backward<kMsNorm>(dresid, G(ATTPROJB, l), norm(LN2W, FCW), norm(LN2B, FCW), model.colsum, d,
+                                   kMsNorm ? t.ln2 : t.resid_mid, t.ln2_mean, t.ln2_rstd, W(LN2W, l), true, pass.add, BT, C, stream);
 
-        linear_backward(model, d, dresid, t.atty, model_linear(model, ATTPROJW, l), BT, pass);
-        attention_backward(d_wide, G(QKVB, l), model.delta, model.colsum, d, t.qkv, t.atty, t.lse, pass.add, B, T, NH, NH, c.HS(),
-                           stream);
-        if (recomputes_norm(model.plan)) norm_again(LN1W, t.ln1, t.ln1_mean, t.ln1_rstd, t.resid, l);
-        linear_backward(model, d, d_wide, t.ln1, model_linear(model, QKVW, l, LN1W), BT, pass);
-        add_norm_backward<kMsNorm>(dresid, G(FCPROJB, l - 1), G(LN1W, l), G(LN1B, l), model.colsum, d, kMsNorm ? t.ln1 : t.resid,
-                                   t.ln1_mean, t.ln1_rstd, W(LN1W, l), true, pass.add, BT, C, stream);
+        if (!linear_backward(model, d, dresid, atty ? t.atty : nullptr, model_linear(model, ATTPROJW, l), BT, pass)) return;
+        attention_backward(d_wide, G(QKVB, l), model.delta, model.colsum, d, t.qkv, t.atty, t.lse, document, pass.add, B, T, NH, NH,
+                           c.HS(), stream);
+        if (ln1 && !keeps_norm(model, QKVW)) norm_again(LN1W, t.ln1, t.ln1_mean, t.ln1_rstd, t.resid, l);
+        if (!linear_backward(model, d, d_wide, ln1 ? t.ln1 : nullptr, model_linear(model, QKVW, l, LN1W), BT, pass)) return;
+        add_norm_backward<kMsNorm>(dresid, G(FCPROJB, l - 1), norm(LN1W, QKVW), norm(LN1B, QKVW), model.colsum, d,
+                                   kMsNorm ? t.ln1 : t.resid, t.ln1_mean, t.ln1_rstd, W(LN1W, l), true, pass.add, BT, C, stream);
     }
     const int* positions = model.tokens + 2 * (size_t)BT;
     const int* bucket_token = positions + BT;
     const int* bucket_start = bucket_token + token_cap(BT, c.V);
-    embedding_backward(model.grad[WTE], model.grad[WPE], dresid, positions, bucket_token, bucket_start, buckets,
-                       true, pass.add, B, T, C, stream);   // to what the head has written
+    embedding_backward(model.grad[WTE], model.grad[WPE], dresid, positions, bucket_token, bucket_start, document,
+                       buckets, true, pass.add, B, T, C, stream);   // to what the head has written
 }
 
 // ==== twin: update, files
@@ -2729,8 +3264,9 @@ struct Hyper {
 };
 
 // One optimizer step, from the gradients of the step's micro-batches. Returns the verdict: this is the only moment of a step at
-// which the host waits for the device. `meanwhile` is called before that: the host can work while the device does.
-Verdict model_update(Model& model, const Hyper& h, uint64_t step, const std::function<void()>& meanwhile = nullptr) {
+// which the host waits for the device. `with_loss`: its targets that have a loss, over all ranks. `meanwhile` is called before that: the
+// host can work while the device does.
+Verdict model_update(Model& model, const Hyper& h, uint64_t step, double with_loss, const std::function<void()>& meanwhile = nullptr) {
     NvtxRange range("update");
     world_group(true);
     const std::vector<int> trained = model_trained(model);
@@ -2753,7 +3289,7 @@ Verdict model_update(Model& model, const Hyper& h, uint64_t step, const std::fun
     sum_kernel<<<1, 256, 0, model.stream>>>(&model.state->square_sum, model.squares, false, (unsigned)squares);
     cudaCheck(cudaGetLastError());
     world_sum_floats(&model.state->loss_sum, 1, model.stream);
-    float loss_scale = 1.0f / ((float)model.plan.B * model.plan.T * model.plan.micro_batches * world.size);
+    float loss_scale = 1.0f / (float)with_loss;
     verdict_kernel<<<1, 1, 0, model.stream>>>(model.state, loss_scale, h.grad_clip, h.skip_loss_z, h.skip_grad_z);
     cudaCheck(cudaGetLastError());
     const int updates = model.updates + 1;   // with this one
@@ -2777,13 +3313,15 @@ Verdict model_update(Model& model, const Hyper& h, uint64_t step, const std::fun
     return verdict;
 }
 
-// Matmul operations of one token, forward and backward: 6 per weight that multiplies, and attention's two products over T/2
-// keys on average, three times.
-double model_flops_per_token(const Config& c, int T) {
-    double weights = (double)c.V * c.C;   // the head
+// Matmul operations of one token, forward and backward: 6 per weight that multiplies, or 4 where it is frozen and so has no gradient, and
+// attention's two products over T/2 keys on average, three times.
+double model_flops_per_token(const Model& model, int T) {
+    const Config& c = model.config;
+    auto each = [&](int p) { return model.plan.trains(p) ? 6.0 : 4.0; };
+    double sum = each(head_param(c)) * c.V * c.C;
     for (int p = 0; p < NUM_PARAMS; p++)
-        if (const ParamShape s = param_shape(c, p); s.in_layer && s.cols) weights += (double)s.elements();
-    return 6.0 * weights + 6.0 * c.L * c.NH * c.HS() * (double)T;
+        if (const ParamShape s = param_shape(c, p); s.in_layer && s.cols) sum += each(p) * s.elements();
+    return sum + 6.0 * c.L * c.NH * c.HS() * (double)T;
 }
 
 // ==== 8. files ===================================================================================================================
@@ -2916,6 +3454,8 @@ void progress(const char* doing, size_t done, size_t of, double begin) {
 // their targets, so the last token of a window is the first of the next. Every epoch takes the shards in a new order, and the
 // windows of each shard too. Both orders are functions of seed and epoch, so that three numbers are a position in the data.
 
+// Marks of a token (version 8): it is no target of the loss; a document begins with it, and then it is none either.
+constexpr uint32_t NO_LOSS = 1u << 31, BEGINS = 1u << 30, ID = BEGINS - 1;
 struct TokensHeader { int32_t magic, version; uint32_t tokens; int32_t unused[HEADER_INTS - 3]; };
 const char* TOKENS_REMEDY = "make one with: python3 prepro/text.py FILE --out data";
 
@@ -2923,6 +3463,7 @@ struct Shard {
     std::string path;
     size_t tokens;
     int width;   // bytes per token
+    bool marks;  // NO_LOSS and BEGINS stand in the ids
     size_t bytes() const { return HEADER_BYTES + tokens * width; }
 };
 // `window` windows have been taken from the shard that stands at `shard` in the order of this epoch.
@@ -2938,6 +3479,7 @@ struct Loader {
     FILE* file = nullptr;
     std::vector<uint32_t> window_order, ids;   // of that shard; ids: those that were read last
     std::string error;                 // why the data cannot be read any more
+    bool marks() const { return std::any_of(shards.begin(), shards.end(), [](auto& s) { return s.marks; }); }
     size_t windows(const Shard& s) const { return (s.tokens - 1) / T; }
     size_t batch_windows() const { return (size_t)B * world.size; }
     size_t batches_left_in_shard() const { return (window_order.size() - position.window) / batch_windows(); }
@@ -2982,13 +3524,14 @@ uint64_t loader_check_ids(Loader& d, size_t shard, int V) {
     uint64_t sum = s.tokens;
     for (size_t i = 0; i < s.tokens; i += CHUNK) {
         if (!loader_read(d, i, std::min(CHUNK, s.tokens - i))) fail("%s; %s", d.error.c_str(), TOKENS_REMEDY);
-        for (const uint32_t& id : d.ids) {
-            sum = (sum + id) * 0x9e3779b97f4a7c15ull;
+        for (const uint32_t& raw : d.ids) {
+            const uint32_t id = s.marks ? raw & ID : raw;
+            sum = (sum + raw) * 0x9e3779b97f4a7c15ull;
             d.largest_id = std::max(d.largest_id, (int)id);
             if (id >= (uint32_t)V)
                 fail("%s: token %zu has id %u, but the model's vocabulary is %d (expected ids 0 to %d); make the tokens with the "
                      "model's tokenizer (prepro/text.py --tokenizer), or take a model with V%u or more (-e)",
-                     s.path.c_str(), i + (&id - d.ids.data()), id, V, V - 1, id + 1);
+                     s.path.c_str(), i + (&raw - d.ids.data()), id, V, V - 1, id + 1);
         }
     }
     return sum;
@@ -3027,10 +3570,11 @@ Shard shard_check_header(const char* path) {
     FILE* f = open_with_header(path, &h, 0, "tokens", TOKENS_REMEDY);
     const size_t size = file_size(f);
     fclose(f);
-    const int width = h.magic == 20240520 && h.version == 1 ? 2 : h.magic == 20240801 && h.version == 7 ? 4 : 0;
-    const Shard s = {path, h.tokens, width};
+    const bool marks = h.magic == 20240801 && h.version == 8;
+    const int width = h.magic == 20240520 && h.version == 1 ? 2 : (h.magic == 20240801 && h.version == 7) || marks ? 4 : 0;
+    const Shard s = {path, h.tokens, width, marks};
     if (width == 0)
-        fail("%s: expected tokens (magic 20240520 version 1, or magic 20240801 version 7), found magic %d version %d; %s", path,
+        fail("%s: expected tokens (magic 20240520 version 1, or magic 20240801 version 7 or 8), found magic %d version %d; %s", path,
              h.magic, h.version, TOKENS_REMEDY);
     if (size != s.bytes())
         fail("%s: its header announces %zu tokens of %d bytes, so expected a file of %zu bytes, found %zu; it is damaged or was "
@@ -3078,7 +3622,7 @@ void loader_close(Loader& d) {
     d = Loader();
 }
 // This rank's rows of the next batch. False: they cannot be read any more, and `error` says why.
-bool loader_next(Loader& d, int* inputs, int* targets) {   // (B, T) each
+bool loader_next(Loader& d, int* inputs, int* targets, int* documents) {   // (B, T) each; documents: as in token_ints, or null: not wanted
     Position& at = d.position;
     while (at.window + d.batch_windows() > d.window_order.size()) {   // windows that fill no batch are left out of this epoch
         const bool last = at.shard + 1 == d.shards.size();
@@ -3087,10 +3631,17 @@ bool loader_next(Loader& d, int* inputs, int* targets) {   // (B, T) each
     for (int b = 0; b < d.B; b++) {
         const size_t window = d.window_order[at.window + (size_t)world.rank * d.B + b];
         if (!loader_read(d, window * d.T, d.T + 1)) return false;
-        if (*std::max_element(d.ids.begin(), d.ids.end()) > (uint32_t)d.largest_id)
-            return d.error = d.shards[d.current].path + ": was written to since this run began", false;
-        std::copy_n(d.ids.begin(), d.T, inputs + (size_t)b * d.T);
-        std::copy_n(d.ids.begin() + 1, d.T, targets + (size_t)b * d.T);
+        const bool marks = d.shards[d.current].marks;
+        for (int t = 0, begin = 0; t <= d.T; t++) {
+            const uint32_t raw = d.ids[t], id = marks ? raw & ID : raw;
+            const size_t at = (size_t)b * d.T + t;
+            if (id > (uint32_t)d.largest_id) return d.error = d.shards[d.current].path + ": was written to since this run began", false;
+            if (t > 0) targets[at - 1] = marks && (raw & (NO_LOSS | BEGINS)) ? -1 : (int)id;
+            if (t == d.T) break;
+            inputs[at] = (int)id;
+            if (marks && (raw & BEGINS)) begin = t;
+            if (documents != nullptr) documents[at] = begin;
+        }
     }
     at.window += d.batch_windows();
     return true;
@@ -3125,6 +3676,21 @@ int tokens_upload(int* device, int* host, int BT, int V, cudaStream_t stream) {
     const int buckets = tokens_sort(host, BT, V);
     tokens_copy(device, host, BT, V, buckets, stream);
     return buckets;
+}
+
+// A micro-batch's tokens to the device. Of an embedding on the host, the rows that they name too: straight into the residual stream.
+void model_tokens(Model& model, const int* host, int BT, int buckets) {
+    const size_t C = model.config.C;
+    const size_t documents = documents_at(BT, model.config.V);
+    tokens_copy(model.tokens, host, BT, model.config.V, buckets, model.stream);
+    if (model.plan.marks)
+        cudaCheck(cudaMemcpyAsync(model.tokens + documents, host + documents, BT * sizeof(int), cudaMemcpyHostToDevice, model.stream));
+    if (!model.plan.host_wte) return;
+    auto& half = model.wte_rows[model.wte_turn ^= 1];
+    cudaCheck(cudaEventSynchronize(half.copied));   // of the one before the last
+    for (int i = 0; i < BT; i++) memcpy(half.rows + i * C, &model.wte_on_host[host[i] * C], C * sizeof(floatX));
+    cudaCheck(cudaMemcpyAsync(model.resid_in, half.rows, BT * C * sizeof(floatX), cudaMemcpyHostToDevice, model.stream));
+    cudaCheck(cudaEventRecord(half.copied, model.stream));
 }
 
 // ---- text
@@ -3631,7 +4197,7 @@ std::vector<HfPiece> hf_pieces(const Config& c, int p, int layer);   // layer -1
 // Calls f(parameter, its first element, piece) for all of a model.
 void hf_walk(const Config& c, const std::function<void(int p, size_t first, const HfPiece& piece)>& f) {
     for (int layer = -1; layer < c.L; layer++)
-        for (int p = 0; p < NUM_PARAMS; p++) {
+        for (int p = 0; p < LORA_A; p++) {
             const ParamShape s = param_shape(c, p);
             if (s.in_layer != (layer >= 0) || s.elements() == 0) continue;
             size_t first = layer >= 0 ? layer * s.per_layer() : 0;
@@ -3639,8 +4205,32 @@ void hf_walk(const Config& c, const std::function<void(int p, size_t first, cons
         }
 }
 
+// The same for a weight that is kept in 4 bits. A matrix's elements come in their order, in any number of calls.
+void nf4_put_elements(Model& model, int p, size_t first, size_t n, const float* values) {
+    static Nf4Host matrix;
+    static size_t done = 0;   // of its elements
+    const ParamShape s = param_shape(model.config, p);
+    while (n > 0) {
+        const size_t l = first / s.per_layer(), row = first % s.per_layer() / s.cols;
+        for (const Nf4Part& part : nf4_parts(model, p, (int)l)) {
+            if (row < part.first || row >= part.first + part.rows) continue;
+            const size_t all = part.rows * s.cols, count = std::min(n, all - done);
+            matrix.add(values, count);
+            done += count, first += count, values += count, n -= count;
+            if (done < all) continue;
+            matrix.finish(model.plan.nested, nf4_tables().data());
+            nf4_put(part.nf4, matrix);
+            matrix = Nf4Host(), done = 0;
+        }
+    }
+}
 // Elements [first, first + n) of a parameter, from the host into the weights and, where there are some, this rank's master weights.
 void model_put(Model& model, int p, size_t first, size_t n, const float* values) {
+    if (model.plan.quantizes(p)) return nf4_put_elements(model, p, first, n, values);
+    if (p == WTE && model.plan.host_wte) {
+        model.wte_on_host.resize(param_shape(model.config, p).elements());
+        return void(std::copy(values, values + n, model.wte_on_host.begin() + first));
+    }
     const size_t all = param_shape(model.config, p).elements(), begin = shard_offset(all), end = begin + shard_size(all);
     const size_t from = std::max(first, begin), to = std::min(first + n, end);
     const std::vector<floatX> rounded(values, values + n);
@@ -3677,11 +4267,92 @@ struct Source {
     std::vector<std::pair<std::string, std::string>> files;   // of the tokenizer: names and contents. The directory may go
     DType dtype = FLOATX;                // of the tensors that are not in `dtypes`
     std::map<std::string, DType> dtypes;
+    Json adapter;                        // adapter_config.json of the adapter that came along
     DType dtype_of(const std::string& name) const {
         const auto at = dtypes.find(name);
         return at == dtypes.end() ? dtype : at->second;
     }
 };
+// ---- weights that bitsandbytes has written in 4 bits: X.weight holds codes, and beside it stand X.weight.absmax and the like
+std::string bnb_text(const HfModel& m, const std::string& name) {   // of bytes
+    const SafeTensor* t = m.find(name);
+    std::string bytes(t->end - t->begin, '\0');
+    const int fd = open(t->file.c_str(), O_RDONLY | O_CLOEXEC);
+    const bool read = fd >= 0 && pread(fd, &bytes[0], bytes.size(), t->begin) == (ssize_t)bytes.size();
+    if (fd >= 0) close(fd);
+    if (!read) fail("%s: tensor %s could not be read", t->file.c_str(), name.c_str());
+    return bytes;
+}
+std::vector<float> bnb_floats(const HfModel& m, const std::string& name) {
+    const SafeTensor* t = m.find(name);
+    std::vector<float> values((t->end - t->begin) / sizeof(float));
+    safetensors_read(*t, 0, values.size(), values.data());
+    return values;
+}
+void bnb_check(const Config& c, const HfModel& m, const HfPiece& piece, std::map<std::string, bool>& wanted) {
+    const size_t n = piece.elements(), blocks = nf4_blocks(n);
+    const bool twice = c.lora.quantized == 2;
+    auto check = [&](const std::string& suffix, const char* type, size_t elements) {
+        const std::string name = piece.name + suffix;
+        const SafeTensor* t = m.find(name);
+        if (t == nullptr) fail("%s: no tensor %s, which a weight in bitsandbytes' NF4 has; load and save the model again, or take the one in "
+                               "16 bits", m.folder.c_str(), name.c_str());
+        size_t found = 1;
+        for (size_t size : t->shape) found *= size;
+        if (t->type != type || (elements > 0 && found != elements))
+            fail("%s: tensor %s: expected %zu elements of type %s, found %s of type %s%s", t->file.c_str(), name.c_str(), elements, type,
+                 shape_text(t->shape).c_str(), t->type.c_str(), suffix.empty() ? "; the config says that all weights of the blocks are in NF4" : "");
+        wanted[name] = true;
+    };
+    check("", "U8", n / 2);
+    check(".absmax", twice ? "U8" : "F32", blocks);
+    check(".quant_map", "F32", 16);
+    check(".quant_state.bitsandbytes__nf4", "U8", 0);
+    if (twice) check(".nested_absmax", "F32", nf4_nested(n) - 1), check(".nested_quant_map", "F32", 256);
+    const std::string name = piece.name + ".quant_state.bitsandbytes__nf4", text = bnb_text(m, name);
+    Json state;
+    std::string error;
+    if (!json_read(state, text.data(), text.size(), error)) fail("%s: tensor %s: is no JSON: %s", m.folder.c_str(), name.c_str(), error.c_str());
+    auto expect = [&](const char* key, const std::string& found, const std::string& expected) {
+        if (found != expected)
+            fail("%s: tensor %s: %s is %s; expected %s", m.folder.c_str(), name.c_str(), key, found.empty() ? "missing" : found.c_str(), expected.c_str());
+    };
+    std::string shape;
+    json_append(shape, state["shape"], -1);
+    expect("quant_type", state["quant_type"].text, "nf4");
+    expect("blocksize", state["blocksize"].text, std::to_string(NF4_BLOCK));
+    expect("shape", shape, shape_text({piece.rows, piece.cols}));   // (out, in): GPT-2's too
+    if (twice) {
+        expect("nested_blocksize", state["nested_blocksize"].text, std::to_string(NF4_NESTED));
+        if (state["nested_offset"].type != Json::NUMBER) expect("nested_offset", "", "a number");
+    }
+    const std::vector<float> ours = nf4_tables();
+    auto compare = [&](const std::string& suffix, const float* expected, size_t count) {
+        const std::vector<float> found = bnb_floats(m, piece.name + suffix);
+        for (size_t i = 0; i < count; i++)
+            if (!(fabsf(found[i] - expected[i]) <= 1e-6f))
+                fail("%s: tensor %s: its value %zu is %g; bitsandbytes' NF4 has %g", m.folder.c_str(), (piece.name + suffix).c_str(), i, found[i],
+                     expected[i]);
+    };
+    compare(".quant_map", ours.data(), 16);
+    if (twice) compare(".nested_quant_map", ours.data() + 16, 256);
+}
+void bnb_load(const HfModel& m, const HfPiece& piece, const Nf4& to) {
+    const std::string codes = bnb_text(m, piece.name), absmax = bnb_text(m, piece.name + ".absmax");
+    Nf4Host matrix;
+    matrix.codes.assign(codes.begin(), codes.end());
+    if (to.nested == nullptr) matrix.absmax = bnb_floats(m, piece.name + ".absmax");
+    else {
+        const std::string text = bnb_text(m, piece.name + ".quant_state.bitsandbytes__nf4");
+        Json state;
+        std::string error;
+        json_read(state, text.data(), text.size(), error);
+        matrix.absmax8.assign(absmax.begin(), absmax.end());
+        matrix.nested = bnb_floats(m, piece.name + ".nested_absmax");
+        matrix.nested.insert(matrix.nested.begin(), strtof(state["nested_offset"].text.c_str(), nullptr));
+    }
+    nf4_put(to, matrix);
+}
 // The headers of a directory's files, against its config: each weight must be there, once, in its shape, and nothing else that holds
 // weights. Completes the names.
 void hf_check(const Config& c, HfModel& m) {
@@ -3690,8 +4361,9 @@ void hf_check(const Config& c, HfModel& m) {
     if (twice != m.tensors.end())
         fail("%s: tensor %s is there twice, under a name with and one without its beginning", twice->file.c_str(), twice->name.c_str());
     std::map<std::string, bool> wanted;
-    hf_walk(c, [&](int, size_t, const HfPiece& piece) {
+    hf_walk(c, [&](int p, size_t, const HfPiece& piece) {
         const SafeTensor* t = m.find(piece.name);
+        if (c.lora.quantized && linear_index(p) < 4) return bnb_check(c, m, piece, wanted);
         if (t == nullptr) fail("%s: no tensor %s, which its config.json asks for; %s", m.folder.c_str(), piece.name.c_str(), HF_REMEDY);
         if (t->dtype == BYTE)
             fail("%s: tensor %s: expected elements of type F32, BF16 or F16, found %s", t->file.c_str(), t->name.c_str(), t->type.c_str());
@@ -3719,24 +4391,36 @@ void hf_check(const Config& c, HfModel& m) {
         fail("%s: tensor %s is another than %s, but config.json says that they are one (tie_word_embeddings); remove the head, or untie it",
              head->file.c_str(), head->name.c_str(), wte->name.c_str());
 }
+// What goes along with the weights. Their types, as they are in the files.
+Source hf_source(const HfModel& m) {
+    Source source = {m.config};
+    for (const char* name : {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+                             "merges.txt", "tokenizer.model", "chat_template.jinja", "generation_config.json"}) {
+        const std::string path = m.folder + "/" + name;
+        if (file_exists(path)) source.files.push_back({name, read_text(path, (size_t)1 << 30)});
+    }
+    for (const SafeTensor& t : m.tensors) source.dtypes[t.name] = t.dtype;
+    return source;
+}
 // Reads all weights of a directory.
 Source hf_load(Model& model, const std::string& folder) {
     HfModel m = hf_open(folder);
     hf_check(model.config, m);
-    Source source = {m.config};
-    for (const char* name : {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-                             "merges.txt", "tokenizer.model", "chat_template.jinja", "generation_config.json"}) {
-        const std::string path = folder + "/" + name;
-        if (file_exists(path)) source.files.push_back({name, read_text(path, (size_t)1 << 30)});
-    }
-    for (int p = 0; p < NUM_PARAMS; p++) {   // for the rows that pad the vocabulary
+    Source source = hf_source(m);
+    for (int p = 0; p < LORA_A; p++) {   // for the rows that pad the vocabulary
         const size_t n = param_shape(model.config, p).elements();
+        if (model.param[p] == nullptr) continue;
         cudaCheck(cudaMemset(model.param[p], 0, n * sizeof(floatX)));
         if (model.master[p] != nullptr) cudaCheck(cudaMemset(model.master[p], 0, shard_size(n) * sizeof(float)));
     }
     hf_walk(model.config, [&](int p, size_t first, const HfPiece& piece) {
         const SafeTensor* t = m.find(piece.name);
-        source.dtypes[piece.name] = t->dtype;
+        if (model.config.lora.quantized && linear_index(p) < 4) {
+            const size_t per_layer = param_shape(model.config, p).per_layer();
+            for (const Nf4Part& part : nf4_parts(model, p, (int)(first / per_layer)))
+                if (part.first == first % per_layer / piece.cols) bnb_load(m, piece, part.nf4);
+            return;
+        }
         const size_t chunk = piece.transposed ? piece.elements() : std::min(PIECE, piece.elements());
         std::vector<float> values(chunk), turned(piece.transposed ? chunk : 0);
         for (size_t i = 0; i < piece.elements(); i += chunk) {
@@ -3746,7 +4430,7 @@ Source hf_load(Model& model, const std::string& folder) {
             model_put(model, p, first + i, n, piece.transposed ? turned.data() : values.data());
         }
     });
-    source.dtype = source.dtypes[hf_pieces(model.config, WTE, -1)[0].name];
+    source.dtype = source.dtype_of(hf_pieces(model.config, WTE, -1)[0].name);
     return source;
 }
 
@@ -3802,28 +4486,404 @@ std::string safetensors_write(const std::string& path, const std::vector<HfPart>
     const std::string error = world.rank == 0 ? write_file(path, fill) : "";
     return error.empty() ? beyond : error;
 }
+// ---- adapters, in PEFT's format: adapter_config.json and adapter_model.safetensors
+const char* ADAPTER_REMEDY = "expected an adapter's directory as PEFT writes it: adapter_config.json and adapter_model.safetensors";
+
+// A matrix of Hugging Face's in a layer, and the targets that it consists of: itself, or parts of it. `index`: in lora_targets().
+struct LoraPart { int index, slot; size_t row; int rank; };   // slot: among those of its weight in memory; row: of the module's
+struct LoraMatrix {
+    std::string name;      // model.layers.0.self_attn.q_proj
+    int layer, weight;
+    size_t rows, cols;
+    std::vector<LoraPart> parts;
+    int rank() const {
+        int n = 0;
+        for (const LoraPart& part : parts) n += part.rank;
+        return n;
+    }
+};
+// All matrices that could have an adapter, in the order of layers. `lora` may be empty: then ranks are 0.
+std::vector<LoraMatrix> lora_matrices(const Config& c, const std::vector<LoraModule>& lora) {
+    std::vector<LoraMatrix> matrices;
+    const std::vector<LoraTarget> targets = lora_targets(c);
+    for (int layer = 0; layer < c.L; layer++)
+        for (int weight : LINEAR) {
+            size_t row = 0;
+            for (const HfPiece& piece : hf_pieces(c, weight, layer)) {
+                LoraMatrix m = {piece.name.substr(0, piece.name.rfind('.')), layer, weight, piece.rows, piece.cols, {}};
+                for (int i = 0, slot = 0; i < (int)targets.size(); i++) {
+                    const LoraTarget& t = targets[i];
+                    if (t.weight != weight || !(c.lora.targets >> i & 1)) continue;
+                    if (t.first >= row && t.first + t.rows <= row + piece.rows)
+                        m.parts.push_back({i, slot, t.first - row, lora.empty() ? 0 : lora[layer * targets.size() + i].rank});
+                    slot++;
+                }
+                matrices.push_back(m);
+                row += piece.rows;
+            }
+        }
+    return matrices;
+}
+// A matrix's A or B between files and memory. use(p, first, n, values) gets or puts elements of a parameter; `dense` is the file's tensor,
+// A (rank, cols) or B (rows, rank).
+using UseElements = std::function<void(int p, size_t first, size_t n, float* values)>;
+void lora_exchange(const Config& c, const LoraMatrix& m, bool A, bool put, std::vector<float>& dense, const UseElements& use) {
+    const std::vector<LoraTarget> targets = lora_targets(c);
+    const size_t R = c.lora.rank, rank = m.rank(), index = linear_index(m.weight);
+    dense.resize(A ? rank * m.cols : m.rows * rank);
+    size_t column = 0;   // of the matrix's rank
+    for (const LoraPart& part : m.parts) {
+        const int p = (A ? LORA_A : LORA_B) + (int)index;
+        size_t first = m.layer * param_shape(c, p).per_layer() + (A ? part.slot * R * m.cols : 0);
+        for (int i = 0; !A && i < part.index; i++)
+            if (targets[i].weight == m.weight && (c.lora.targets >> i & 1)) first += targets[i].rows * R;
+        const size_t rows = A ? part.rank : targets[part.index].rows, cols = A ? m.cols : R, n = rows * cols;
+        std::vector<float> values(n);
+        if (!put) use(p, first, n, values.data());
+        for (size_t r = 0; r < rows; r++)
+            for (size_t k = 0; k < (A ? cols : (size_t)part.rank); k++) {
+                float& there = A ? dense[(column + r) * cols + k] : dense[(part.row + r) * rank + column + k];
+                (put ? values[r * cols + k] : there) = put ? there : values[r * cols + k];
+            }
+        if (put) use(p, first, n, values.data());
+        column += part.rank;
+    }
+}
+// Python's regular expressions, as far as they are used for names of modules, against all of a name.
+bool matches(const std::string& pattern, const std::string& name, const std::string& where) {
+    std::string posix;
+    for (size_t i = 0; i < pattern.size(); i++) {
+        if (pattern.compare(i, 3, "(?:") == 0) posix += '(', i += 2;
+        else if (pattern.compare(i, 2, "\\d") == 0) posix += "[0-9]", i++;
+        else if (pattern[i] == '\\' && i + 1 < pattern.size()) posix += pattern.substr(i++, 2);
+        else if (pattern[i] == '?' && i > 0 && strchr("*+?}", pattern[i - 1])) continue;   // the shortest or the longest: both match all
+        else posix += pattern[i];
+    }
+    regex_t compiled;
+    if (posix.find("(?") != std::string::npos || regcomp(&compiled, ("^(" + posix + ")$").c_str(), REG_EXTENDED | REG_NOSUB) != 0)
+        fail("%s: '%s' is no regular expression that %s understands", where.c_str(), pattern.c_str(), program_name);
+    const bool found = regexec(&compiled, name.c_str(), 0, nullptr, 0) == 0;
+    regfree(&compiled);
+    return found;
+}
+bool named_by(const Json& list, const std::string& name, const std::string& where) {   // target_modules and the like
+    if (list.type == Json::STRING) return list.text == "all-linear" || matches(list.text, name, where);
+    for (const Json& j : list.values) {
+        const std::string ending = "." + j.text;
+        if (name == j.text || (name.size() > ending.size() && name.compare(name.size() - ending.size(), ending.size(), ending) == 0)) return true;
+    }
+    return false;
+}
+// An adapter's number for a module: by the first pattern that matches its name's end, or the usual one.
+double lora_number(const Json& config, const char* patterns, const char* usual, const std::string& name, const std::string& where) {
+    const Json& map = config[patterns];
+    for (size_t i = 0; map.type == Json::OBJECT && i < map.names.size(); i++)
+        if (matches("(.*\\.)?(" + map.names[i] + ")", name, where)) return strtod(map.values[i].text.c_str(), nullptr);
+    return strtod(config[usual].text.c_str(), nullptr);
+}
+struct AdapterFile {
+    std::string folder;
+    Json config;
+    HfModel tensors;                // its tensors alone
+    std::vector<LoraModule> lora;   // (L, targets)
+    bool norms = false;             // holds norms too (--lora-train-norms)
+};
+bool is_norm(int p) {   // a norm's gamma or beta, those that stand before matmuls and the last one
+    for (auto [gamma, weight] : FOLDED)
+        if (p == gamma || p == beta_of(gamma)) return true;
+    return p == LNFW || p == beta_of(LNFW);
+}
+// GPT-2's q, k and v have one module. If B has zeros where an adapter on only some of them would have, it is one, and trained as one.
+unsigned lora_find_parts(const Config& c, const HfModel& tensors) {
+    const std::vector<LoraTarget> targets = lora_targets(c);
+    unsigned all = 0;
+    for (size_t i = 0; i < targets.size(); i++) all |= targets[i].part ? 1u << i : 0;
+    for (unsigned some = all; all != 0 && (some = (some - 1) & all) != 0;) {   // all subsets but all of them
+        bool fits = true, zeros = true;
+        const int count = __builtin_popcount(some);
+        for (const LoraMatrix& m : lora_matrices(c, {})) {
+            const SafeTensor* t = m.weight == QKVW ? tensors.find("base_model.model." + m.name + ".lora_B.weight") : nullptr;
+            if (t == nullptr || !fits) continue;
+            const size_t rank = t->shape[1];
+            std::vector<float> B(m.rows * rank);
+            safetensors_read(*t, 0, B.size(), B.data());
+            fits = rank % count == 0;
+            for (size_t r = 0; fits && r < m.rows; r++)
+                for (size_t k = 0, part = 0; k < rank; k++) {
+                    part = k / (rank / count);
+                    size_t i = 0, nth = 0;   // the target that has this column
+                    for (; i < targets.size(); i++)
+                        if ((some >> i & 1) && nth++ == part) break;
+                    const bool inside = r >= targets[i].first && r < targets[i].first + targets[i].rows;
+                    zeros &= B[r * rank + k] == 0;
+                    fits &= inside || B[r * rank + k] == 0;
+                }
+        }
+        if (fits && !zeros) return some;
+    }
+    return 0;
+}
+// Reads an adapter's config and headers, and sets what it is in `c`. Whatever it asks for and we do not do is refused.
+AdapterFile adapter_open(Config& c, const std::string& folder) {
+    AdapterFile a;
+    a.folder = a.tensors.folder = folder;
+    const std::string path = folder + "/adapter_config.json", file = folder + "/adapter_model.safetensors";
+    if (!file_exists(path)) fail("%s: there is none; %s", path.c_str(), ADAPTER_REMEDY);
+    if (!file_exists(file))
+        fail("%s: there is none%s; %s", file.c_str(), file_exists(folder + "/adapter_model.bin") ? " (adapter_model.bin is of an older PEFT: "
+             "save it again with safe_serialization=True)" : "", ADAPTER_REMEDY);
+    a.config = read_json(path);
+    auto refuse = [&](const char* name, const std::string& found, const char* expected) {
+        fail("%s: %s is %s; expected %s: %s does nothing else", path.c_str(), name, found.c_str(), expected, program_name);
+    };
+    const Json& config = a.config;
+    if (config["peft_type"].text != "LORA") refuse("peft_type", "'" + config["peft_type"].text + "'", "LORA");
+    for (const char* name : {"use_dora", "lora_bias", "use_qalora", "use_bdlora"})
+        if (config[name].text == "true") refuse(name, "true", "false");
+    if (config["bias"].type == Json::STRING && config["bias"].text != "none") refuse("bias", "'" + config["bias"].text + "'", "none");
+    for (const char* name : {"trainable_token_indices", "layer_replication", "target_parameters", "megatron_config", "alora_invocation_tokens"})
+        if (config[name].type > Json::JSON_NULL && !(config[name].type >= Json::ARRAY && config[name].values.empty())) refuse(name, "there", "none");
+    for (const char* name : {"pissa", "olora", "corda", "loftq", "lora_ga"})
+        if (config["init_lora_weights"].text.compare(0, strlen(name), name) == 0)
+            refuse("init_lora_weights", "'" + config["init_lora_weights"].text + "', which changes the base model", "true");
+    if (config["r"].type != Json::NUMBER || config["lora_alpha"].type != Json::NUMBER) refuse("r or lora_alpha", "missing", "numbers");
+    a.tensors.tensors = safetensors_open(file);
+    std::sort(a.tensors.tensors.begin(), a.tensors.tensors.end(), [](auto& x, auto& y) { return x.name < y.name; });
+    std::map<std::string, bool> known;
+    const std::vector<LoraTarget> targets = lora_targets(c);
+    c.lora.rank = c.lora.targets = 0;
+    a.lora.assign(c.L * targets.size(), {0, 0});
+    std::vector<LoraMatrix> whole = lora_matrices(c, {});   // no targets yet: names alone
+    std::string missing;
+    for (const LoraMatrix& m : whole) {
+        const std::string first = "base_model.model." + m.name;
+        const SafeTensor *A = a.tensors.find(first + ".lora_A.weight"), *B = a.tensors.find(first + ".lora_B.weight");
+        const Json& layers = config["layers_to_transform"];
+        bool named = named_by(config["target_modules"], m.name, path) && !named_by(config["exclude_modules"], m.name, path);
+        if (layers.type == Json::NUMBER) named &= layers.text == std::to_string(m.layer);
+        if (layers.type == Json::ARRAY)
+            named &= std::any_of(layers.values.begin(), layers.values.end(), [&](auto& j) { return j.text == std::to_string(m.layer); });
+        if (A == nullptr && B == nullptr && named && missing.empty()) missing = m.name;
+        if (A == nullptr && B == nullptr) continue;
+        if (A == nullptr || B == nullptr) fail("%s: %s has lora_%s and no lora_%s", file.c_str(), m.name.c_str(), A ? "A" : "B", A ? "B" : "A");
+        if (!named)
+            fail("%s: holds tensors of %s, which target_modules in adapter_config.json does not name; PEFT would drop them without a word",
+                 file.c_str(), m.name.c_str());
+        const double asked = lora_number(config, "rank_pattern", "r", m.name, path), alpha = lora_number(config, "alpha_pattern", "lora_alpha", m.name, path);
+        for (const SafeTensor* t : {A, B}) {
+            const size_t rank = t->shape.size() == 2 ? t->shape[t == A ? 0 : 1] : 0;
+            const std::vector<size_t> expected = t == A ? std::vector<size_t>{(size_t)asked, m.cols} : std::vector<size_t>{m.rows, (size_t)asked};
+            if (rank < 1 || t->shape != expected || asked > 4096)
+                fail("%s: tensor %s: expected the shape %s by adapter_config.json and the model, found %s", file.c_str(), t->name.c_str(),
+                     shape_text(expected).c_str(), shape_text(t->shape).c_str());
+            if (t->dtype == BYTE) fail("%s: tensor %s: expected elements of type F32, BF16 or F16, found %s", file.c_str(), t->name.c_str(), t->type.c_str());
+            known[t->name] = true;
+        }
+        size_t row = 0;
+        for (const HfPiece& piece : hf_pieces(c, m.weight, m.layer)) {   // which target is it?
+            if (piece.name.compare(0, m.name.size() + 1, m.name + ".") == 0) break;
+            row += piece.rows;
+        }
+        for (size_t i = 0; i < targets.size(); i++)
+            if (targets[i].weight == m.weight && targets[i].first == row && targets[i].rows == m.rows && !targets[i].part) {
+                c.lora.targets |= 1 << i;
+                const bool rooted = config["use_rslora"].text == "true";
+                a.lora[m.layer * targets.size() + i] = {(int)asked, (float)(alpha / (rooted ? sqrt(asked) : asked))};
+                c.lora.rank = std::max(c.lora.rank, (int)asked);
+            }
+    }
+    if (c.lora.targets == 0) fail("%s: holds no lora_A and lora_B of this model (such as base_model.model.%s.lora_A.weight)", file.c_str(), whole[0].name.c_str());
+    if (!missing.empty()) fail("%s: target_modules names %s, but %s holds no lora_A of it", path.c_str(), missing.c_str(), file.c_str());
+    if (const unsigned some = lora_find_parts(c, a.tensors)) {   // parts in place of the whole
+        const int count = __builtin_popcount(some);
+        c.lora.rank = 0;
+        for (int l = 0; l < c.L; l++)
+            for (size_t i = 0; i < targets.size(); i++) {
+                LoraModule* module = &a.lora[l * targets.size()];
+                if (some >> i & 1) module[i] = {module[0].rank / count, module[0].scale};
+            }
+        c.lora.targets = (c.lora.targets & ~1) | some;
+        for (size_t i = 0; i < a.lora.size(); i++)
+            if (c.lora.targets >> i % targets.size() & 1) c.lora.rank = std::max(c.lora.rank, a.lora[i].rank);
+    }
+    c.lora.rank = ceil_div(c.lora.rank, 8) * 8;
+    hf_walk(c, [&](int p, size_t, const HfPiece& piece) {
+        const SafeTensor* t = a.tensors.find("base_model.model." + piece.name);
+        if (t == nullptr || !is_norm(p)) return;
+        if (t->shape != piece.shape() || t->dtype == BYTE)
+            fail("%s: tensor %s: expected the shape %s, found %s of type %s", file.c_str(), t->name.c_str(), shape_text(piece.shape()).c_str(),
+                 shape_text(t->shape).c_str(), t->type.c_str());
+        known[t->name] = a.norms = true;
+    });
+    for (const SafeTensor& t : a.tensors.tensors)
+        if (!known.count(t.name))
+            fail("%s: tensor %s: %s trains adapters on the matrices of blocks, and norms beside them; nothing else", file.c_str(), t.name.c_str(),
+                 program_name);
+    return a;
+}
+// A norm's tensor in an adapter's file: modules_to_save.
+std::string saved_name(const HfPiece& piece) { return "base_model.model." + piece.name; }
+// Into the model, which has been allocated.
+void adapter_load(Model& model, const AdapterFile& a, Source& source) {
+    source.adapter = a.config, source.dtypes.clear(), source.dtype = F32;
+    auto read = [&](const std::string& name) {
+        const SafeTensor& t = *a.tensors.find(name);
+        std::vector<float> values(1);
+        for (size_t size : t.shape) values.resize(values.size() * size);
+        safetensors_read(t, 0, values.size(), values.data());
+        for (float x : values)
+            if (!std::isfinite(x)) fail("%s: tensor %s holds %g; expected an adapter of finite numbers", t.file.c_str(), name.c_str(), x);
+        source.dtypes[name] = t.dtype;
+        return values;
+    };
+    for (const LoraMatrix& m : lora_matrices(model.config, model.lora))
+        for (bool A : {true, false}) {
+            if (m.rank() == 0) continue;
+            std::vector<float> values = read("base_model.model." + m.name + (A ? ".lora_A.weight" : ".lora_B.weight"));
+            lora_exchange(model.config, m, A, true, values, [&](int p, size_t first, size_t n, float* x) { model_put(model, p, first, n, x); });
+        }
+    hf_walk(model.config, [&](int p, size_t first, const HfPiece& piece) {
+        if (a.norms && is_norm(p)) model_put(model, p, first, piece.elements(), read(saved_name(piece)).data());
+    });
+}
+// A new one: A uniform, B zeros, as PEFT has it.
+void adapter_init(Model& model) {
+    uint64_t drawn = 0;
+    for (const LoraMatrix& m : lora_matrices(model.config, model.lora)) {
+        if (m.rank() == 0) continue;
+        std::vector<float> values(m.rank() * m.cols);
+        for (float& x : values) x = (2 * hash_uniform(hash64(model.seed, 1ull << 43, drawn++)) - 1) / sqrtf((float)m.cols);
+        lora_exchange(model.config, m, true, true, values, [&](int p, size_t first, size_t n, float* x) { model_put(model, p, first, n, x); });
+    }
+}
+// The tensors of an adapter's file, of which `get` finds elements.
+struct AdapterPart { HfPart part; LoraMatrix matrix; bool A; };
+std::vector<AdapterPart> adapter_parts(const Model& model, const Source& source) {
+    std::vector<AdapterPart> parts;
+    for (const LoraMatrix& m : lora_matrices(model.config, model.lora))
+        for (bool A : {true, false}) {
+            const size_t rank = m.rank();
+            const std::string name = "base_model.model." + m.name + (A ? ".lora_A.weight" : ".lora_B.weight");
+            if (rank > 0)
+                parts.push_back({{-2, parts.size(), {name, A ? rank : m.rows, A ? m.cols : rank}, source.dtype_of(name)}, m, A});
+        }
+    return parts;
+}
 const char* DUMP_BEGINS = "{\"__metadata__\": {\"format\": \"pt\"}, \"loss\": {";
 // --dump-gradients: the loss of a micro-batch and every gradient, in fp32, under the names of the weights.
 std::string hf_dump_gradients(const Model& model, const std::string& path, float loss) {
     std::vector<HfPart> parts = {{-1, 0, {"loss", 0, 0}, F32}};
+    std::vector<AdapterPart> adapter = adapter_parts(model, Source());
+    for (AdapterPart& a : adapter)
+        if (model.plan.trains((a.A ? LORA_A : LORA_B) + linear_index(a.matrix.weight))) a.part.dtype = F32, parts.push_back(a.part);
     hf_walk(model.config, [&](int p, size_t first, const HfPiece& piece) {
-        if (model.plan.trains(p)) parts.push_back({p, first, piece, F32});
+        HfPiece named = piece;
+        if (model.config.lora.rank > 0) named.name = saved_name(piece);
+        if (model.plan.trains(p)) parts.push_back({p, first, named, F32});
     });
-    return safetensors_write(path, parts, [&](const HfPart& part, size_t i, size_t n, float* values) {
-        if (part.p < 0) return void(values[0] = loss);
-        const Grad grad = model.grad[part.p] + (part.first + i);
+    auto get = [&](int p, size_t first, size_t n, float* values) {
+        const Grad grad = model.grad[p] + first;
         std::vector<char> raw(n * dtype_size(grad.type));
         cudaCheck(cudaMemcpy(raw.data(), grad.p, raw.size(), cudaMemcpyDeviceToHost));
         load_as(grad.type, values, raw.data(), n);
         for (size_t k = 0; k < n; k++) values[k] *= world.size;   // model_loss has divided by it, for the sum over the ranks
+    };
+    std::vector<float> dense;
+    return safetensors_write(path, parts, [&](const HfPart& part, size_t i, size_t n, float* values) {
+        if (part.p == -1) return void(values[0] = loss);
+        if (part.p >= 0) return get(part.p, part.first + i, n, values);
+        const AdapterPart& a = adapter[part.first];
+        if (i == 0) lora_exchange(model.config, a.matrix, a.A, false, dense, get);
+        std::copy_n(dense.begin() + i, n, values);
     });
 }
-// Writes a model's directory. All ranks call it, rank 0 writes. Returns what went wrong, or an empty text.
-std::string hf_save(const Model& model, const std::string& folder, const Source& source) {
+// Files beside the weights. Return what went wrong, or an empty text.
+std::string write_json(const std::string& path, const Json& j) {
+    std::string text;
+    json_append(text, j, 0);
+    text += '\n';
+    return write_file(path, [&](const Put& put) { put(text.data(), text.size()); });
+}
+std::string write_files(const std::string& folder, const Source& source) {
+    std::string error;
+    for (const auto& file : source.files)
+        if (error.empty()) error = write_file(folder + "/" + file.first, [&](const Put& put) { put(file.second.data(), file.second.size()); });
+    return error;
+}
+// Writes an adapter's directory. All ranks call it, rank 0 writes. Returns what went wrong, or an empty text.
+std::string adapter_save(const Model& model, const std::string& folder, const Source& source) {
+    const std::vector<AdapterPart> adapter = adapter_parts(model, source);
+    std::vector<HfPart> parts;
+    for (const AdapterPart& a : adapter) parts.push_back(a.part);
+    hf_walk(model.config, [&](int p, size_t first, const HfPiece& piece) {
+        HfPiece named = piece;
+        named.name = saved_name(piece);
+        if (is_norm(p) && model.plan.trains(p)) parts.push_back({p, first, named, source.dtype_of(named.name)});
+    });
+    std::string bad;
+    std::vector<float> dense;
+    auto get = [&](int p, size_t first, size_t n, float* values) { model_get(model, p, first, n, values); };
+    const std::string error = safetensors_write(folder + "/adapter_model.safetensors", parts, [&](const HfPart& part, size_t i, size_t n, float* values) {
+        if (part.p >= 0) get(part.p, part.first + i, n, values);
+        else if (i == 0) lora_exchange(model.config, adapter[part.first].matrix, adapter[part.first].A, false, dense, get);
+        if (part.p < 0) std::copy_n(dense.begin() + i, n, values);
+        for (size_t k = 0; k < n && bad.empty(); k++)
+            if (!std::isfinite(values[k])) bad = "the adapter is not finite: tensor " + part.piece.name + " holds " + std::to_string(values[k]);
+    });
+    if (world.rank > 0) return "";
+    if (!bad.empty() || !error.empty()) return bad.empty() ? error : bad;
+    const std::string written = write_json(folder + "/adapter_config.json", source.adapter);
+    return written.empty() ? write_files(folder, source) : written;
+}
+// adapter_config.json of a new one: what every version of PEFT, and what reads its files, wants to find.
+Json adapter_new_config(const Model& model, const std::string& base, double alpha, double dropout) {
+    const Config& c = model.config;
+    const std::vector<LoraTarget> targets = lora_targets(c);
+    int rank = 0;
+    for (const LoraModule& module : model.lora) rank = std::max(rank, module.rank);
+    Json j = json_object(), modules, ranks = json_object(), alphas = json_object(), saved;
+    modules.type = saved.type = Json::ARRAY;
+    int most = 0;
+    for (const LoraMatrix& m : lora_matrices(c, model.lora)) {
+        if (m.layer > 0 || m.rank() == 0) continue;
+        std::string name = m.name.substr(m.name.rfind('.') + 1);
+        if (name == "c_proj") name = m.name.substr(m.name.rfind('.', m.name.rfind('.') - 1) + 1);   // there are two: attn's and mlp's
+        modules.values.push_back(json_string(name));
+        most = std::max(most, m.rank());
+        if (m.rank() != rank) {   // parts of a module, each with a rank of its own
+            ranks.set(name, json_sizes({(size_t)m.rank()}).values[0]);
+            alphas.set(name, json_number_value((float)(alpha * m.rank() / rank)));
+        }
+    }
+    if (modules.values.size() == 1) ranks = alphas = json_object(), alpha *= (double)most / rank, rank = most;
+    hf_walk(c, [&](int p, size_t first, const HfPiece& piece) {
+        const std::string module = piece.name.substr(0, piece.name.rfind('.')), name = module.substr(module.rfind('.') + 1);
+        if (!is_norm(p) || !model.plan.trains(p) || first > 0) return;
+        for (const Json& known : saved.values)
+            if (known.text == name) return;
+        saved.values.push_back(json_string(name));
+    });
+    Json none;
+    none.type = Json::JSON_NULL;
+    j.set("peft_type", json_string("LORA")), j.set("task_type", json_string("CAUSAL_LM"));
+    j.set("base_model_name_or_path", json_string(base)), j.set("revision", none);
+    j.set("r", json_sizes({(size_t)rank}).values[0]), j.set("lora_alpha", json_number_value((float)alpha));
+    j.set("lora_dropout", json_number_value((float)dropout)), j.set("target_modules", modules);
+    j.set("bias", json_string("none")), j.set("fan_in_fan_out", json_bool(hf_pieces(c, QKVW, 0)[0].transposed));
+    j.set("inference_mode", json_bool(true)), j.set("init_lora_weights", json_bool(true)), j.set("use_rslora", json_bool(false));
+    j.set("use_dora", json_bool(false)), j.set("modules_to_save", saved.values.empty() ? none : saved);
+    j.set("layers_to_transform", none), j.set("layers_pattern", none);
+    j.set("rank_pattern", ranks), j.set("alpha_pattern", alphas);
+    return j;
+}
+
+// Writes a model's directory. All ranks call it, rank 0 writes. Returns what went wrong, or an empty text. `get` finds weights.
+using GetWeights = std::function<void(const HfPart& part, size_t i, size_t n, float* values)>;
+std::string hf_save(const Config& c, const std::string& folder, const Source& source, const GetWeights& get) {
     constexpr size_t SHARD_BYTES = (size_t)5 << 30;   // at most, unless one tensor has more
     std::vector<std::vector<HfPart>> shards(1);
     size_t bytes = 0, total = 0;
-    hf_walk(model.config, [&](int p, size_t first, const HfPiece& piece) {
+    hf_walk(c, [&](int p, size_t first, const HfPiece& piece) {
         const HfPart part = {p, first, piece, source.dtype_of(piece.name)};
         if (bytes > 0 && bytes + part.bytes() > SHARD_BYTES) shards.emplace_back(), bytes = 0;
         shards.back().push_back(part);
@@ -3835,32 +4895,70 @@ std::string hf_save(const Model& model, const std::string& folder, const Source&
         char file[64] = "model.safetensors";
         if (shards.size() > 1) snprintf(file, sizeof file, "model-%05zu-of-%05zu.safetensors", shard + 1, shards.size());
         for (const HfPart& part : shards[shard]) map.set(part.piece.name, json_string(file));
-        const std::string wrong = safetensors_write(folder + "/" + file, shards[shard],
-            [&](const HfPart& part, size_t i, size_t n, float* values) { model_get(model, part.p, part.first + i, n, values); });
+        const std::string wrong = safetensors_write(folder + "/" + file, shards[shard], get);
         if (error.empty()) error = wrong;
     }
     if (world.rank > 0) return "";
-    auto write_json = [&](const char* name, const Json& j) {
-        std::string text;
-        json_append(text, j, 0);
-        text += '\n';
-        if (error.empty()) error = write_file(folder + "/" + name, [&](const Put& put) { put(text.data(), text.size()); });
-    };
-    if (shards.size() > 1) {
+    if (shards.size() > 1 && error.empty()) {
         Json index = json_object();
         index.set("metadata", json_object()).set("total_size", json_sizes({total}).values[0]);
         index.set("weight_map", map);
-        write_json("model.safetensors.index.json", index);
+        error = write_json(folder + "/model.safetensors.index.json", index);
     }
     Json config = source.config;
-    hf_config_json(model.config, config);
+    hf_config_json(c, config);
     const char* type = source.dtype == F32 ? "float32" : source.dtype == F16 ? "float16" : "bfloat16";
     for (const char* name : {"dtype", "torch_dtype"})   // transformers 5 has the first, 4 the second
         if (config[name].type != Json::ABSENT || strcmp(name, "torch_dtype") == 0) config.set(name, json_string(type));
-    write_json("config.json", config);
-    for (const auto& file : source.files)
-        if (error.empty()) error = write_file(folder + "/" + file.first, [&](const Put& put) { put(file.second.data(), file.second.size()); });
-    return error;
+    if (error.empty()) error = write_json(folder + "/config.json", config);
+    return error.empty() ? write_files(folder, source) : error;
+}
+// --merge: base and adapter as one model, W + scale B A, on the host, matrix by matrix, in fp32 and rounded once.
+std::string hf_merge(const Config& c, const std::string& base, const AdapterFile& a, const std::string& folder, Source& source) {
+    HfModel m = hf_open(base);
+    hf_check(c, m);
+    std::map<std::string, LoraMatrix> adapted;
+    for (const LoraMatrix& matrix : lora_matrices(c, a.lora))
+        if (matrix.rank() > 0) adapted[matrix.name + ".weight"] = matrix;
+    const size_t targets = lora_targets(c).size();
+    std::string loaded;   // the matrix whose A and B are here
+    std::vector<float> A, B, turned;
+    auto read = [&](const std::string& name, std::vector<float>& values) {
+        const SafeTensor& t = *a.tensors.find(name);
+        values.resize(t.shape[0] * t.shape[1]);
+        safetensors_read(t, 0, values.size(), values.data());
+    };
+    return hf_save(c, folder, source, [&](const HfPart& part, size_t i, size_t n, float* values) {
+        const HfPiece& piece = part.piece;
+        const SafeTensor* t = a.norms && is_norm(part.p) ? a.tensors.find(saved_name(piece)) : m.find(piece.name);
+        safetensors_read(*t, i, n, values);
+        if (piece.transposed) turned.assign(values, values + n), transpose(values, turned.data(), piece.cols, piece.rows);
+        const auto found = adapted.find(piece.name);
+        if (found == adapted.end()) return;
+        const LoraMatrix& matrix = found->second;
+        if (loaded != matrix.name) {
+            loaded = matrix.name;
+            read("base_model.model." + loaded + ".lora_A.weight", A);
+            read("base_model.model." + loaded + ".lora_B.weight", B);
+        }
+        const float scale = a.lora[matrix.layer * targets + matrix.parts[0].index].scale;
+        const size_t rank = A.size() / piece.cols;
+        for (size_t at = i; at < i + n;) {   // row by row
+            const size_t r = at / piece.cols, first = at % piece.cols, count = std::min(piece.cols - first, i + n - at);
+            float* w = values + (at - i);
+            for (size_t k = 0; k < rank; k++) {
+                const float factor = scale * B[r * rank + k], *row = &A[k * piece.cols + first];
+                for (size_t j = 0; j < count; j++) w[j] += factor * row[j];
+            }
+            at += count;
+        }
+    });
+}
+// The model as a run writes it: all of it, or the adapter.
+std::string model_save(const Model& model, const std::string& folder, const Source& source) {
+    if (model.config.lora.rank > 0) return adapter_save(model, folder, source);
+    return hf_save(model.config, folder, source,
+                   [&](const HfPart& part, size_t i, size_t n, float* values) { model_get(model, part.p, part.first + i, n, values); });
 }
 
 // What config.json says under a name, or `usual` where it says nothing (or null). Another type than expected is an error.
@@ -3902,11 +5000,25 @@ std::string config_text(const HfModel& m, const char* name, const char* usual) {
 [[noreturn]] void config_refuse(const HfModel& m, const char* name, const std::string& found, const char* expected) {
     fail("%s/config.json: %s is %s; expected %s: %s does nothing else", m.folder.c_str(), name, found.c_str(), expected, program_name);
 }
+// Lora::quantized, by quantization_config.
+int hf_quantization(const HfModel& m) {
+    const Json* q = config_value(m, "quantization_config", Json::OBJECT, "an object");
+    if (q == nullptr) return 0;
+    auto expect = [&](const char* name, const char* usual, const char* expected) {
+        const std::string found = (*q)[name].type <= Json::JSON_NULL ? usual : (*q)[name].text;
+        if (found != expected) config_refuse(m, (std::string("quantization_config, ") + name).c_str(), "'" + found + "'", expected);
+    };
+    expect("quant_method", "none", "bitsandbytes");
+    expect("load_in_4bit", "false", "true");
+    expect("bnb_4bit_quant_type", "fp4", "nf4");
+    expect("bnb_4bit_quant_storage", "uint8", "uint8");
+    return (*q)["bnb_4bit_use_double_quant"].text == "true" ? 2 : 1;
+}
 // ==== end twin
 // ---- GPT-2's names and settings in Hugging Face's format
 
 std::vector<HfPiece> hf_pieces(const Config& c, int p, int layer) {
-    static const struct { const char* name; bool transposed; } names[NUM_PARAMS] = {
+    static const struct { const char* name; bool transposed; } names[LORA_A] = {
         {"wte.weight", false}, {"wpe.weight", false}, {"ln_1.weight", false}, {"ln_1.bias", false},
         {"attn.c_attn.weight", true}, {"attn.c_attn.bias", false}, {"attn.c_proj.weight", true}, {"attn.c_proj.bias", false},
         {"ln_2.weight", false}, {"ln_2.bias", false}, {"mlp.c_fc.weight", true}, {"mlp.c_fc.bias", false},
@@ -3936,6 +5048,7 @@ Config hf_config(const HfModel& m) {
     c.maxT = (int)config_int(m, "n_positions", 1024), c.V = (int)config_int(m, "vocab_size", 50257);
     c.L = (int)config_int(m, "n_layer", 12), c.NH = (int)config_int(m, "n_head", 12), c.C = (int)config_int(m, "n_embd", 768);
     c.Vp = padded(c.V);
+    c.lora.quantized = hf_quantization(m);
     const int64_t inner = config_int(m, "n_inner", 4 * (int64_t)c.C);
     const std::string act = config_text(m, "activation_function", "gelu_new");
     c.eps = config_eps(m, "layer_norm_epsilon", USUAL_EPS);
@@ -3995,7 +5108,7 @@ DType bin_load(Model& model, const char* path) {
     const DType type = h.version == BIN_FP32 ? F32 : BF16;
     std::vector<char> raw(PIECE * dtype_size(type));
     std::vector<float> values(PIECE);
-    for (int p = 0; p < NUM_PARAMS; p++) {
+    for (int p = 0; p < LORA_A; p++) {
         const size_t elements = param_shape(model.config, p).elements();
         for (size_t i = 0; i < elements; i += PIECE) {
             const size_t n = std::min(PIECE, elements - i);
@@ -4013,7 +5126,7 @@ std::string bin_save(const Model& model, const std::string& path) {
     return write_file(path, [&](const Put& put) {
         const BinHeader h = {BIN_MAGIC, kFP32 ? BIN_FP32 : BIN_BF16, c.maxT, c.V, c.L, c.NH, c.C, c.Vp};
         put(&h, sizeof h);
-        for (int p = 0; p < NUM_PARAMS; p++) device_copy(true, model.param[p], param_shape(c, p).elements() * sizeof(floatX), put);
+        for (int p = 0; p < LORA_A; p++) device_copy(true, model.param[p], param_shape(c, p).elements() * sizeof(floatX), put);
     });
 }
 // What -e names: a directory or a file.
@@ -4069,7 +5182,7 @@ void state_walk(const Model& model, const std::function<void(void* device, size_
         for (int p = 0; p < NUM_PARAMS; p++)
             if (tensors[p] != nullptr) f(tensors[p], shard_size(param_shape(model.config, p).elements()) * sizeof(float));
     for (int p = 0; model.weights_in_state && p < NUM_PARAMS; p++)
-        if (model.param[p] != nullptr) f(model.param[p], param_shape(model.config, p).elements() * sizeof(floatX));
+        if (model.param[p] != nullptr && model.plan.trains(p)) f(model.param[p], param_shape(model.config, p).elements() * sizeof(floatX));
     f(&model.state->history, sizeof(History));
 }
 size_t state_bytes(const Model& model) {
@@ -4171,7 +5284,7 @@ bool checkpoint_save(Model& model, const RunState& r, const Loader& train, const
         if (mkdir(unfinished.c_str(), 0777) != 0) error = "cannot make " + unfinished + ": " + strerror(errno);
     }
     if (!world_any(!error.empty())) {   // and every rank has waited for the folder
-        error = hf_save(model, unfinished, source);
+        error = model_save(model, unfinished, source);
         if (error.empty())
             error = write_file(state_path(unfinished), [&](const Put& put) {
                 const StateHeader h = state_header(model, r, train);
@@ -4221,7 +5334,7 @@ double device_peak_flops(const cudaDeviceProp& prop, bool tensor_cores) {
 
 // The learning rate of step 0, 1, ..., steps - 1: a linear warmup to `peak`, then down to peak * final_fraction.
 // wsd (warmup, stable, decay: Hu et al., arXiv 2404.06395) stays at the peak and falls, linearly, in the last fifth of the run.
-enum Schedule { COSINE, LINEAR, CONSTANT, WSD };
+enum Schedule { COSINE, LINEAR_DECAY, CONSTANT, WSD };
 float schedule_lr(int schedule, int step, int steps, float peak, int warmup, float final_fraction) {
     if (step < warmup) return peak * (step + 1) / warmup;
     if (schedule == CONSTANT) return peak;
@@ -4419,6 +5532,7 @@ void parse_letters(const char* at, std::vector<SizeLetter> letters, const char* 
 // The model without -e, and a short way to ask for it; what --help says of -e and -r; the levels of -r.
 const char *USUAL_MODEL = "gpt2:d12", *USUAL_TYPED = "d12";
 const char* MODEL_HELP = "DIR or FILE of a model, d12, gpt2-xl, or a size like gpt2:L4,H4,C128,T64,V257";
+const char* LORA_HELP = "all, or some of q,k,v,o,fc,proj; q,k,v together are PEFT's c_attn";
 const char* RECOMPUTE_HELP = "keep less for backward: 1: GELU, 2: and norms, are computed again";
 constexpr int RECOMPUTE_MOST = 2;
 std::string model_example(int V) { return "gpt2:L4,H4,C128,T64,V" + std::to_string(V); }   // a small size, for messages
@@ -4481,6 +5595,9 @@ void model_check_options() {
     if (kActBits > 0 && gelu_fusion > 0)
         bad_option("gelu-fusion", "this build keeps GELU's input in %d bits, which no epilogue of cuBLASLt makes; expected 0, or a build "
                    "with APPROX_ACT=0", kActBits);
+    for (const char* name : {"lora", "adapter"})
+        if (given(name) && gelu_fusion > 0) bad_option("gelu-fusion", "an adapter adds to what GELU takes; expected 0 with %s", typed(name).c_str());
+    if (given("lora") + given("adapter") > 0 && !write_bin.empty()) bad_option("write-bin", "llm.c's format has no adapters; --merge makes a whole model");
     matmul_state.gelu_fusion = (int)gelu_fusion;
     check_output("write-bin", write_bin, 0, std::string((const char*)&BIN_MAGIC, sizeof BIN_MAGIC));
     const std::string& model = *(std::string*)option("model").value;
@@ -4494,14 +5611,16 @@ void model_check_options() {
 // ---- settings: what the command line says
 struct Settings {
     std::string train_data = "data/train.bin", val_data = "data/val.bin", model = USUAL_MODEL, out, log, estimate, tokenizer;
-    std::string dump_gradients;
+    std::string dump_gradients, lora_targets = "all", adapter, merge;
+    int64_t lora = 0, freeze_a = 0, train_norms = 0, base = 0, double_quant = 1, embedding_on = -1;
+    double lora_alpha = 0, lora_dropout = 0;
     int64_t B = 4, T = 1024, total_batch = 0, steps = -1, schedule = COSINE, warmup = 0, seed = 1337;
     int64_t recompute = 1, master = 1, loss_chunks = 0, workspace = 0, tf32 = 1, zero = 0;
     int64_t val_every = 20, val_batches = 20, sample_every = 20, sample_tokens = 64, top_k = 40, overfit = 0;
     int64_t checkpoint_every = -1, keep = 0, resume = 0, save_dtype = 0;   // -1: at the end alone
     int64_t act_bits = kActBits, ms_norm = kMsNorm, fp32 = kFP32;   // the build's
     // steps of 0 may still want gradients, or the model written as it came
-    bool trains() const { return steps != 0 || !dump_gradients.empty() || (!out.empty() && !resume); }
+    bool trains() const { return merge.empty() && (steps != 0 || !dump_gradients.empty() || (!out.empty() && !resume)); }
     double lr = 3e-4, final_fraction = 0.1, weight_decay = 0, grad_clip = 1.0, skip_loss_z = 0, skip_grad_z = 0, temperature = 0.8;
 };
 std::vector<Option> settings_options(Settings& s) {
@@ -4530,6 +5649,17 @@ std::vector<Option> settings_options(Settings& s) {
         {"master-weights", "-w", INTEGER, &s.master, 0, 1, "1", "fp32 copies of bf16 weights; 0: stochastic rounding instead"},
         {"loss-chunks", "", INTEGER, &s.loss_chunks, 1, BIG, "auto", "parts of the logits; auto: 1 GiB, or 256 MiB, each", 11, {"auto"}},
         {"workspace", "", INTEGER, &s.workspace, 1, 1 << 20, "auto", "MiB for cuBLASLt; auto: what it can use, up to 64", -1, {"auto"}},
+        {"lora", "", INTEGER, &s.lora, 0, 1024, "0", "rank of adapters that are trained in place of the weights; 0: none", 18},
+        {"lora-alpha", "", REAL, &s.lora_alpha, 0, 1e6, "twice the rank", "adapters count alpha / rank times", 19},
+        {"lora-targets", "", TEXT, &s.lora_targets, 0, 0, "all", LORA_HELP},
+        {"lora-dropout", "", REAL, &s.lora_dropout, 0, 0.9, "0", "share of an adapter's input that is left out in training", 20},
+        {"lora-freeze-a", "", INTEGER, &s.freeze_a, 0, 1, "0", "1: train B alone (LoRA-FA)", 21},
+        {"lora-train-norms", "", INTEGER, &s.train_norms, 0, 1, "0", "1: train the norms as well", 22},
+        {"adapter", "", TEXT, &s.adapter, 0, 0, "none", "DIR of an adapter (PEFT's format) to go on from"},
+        {"base", "", INTEGER, &s.base, 1, 0, "bf16", "frozen weights of the blocks: bf16 (as the build has them), nf4 (4 bits)", 23, {"bf16", "nf4"}},
+        {"double-quant", "", INTEGER, &s.double_quant, 0, 1, "1", "NF4: 8 bits, not 32, for the scale of 64 weights", 24},
+        {"embedding-on", "", INTEGER, &s.embedding_on, 1, 0, "host with nf4", "a frozen embedding's place: device, host", -1, {"device", "host"}},
+        {"merge", "", TEXT, &s.merge, 0, 0, "none", "DIR for base and adapter as one model; writes it, and exits"},
         MODEL_OPTIONS   // those of this model alone
         {"tf32", "-f", INTEGER, &s.tf32, 0, 1, "1", "fp32 builds: tensor cores for matmuls", 14},
         {"zero", "-z", INTEGER, &s.zero, 0, 1, "0", "several GPUs: each keeps a share of the optimizer's state"},
@@ -4575,11 +5705,13 @@ struct Run {
     size_t free_bytes = 0, total_bytes = 0;
     double peak_flops = 0;
     std::string model_file;   // a model's directory (or file), whose weights are loaded; empty: weights are drawn
+    std::string resumed;      // the checkpoint from which the run goes on; empty: none
+    AdapterFile adapter;      // that is loaded; without a folder: none, or a new one
     Source source;
     int steps = 0, resume_step = -1;
     int saved = -1, status = 0;           // the last step in --out; the exit status if it ended now
     float val_loss = 0, first_loss = 0;   // of the last validation; of the first step that was finite
-    std::vector<int> first_tokens;        // (2, B, T): of this run's first micro-batch
+    std::vector<int> first_tokens;        // of this run's first micro-batch, as token_ints has them
     int timed = -1;                       // steps but the first, which prepares the matmuls,
     double seconds = 0;                   // and what they took
     // Pinned memory in two halves, each with a region per micro-batch: the tokens of this step, and those of the next. When one
@@ -4588,11 +5720,21 @@ struct Run {
     int half = 0;
     bool ready = false;         // the next step's tokens are in `half`
     std::vector<int> buckets;   // (micro_batches)
+    int without_loss = 0;       // steps that had none, and changed nothing
+    double with_loss = 0;       // targets that have one in the next step; without marks, over all ranks
     size_t BT() const { return (size_t)model.plan.B * model.plan.T; }
     size_t step_tokens() const { return BT() * model.plan.micro_batches * world.size; }
-    size_t region_ints() const { return token_ints(BT(), model.config.V); }
+    size_t region_ints() const { return token_ints(BT(), model.config.V, model.plan.marks); }
     int* host_region(int micro) const { return host_tokens + (half * model.plan.micro_batches + micro) * region_ints(); }
+    int* documents(int* host) const { return model.plan.marks ? host + documents_at(BT(), model.config.V) : nullptr; }
+    // Targets of a batch that have a loss
+    double count_with_loss(const int* host) const { return (double)(BT() - std::count(host + BT(), host + 2 * BT(), -1)); }
     int* host_free() const { return host_tokens + !half * model.plan.micro_batches * region_ints(); }
+    int rank() const {   // of the largest adapter
+        int most = 0;
+        for (const LoraModule& module : model.lora) most = std::max(most, module.rank);
+        return most;
+    }
     bool on_cpu() const { return strstr(device.name, "CPU") != nullptr; }
     const char* model_name() const { return model_file.empty() ? s.model.c_str() : model_file.c_str(); }
     bool saves() const { return !s.out.empty() && model.plan.training; }
@@ -4606,13 +5748,88 @@ std::vector<double> settings_kept(Run& run) {
     run.s.total_batch = run.step_tokens();
     run.s.loss_chunks = ceil_div(run.BT(), plan_chunk_rows(run.model.plan));
     run.s.tf32 = kFP32 && run.s.tf32;
-    std::vector<double> kept(18);
+    run.s.lora = run.model.config.lora.rank > 0 ? run.rank() : 0;
+    run.s.base = run.model.plan.nf4, run.s.double_quant = !run.model.plan.nf4 || run.model.plan.nested;
+    std::vector<double> kept(25);
     for (const Option& o : options)
         if (o.slot >= 0) kept[o.slot] = o.number();
     return kept;
 }
 
 // ---- the model, the device, the data, and a plan that fits them
+// What --lora-targets names, as bits.
+int parse_targets(const Config& c, const std::string& text) {
+    const std::vector<LoraTarget> known = lora_targets(c);
+    unsigned bits = 0, all = 0, parts = 0;
+    std::string names;
+    for (size_t i = 0; i < known.size(); i++) {
+        if (known[i].part) parts |= 1u << i;
+        else all |= 1u << i;
+        if (strcmp(known[i].name, "qkv") != 0) names += (names.empty() ? "" : ",") + std::string(known[i].name);
+    }
+    for (size_t at = 0; at <= text.size();) {
+        const size_t end = std::min(text.find(',', at), text.size());
+        const std::string word = text.substr(at, end - at);
+        const auto found = std::find_if(known.begin(), known.end(), [&](auto& t) { return word == t.name || (*t.peft && word == t.peft); });
+        if (word == "all" || word == "all-linear") bits |= all;
+        else if (found != known.end()) bits |= 1u << (found - known.begin());
+        else bad_option("lora-targets", "'%s' is none; expected all, or some of %s", word.c_str(), names.c_str());
+        at = end + 1;
+    }
+    if (parts && ((bits & parts) == parts || (bits & 1))) bits = (bits & ~parts) | 1;   // all parts are the whole
+    return (int)bits;
+}
+// Adapters: a new one, or one from a directory, and what of the model stays as it is.
+void pick_adapter(Run& run) {
+    Settings& s = run.s;
+    Config& c = run.model.config;
+    Plan& plan = run.model.plan;
+    const bool continues = file_exists(run.resumed + "/adapter_config.json") && !run.resumed.empty();
+    if (!s.adapter.empty() && given("lora")) bad_option("lora", "%s brings its own rank; expected one of the two", quoted("adapter").c_str());
+    if (!run.resumed.empty() && !continues && (s.lora > 0 || !s.adapter.empty()))
+        fail_option("resume", "%s holds a whole model and no adapter; leave %s out, or take another --out", run.resumed.c_str(),
+                    s.lora > 0 ? "--lora" : "--adapter");
+    const std::string folder = continues ? run.resumed : s.adapter;
+    for (const char* name : {"lora-alpha", "lora-targets"})
+        if (!s.adapter.empty() && given(name)) bad_option(name, "%s brings its own; expected one of the two", quoted("adapter").c_str());
+    for (const char* name : {"lora-alpha", "lora-targets", "lora-dropout", "lora-freeze-a", "lora-train-norms", "merge"})
+        if (given(name) && s.lora == 0 && folder.empty()) bad_option(name, "expected --lora R or --adapter DIR with it");
+    if (!folder.empty()) {
+        run.adapter = adapter_open(c, folder);
+        run.model.lora = run.adapter.lora;
+        if (continues && s.lora > 0 && s.lora != run.rank())
+            bad_option("lora", "the run to resume has adapters of rank %d; leave it out, or begin anew in another --out", run.rank());
+        const Json &alpha = run.adapter.config["lora_alpha"], &dropout = run.adapter.config["lora_dropout"];
+        s.lora_alpha = strtod(alpha.text.c_str(), nullptr);
+        if (!given("lora-dropout") && dropout.type == Json::NUMBER) s.lora_dropout = strtod(dropout.text.c_str(), nullptr);
+        s.train_norms |= run.adapter.norms;
+    } else if (s.lora > 0) {
+        c.lora.targets = parse_targets(c, s.lora_targets);
+        c.lora.rank = ceil_div(s.lora, 8) * 8;
+        if (!given("lora-alpha")) s.lora_alpha = 2.0 * s.lora;
+        const size_t targets = lora_targets(c).size();
+        run.model.lora.resize(c.L * targets);
+        for (size_t i = 0; i < run.model.lora.size(); i++)
+            if (c.lora.targets >> i % targets & 1) run.model.lora[i] = {(int)s.lora, (float)(s.lora_alpha / s.lora)};
+    }
+    const bool adapts = c.lora.rank > 0;
+    plan = {};
+    for (int p = 0; adapts && p < LORA_A; p++)
+        if (!(s.train_norms && is_norm(p))) plan.frozen |= 1u << p;
+    for (int i = 0; s.freeze_a && i < 4; i++) plan.frozen |= 1u << (LORA_A + i);
+    plan.nf4 = s.base == 1 || c.lora.quantized;
+    plan.nested = c.lora.quantized ? c.lora.quantized == 2 : s.double_quant != 0;
+    plan.dropout = (float)s.lora_dropout;
+    if (plan.nf4 && !adapts && s.trains())
+        fail_usage("%s: weights in 4 bits cannot be trained; expected --lora R or --adapter DIR with it, or -x 0",
+                   c.lora.quantized ? run.model_name() : quoted("base").c_str());
+    if (given("base") && s.base == 0 && c.lora.quantized)
+        bad_option("base", "%s is quantized; expected nf4, or the model in 16 bits", run.model_name());
+    const bool can = adapts && head_param(c) != WTE;   // the head multiplies by it, and must have it on the device
+    if (s.embedding_on == 1 && !can)
+        bad_option("embedding-on", "%s; expected device", adapts ? "this model's head is its embedding" : "all of the model is trained");
+    plan.host_wte = can && (s.embedding_on == 1 || (s.embedding_on < 0 && plan.nf4));
+}
 // The model: of a size, of a file, or of the checkpoint that is resumed.
 void pick_model(Run& run) {
     Settings& s = run.s;
@@ -4621,14 +5838,20 @@ void pick_model(Run& run) {
     if (s.resume && access(s.out.c_str(), R_OK | X_OK) != 0 && errno != ENOENT)
         fail_option("out", "cannot read this folder: %s", strerror(errno));
     const std::vector<int> checkpoints = s.resume ? checkpoints_in(s.out) : std::vector<int>();
-    const bool size = model_parse_size(s.model, c), resumes = !checkpoints.empty();
+    if (!checkpoints.empty()) run.resume_step = checkpoints.back(), run.resumed = checkpoint_folder(s.out, run.resume_step);
+    const std::string config = run.resumed + "/adapter_config.json";
+    const bool adapter = !run.resumed.empty() && file_exists(config);   // then the model is still that of -e
+    if (adapter && !given("model")) s.model = read_json(config)["base_model_name_or_path"].text;
+    const bool size = model_parse_size(s.model, c), resumes = !run.resumed.empty();
     if (s.resume && s.steps == 0 && !resumes)
         fail_option("resume", "%s holds no checkpoint, so there is nothing to evaluate; expected step_* in it", s.out.c_str());
-    if (resumes) run.resume_step = checkpoints.back();
-    if (resumes || !size) run.model_file = resumes ? checkpoint_folder(s.out, run.resume_step) : s.model;
+    if (resumes || !size) run.model_file = resumes && !adapter ? run.resumed : size ? "" : s.model;
+    if (file_exists(run.model_file + "/adapter_config.json") && !run.model_file.empty() && !file_exists(run.model_file + "/config.json"))
+        fail("%s: is an adapter; expected %s BASE --adapter %s, with the model that it belongs to (adapter_config.json says '%s')", run.model_name(),
+             typed("model").c_str(), run.model_name(), read_json(run.model_file + "/adapter_config.json")["base_model_name_or_path"].text.c_str());
     Config asked = c;
     if (!run.model_file.empty()) c = model_read_config(run.model_file);
-    if (resumes && given("model") && s.model != run.model_file) {   // it is the checkpoint's model; another may have been asked for
+    if (resumes && !adapter && given("model") && s.model != run.model_file) {   // it is the checkpoint's; another may have been asked for
         if (!size) asked = file_exists(s.model) ? model_read_config(s.model) : c;
         if (memcmp(&asked, &c, sizeof c) != 0)
             bad_option("model", "is another model (%s) than that of the checkpoint to resume, %s (%s); leave %s out, or begin anew in "
@@ -4640,6 +5863,7 @@ void pick_model(Run& run) {
         HfModel m = hf_open(run.model_file);
         hf_check(c, m);
     }
+    pick_adapter(run);
     if (!given("seq-len")) s.T = std::min<int64_t>(s.T, c.maxT);
     if (s.T > c.maxT) bad_option("seq-len", "the model's longest sequence is %d", c.maxT);
     run.model.seed = s.seed;
@@ -4687,6 +5911,7 @@ size_t open_data(Run& run) {
     if (s.steps != 0 || !s.dump_gradients.empty()) open(run.train, "train-data", s.train_data, true);
     if (s.val_every > 0) open(run.val, "val-data", s.val_data, false);
     // samples are written in the tokens of the data
+    run.model.plan.marks = run.train.marks() || run.val.marks();
     const std::string& named = given("train-data") || !given("val-data") ? s.train_data : s.val_data;
     const std::vector<std::string> found = files_named(named);
     const std::string beside = found.empty() ? named : found[0];
@@ -4717,8 +5942,9 @@ size_t open_data(Run& run) {
 void choose_plan(Run& run, size_t data_batch) {
     const Settings& s = run.s;
     Plan& plan = run.model.plan;
-    const Plan was = run.resume_step >= 0 && s.trains() ? state_plan(run.model_file) : Plan{};
-    plan = {(int)s.B, (int)s.T, 1, s.trains(), (int)s.recompute, s.master != 0, 0, (size_t)s.workspace << 20};
+    const Plan was = run.resume_step >= 0 && s.trains() ? state_plan(run.resumed) : Plan{};
+    plan.B = (int)s.B, plan.T = (int)s.T, plan.micro_batches = 1, plan.training = s.trains();
+    plan.recompute = (int)s.recompute, plan.master = s.master != 0, plan.workspace = (size_t)s.workspace << 20;
     auto micro_batches = [&](int64_t B) -> int64_t {   // that make a step of --total-batch tokens; 0 where no number does
         const int64_t tokens = B * s.T * world.size;
         return s.total_batch == 0 ? 1 : s.total_batch % tokens == 0 ? s.total_batch / tokens : 0;
@@ -4821,7 +6047,9 @@ void prepare_out(const Settings& s, int resume_step) {
 
 // A disk that is too small for what this run will write is said now, and not after its last step.
 void check_room(const Settings& s, const Model& model, const Source& source, int steps) {
-    const double weights = (double)param_count(model.config) * dtype_size(source.dtype);   // nearly: a few may have another type
+    double weights = 0;
+    for (int p : model_trained(model)) weights += (double)param_shape(model.config, p).elements() * dtype_size(source.dtype);   // nearly
+    if (model.config.lora.rank == 0) weights = (double)param_count(model.config) * dtype_size(source.dtype);
     const double need = weights + world_sum((double)state_bytes(model)), MiB = 1 << 20;
     if (world.rank != 0 || steps <= 0) return;
     struct rlimit limit;
@@ -4890,16 +6118,16 @@ bool stop_wanted(const Run& run) {   // by a signal to any of the ranks, or beca
     return world_any(!run.train.error.empty() || !run.val.error.empty()) || interrupted;
 }
 
-// Mean loss of the batch in `host`.
+// Summed loss of the batch in `host`.
 float model_batch_loss(Model& model, int* host) {
     const int B = model.plan.B, T = model.plan.T;
-    tokens_upload(model.tokens, host, B * T, model.config.V, model.stream);
+    model_tokens(model, host, B * T, tokens_sort(host, B * T, model.config.V));
     model_forward(model, B, T);
-    model_loss(model, B, T, false, true);
+    model_loss(model, B, T, false, true, B * T);
     float loss;
     cudaCheck(cudaMemcpyAsync(&loss, &model.state->loss_sum, sizeof loss, cudaMemcpyDeviceToHost, model.stream));
     cudaCheck(cudaStreamSynchronize(model.stream));
-    return loss / (B * T);
+    return loss;
 }
 
 // Mean loss over up to --val-batches batches from the start of the validation data. Returns stop_wanted; if so, there is no result.
@@ -4907,14 +6135,21 @@ bool validate(Run& run) {
     const int batches = (int)std::min<size_t>(run.s.val_batches, run.val.batches_per_epoch()), step = run.state.step;
     int* host = run.host_free();
     loader_seek(run.val, 0, 0, 0);
-    double sum = 0, begin = now_seconds();
-    for (int i = 0; i < batches && !interrupted && loader_next(run.val, host, host + run.BT()); i++) {
+    double sum = 0, trained = 0, begin = now_seconds();
+    for (int i = 0; i < batches && !interrupted && loader_next(run.val, host, host + run.BT(), run.documents(host)); i++) {
         progress("validating", i, batches, begin);
         sum += model_batch_loss(run.model, host);
+        trained += run.count_with_loss(host);
     }
     progress("", batches, batches, begin);
-    const float loss = (float)(world_sum(sum / batches) / world.size);
+    trained = world_sum(trained);
+    const float loss = (float)(world_sum(sum) / std::max(trained, 1.0));
     if (stop_wanted(run)) return true;
+    if (trained == 0) {
+        run.val.error = run.s.val_data + ": none of its tokens has a loss, so there is nothing to validate; expected some without the mark of masked "
+                        "ones (prepro/text.py --show 3 shows them)";
+        return stop_wanted(run);
+    }
     run.val_loss = loss;
     if (world.rank == 0) printf("val loss %.4f at step %d\n", std::isnan(loss) ? NAN : loss, step);   // a NaN may be negative
     fflush(stdout);
@@ -4951,7 +6186,8 @@ bool sample(Run& run) {
         std::copy(text.end() - T, text.end(), host);
         std::fill(host + T, host + padded, text[0]);   // after the last token, where causal attention does not look
         std::copy(host, host + padded, host + padded);
-        tokens_upload(model.tokens, host, padded, V, model.stream);
+        if (model.plan.marks) std::fill_n(host + documents_at(padded, V), padded, 0);
+        model_tokens(model, host, padded, tokens_sort(host, padded, V));
         model_forward(model, 1, padded);
         const floatX *last = model.lnf + (size_t)(T - 1) * C, *head = model.param[head_param(model.config)];
         matmul_forward(model.logits, last, head, nullptr, 1, C, Vp, model.stream);
@@ -4976,39 +6212,51 @@ bool sample(Run& run) {
 void load_tokens(Run& run) {
     const int BT = (int)run.BT(), V = run.model.config.V;
     run.buckets.resize(run.model.plan.micro_batches);
-    run.ready = true;
+    run.ready = true, run.with_loss = 0;
     for (int micro = 0; run.ready && micro < run.model.plan.micro_batches; micro++) {
         int* host = run.host_region(micro);
         if (run.s.overfit && micro == 0) loader_seek(run.train, 0, 0, 0);
-        run.ready = loader_next(run.train, host, host + BT);
+        run.ready = loader_next(run.train, host, host + BT, run.documents(host));
         if (run.ready) run.buckets[micro] = tokens_sort(host, BT, V);
+        if (run.ready) run.with_loss += run.count_with_loss(host);
     }
+    run.with_loss *= run.model.plan.marks ? 1 : world.size;   // with marks the ranks add theirs up, in run_step
 }
 
+void next_tokens(Run& run) {   // after a step
+    run.state.position = run.train.position;
+    const bool another = run.state.step + 1 < run.steps && run.train.batches_left_in_shard() >= (size_t)run.model.plan.micro_batches;
+    run.ready = another || run.s.overfit;
+    if (run.s.overfit) return;   // the same tokens again
+    run.half = !run.half;
+    if (another) load_tokens(run);
+}
+Verdict skip_step(Run& run) {   // one whose tokens have no loss
+    run.without_loss++;
+    next_tokens(run);
+    return {0, 0, NAN, NAN, 1, 1};
+}
 Verdict run_step(Run& run, const Hyper& h) {
     Model& model = run.model;
     const int B = model.plan.B, T = model.plan.T, micro_batches = model.plan.micro_batches;
-    if (run.first_tokens.empty()) run.first_tokens.assign(run.host_region(0), run.host_region(0) + 2 * run.BT());
+    if (run.first_tokens.empty()) run.first_tokens.assign(run.host_region(0), run.host_region(0) + run.region_ints());
+    const double with_loss = model.plan.marks ? world_sum(run.with_loss) : run.with_loss;
+    if (with_loss == 0) return skip_step(run);
     for (int micro = 0; micro < micro_batches; micro++) {
-        tokens_copy(model.tokens, run.host_region(micro), B * T, model.config.V, run.buckets[micro], model.stream);
+        model_tokens(model, run.host_region(micro), B * T, run.buckets[micro]);
+        model.micro_batch = ((uint64_t)run.state.step * micro_batches + micro) * world.size + world.rank + 1;
         model_forward(model, B, T);
-        model_loss(model, B, T, true, micro == 0);
+        model_loss(model, B, T, true, micro == 0, with_loss);
         model_backward(model, B, T, run.buckets[micro], micro);
     }
-    return model_update(model, h, run.state.step, [&] {   // while the device works
-        run.state.position = run.train.position;
-        const bool another = run.state.step + 1 < run.steps && run.train.batches_left_in_shard() >= (size_t)micro_batches;
-        run.ready = another || run.s.overfit;
-        if (run.s.overfit) return;   // the same tokens again
-        run.half = !run.half;
-        if (another) load_tokens(run);
-    });
+    model.micro_batch = 0;
+    return model_update(model, h, run.state.step, with_loss, [&] { next_tokens(run); });   // while the device works
 }
 
 void report_step(Run& run, float lr, const Verdict& v, double took) {   // on the terminal and in the log
     const int step = run.state.step, to_come = run.steps - step;
     const double speed = run.step_tokens() / took, each = run.timed > 0 ? run.seconds / run.timed : took, rest = each * to_come;
-    const double mfu = model_flops_per_token(run.model.config, run.model.plan.T) * speed / (run.peak_flops * world.size);
+    const double mfu = model_flops_per_token(run.model, run.model.plan.T) * speed / (run.peak_flops * world.size);
     const bool known = run.timed > 0 || run.on_cpu();   // a GPU's first step prepares its matmuls; a CPU's is like all others
     const bool terminal = isatty(STDOUT_FILENO);
     printf("step %5d/%d | loss %.4f | norm %.4f | lr %.2e | %.1f ms | %.0f tok/s | ", step, run.steps, fabsf(v.loss), fabsf(v.grad_norm),
@@ -5021,6 +6269,8 @@ void report_step(Run& run, float lr, const Verdict& v, double took) {   // on th
         printf("  %d steps of about %.1f s are to come: %s\n", to_come, each, duration(rest).c_str());
     if (run.state.not_finite_in_row > 0)
         printf("  the loss or the gradient is not finite: this step changed nothing (%d in a row)\n", run.state.not_finite_in_row);
+    else if (v.skip && v.grad_norm == 0 && v.loss == 0)
+        printf("  skipped: none of this step's tokens has a loss (%d such steps)\n", run.without_loss);
     else if (v.skip)
         printf("  skipped: loss %.1f, gradient norm %.1f deviations above the last %d steps\n", v.loss_z, v.grad_z, HISTORY);
     log_line(run.log, "{\"step\": %d, \"train_loss\": %s, \"grad_norm\": %s, \"lr\": %s, \"ms\": %.3f, \"tokens_per_s\": %.1f, \"mfu\": "
@@ -5053,7 +6303,7 @@ void save(Run& run) {
     bool good = at.not_finite_in_row == 0 && std::isfinite(run.val_loss);
     if (good && !run.first_tokens.empty()) {
         std::copy(run.first_tokens.begin(), run.first_tokens.end(), run.host_free());
-        const float limit = 2 * std::max(logf((float)run.model.config.V), run.first_loss);
+        const double limit = 2 * std::max(logf((float)run.model.config.V), run.first_loss) * run.count_with_loss(run.host_free());
         good = !world_any(!(model_batch_loss(run.model, run.host_free()) <= limit));   // so written, NaN is not good
     }
     run.status = !good ? 3 : checkpoint_save(run.model, at, run.train, run.s.out, (int)run.s.keep, run.source) ? 0 : 1;
@@ -5088,15 +6338,16 @@ int end_loop(Run& run, bool finished, bool left_out, bool wrote) {
 void dump_gradients(Run& run) {
     Model& model = run.model;
     const int B = model.plan.B, T = model.plan.T, micro_batches = std::exchange(model.plan.micro_batches, 1);
-    tokens_copy(model.tokens, run.host_region(0), B * T, model.config.V, run.buckets[0], model.stream);
+    model_tokens(model, run.host_region(0), B * T, run.buckets[0]);
     model_forward(model, B, T);
-    model_loss(model, B, T, true, true);
+    const double with_loss = std::max(1.0, run.count_with_loss(run.host_region(0)));
+    model_loss(model, B, T, true, true, with_loss * world.size);
     model_backward(model, B, T, run.buckets[0], 0);
     float loss;
     cudaCheck(cudaMemcpyAsync(&loss, &model.state->loss_sum, sizeof loss, cudaMemcpyDeviceToHost, model.stream));
     cudaCheck(cudaStreamSynchronize(model.stream));
     model.plan.micro_batches = micro_batches;
-    const std::string error = world.rank == 0 ? hf_dump_gradients(model, run.s.dump_gradients, loss / (B * T)) : "";
+    const std::string error = world.rank == 0 ? hf_dump_gradients(model, run.s.dump_gradients, loss / (float)with_loss) : "";
     if (!error.empty()) fail_option("dump-gradients", "%s", error.c_str());
     if (world.rank == 0) printf("gradients of the first micro-batch in %s\n", run.s.dump_gradients.c_str());
 }
@@ -5130,6 +6381,13 @@ int run_loop(Run& run) {   // returns the exit status
     }
 }
 
+std::string target_names(const Model& model) {
+    const std::vector<LoraTarget> targets = lora_targets(model.config);
+    std::string names;
+    for (size_t i = 0; i < targets.size(); i++)
+        if (model.config.lora.targets >> i & 1) names += (names.empty() ? "" : ",") + std::string(targets[i].name);
+    return names;
+}
 // What the run takes: all of it, as for --estimate, or at its start, without the parameters and what training keeps for each.
 void print_plan(Run& run, bool all) {
     const Config& c = run.model.config;
@@ -5141,6 +6399,12 @@ void print_plan(Run& run, bool all) {
                total, total - room);
         printf("model      %s: %s, %.2fM parameters, %s\n", run.model_name(), model_sizes(c).c_str(), param_count(c) / 1e6,
                dtype_name(FLOATX));
+        if (c.lora.rank > 0) {
+            double trained = 0;
+            for (int p : model_trained(run.model)) trained += (double)param_shape(c, p).elements();
+            printf("adapters   rank %d on %s, alpha %g%s: %.2fM parameters in training%s\n", run.rank(), target_names(run.model).c_str(),
+                   run.s.lora_alpha, run.s.lora_dropout > 0 ? ", dropout" : "", trained / 1e6, run.s.freeze_a ? ", B alone (LoRA-FA)" : "");
+        }
         if (run.steps > 0)
             printf("step       %d sequences x %d tokens x %d micro-batches x %d GPUs = %zu tokens; %d steps, an epoch has %zu\n", plan.B,
                    plan.T, plan.micro_batches, world.size, run.step_tokens(), run.steps,
@@ -5167,11 +6431,24 @@ void make_model(Run& run) {
     fflush(stdout);
     if (run.model_file.empty()) model_init(model);
     else run.source = model_load(model, run.model_file);
+    if (model.config.lora.rank > 0) {   // what is written is the adapter
+        char* path = realpath(run.model_file.c_str(), nullptr);
+        run.source.dtypes.clear(), run.source.dtype = F32;
+        if (run.adapter.folder.empty()) {
+            adapter_init(model);
+            run.source.adapter = adapter_new_config(model, path ? path : run.s.model, run.s.lora_alpha, run.s.lora_dropout);
+        } else {
+            adapter_load(model, run.adapter, run.source);
+            run.source.adapter.set("inference_mode", json_bool(true));
+        }
+        free(path);
+    }
     if (run.s.save_dtype > 0) run.source.dtype = std::vector<DType>{F32, BF16, F16}[run.s.save_dtype - 1], run.source.dtypes.clear();
     model.weights_in_state = false;
-    hf_walk(model.config, [&](int, size_t, const HfPiece& piece) {
-        const DType type = run.source.dtype_of(piece.name);
-        model.weights_in_state |= type != F32 && (kFP32 || type != BF16);
+    auto narrows = [&](DType type) { return type != F32 && (kFP32 || type != BF16); };
+    for (const AdapterPart& a : adapter_parts(model, run.source)) model.weights_in_state |= narrows(a.part.dtype);
+    hf_walk(model.config, [&](int p, size_t, const HfPiece& piece) {
+        model.weights_in_state |= model.plan.trains(p) && narrows(run.source.dtype_of(model.config.lora.rank ? saved_name(piece) : piece.name));
     });
     cudaCheck(cudaStreamSynchronize(model.stream));
 }
@@ -5180,11 +6457,11 @@ void make_model(Run& run) {
 void begin_or_go_on(Run& run) {
     const std::vector<double> kept = settings_kept(run);
     const bool resumes = run.resume_step >= 0;
-    if (resumes) run.state = state_load(run.model, run.train, run.model_file, run.resume_step);
+    if (resumes) run.state = state_load(run.model, run.train, run.resumed, run.resume_step);
     const std::vector<double> was = run.state.settings;   // of an older file there may be fewer, or none
     run.state.settings = kept;
     if (world.rank != 0 || !run.s.resume) return;
-    if (resumes) printf("resumed at step %d from %s\n", run.state.step, run.model_file.c_str());
+    if (resumes) printf("resumed at step %d from %s\n", run.state.step, run.resumed.c_str());
     else printf("no checkpoint in %s yet: starting at step 0\n", run.s.out.c_str());
     for (size_t slot = 0; slot < std::min(kept.size(), was.size()); slot++)
         for (const Option& o : options)
@@ -5193,6 +6470,56 @@ void begin_or_go_on(Run& run) {
                        o.text(kept[slot]).c_str());
     if (resumes && given("seed") && (uint64_t)run.s.seed != run.model.seed)
         printf("note: the run goes on with its own --seed, %llu\n", (unsigned long long)run.model.seed);
+}
+
+// --merge, and where there are data to validate on the losses of base, base with adapter, and what was written, over one batch.
+void merge(Run& run) {
+    Settings& s = run.s;
+    const std::string folder = s.merge, unfinished = folder + ".tmp";
+    if (world.size > 1) bad_option("merge", "one process is enough; start it without mpirun");
+    if (run.adapter.folder.empty()) bad_option("merge", "expected --adapter DIR with it, whose weights are added to those of -e");
+    if (!is_folder(run.model_file.c_str())) bad_option("merge", "expected -e DIR, the directory of the base model");
+    if (run.model.config.lora.quantized) bad_option("merge", "%s is in 4 bits, and the sum would be rounded to them; expected the model in 16 bits",
+                                                    run.model_name());
+    if (file_exists(folder)) bad_option("merge", "there is something of that name; expected a new one");
+    const bool compare = given("val-data");
+    const Config with = run.model.config;
+    double loss[3] = {};
+    auto measure = [&](int which, const std::string& model_file, bool adapter) {
+        if (!compare) return;
+        run.model.config.lora = adapter ? with.lora : Lora{};
+        if (!adapter) run.model.plan.host_wte = false;
+        run.model_file = model_file;
+        make_model(run);
+        loader_seek(run.val, 0, 0, 0);
+        int* host = run.host_free();
+        if (!loader_next(run.val, host, host + run.BT(), run.documents(host))) fail("%s", run.val.error.c_str());
+        loss[which] = model_batch_loss(run.model, host) / std::max(1.0, run.count_with_loss(host));
+        table_free(run.model.table);
+        cudaCheck(cudaFreeHost(run.host_tokens));
+        run.model.config = with;
+    };
+    if (compare) {
+        pick_device(run);
+        choose_plan(run, open_data(run));
+        loader_set_batch(run.val, run.model.plan.B);
+        const std::string base = run.model_file;
+        measure(1, base, true), measure(0, base, false);
+    }
+    if (mkdir(unfinished.c_str(), 0777) != 0) fail_option("merge", "cannot make %s: %s", unfinished.c_str(), strerror(errno));
+    HfModel m = hf_open(run.model_file);
+    Source source = hf_source(m);
+    source.dtype = source.dtype_of(hf_pieces(with, WTE, -1)[0].name);
+    if (s.save_dtype > 0) source.dtype = std::vector<DType>{F32, BF16, F16}[s.save_dtype - 1], source.dtypes.clear();
+    const std::string error = hf_merge(with, run.model_file, run.adapter, unfinished, source);
+    if (!error.empty() || rename(unfinished.c_str(), folder.c_str()) != 0) {
+        remove_folder(unfinished);
+        fail_option("merge", "%s", error.empty() ? strerror(errno) : error.c_str());
+    }
+    printf("base and adapter, as one model, in %s\n", folder.c_str());
+    if (!compare) return;
+    measure(2, folder, false);
+    printf("loss of a batch: base %.6f, base with adapter %.6f, merged %.6f\n", loss[0], loss[1], loss[2]);
 }
 
 int main(int argc, char** argv) {
@@ -5207,8 +6534,14 @@ int main(int argc, char** argv) {
     options_parse(argc, argv);
     settings_check(run.s);
     pick_model(run);
+    if (!run.s.merge.empty()) {
+        merge(run);
+        leave(0);
+    }
     pick_device(run);
     const bool estimating = !run.s.estimate.empty();
+    if (estimating && given("train-data"))   // marks take four bytes a token
+        for (const std::string& name : files_named(run.s.train_data)) run.model.plan.marks |= shard_check_header(name.c_str()).marks;
     choose_plan(run, estimating ? 1 << 16 : open_data(run));
     if (estimating && speaks) print_plan(run, true);
     if (estimating) leave(0);
@@ -5233,6 +6566,8 @@ int main(int argc, char** argv) {
     loader_close(run.val);
     table_free(run.model.table);
     cudaCheck(cudaFreeHost(run.host_tokens));
+    for (auto& half : run.model.wte_rows)
+        if (half.rows) cudaCheck(cudaFreeHost(half.rows)), cudaCheck(cudaEventDestroy(half.copied));
     cublasCheck(cublasLtDestroy(matmul_state.handle));
     cudaCheck(cudaStreamDestroy(run.model.stream));
     world_end();

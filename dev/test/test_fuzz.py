@@ -1,4 +1,5 @@
 """The readers of a model's files, JSON and safetensors, on inputs that nobody meant: a short run of dev/test/fuzz_readers.cu."""
+import os
 import re
 import shutil
 
@@ -12,8 +13,9 @@ def test_readers_survive_mutated_headers():
 
 def test_readers_survive_libfuzzer():
     """It looks for inputs that take new ways through the code. 10 million were tried once: make fuzz."""
-    if not shutil.which("clang++"):
-        pytest.skip("clang++ is not installed (Debian: clang)")
+    link = ("clang++", "-fsanitize=fuzzer", "-x", "c++", "-", "-o", os.devnull)
+    if not shutil.which("clang++") or execute(*link, cwd=ROOT, input=b'extern "C" int LLVMFuzzerTestOneInput(const char*, unsigned long) { return 0; }').status:
+        pytest.skip("clang++ with libFuzzer is not installed (Debian: clang, libclang-rt-dev)")
     done = execute("make", "fuzz", "RUNS=100000", cwd=ROOT, timeout=300)
     assert done.status == 0, (done.out + done.err)[-3000:]
     assert int(re.search(r"number_of_executed_units: (\d+)", done.err)[1]) >= 100000

@@ -100,6 +100,15 @@ template <class A, class B> inline constexpr std::common_type_t<A, B> max(A a, B
 }
 
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
+// Never contracted to a multiply-add, which is what they are there for.
+inline float __fmul_rn(float a, float b) {
+    volatile float product = a * b;
+    return product;
+}
+inline float __fadd_rn(float a, float b) {
+    volatile float sum = a + b;
+    return sum;
+}
 inline float __fdividef(float a, float b) { return a / b; }
 // glibc declares functions of these names for itself, so they have to be macros
 #define __expf(x) expf(x)
