@@ -471,7 +471,7 @@ def test_no_step_writes_an_adapter_as_it_came(bench):
         shutil.rmtree(lab.path("out"), ignore_errors=True)
         tensors = {name: Tensor("F32", t.shape, pack("F32", [x * 1.0001 for x in unpack(t)])) for name, t in peft_tensors(lab.given).items()}
         write_adapter(lab.path("fine"), lab.given, tensors=tensors)
-        lab.run("-e", "in", "--adapter", "fine", "-x", 0, "-i", "nothing.bin", "-o", "out", variant=variant, **lab.how)
+        lab.run(*options("-e", "in", "--adapter", "fine", "-x", 0, "-i", "nothing.bin", "-o", "out"), variant=variant, **lab.how)
         assert read_safetensors(lab.path("out/step_00000000/adapter_model.safetensors")) == tensors
 
 def test_micro_batches_and_ranks_are_one_batch(bench):
@@ -585,7 +585,7 @@ def test_merge(bench, case, dtype):
         assert {**ours, **theirs_} == ours
         loss = {}
         for name, given in (("base", ["-e", "in"]), ("adapter", ["-e", "in", "--adapter", "adapter"]), ("merged", ["-e", "merged"])):
-            lab.run(*given, "-i", "batch.bin", "-b", B, "-t", T, "-x", 0, "-f", 0, "--dump-gradients", f"{name}.safetensors", variant="cpu-fp32", **lab.how)
+            lab.run(*options(*given, "-i", "batch.bin", "-b", B, "-t", T, "-x", 0, "-f", 0, "--dump-gradients", f"{name}.safetensors"), variant="cpu-fp32", **lab.how)
             loss[name] = float(arrays(lab.path(f"{name}.safetensors"))["loss"])
         assert close(loss["adapter"], loss["merged"], 1e-5 if dtype == "F32" else 5e-3) and not close(loss["base"], loss["merged"], 1e-2)
         shutil.rmtree(lab.path("merged"))

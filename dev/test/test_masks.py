@@ -45,7 +45,7 @@ def bench(tmp_path_factory):
 
 def gradients(lab, *given, file="batch.bin", variant="cpu-fp32", **how):
     """{name: array} of --dump-gradients: loss, and of everything that is trained."""
-    lab.run("-e", "in", "-i", file, "-x", 0, "-f", 0, "--dump-gradients", "g.safetensors", *given, variant=variant, **{**lab.how, **how})
+    lab.run(*options("-e", "in", "-i", file, "-x", 0, "-f", 0, "--dump-gradients", "g.safetensors", *given), variant=variant, **{**lab.how, **how})
     return arrays(lab.path("g.safetensors"))
 
 # ---- against the reference -----------------------------------------------------------------------------------
@@ -116,6 +116,12 @@ def alone(lab, ids, begin, end, T, *given, others=None, **how):
     write_marked(lab.path("row.bin"), ids[:T + 1], [m for m in marks if m <= T], [i for i in range(T + 1) if not begin <= i < end])
     return gradients(lab, "-b", 1, "-t", T, *given, file="row.bin", **how)
 
+def same(one, two):
+    """To the bit, but for the embedding's gradient: its sums take places of a token together, whatever document they are in."""
+    for name, t in one.items():
+        inputs = name in ("transformer.wte.weight", "model.embed_tokens.weight")
+        assert distance(two[name], t) < 1e-6 if inputs else (two[name] == t).all(), name
+
 PLACES = [(0, 17), (15, 48), (16, 80), (63, 66), (61, 130), (64, 129), (128, 150)]   # in rows of 150: across and within tiles of 16 and 64
 
 @pytest.mark.parametrize("sizes", [LLAMA.format(HS) for HS in (8, 16, 24, 32, 40, 48, 64)] + [GPT2, "gpt2:L1,H1,C64,T200,V131", "gpt2:L1,H2,C16,T200,V131"])
@@ -125,8 +131,7 @@ def test_what_stands_beside_changes_nothing(bench, sizes):
     ids = ids_of(T + 1, 7)
     for begin, end in PLACES if sizes in (LLAMA.format(24), GPT2) else random.Random(sizes).sample(PLACES, 2):
         one, two = (alone(lab, ids, begin, end, T, others=others) for others in (None, 1))
-        for name, t in one.items():
-            assert (t == two[name]).all(), (name, begin, end)
+        same(one, two)
         write_marked(lab.path("alone.bin"), ids[begin:end])
         own = gradients(lab, "-b", 1, "-t", end - begin - 1, file="alone.bin")
         assert close(float(one["loss"]), float(own["loss"]), 2e-6)
@@ -139,7 +144,7 @@ def test_what_stands_beside_changes_nothing_in_other_builds(bench, sizes, varian
     ids = ids_of(T + 1, 7)
     for begin, end in PLACES[1:5:3]:
         one, two = (alone(lab, ids, begin, end, T, others=others, variant=variant) for others in (None, 1))
-        assert all((t == two[name]).all() for name, t in one.items()), (begin, end)
+        same(one, two)
         write_marked(lab.path("alone.bin"), ids[begin:end])
         own = gradients(lab, "-b", 1, "-t", end - begin - 1, file="alone.bin", variant=variant)
         near = 5e-6 if "fp32" in variant else 4e-2
@@ -195,19 +200,20 @@ def test_a_step_without_anything_to_train(bench):
     """It is counted, said and left out: weights and moments stay, and the next step is what it would have been without it."""
     for sizes in (LLAMA.format(8), GPT2):
         lab, T = bench(sizes), 24
-        first, silent, last = (ids_of(2 * T, seed) for seed in (1, 2, 3))
-        write_marked(lab.path("with.bin"), first + last[:1] + silent[1:] + last + [5], untrained=range(2 * T + 1, 4 * T + 1))
-        write_marked(lab.path("without.bin"), first + last + [5])
-        runs = []
+        row, runs = ids_of(T), []   # again and again, so that their order, which the seed decides, is none
+        write_marked(lab.path("with.bin"), row * 3 + row[:1], untrained=range(T + 1, 2 * T + 1))
+        write_marked(lab.path("without.bin"), row * 2 + row[:1])
         for name, steps in (("with", 3), ("without", 2)):
             shutil.rmtree(lab.path(name), ignore_errors=True)
-            runs.append(lab.train("-e", "in", "-i", f"{name}.bin", "-b", 2, "-t", T, "-x", steps, "-n", 1, "-k", "constant", "-o", name, variant="cpu-fp32", **lab.how))
-        losses, expected_losses = ([x for x in ran.losses if x is not None] for ran in runs)
-        assert losses == expected_losses and len(losses) == 2
-        for step, other in ((1, 1), (2, 1), (3, 2)):
-            one, two = weights(lab, f"with/step_{step:08d}"), weights(lab, f"without/step_{other:08d}")
-            assert all((two[name] == t).all() for name, t in one.items()), step
-        says(runs[0].out + runs[0].err, "step 2", "no trained")
+            runs.append(lab.train("-e", "in", "-i", f"{name}.bin", "-b", 1, "-t", T, "-x", steps, "-n", 1, "-k", "constant", "-o", name, variant="cpu-fp32", **lab.how))
+        k = next(i for i, x in enumerate(runs[0].losses) if x is None)
+        losses = [x for x in runs[0].losses if x is not None]
+        assert losses == runs[1].losses and len(losses) == 2
+        for step, other in enumerate([0, *(i for i in (1, 2, 3) if i != k + 1)]):
+            if step:
+                one, two = weights(lab, f"with/step_{other:08d}"), weights(lab, f"without/step_{step:08d}")
+                assert all((two[name] == t).all() for name, t in one.items()), step
+        says(runs[0].out + runs[0].err, f"step {k + 1}", "no target")
 
 def test_nothing_to_train_at_all(bench):
     """Pads as targets, or a mask that is wrong: said, and never a loss of 0."""
