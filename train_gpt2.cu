@@ -1554,12 +1554,13 @@ template <int HS> using TcSums = float[TC_M<HS>][HS / 8][4];                  //
 // them. Three blocks leave 168 per thread, two leave 255, the most that a thread can have. For compute capability 10 and 12 the
 // compiler needs a few more. With TC_V_SHARED v has no room in the kernel for dk and dv, and is read from shared memory each time.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-template <int HS> constexpr int TC_FORWARD_BLOCKS = 2;
-template <int HS> constexpr bool TC_V_SHARED = true;
+template <int HS, bool DOCS> constexpr int TC_FORWARD_BLOCKS = 2;
+template <int HS, bool DOCS> constexpr bool TC_V_SHARED = true;
 #else
-template <int HS> constexpr int TC_FORWARD_BLOCKS = HS == 64 ? 3 : 2;
-template <int HS> constexpr bool TC_V_SHARED = HS == 64;
+template <int HS, bool DOCS> constexpr int TC_FORWARD_BLOCKS = HS == 64 && !DOCS ? 3 : 2;
+template <int HS, bool DOCS> constexpr bool TC_V_SHARED = HS == 64 || DOCS;
 #endif
+// DOCS: attention begins anew at each document. Without them, the registers that this takes are free for more blocks.
 
 // Single instructions.
 //   mma_16816    c += a b
@@ -1699,17 +1700,35 @@ __device__ inline void tc_add(TcSums<HS>& sums, const uint32_t (&a)[TC_M<HS>][4]
             for (int half = 0; half < 2; half++) mma_16816(sums[m][2 * i + half], a[m], b[2 * half], b[2 * half + 1]);
     }
 }
+// Where a block has to look at documents. In shared memory: the registers are all in use.
+struct TcDocuments {
+    int b;                        // its sequence
+    int limit[TC_THREADS / 32];   // of a warp: keys before this one are not seen by all of its queries; or, with rows of keys, queries
+                                  // from this one on do not see all of its keys
+    int end;                      // with rows of keys: behind the last query that sees one
+};
+template <int M> __device__ inline void tc_documents(TcDocuments& docs, const AttShape& shape, const AttBlock& block, bool key_rows) {
+    const int warp = threadIdx.x / 32, first = block.first + warp * 16 * M;   // the warp's first row
+    if (threadIdx.x % 32 != 0) return;
+    docs.b = block.b;
+    docs.limit[warp] = key_rows ? shape.last_query(block.b, min(first, shape.T), first, 1) : shape.first_key(block.b, first + 16 * M - 1);
+    if (warp == 0) docs.end = shape.last_query(block.b, block.first, block.first + TC_THREADS / 32 * 16 * M - 1, TC_ROWS);
+}
 // Scores of pairs whose key comes after the query become -infinity: their p is 0. s[n][m] has queries as rows, from first_query on,
 // and keys as columns, from first_key + 8 n on. With KEY_ROWS it is the other way round, and queries after T are masked too.
-template <bool KEY_ROWS, int N, int M>
-__device__ inline void tc_mask(float (*s)[M][4], int m, int first_query, int first_key, const AttShape& shape, int b) {
+template <bool DOCS, bool KEY_ROWS, int N, int M>
+__device__ inline void tc_mask(float (*s)[M][4], int m, int first_query, int first_key, const AttShape& shape, const TcDocuments& docs) {
     const int T = shape.T;
-    if (shape.document != nullptr && first_key < shape.first_key(b, first_query + (KEY_ROWS ? 8 * N : 16) - 1)) {   // some see not all keys
+    if (DOCS && (KEY_ROWS ? first_query + 8 * N > docs.limit[threadIdx.x / 32] : first_key < docs.limit[threadIdx.x / 32])) {
         const int row = lane_row(), col = lane_col();
 #pragma unroll
-        for (int i = 0; i < 4 * N; i++) {
-            const int r = row + i % 4 / 2 * 8, c = col + i / 4 * 8 + i % 2;
-            if (first_key + (KEY_ROWS ? r : c) < shape.first_key(b, first_query + (KEY_ROWS ? c : r))) s[i / 4][m][i % 4] = -INFINITY;
+        for (int i = 0; i < (KEY_ROWS ? 2 * N : 2); i++) {   // the lane's queries: two rows; or columns, two of each c
+            const int query = first_query + (KEY_ROWS ? col + i / 2 * 8 + i % 2 : row + 8 * i);
+            const int unseen = shape.first_key(docs.b, query) - first_key - (KEY_ROWS ? row : col);   // keys, from the lane's first one on
+            for (int k = 0; k < (KEY_ROWS ? 2 : 2 * N); k++) {
+                float& x = KEY_ROWS ? s[i / 2][m][i % 2 + 2 * k] : s[k / 2][m][2 * i + k % 2];
+                if ((KEY_ROWS ? 8 * k : k / 2 * 8 + k % 2) < unseen) x = -INFINITY;
+            }
         }
     }
     const int key_less_query = first_key - first_query;   // in row 0 and column 0
@@ -1755,9 +1774,10 @@ template <int HS> __device__ inline void tc_column_sums(float* column_sums, cons
         column_sums[i] = factor * ((shared[i] + shared[HS + i]) + (shared[2 * HS + i] + shared[3 * HS + i]));
 }
 
-template <int HS> __global__ void __launch_bounds__(TC_THREADS, TC_FORWARD_BLOCKS<HS>)
+template <int HS, bool DOCS> __global__ void __launch_bounds__(TC_THREADS, TC_FORWARD_BLOCKS<HS, DOCS>)
 attention_forward_tc_kernel(bf16* out, float* lse, const bf16* qkv, AttShape shape) {
     extern __shared__ __align__(128) bf16 tc_tiles[];   // two stages of a tile of k and one of v
+    __shared__ TcDocuments docs;
     constexpr int M = TC_M<HS>, KEYS = 64 / M;          // keys that a warp looks at between two corrections of its maximum
     const uint32_t tiles = shared_address(tc_tiles);
     const TileReader<HS> read;
@@ -1766,13 +1786,14 @@ attention_forward_tc_kernel(bf16* out, float* lse, const bf16* qkv, AttShape sha
     auto first_query = [&] { return block.first + (int)opaque(threadIdx.x) / 32 * 16 * M; };   // the warp's
     const bf16 *row0 = qkv + (size_t)block.b * T * stride, *k_head = row0 + shape.k_head(block.h) * HS;
     const float scale = shape.scale * LOG2E;   // exp(x) = exp_2(x * LOG2E)
+    if constexpr (DOCS) tc_documents<M>(docs, shape, block, false);
     TcRows<HS> q;
     TcSums<HS> o = {};
     float max[M][2], sum[M][2] = {};   // of the lane's rows
     tc_load_rows<HS>(q, row0 + block.h * HS, stride, first_query(), T);
 #pragma unroll
-    for (int m = 0; m < M; m++) max[m][0] = max[m][1] = ATT_NO_MAX;
-    const int first = shape.first_key(block.b, block.first) / TC_ROWS * TC_ROWS;
+    for (int m = 0; m < M; m++) max[m][0] = max[m][1] = DOCS ? ATT_NO_MAX : -INFINITY;
+    const int first = DOCS ? shape.first_key(block.b, block.first) / TC_ROWS * TC_ROWS : 0;
     tc_load_tiles<HS>(tiles, k_head, stride, k_head + to_v, stride, first, T);
     for (int t0 = first, stage = 0; t0 < end; t0 += TC_ROWS, stage ^= 1) {
         const uint32_t k_tile = tiles + stage * 2 * TC_TILE<HS>, v_tile = k_tile + TC_TILE<HS>;
@@ -1787,7 +1808,7 @@ attention_forward_tc_kernel(bf16* out, float* lse, const bf16* qkv, AttShape sha
             tc_scores<HS>(s, q, read, k_tile, j);
 #pragma unroll
             for (int m = 0; m < M; m++) {
-                tc_mask<false, KEYS / 8>(s, m, first_query() + 16 * m, t0 + j, shape, block.b);
+                tc_mask<DOCS, false, KEYS / 8>(s, m, first_query() + 16 * m, t0 + j, shape, docs);
 #pragma unroll
                 for (int half = 0; half < 2; half++) {   // the lane's row of c[0] and c[1], then that of c[2] and c[3]
                     float new_max = max[m][half];
@@ -1825,10 +1846,11 @@ attention_forward_tc_kernel(bf16* out, float* lse, const bf16* qkv, AttShape sha
 
 // Backward by rows of queries: dq. `partial` gets the sums of dq over the block's rows, for the gradient of the bias of the matmul
 // that made qkv. If it is null they are not wanted.
-template <int HS> __global__ void __launch_bounds__(TC_THREADS, 2)
+template <int HS, bool DOCS> __global__ void __launch_bounds__(TC_THREADS, 2)
 attention_backward_dq_tc_kernel(bf16* dqkv, float* partial, float* delta, const bf16* dout, const bf16* qkv, const bf16* out,
                                 const float* lse, AttShape shape) {
     extern __shared__ __align__(128) bf16 tc_tiles[];   // two stages of a tile of k and one of v
+    __shared__ TcDocuments docs;
     constexpr int M = TC_M<HS>;
     const uint32_t tiles = shared_address(tc_tiles);
     const TileReader<HS> read;
@@ -1839,8 +1861,9 @@ attention_backward_dq_tc_kernel(bf16* dqkv, float* partial, float* delta, const 
     const float scale = shape.scale * LOG2E;
     auto stage = [&](int t0) { return tiles + t0 / TC_ROWS % 2 * 2 * TC_TILE<HS>; };
     auto load = [&](int t0) { tc_load_tiles<HS>(stage(t0), k_head, stride, k_head + shape.NKV * HS, stride, t0, T); };
-    const int first = shape.first_key(block.b, block.first) / TC_ROWS * TC_ROWS;
+    const int first = DOCS ? shape.first_key(block.b, block.first) / TC_ROWS * TC_ROWS : 0;
     load(first);
+    if constexpr (DOCS) tc_documents<M>(docs, shape, block, false);
     const size_t q_head = shape.qkv_at(block.b, 0, block.h), out_head = shape.out_at(block.b, 0, block.h);
     TcRows<HS> q, dout_rows;
     TcSums<HS> dq = {};
@@ -1877,7 +1900,7 @@ attention_backward_dq_tc_kernel(bf16* dqkv, float* partial, float* delta, const 
                 tc_scores<HS>(s, q, read, k_tile, j + 8 * right);
                 tc_scores<HS>(dp, dout_rows, read, v_tile, j + 8 * right);
                 for (int m = 0; m < M; m++) {
-                    tc_mask<false, 1>(s, m, first_query + 16 * m, t0 + j + 8 * right, shape, block.b);
+                    tc_mask<DOCS, false, 1>(s, m, first_query + 16 * m, t0 + j + 8 * right, shape, docs);
                     for (int i = 0; i < 4; i++)   // ds = p (dp - delta)
                         dp[0][m][i] = exp_2(s[0][m][i] * scale - lse_row[2 * m + i / 2]) * (dp[0][m][i] - delta_row[2 * m + i / 2]);
                     tc_as_a(ds[m], dp[0][m], right);
@@ -1894,11 +1917,12 @@ attention_backward_dq_tc_kernel(bf16* dqkv, float* partial, float* delta, const 
 }
 
 // Backward by rows of keys: dk, dv and their sums over rows. All is transposed: s^T = k q^T, dv = p^T dout, dk = scale * ds^T q.
-template <int HS> __global__ void __launch_bounds__(TC_THREADS, 2)
+template <int HS, bool DOCS> __global__ void __launch_bounds__(TC_THREADS, 2)
 attention_backward_dkv_tc_kernel(bf16* dqkv, float* partial, const bf16* dout, const bf16* qkv, const float* lse,
                                  const float* delta, AttShape shape) {
     extern __shared__ __align__(128) bf16 tc_tiles[];      // two stages of a tile of q and one of dout; v
     __shared__ float2 row_statistics[2][2][TC_ROWS / 2];   // of each stage: lse and delta of its queries, by twos
+    __shared__ TcDocuments docs;
     constexpr int M = TC_M<HS>;
     const uint32_t tiles = shared_address(tc_tiles), v_tile = tiles + 4 * TC_TILE<HS>;
     const TileReader<HS> read;
@@ -1919,14 +1943,18 @@ attention_backward_dkv_tc_kernel(bf16* dqkv, float* partial, const bf16* dout, c
     TcRows<HS> k, v;
     TcSums<HS> dk = {}, dv = {};
     tc_load_rows<HS>(k, k_head, stride, first_key(), T);
-    if constexpr (!TC_V_SHARED<HS>) tc_load_rows<HS>(v, k_head + to_v, stride, first_key(), T);
+    if constexpr (!TC_V_SHARED<HS, DOCS>) tc_load_rows<HS>(v, k_head + to_v, stride, first_key(), T);
     else for (int m = 0; m < M; m++) tc_load_tile<HS>(v_tile + m * TC_TILE<HS>, k_head + to_v, stride, block.first + 64 * m, T);
     load_stage(stage, first_head, block.first);
-    const int end = shape.last_query(block.b, block.first, block.first + TC_BLOCK<HS> - 1, TC_ROWS);
+    if constexpr (DOCS) {
+        tc_documents<M>(docs, shape, block, true);
+        __syncthreads();
+    }
+    auto end = [&] { return DOCS ? docs.end : T; };
     for (int h = first_head; h <= last_head; h++)
-        for (int t0 = block.first; t0 < end; t0 += TC_ROWS, stage ^= 1) {   // earlier queries see none of these keys, nor do later ones
+        for (int t0 = block.first; t0 < end(); t0 += TC_ROWS, stage ^= 1) {   // other queries see none of these keys
             const uint32_t q_tile = tiles + stage * 2 * TC_TILE<HS>, dout_tile = q_tile + TC_TILE<HS>;
-            const bool last = t0 + TC_ROWS >= end;   // of the head
+            const bool last = t0 + TC_ROWS >= end();   // of the head
             cp_async_wait_all();
             __syncthreads();
             if (!last || h < last_head) load_stage(stage ^ 1, h + last, last ? block.first : t0 + TC_ROWS);
@@ -1935,8 +1963,8 @@ attention_backward_dkv_tc_kernel(bf16* dqkv, float* partial, const bf16* dout, c
                 if (first_key() - (t0 + j) > 15) continue;     // these queries come before all keys of the warp
                 float s[2][M][4] = {}, dp[2][M][4] = {};   // of 8 queries, then 8 more
                 tc_scores<HS>(s, k, read, q_tile, j);
-                tc_scores<HS, TC_V_SHARED<HS>>(dp, v, read, dout_tile, j, v_tile, first_key() - block.first);
-                for (int m = 0; m < M; m++) tc_mask<true, 2>(s, m, t0 + j, first_key() + 16 * m, shape, block.b);
+                tc_scores<HS, TC_V_SHARED<HS, DOCS>>(dp, v, read, dout_tile, j, v_tile, first_key() - block.first);
+                for (int m = 0; m < M; m++) tc_mask<DOCS, true, 2>(s, m, t0 + j, first_key() + 16 * m, shape, docs);
                 uint32_t p[M][4], ds[M][4];
 #pragma unroll
                 for (int n = 0; n < 2; n++) {
@@ -1970,24 +1998,24 @@ template <class Kernel> int tc_shared_bytes(Kernel kernel, int bytes) {
     cudaCheck(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
     return bytes;
 }
-template <int HS>
+template <int HS, bool DOCS>
 void attention_forward_tc(floatX* out, float* lse, const floatX* qkv, int B, AttShape shape, cudaStream_t stream) {
-    static int bytes = tc_shared_bytes(attention_forward_tc_kernel<HS>, 4 * TC_TILE<HS>);
+    static int bytes = tc_shared_bytes(attention_forward_tc_kernel<HS, DOCS>, 4 * TC_TILE<HS>);
     int heads = B * shape.NH, blocks = heads * ceil_div(shape.T, TC_BLOCK<HS>);
-    attention_forward_tc_kernel<HS><<<blocks, TC_THREADS, bytes, stream>>>(out, lse, qkv, att_in_groups(shape, heads));
+    attention_forward_tc_kernel<HS, DOCS><<<blocks, TC_THREADS, bytes, stream>>>(out, lse, qkv, att_in_groups(shape, heads));
     cudaCheck(cudaGetLastError());
 }
-template <int HS>
+template <int HS, bool DOCS>
 void attention_backward_tc(floatX* dqkv, Grad dbias, float* delta, float* scratch, const floatX* dout, const floatX* qkv,
                            const floatX* out, const float* lse, bool accumulate, int B, AttShape shape, cudaStream_t stream) {
-    static int dq_bytes = tc_shared_bytes(attention_backward_dq_tc_kernel<HS>, 4 * TC_TILE<HS>);
-    static int dkv_bytes = tc_shared_bytes(attention_backward_dkv_tc_kernel<HS>, (4 + TC_M<HS>) * TC_TILE<HS>);
+    static int dq_bytes = tc_shared_bytes(attention_backward_dq_tc_kernel<HS, DOCS>, 4 * TC_TILE<HS>);
+    static int dkv_bytes = tc_shared_bytes(attention_backward_dkv_tc_kernel<HS, DOCS>, (4 + TC_M<HS>) * TC_TILE<HS>);
     int row_blocks = ceil_div(shape.T, TC_BLOCK<HS>), heads = B * shape.NH, kv_heads = B * shape.NKV;
     float* partial = dbias.p != nullptr ? scratch : nullptr;
-    attention_backward_dq_tc_kernel<HS><<<heads * row_blocks, TC_THREADS, dq_bytes, stream>>>(
+    attention_backward_dq_tc_kernel<HS, DOCS><<<heads * row_blocks, TC_THREADS, dq_bytes, stream>>>(
         dqkv, partial, delta, dout, qkv, out, lse, att_in_groups(shape, heads));
     cudaCheck(cudaGetLastError());
-    attention_backward_dkv_tc_kernel<HS><<<kv_heads * row_blocks, TC_THREADS, dkv_bytes, stream>>>(
+    attention_backward_dkv_tc_kernel<HS, DOCS><<<kv_heads * row_blocks, TC_THREADS, dkv_bytes, stream>>>(
         dqkv, partial, dout, qkv, lse, delta, att_in_groups(shape, kv_heads));
     cudaCheck(cudaGetLastError());
     if (partial == nullptr) return;
@@ -2013,7 +2041,10 @@ void attention_forward(floatX* out,        // (B, T, NH*HS)
                        const int* document,   // (B, T) as in AttShape, or null
                        int B, int T, int NH, int NKV, int HS, cudaStream_t stream) {
     auto run = HS <= 32 ? attention_forward_launch<1> : HS <= 64 ? attention_forward_launch<2> : attention_forward_launch<4>;
-    if constexpr (!kFP32) run = HS == 64 ? attention_forward_tc<64> : HS == 128 ? attention_forward_tc<128> : run;
+    if constexpr (!kFP32) {
+        if (HS == 64) run = document ? attention_forward_tc<64, true> : attention_forward_tc<64, false>;
+        if (HS == 128) run = document ? attention_forward_tc<128, true> : attention_forward_tc<128, false>;
+    }
     run(out, lse, qkv, B, att_shape(document, T, NH, NKV, HS), stream);
 }
 
@@ -2028,7 +2059,10 @@ void attention_backward(floatX* dqkv,                               // (B, T, (N
                         const int* document,                        // (B, T) as in AttShape, or null
                         bool accumulate, int B, int T, int NH, int NKV, int HS, cudaStream_t stream) {
     auto run = HS <= 32 ? attention_backward_launch<1> : HS <= 64 ? attention_backward_launch<2> : attention_backward_launch<4>;
-    if constexpr (!kFP32) run = HS == 64 ? attention_backward_tc<64> : HS == 128 ? attention_backward_tc<128> : run;
+    if constexpr (!kFP32) {
+        if (HS == 64) run = document ? attention_backward_tc<64, true> : attention_backward_tc<64, false>;
+        if (HS == 128) run = document ? attention_backward_tc<128, true> : attention_backward_tc<128, false>;
+    }
     run(dqkv, dbias, delta, scratch, dout, qkv, out, lse, accumulate, B, att_shape(document, T, NH, NKV, HS), stream);
 }
 
@@ -5908,7 +5942,7 @@ size_t open_data(Run& run) {
         loader_open(d, typed(option).c_str(), name.c_str(), (int)s.T, c.V, shuffle, run.model.seed);
         batch = std::min(batch, loader_largest_batch(d));
     };
-    if (s.steps != 0 || !s.dump_gradients.empty()) open(run.train, "train-data", s.train_data, true);
+    if ((s.steps != 0 || !s.dump_gradients.empty()) && s.merge.empty()) open(run.train, "train-data", s.train_data, true);
     if (s.val_every > 0) open(run.val, "val-data", s.val_data, false);
     // samples are written in the tokens of the data
     run.model.plan.marks = run.train.marks() || run.val.marks();
@@ -6476,6 +6510,7 @@ void begin_or_go_on(Run& run) {
 void merge(Run& run) {
     Settings& s = run.s;
     const std::string folder = s.merge, unfinished = folder + ".tmp";
+    s.sample_every = 0;
     if (world.size > 1) bad_option("merge", "one process is enough; start it without mpirun");
     if (run.adapter.folder.empty()) bad_option("merge", "expected --adapter DIR with it, whose weights are added to those of -e");
     if (!is_folder(run.model_file.c_str())) bad_option("merge", "expected -e DIR, the directory of the base model");
