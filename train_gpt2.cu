@@ -1719,21 +1719,6 @@ __device__ inline void tc_add(TcSums<HS>& sums, const uint32_t (&a)[TC_M<HS>][4]
             for (int half = 0; half < 2; half++) mma_16816(sums[m][2 * i + half], a[m], b[2 * half], b[2 * half + 1]);
     }
 }
-// Where a block has to look at documents. In shared memory: the registers are all in use.
-struct TcDocuments {
-    int b;                        // its sequence
-    int limit[TC_THREADS / 32];   // of a warp: keys before this one are not seen by all of its queries; or, with rows of keys, queries
-                                  // from this one on do not see all of its keys
-    int end;                      // with rows of keys: behind the last query that sees one
-};
-template <int M> __device__ inline void tc_documents(TcDocuments& docs, const AttShape& shape, const AttDocuments& documents, const AttBlock& block,
-                                                     bool key_rows) {
-    const int warp = threadIdx.x / 32, first = block.first + warp * 16 * M;   // the warp's first row
-    if (threadIdx.x % 32 != 0) return;
-    docs.b = block.b;
-    docs.limit[warp] = key_rows ? documents.last_query(shape, block.b, min(first, shape.T), first, 1) : documents.first_key(shape, block.b, first + 16 * M - 1);
-    if (warp == 0) docs.end = documents.last_query(shape, block.b, block.first, block.first + TC_THREADS / 32 * 16 * M - 1, TC_ROWS);
-}
 // Scores of pairs whose key comes after the query become -infinity: their p is 0. s[n][m] has queries as rows, from first_query on,
 // and keys as columns, from first_key + 8 n on. With KEY_ROWS it is the other way round, and queries after T are masked too.
 template <bool KEY_ROWS, int N, int M>
@@ -1748,16 +1733,15 @@ __device__ inline void tc_mask(float (*s)[M][4], int m, int first_query, int fir
             s[i / 4][m][i % 4] = -INFINITY;
     }
 }
-// The same for keys of documents before a query's own.
-template <bool KEY_ROWS, int N, int M>
-__device__ inline void tc_mask_documents(float (*s)[M][4], int m, int first_query, int first_key, const AttShape& shape,
-                                         const AttDocuments& documents, const TcDocuments& docs) {
-    if (KEY_ROWS ? first_query + 8 * N <= docs.limit[threadIdx.x / 32] : first_key >= docs.limit[threadIdx.x / 32]) return;   // all see all
+// The same for keys of documents before a query's own: first(query) is the first key that it sees. `seen` keys are seen by all queries:
+// those from that one on, and mostly none of this tile comes before it.
+template <bool KEY_ROWS, int N, int M, class First>
+__device__ inline void tc_mask_documents(float (*s)[M][4], int m, int first_query, int first_key, int seen, const First& first) {
+    if (first_key >= seen) return;
     const int row = lane_row(), col = lane_col();
 #pragma unroll
     for (int i = 0; i < (KEY_ROWS ? 2 * N : 2); i++) {   // the lane's queries: two rows; or columns, two of each c
-        const int query = first_query + (KEY_ROWS ? col + i / 2 * 8 + i % 2 : row + 8 * i);
-        const int unseen = documents.first_key(shape, docs.b, query) - first_key - (KEY_ROWS ? row : col);   // keys, from the lane's first one on
+        const int unseen = first(first_query + (KEY_ROWS ? col + i / 2 * 8 + i % 2 : row + 8 * i)) - first_key - (KEY_ROWS ? row : col);
         for (int k = 0; k < (KEY_ROWS ? 2 : 2 * N); k++) {
             float& x = KEY_ROWS ? s[i / 2][m][i % 2 + 2 * k] : s[k / 2][m][2 * i + k % 2];
             if ((KEY_ROWS ? 8 * k : k / 2 * 8 + k % 2) < unseen) x = -INFINITY;
@@ -1800,7 +1784,7 @@ template <int HS> __device__ inline void tc_column_sums(float* column_sums, cons
 template <int HS, bool DOCS> __global__ void __launch_bounds__(TC_THREADS, TC_FORWARD_BLOCKS<HS, DOCS>)
 attention_forward_tc_kernel(bf16* out, float* lse, const bf16* qkv, AttShape shape, AttDocuments documents) {
     extern __shared__ __align__(128) bf16 tc_tiles[];   // two stages of a tile of k and one of v
-    __shared__ TcDocuments docs;
+    __shared__ int seen[TC_THREADS / 32], sequence;   // DOCS: keys that all of a warp's queries see; block.b. The registers are all in use
     constexpr int M = TC_M<HS>, KEYS = 64 / M;          // keys that a warp looks at between two corrections of its maximum
     const uint32_t tiles = shared_address(tc_tiles);
     const TileReader<HS> read;
@@ -1809,7 +1793,11 @@ attention_forward_tc_kernel(bf16* out, float* lse, const bf16* qkv, AttShape sha
     auto first_query = [&] { return block.first + (int)opaque(threadIdx.x) / 32 * 16 * M; };   // the warp's
     const bf16 *row0 = qkv + (size_t)block.b * T * stride, *k_head = row0 + shape.k_head(block.h) * HS;
     const float scale = shape.scale * LOG2E;   // exp(x) = exp_2(x * LOG2E)
-    if constexpr (DOCS) tc_documents<M>(docs, shape, documents, block, false);
+    if constexpr (DOCS) {
+        seen[threadIdx.x / 32] = documents.first_key(shape, block.b, first_query() + 16 * M - 1);
+        sequence = block.b;
+    }
+    auto first_key = [&](int query) { return documents.first_key(shape, sequence, query); };
     TcRows<HS> q;
     TcSums<HS> o = {};
     float max[M][2], sum[M][2] = {};   // of the lane's rows
@@ -1832,7 +1820,8 @@ attention_forward_tc_kernel(bf16* out, float* lse, const bf16* qkv, AttShape sha
 #pragma unroll
             for (int m = 0; m < M; m++) {
                 tc_mask<false, KEYS / 8>(s, m, first_query() + 16 * m, t0 + j, T);
-                if constexpr (DOCS) tc_mask_documents<false, KEYS / 8>(s, m, first_query() + 16 * m, t0 + j, shape, documents, docs);
+                if constexpr (DOCS)
+                    tc_mask_documents<false, KEYS / 8>(s, m, first_query() + 16 * m, t0 + j, seen[threadIdx.x / 32], first_key);
 #pragma unroll
                 for (int half = 0; half < 2; half++) {   // the lane's row of c[0] and c[1], then that of c[2] and c[3]
                     float new_max = max[m][half];
@@ -1874,7 +1863,7 @@ template <int HS, bool DOCS> __global__ void __launch_bounds__(TC_THREADS, 2)
 attention_backward_dq_tc_kernel(bf16* dqkv, float* partial, float* delta, const bf16* dout, const bf16* qkv, const bf16* out,
                                 const float* lse, AttShape shape, AttDocuments documents) {
     extern __shared__ __align__(128) bf16 tc_tiles[];   // two stages of a tile of k and one of v
-    __shared__ TcDocuments docs;
+    __shared__ int seen[TC_THREADS / 32], sequence;   // DOCS: keys that all of a warp's queries see; block.b. The registers are all in use
     constexpr int M = TC_M<HS>;
     const uint32_t tiles = shared_address(tc_tiles);
     const TileReader<HS> read;
@@ -1887,7 +1876,11 @@ attention_backward_dq_tc_kernel(bf16* dqkv, float* partial, float* delta, const 
     auto load = [&](int t0) { tc_load_tiles<HS>(stage(t0), k_head, stride, k_head + shape.NKV * HS, stride, t0, T); };
     const int first = DOCS ? documents.first_key(shape, block.b, block.first) / TC_ROWS * TC_ROWS : 0;
     load(first);
-    if constexpr (DOCS) tc_documents<M>(docs, shape, documents, block, false);
+    if constexpr (DOCS) {
+        seen[threadIdx.x / 32] = documents.first_key(shape, block.b, first_query + 16 * M - 1);
+        sequence = block.b;
+    }
+    auto first_key = [&](int query) { return documents.first_key(shape, sequence, query); };
     const size_t q_head = shape.qkv_at(block.b, 0, block.h), out_head = shape.out_at(block.b, 0, block.h);
     TcRows<HS> q, dout_rows;
     TcSums<HS> dq = {};
@@ -1925,7 +1918,8 @@ attention_backward_dq_tc_kernel(bf16* dqkv, float* partial, float* delta, const 
                 tc_scores<HS>(dp, dout_rows, read, v_tile, j + 8 * right);
                 for (int m = 0; m < M; m++) {
                     tc_mask<false, 1>(s, m, first_query + 16 * m, t0 + j + 8 * right, T);
-                    if constexpr (DOCS) tc_mask_documents<false, 1>(s, m, first_query + 16 * m, t0 + j + 8 * right, shape, documents, docs);
+                    if constexpr (DOCS)
+                        tc_mask_documents<false, 1>(s, m, first_query + 16 * m, t0 + j + 8 * right, seen[threadIdx.x / 32], first_key);
                     for (int i = 0; i < 4; i++)   // ds = p (dp - delta)
                         dp[0][m][i] = exp_2(s[0][m][i] * scale - lse_row[2 * m + i / 2]) * (dp[0][m][i] - delta_row[2 * m + i / 2]);
                     tc_as_a(ds[m], dp[0][m], right);
@@ -1947,7 +1941,7 @@ attention_backward_dkv_tc_kernel(bf16* dqkv, float* partial, const bf16* dout, c
                                  const float* delta, AttShape shape, AttDocuments documents) {
     extern __shared__ __align__(128) bf16 tc_tiles[];      // two stages of a tile of q and one of dout; v
     __shared__ float2 row_statistics[2][2][TC_ROWS / 2];   // of each stage: lse and delta of its queries, by twos
-    __shared__ TcDocuments docs;
+    __shared__ int row_documents[2][TC_ROWS], head_end;    // DOCS: the first key that each sees; behind the last query that sees one
     constexpr int M = TC_M<HS>;
     const uint32_t tiles = shared_address(tc_tiles), v_tile = tiles + 4 * TC_TILE<HS>;
     const TileReader<HS> read;
@@ -1962,6 +1956,8 @@ attention_backward_dkv_tc_kernel(bf16* dqkv, float* partial, const bf16* dout, c
         const int thread = opaque(threadIdx.x), row = thread % TC_ROWS;   // half of the block copies lse, the other delta
         const float* from = (thread < TC_ROWS ? lse : delta) + shape.lse_at(block.b, h, t0 + row);
         cp_async<4>(shared_address((float*)row_statistics[stage][thread / TC_ROWS] + row), from, t0 + row < T);
+        if (DOCS && thread < TC_ROWS)
+            cp_async<4>(shared_address(&row_documents[stage][row]), documents.first + (size_t)block.b * T + t0 + row, t0 + row < T);
     };
     const int first_head = block.h * shape.group(), last_head = first_head + shape.group() - 1;   // that share these keys
     int stage = 0;
@@ -1972,10 +1968,10 @@ attention_backward_dkv_tc_kernel(bf16* dqkv, float* partial, const bf16* dout, c
     else for (int m = 0; m < M; m++) tc_load_tile<HS>(v_tile + m * TC_TILE<HS>, k_head + to_v, stride, block.first + 64 * m, T);
     load_stage(stage, first_head, block.first);
     if constexpr (DOCS) {
-        tc_documents<M>(docs, shape, documents, block, true);
+        head_end = documents.last_query(shape, block.b, block.first, block.first + TC_BLOCK<HS> - 1, TC_ROWS);
         __syncthreads();
     }
-    auto end = [&] { return DOCS ? docs.end : T; };
+    auto end = [&] { return DOCS ? head_end : T; };
     for (int h = first_head; h <= last_head; h++)
         for (int t0 = block.first; t0 < end(); t0 += TC_ROWS, stage ^= 1) {   // other queries see none of these keys
             const uint32_t q_tile = tiles + stage * 2 * TC_TILE<HS>, dout_tile = q_tile + TC_TILE<HS>;
@@ -1991,7 +1987,9 @@ attention_backward_dkv_tc_kernel(bf16* dqkv, float* partial, const bf16* dout, c
                 tc_scores<HS, TC_V_SHARED<HS, DOCS>>(dp, v, read, dout_tile, j, v_tile, first_key() - block.first);
                 for (int m = 0; m < M; m++) {
                     tc_mask<true, 2>(s, m, t0 + j, first_key() + 16 * m, T);
-                    if constexpr (DOCS) tc_mask_documents<true, 2>(s, m, t0 + j, first_key() + 16 * m, shape, documents, docs);
+                    if constexpr (DOCS)
+                        tc_mask_documents<true, 2>(s, m, t0 + j, first_key() + 16 * m, row_documents[stage][min(j + 15, T - 1 - t0)],
+                                                   [&](int query) { return row_documents[stage][query - t0]; });
                 }
                 uint32_t p[M][4], ds[M][4];
 #pragma unroll
@@ -3008,11 +3006,12 @@ void model_init(Model& model) {
         };
         if (model.param[p] != nullptr) draw(model.param[p], 0, n);
         for (size_t layer = 0; model.param[p] == nullptr && layer < s.layers; layer++) {   // to be kept in another way than it is drawn
-            const size_t rows = p == WTE ? 128 : s.rows, count = rows * s.cols;   // at a time: what fits into a buffer
-            floatX* buffer = p == WTE ? model.logits : model.fold_w;
-            std::vector<floatX> drawn_here(count);
-            std::vector<float> values(count);
+            const size_t rows = p == WTE ? (size_t)model.plan.B * model.plan.T : s.rows;   // at a time: what fits into a buffer
+            floatX* buffer = p == WTE ? model.resid_in : model.fold_w;
             for (size_t row = 0; row < s.rows; row += rows) {
+                const size_t count = std::min(rows, s.rows - row) * s.cols;
+                std::vector<floatX> drawn_here(count);
+                std::vector<float> values(count);
                 draw(buffer, layer * s.per_layer() + row * s.cols, count);
                 cudaCheck(cudaMemcpyAsync(drawn_here.data(), buffer, count * sizeof(floatX), cudaMemcpyDeviceToHost, model.stream));
                 cudaCheck(cudaStreamSynchronize(model.stream));
@@ -5229,7 +5228,7 @@ constexpr int STATE_MAGIC = 20240527;
 const char* STATE_REMEDY = "remove this checkpoint's directory to resume from the one before, or start afresh with another --out";
 
 StateHeader state_header(const Model& model, const RunState& r, const Loader& train) {
-    StateHeader h = {STATE_MAGIC, 1, world.size, world.rank, model.master[0] != nullptr, 1, world.sharded};
+    StateHeader h = {STATE_MAGIC, 1, world.size, world.rank, model.plan.master && !kFP32, 1, world.sharded};
     h.weights = model.weights_in_state ? sizeof(floatX) : 0;
     h.step = r.step, h.position = r.position;
     h.T = train.T, h.shards = (int)train.shards.size(), h.tokens = train.tokens, h.checksum = train.checksum;
@@ -5876,6 +5875,7 @@ void pick_adapter(Run& run) {
             if (c.lora.targets >> i % targets & 1) run.model.lora[i] = {(int)s.lora, (float)(s.lora_alpha / s.lora)};
     }
     const bool adapts = c.lora.rank > 0;
+    if (adapts) matmul_state.gelu_fusion = 0;   // an adapter adds to what GELU takes, and to its gradient
     plan = {};
     for (int p = 0; adapts && p < LORA_A; p++)
         if (!(s.train_norms && is_norm(p))) plan.frozen |= 1u << p;
