@@ -5004,9 +5004,10 @@ std::vector<AdapterPart> adapter_parts(const Model& model, const Source& source)
     for (const LoraMatrix& m : lora_matrices(model.config, model.lora))
         for (bool A : {true, false}) {
             const size_t rank = m.rank();
-            const std::string name = "base_model.model." + m.name + (A ? ".lora_A.weight" : ".lora_B.weight");
-            if (rank > 0)
-                parts.push_back({{-2, parts.size(), {name, A ? rank : m.rows, A ? m.cols : rank}, source.dtype_of(name)}, m, A});
+            if (rank == 0) continue;
+            const HfPiece piece = {"base_model.model." + m.name + (A ? ".lora_A.weight" : ".lora_B.weight"), A ? rank : m.rows, A ? m.cols : rank};
+            const HfPart part = {-2, parts.size(), piece, source.dtype_of(piece.name)};
+            parts.push_back({part, m, A});
         }
     return parts;
 }
