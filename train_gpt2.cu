@@ -5,6 +5,7 @@ GPT-2 in one file: training and fine-tuning in CUDA C, with every layer's forwar
     nvcc -O3 -std=c++17 -arch=sm_90 train_gpt2.cu -lcublasLt -o train_gpt2
     ./train_gpt2 -e gpt2:L4,H4,C128,T64,V257 -i data/train.bin -j data/val.bin -b 16 -t 64
     ./train_gpt2 -e DIR -i data/train.bin -j data/val.bin -o run # DIR: a GPT-2 as Hugging Face has it; run/step_...: another
+    ./train_gpt2 -e DIR -i data/train.bin --lora 8 --lora-targets q,v -o run   # adapters alone; run/step_...: PEFT's
     ./train_gpt2 --estimate -e d12 -b 64 -t 1024                 # what it would take, before anything is allocated
     ./train_gpt2 --help
 
@@ -12,7 +13,8 @@ CONTENTS, in the order in which one would teach them. Who knows the parts starts
 
     1. numbers and errors            floatX, 16-byte accesses, warp sums, cudaCheck
     2. layers                        embedding, column sums, norm, matmul, attention, GELU, loss: each forward, then backward
-    3. what backward keeps           Approx-BP: 2 bits of GELU's input; MS-LN: one tensor for a norm and its matmul
+    3. what backward keeps           Approx-BP: 2 bits of GELU's input; MS-LN: one tensor for a norm and its matmul; frozen
+                                     weights in 4 bits, and what adapters need besides matmuls
     4. attention on tensor cores     the version that most models use
     5. optimizer                     gradient norm, the verdict on a step, AdamW
     6. many GPUs                     NCCL, optimizer sharding
@@ -60,7 +62,9 @@ ONE BLOCK, from top to bottom; backward goes up. "Kept" is what forward leaves f
     resid_out +       B,T,C      resid_mid + fch_gelu fcprojw^T + fcprojb    1      1      1      1        .        .
                                                                             16     12     10     12.5     14       10.5
 
-A tensor marked . is not kept: backward computes it again (-r), or does not need it. MS_NORM=1 with -r 1 keeps 10.
+A tensor marked . is not kept: backward computes it again (-r), or does not need it. MS_NORM=1 with -r 1 keeps 10. With adapters
+(--lora; section 7, "a linear layer") an input of a matmul is kept where that matmul has an adapter whose A is trained. So with
+adapters that leave fcproj alone, or with A frozen, fch_gelu is not kept, and USE_APPROXBP=1 keeps 6.5.
 Nothing here uses a float atomic and every sum has one fixed order, so two runs with one seed, batch and number of loss chunks are
 equal to the bit. Sections between "==== twin" marks stand in train_llama.cu too, byte for byte (make twins).
 */

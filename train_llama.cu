@@ -6,6 +6,7 @@ no positions but RoPE, RMSNorm, grouped queries, SwiGLU, no biases, a head of it
     make train_llama                                             # or, on one GPU and nothing but the CUDA Toolkit:
     nvcc -O3 -std=c++17 -arch=sm_90 train_llama.cu -lcublasLt -o train_llama
     ./train_llama -e DIR -i data/train.bin -j data/val.bin -o run       # DIR: a model as Hugging Face has it; run/step_...: another
+    ./train_llama -e DIR -i data/train.bin --base nf4 --lora 16 -o run  # adapters on frozen weights of 4 bits; run/step_...: PEFT's
     ./train_llama -e llama:L4,H4,K2,C128,F352,T128,V257 -i data/train.bin -j data/val.bin -b 16 -t 64
     ./train_llama --estimate -e llama3.1-8b -b 1 -t 8192         # what it would take, before anything is allocated
     ./train_llama --help
@@ -14,7 +15,8 @@ CONTENTS, in the order in which one would teach them. Who knows the parts starts
 
     1. numbers and errors            floatX, 16-byte accesses, warp sums, cudaCheck
     2. layers                        embedding, column sums, norm, matmul, attention, RoPE, SwiGLU, loss: each forward, then backward
-    3. what backward keeps           Approx-BP: 2 bits of SiLU's input; MS-RMSNorm: one tensor for a norm and its matmul
+    3. what backward keeps           Approx-BP: 2 bits of SiLU's input; MS-RMSNorm: one tensor for a norm and its matmul; frozen
+                                     weights in 4 bits, and what adapters need besides matmuls
     4. attention on tensor cores     the version that most models use
     5. optimizer                     gradient norm, the verdict on a step, AdamW
     6. many GPUs                     NCCL, optimizer sharding
@@ -66,6 +68,8 @@ q = NH HS / C, which is mostly 1, k = NKV HS / C and f = F / C. The sums are for
 
 A tensor marked . is not kept: backward computes it again (-r), or does not need it. Codes of SiLU's input come on top here: whatever
 gives silu(gate) gives its derivative too, so that exact backward needs gate and up and nothing else (section 3). What pays is MS_NORM=1.
+With adapters (--lora; section 7, "a linear layer") an input of a matmul is kept where that matmul has an adapter whose A is trained;
+the same sums come out where all have one. Frozen weights have neither gradients nor optimizer state.
 Nothing here uses a float atomic and every sum has one fixed order, so two runs with one seed, batch and number of loss chunks are
 equal to the bit. Sections between "==== twin" marks stand in train_gpt2.cu too, byte for byte (make twins).
 */
