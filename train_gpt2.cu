@@ -4963,7 +4963,8 @@ Json adapter_new_config(const Model& model, const std::string& base, double alph
     }
     if (modules.values.size() == 1) ranks = alphas = json_object(), alpha *= (double)most / rank, rank = most;
     hf_walk(c, [&](int p, size_t first, const HfPiece& piece) {
-        const std::string module = piece.name.substr(0, piece.name.rfind('.')), name = module.substr(module.rfind('.') + 1);
+        const std::string module = piece.name.substr(0, piece.name.rfind('.'));
+        const std::string name = param_shape(c, p).in_layer ? module.substr(module.rfind('.') + 1) : module;   // PEFT looks for ends of names
         if (!is_norm(p) || !model.plan.trains(p) || first > 0) return;
         for (const Json& known : saved.values)
             if (known.text == name) return;
