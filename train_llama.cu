@@ -4800,7 +4800,7 @@ using UseElements = std::function<void(int p, size_t first, size_t n, float* val
 void lora_exchange(const Config& c, const LoraMatrix& m, bool A, bool put, std::vector<float>& dense, const UseElements& use) {
     const std::vector<LoraTarget> targets = lora_targets(c);
     const size_t R = c.lora.rank, rank = m.rank(), index = linear_index(m.weight);
-    dense.resize(A ? rank * m.cols : m.rows * rank);
+    if (!put) dense.assign(A ? rank * m.cols : m.rows * rank, 0.0f);
     size_t column = 0;   // of the matrix's rank
     for (const LoraPart& part : m.parts) {
         const int p = (A ? LORA_A : LORA_B) + (int)index;
@@ -4978,11 +4978,12 @@ AdapterFile adapter_open(Config& c, const std::string& folder) {
     if (const unsigned some = lora_find_parts(c, a.tensors)) {   // parts in place of the whole
         const int count = __builtin_popcount(some);
         c.lora.rank = 0;
-        for (int l = 0; l < c.L; l++)
-            for (size_t i = 0; i < targets.size(); i++) {
-                LoraModule* module = &a.lora[l * targets.size()];
+        for (int l = 0; l < c.L; l++) {
+            LoraModule* module = &a.lora[l * targets.size()];
+            for (size_t i = 0; i < targets.size(); i++)
                 if (some >> i & 1) module[i] = {module[0].rank / count, module[0].scale};
-            }
+            module[0] = {};
+        }
         c.lora.targets = (c.lora.targets & ~1) | some;
         for (size_t i = 0; i < a.lora.size(); i++)
             if (c.lora.targets >> i % targets.size() & 1) c.lora.rank = std::max(c.lora.rank, a.lora[i].rank);
