@@ -6147,6 +6147,8 @@ void pick_adapter(Run& run) {
             bad_option("lora", "the run to resume has adapters of rank %d; leave it out, or begin anew in another --out", run.rank());
         const Json &alpha = run.adapter.config["lora_alpha"], &dropout = run.adapter.config["lora_dropout"];
         s.lora_alpha = strtod(alpha.text.c_str(), nullptr);
+        for (const LoraModule& module : run.model.lora)   // a part of a module has its share
+            if (module.rank == run.rank() && run.adapter.config["use_rslora"].text != "true") s.lora_alpha = module.scale * module.rank;
         if (!given("lora-dropout") && dropout.type == Json::NUMBER) s.lora_dropout = strtod(dropout.text.c_str(), nullptr);
         s.train_norms |= run.adapter.norms;
     } else if (s.lora > 0) {
