@@ -115,7 +115,7 @@ struct Bench {
         cudaCheck(cudaStreamCreate(&model.stream));
         model_allocate(model);
         model_load(model, file);
-        cudaCheck(cudaMallocHost((void**)&host, token_ints((size_t)plan.B * plan.T, model.config.V) * sizeof(int)));
+        cudaCheck(cudaMallocHost((void**)&host, token_ints((size_t)plan.B * plan.T, model.config.V, false) * sizeof(int)));
     }
     ~Bench() {
         cudaCheck(cudaFreeHost(host));
@@ -134,7 +134,7 @@ struct Bench {
         for (int micro = 0; micro < model.plan.micro_batches; micro++) {
             int buckets = upload(r, micro);
             model_forward(model, model.plan.B, model.plan.T);
-            model_loss(model, model.plan.B, model.plan.T, true, micro == 0);
+            model_loss(model, model.plan.B, model.plan.T, true, micro == 0, (double)r.B * r.T);
             model_backward(model, model.plan.B, model.plan.T, buckets, micro);
         }
         float sum;
@@ -144,7 +144,7 @@ struct Bench {
     }
     std::vector<float> read(bool gradients) {   // gradients or parameters: all, as floats, in the model's layout
         std::vector<float> all;
-        for (int p = 0; p < NUM_PARAMS; p++) {
+        for (int p = 0; p < LORA_A; p++) {
             const Grad from = gradients ? model.grad[p] : Grad{model.param[p], FLOATX};
             const size_t n = param_shape(model.config, p).elements();
             std::vector<char> raw(n * dtype_size(from.type));
@@ -164,7 +164,7 @@ void check_gradients(const std::string& title, const Config& c, const std::vecto
     double worst = 0, worst_cosine = 1;
     const char *what = title.c_str(), *worst_name = "";
     bool fine = true;
-    for (int p = 0; p < NUM_PARAMS; p++) {
+    for (int p = 0; p < LORA_A; p++) {
         ParamShape s = param_shape(c, p);
         Difference d = difference(ours.data() + at, reference.data() + at, s.elements());
         at += s.elements();
@@ -187,7 +187,7 @@ void check_against_reference(const char* file, const Reference& r) {
         const Config& c = t.model.config;
         t.upload(r, 0);
         model_forward(t.model, r.B, r.T);
-        model_loss(t.model, r.B, r.T, false, true);
+        model_loss(t.model, r.B, r.T, false, true, r.B * r.T);
         std::vector<floatX> raw((size_t)r.B * r.T * c.Vp);
         cudaCheck(cudaStreamSynchronize(t.model.stream));
         cudaCheck(cudaMemcpy(raw.data(), t.model.logits, raw.size() * sizeof(floatX), cudaMemcpyDeviceToHost));
@@ -253,11 +253,11 @@ void check_against_reference(const char* file, const Reference& r) {
         t.gradients(r);
         const std::vector<float> grads = t.read(true);
         const std::vector<float> before = t.read(false);
-        model_update(t.model, Hyper{1e-2f}, 0);
+        model_update(t.model, Hyper{1e-2f}, 0, r.B * r.T);
         const std::vector<float> after = t.read(false);
         size_t at = 0;
         int wrong = 0, tensors = 0;
-        for (int p = 0; p < NUM_PARAMS; p++) {
+        for (int p = 0; p < LORA_A; p++) {
             const size_t n = param_shape(t.model.config, p).elements();
             const bool kept = std::equal(&before[at], &before[at] + n, &after[at]);
             const bool same = !plan.trains(p) || std::equal(&base[at], &base[at] + n, &grads[at]);
@@ -265,8 +265,8 @@ void check_against_reference(const char* file, const Reference& r) {
             at += n;
         }
         for (const Row& row : t.model.table) tensors += row.kind == GRAD || row.name.compare(0, 2, "v_") == 0;
-        report(wrong == 0 && tensors == 2 * (NUM_PARAMS - 6), "6 frozen parameters: %d of %d wrong, %d tensors of training", wrong,
-               (int)NUM_PARAMS, tensors);
+        report(wrong == 0 && tensors == 2 * (LORA_A - 6), "6 frozen parameters: %d of %d wrong, %d tensors of training", wrong,
+               (int)LORA_A, tensors);
     }
 
     Bench t(file, plain);
@@ -277,7 +277,7 @@ void check_against_reference(const char* file, const Reference& r) {
     std::vector<float> losses;
     for (size_t step = 0; step < r.losses.size(); step++) {
         losses.push_back(t.gradients(r));
-        model_update(t.model, h, step);
+        model_update(t.model, h, step, r.B * r.T);
     }
     for (size_t step = 0; step < losses.size(); step++)
         report(fabsf(losses[step] - r.losses[step]) <= LOSS_BAR * r.losses[step], "AdamW step %2zu: loss %.6f, reference %.6f",

@@ -7,6 +7,7 @@ learn from. Section 3 of train_gpt2.cu has them under "loss".
 A row of V logits x and a target t: loss = log sum exp(x) - x[t], and in training x becomes (softmax(x) - onehot(t)) * dloss. exp
 overflows beyond 88, so everything is taken relative to the row's maximum m: p = exp(x - m) / sum exp(x - m), loss = log sum exp(x -
 m) + m - x[t]. A row has Vp >= V columns, a multiple of 8. Whatever stands in columns V and up takes no part, and its gradient is 0.
+A target of -1 says that the row has no loss: it is 0, and so is all of its gradient, whatever its logits are.
 sum_kernel adds up the losses of a micro-batch.
 */
 #define TESTING
@@ -161,7 +162,8 @@ const Shape shapes[] = {{1, 8}, {1, 600}, {5, 8}, {7, 8}, {8, 8}, {8, 16}, {9, 1
 void test_classifier(uint64_t seed) {
     Property close[] = {"version 1: loss and gradient", "version 2", "the trainer's"},
              padding("the gradient of padded columns is 0, whatever stood there"),
-             only_loss("without training: the same loss, and the logits stay"), again("the same bits in a second run");
+             only_loss("without training: the same loss, and the logits stay"), again("the same bits in a second run"),
+             none("target -1: loss and gradient are 0, whatever the logits; the other rows keep their bits", "every bit");
     // A row for a block of 32 warps, run before one of fewer, leaves in shared memory what nobody must take for its own maximum.
     Buffer<floatX> tall(std::vector<floatX>(8192, (floatX)1e4f));
     Buffer<float> tall_loss(1);
@@ -192,6 +194,19 @@ void test_classifier(uint64_t seed) {
             if (v == TRAINER) {
                 versions[v].run(kept.p, only_losses.p, t.p, dloss, true, rows, V, Vp, 0);
                 again.is(same_bits(l, only_losses.read()) && same_bits(d, kept.read()), "other bits");
+                std::vector<floatX> odd = x, expected = d;
+                std::vector<float> expected_losses = l;
+                std::vector<int> some = targets;
+                for (int r = number % 2; r < rows; r += 2) {
+                    some[r] = -1, expected_losses[r] = 0, odd[(size_t)r * Vp + random.bits() % Vp] = garbage(random);
+                    std::fill_n(&expected[(size_t)r * Vp], Vp, (floatX)0.0f);
+                }
+                t.write(some);
+                for (bool train : {false, true}) {
+                    logits.write(odd);
+                    versions[v].run(logits.p, losses.p, t.p, dloss, train, rows, V, Vp, 0);
+                    none.is(same_bits(losses.read(), expected_losses) && same_bits(logits.read(), train ? expected : odd), "other bits");
+                }
             }
             for (int r = 0; r < rows; r++) {
                 refs[r].compare(close[v], l[r], &d[(size_t)r * Vp]);
@@ -205,7 +220,7 @@ void test_classifier(uint64_t seed) {
             else if (kind == GAUSSIAN || kind == RISING || kind == FALLING) test(2, s.V, s.Vp, kind);
         }
     test(3, 50257, 50304, GAUSSIAN);
-    report({&close[TRAINER], &close[TWO], &close[ONE], &padding, &only_loss, &again});
+    report({&close[TRAINER], &close[TWO], &close[ONE], &padding, &only_loss, &again, &none});
 }
 
 // What is no number, or not finite, must reach the loss and all of its row's gradient, and no other row.

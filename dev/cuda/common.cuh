@@ -204,6 +204,13 @@ struct Random {
         return v;
     }
 };
+// (B, T) where each token's document begins in its row: at 0, and at any token with a chance of 1 in `mean`
+inline std::vector<int> documents(Random& random, int B, int T, int mean) {
+    std::vector<int> document((size_t)B * T, 0);
+    for (int i = 0; i < B * T; i++)
+        if (i % T > 0) document[i] = random.bits() % mean == 0 ? i % T : document[i - 1];
+    return document;
+}
 inline std::vector<float> floats(const std::vector<floatX>& v) { return std::vector<float>(v.begin(), v.end()); }
 
 using Doubles = std::vector<double>;

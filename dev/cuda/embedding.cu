@@ -7,7 +7,7 @@ train_gpt2.cu has them under "embedding"; the host sorts a micro-batch's positio
 Forward: out[b,t,:] = wte[token[b,t],:] + wpe[t,:]. Backward: dwte[v,:] += the sum of dout[b,t,:] over all positions whose token is
 v, dwpe[t,:] (+)= the sum of dout[b,t,:] over b. wte is the lm-head's weight, too, which has its gradient there already, so dwte is
 always added to; dwpe is written by the first micro-batch and added to by the others. A thread of the trainer's kernels owns 8
-neighbouring channels, so C has to be a multiple of 8.
+neighbouring channels, so C has to be a multiple of 8. Where a row has several documents, t is counted from where each begins.
 */
 #define TESTING
 #include "../../train_gpt2.cu"
@@ -28,7 +28,8 @@ __global__ void add_1_kernel(floatX* out, const floatX* wpe, size_t n, size_t TC
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i < n) out[i] = (floatX)((float)out[i] + (float)wpe[i % TC]);
 }
-void embedding_forward_1(floatX* out, const int* tokens, const floatX* wte, const floatX* wpe, int B, int T, int C, cudaStream_t) {
+void embedding_forward_1(floatX* out, const int* tokens, const floatX* wte, const floatX* wpe, const int*, int B, int T, int C,
+                         cudaStream_t) {   // of one document in a row
     size_t n = (size_t)B * T * C;
     gather_1_kernel<<<ceil_div(n, 256), 256>>>(out, tokens, wte, n, C);
     add_1_kernel<<<ceil_div(n, 256), 256>>>(out, wpe, n, (size_t)T * C);
@@ -76,8 +77,8 @@ __global__ void embedding_backward_1_kernel(Grad dwte, Grad dwpe, const floatX* 
 
 // ---- tests
 
-// The trainer's in a second run, and where nothing has been written to dwte before.
-enum Version { ONE = 1, TRAINERS, AGAIN, WRITTEN };
+// The trainer's in a second run, where nothing has been written to dwte before, and where rows have documents.
+enum Version { ONE = 1, TRAINERS, AGAIN, WRITTEN, DOCUMENTS };
 
 // A micro-batch on the device, as the trainer has it: inputs, targets (nobody wants them here), then what tokens_upload sorts.
 struct Batch {
@@ -86,7 +87,7 @@ struct Batch {
     Buffer<int> device;
     const int *positions, *bucket_token, *bucket_start;   // on the device
     Batch(const std::vector<int>& tokens, int B, int T, int V)
-        : B(B), T(T), V(V), tokens(tokens), device(token_ints((size_t)B * T, V)) {
+        : B(B), T(T), V(V), tokens(tokens), device(token_ints((size_t)B * T, V, false)) {
         const int BT = B * T;
         std::vector<int> host = tokens;
         host.resize(device.n);
@@ -95,12 +96,12 @@ struct Batch {
         bucket_token = positions + BT;
         bucket_start = bucket_token + token_cap(BT, V);
     }
-    void backward(int version, Grad dwte, Grad dwpe, const floatX* dout, bool accumulate, int C) const {
+    void backward(int version, Grad dwte, Grad dwpe, const floatX* dout, const int* document, bool accumulate, int C) const {
         if (version == ONE)
             embedding_backward_1_kernel<<<ceil_div(C, 32), 32>>>(dwte, dwpe, dout, device.p, accumulate, B, T, C);
         else
-            embedding_backward(dwte, dwpe, dout, positions, bucket_token, bucket_start, buckets, version != WRITTEN, accumulate, B,
-                               T, C, 0);
+            embedding_backward(dwte, dwpe, dout, positions, bucket_token, bucket_start, document, buckets, version != WRITTEN,
+                               accumulate, B, T, C, 0);
     }
 };
 
@@ -128,7 +129,7 @@ floatX odd_number(Random& random) {
 // that bf16 has, in a text of all different tokens; in fp32, one number for each.
 void test_forward(uint64_t seed) {
     Property value("forward: wte + wpe", "every bit"), again("forward: the same bits in a second run"),
-        simple("forward, version 1", "every bit");
+        simple("forward, version 1", "every bit"), in_documents("forward with documents: positions begin anew", "every bit");
     struct Shape { int B, T, V, C; };
     for (auto [B, T, V, C] :
          {Shape{1, 1, 1, 8}, {1, 7, 3, 8}, {3, 5, 50, 24}, {3, 85, 100, 8}, {2, 128, 100, 8}, {1, 257, 300, 8}, {2, 31, 7, 136},
@@ -152,23 +153,26 @@ void test_forward(uint64_t seed) {
             }
             for (size_t i = 0; i < (size_t)T * C; i += every ? 2 : 11) wpe[i] = odd_number(random);
             std::fill(wpe.begin() + (size_t)T * C, wpe.end(), (floatX)NAN);
-            Buffer<int> tokens(ids);
+            const std::vector<int> begin = documents(random, B, T, 1 + B);
+            Buffer<int> tokens(ids), document(begin);
             Buffer<floatX> te(wte), pe(wpe), out(n);
             std::vector<floatX> first;
-            for (Version version : {TRAINERS, AGAIN, ONE}) {
-                (version == ONE ? embedding_forward_1 : embedding_forward)(out.p, tokens.p, te.p, pe.p, B, T, C, 0);
+            for (Version version : {TRAINERS, AGAIN, ONE, DOCUMENTS}) {
+                (version == ONE ? embedding_forward_1 : embedding_forward)(
+                    out.p, tokens.p, te.p, pe.p, version == DOCUMENTS ? document.p : nullptr, B, T, C, 0);
                 const std::vector<floatX> got = out.read();
                 if (version == TRAINERS) first = got;
                 if (version == AGAIN) again.is(same_bits(got, first), "other bits");
                 for (size_t i = 0; i < n; i++) {
-                    const floatX token = wte[(size_t)ids[i / C] * C + i % C], position = wpe[i / C % T * C + i % C];
+                    const size_t t = i / C % T - (version == DOCUMENTS ? begin[i / C] : 0);
+                    const floatX token = wte[(size_t)ids[i / C] * C + i % C], position = wpe[t * C + i % C];
                     const floatX expected = (floatX)((float)token + (float)position);
-                    (version == ONE ? simple : value).equal(i, (float)got[i], (float)expected);
+                    (version == ONE ? simple : version == DOCUMENTS ? in_documents : value).equal(i, (float)got[i], (float)expected);
                 }
             }
         }
     printf("forward\n");
-    report({&value, &again, &simple});
+    report({&value, &again, &simple, &in_documents});
 }
 
 // Channels around a lane's 8, a block's 256, and more than two blocks; a token's occurrences on both sides of 8 and 16, and of
@@ -176,7 +180,7 @@ void test_forward(uint64_t seed) {
 void test_backward(uint64_t seed) {
     Property sums32("dwte and dwpe in fp32"), sums16("dwte and dwpe in bf16"),
         untouched("rows whose token does not occur, or after the last position, keep every bit"),
-        again("the same bits in a second run"), simple("version 1: dwte and dwpe"),
+        again("the same bits in a second run"), simple("version 1: dwte and dwpe"), in_documents("with documents: dwte and dwpe"),
         sorted("positions, sorted by token, ascending within one");
     struct Shape { int B, T, V, C; };
     for (auto [B, T, V, C] :
@@ -195,10 +199,13 @@ void test_backward(uint64_t seed) {
             std::vector<int> count(V, 0);
             for (int token : batch.tokens) count[token]++;
             const std::vector<floatX> d = random.normals(n);
+            const std::vector<int> begin = documents(random, B, T, 1 + B);
             Buffer<floatX> dout(d);
-            Doubles sum(all, 0), terms(all, 0);
+            Buffer<int> document(begin);
+            Doubles sum(2 * all - te, 0), terms(2 * all - te, 0);   // dwte, dwpe, and dwpe where rows have documents
             for (size_t i = 0; i < n; i++)
-                for (size_t at : {batch.tokens[i / C] * (size_t)C + i % C, te + i / C % T * C + i % C})
+                for (size_t at : {batch.tokens[i / C] * (size_t)C + i % C, te + i / C % T * C + i % C,
+                                  all + (i / C % T - begin[i / C]) * C + i % C})
                     sum[at] += (float)d[i], terms[at] += fabs((float)d[i]);
             for (DType type : {F32, BF16})
                 for (bool accumulate : {false, true}) {
@@ -208,28 +215,30 @@ void test_backward(uint64_t seed) {
                         if (count[v] == 0) before[(size_t)v * C] = -0.0f, before[(size_t)v * C + C - 1] = NAN;
                     if (!accumulate) std::fill(before.begin() + te, before.end(), NAN);
                     std::vector<float> first;
-                    for (Version version : {TRAINERS, AGAIN, WRITTEN, ONE}) {
+                    for (Version version : {TRAINERS, AGAIN, WRITTEN, DOCUMENTS, ONE}) {
                         if (version == ONE && type == BF16) continue;   // rounds too often to say much
                         set_case("B %d, T %d, V %d, C %d, %s, %s gradients, dwpe %s, version %d", B, T, V, C, TEXT_NAMES[kind],
                                  dtype_name(type), accumulate ? "added to" : "written", version);
                         dwte.write({before.begin(), before.begin() + te});
                         dwpe.write({before.begin() + te, before.end()});
-                        batch.backward(version, dwte.grad(), dwpe.grad(), dout.p, accumulate, C);
+                        batch.backward(version, dwte.grad(), dwpe.grad(), dout.p, version == DOCUMENTS ? document.p : nullptr,
+                                       accumulate, C);
                         std::vector<float> got = dwte.read(), got_pe = dwpe.read();
                         got.insert(got.end(), got_pe.begin(), got_pe.end());
                         if (version == TRAINERS) first = got;
                         if (version == AGAIN) again.is(same_bits(got, first), "other bits");
-                        Property& sums = version == ONE ? simple : type == F32 ? sums32 : sums16;
+                        Property& sums = version == ONE ? simple : version == DOCUMENTS ? in_documents : type == F32 ? sums32 : sums16;
                         for (size_t i = 0; i < all; i++) {
+                            const size_t of = version == DOCUMENTS && i >= te ? i + all - te : i;
                             const double was = (i < te ? version != WRITTEN : accumulate) ? before[i] : 0;
                             if (i < te ? count[i / C] == 0 : i >= te + (size_t)T * C) untouched.equal(i, got[i], before[i]);
-                            else sums.close(i, got[i], sum[i] + was, terms[i] + fabs(was), store_of(type));
+                            else sums.close(i, got[i], sum[of] + was, terms[of] + fabs(was), store_of(type));
                         }
                     }
                 }
         }
     printf("backward\n");
-    report({&sums32, &sums16, &untouched, &again, &sorted, &simple});
+    report({&sums32, &sums16, &untouched, &again, &sorted, &simple, &in_documents});
 }
 
 void test_special(uint64_t seed) {
@@ -243,7 +252,7 @@ void test_special(uint64_t seed) {
         Buffer<floatX> dout(d);
         GradBuffer dwte((size_t)V * C, type), dwpe((size_t)T * C, type);
         dwte.write(std::vector<float>((size_t)V * C, 0.0f));
-        batch.backward(TRAINERS, dwte.grad(), dwpe.grad(), dout.p, false, C);
+        batch.backward(TRAINERS, dwte.grad(), dwpe.grad(), dout.p, nullptr, false, C);
         return std::make_pair(dwte.read(), dwpe.read());
     };
     for (DType type : {F32, BF16})
@@ -279,8 +288,8 @@ void test_far(uint64_t seed) {
         Far<floatX> out(n, count, count, C), te(TC, random.normals(count), count, C), pe(TC, random.normals(count), count, C);
         out.at = at, te.at = TC - C + at % C, pe.at = row * C + at % C;
         check_far(forward, {&out, &te, &pe}, {(int64_t)block}, [&](bool far) {
-            if (far) embedding_forward(out.p(far), tokens.p, te.p(far), pe.p(far), B, T, C, 0);
-            else embedding_forward(out.p(far), one.p, te.p(far), pe.p(far), 1, 1, (int)count, 0);
+            if (far) embedding_forward(out.p(far), tokens.p, te.p(far), pe.p(far), nullptr, B, T, C, 0);
+            else embedding_forward(out.p(far), one.p, te.p(far), pe.p(far), nullptr, 1, 1, (int)count, 0);
         });
     }
     Buffer<int> positions({0, T, T - 1, BT - 1}), bucket_token({0, V - 1}), bucket_start({0, 2, 4}), near_positions({0, 1});
@@ -294,9 +303,10 @@ void test_far(uint64_t seed) {
         check_far(backward, {&dout, &te, &pe}, blocks, [&](bool far) {
             const Grad dwte = {te.p(far), FLOATX}, dwpe = {pe.p(far), FLOATX};
             if (far)
-                embedding_backward(dwte, dwpe, dout.p(far), positions.p, bucket_token.p, bucket_start.p, 2, true, true, B, T, C, 0);
+                embedding_backward(dwte, dwpe, dout.p(far), positions.p, bucket_token.p, bucket_start.p, nullptr, 2, true, true, B, T,
+                                   C, 0);
             else
-                embedding_backward(dwte, dwpe, dout.p(far), near_positions.p, one.p, bucket_start.p, 1, true, true, 2, 1,
+                embedding_backward(dwte, dwpe, dout.p(far), near_positions.p, one.p, bucket_start.p, nullptr, 1, true, true, 2, 1,
                                    (int)count, 0);
         });
     }
@@ -318,9 +328,9 @@ void bench(const char* model, int BT, int C) {
     for (Buffer<floatX>* b : {&wte, &wpe, &out}) b->fill();
     GradBuffer dwte(wte.n, F32), dwpe(wpe.n, F32);
     for (GradBuffer* g : {&dwte, &dwpe}) g->fill();
-    auto forward = [&](auto layer) { return [&, layer] { layer(out.p, batch.device.p, wte.p, wpe.p, B, T, C, 0); }; };
+    auto forward = [&](auto layer) { return [&, layer] { layer(out.p, batch.device.p, wte.p, wpe.p, nullptr, B, T, C, 0); }; };
     const Grad te = dwte.grad(), pe = dwpe.grad();
-    auto backward = [&](Version version) { return [&, version] { batch.backward(version, te, pe, out.p, false, C); }; };
+    auto backward = [&](Version version) { return [&, version] { batch.backward(version, te, pe, out.p, nullptr, false, C); }; };
     t.row("forward, version 1: one kernel per step", once + 2 * X, forward(embedding_forward_1));
     t.row("forward, version 2: the trainer's, 8 elements per thread", once, forward(embedding_forward));
     t.row("backward, version 1: one thread per channel, down all positions", X + gradients, backward(ONE));
@@ -330,8 +340,8 @@ void bench(const char* model, int BT, int C) {
 int main(int argc, char** argv) {
     Arguments o = parse_arguments(argc, argv, "embedding: rows of two tables, added, and the gradients of the tables");
     if (o.bench) return bench_models(bench);
-    auto forward = [] { embedding_forward(nullptr, nullptr, nullptr, nullptr, 1, 1, 12, 0); };
-    auto backward = [] { embedding_backward({}, {}, nullptr, nullptr, nullptr, nullptr, 1, true, false, 1, 1, 12, 0); };
+    auto forward = [] { embedding_forward(nullptr, nullptr, nullptr, nullptr, nullptr, 1, 1, 12, 0); };
+    auto backward = [] { embedding_backward({}, {}, nullptr, nullptr, nullptr, nullptr, nullptr, 1, true, false, 1, 1, 12, 0); };
     test_misuse(o, {refuses_12("embedding_forward: C", forward), refuses_12("embedding_backward: C", backward)});
     printf("embedding, %s\n", dtype_name(FLOATX));
     test_forward(o.seed);

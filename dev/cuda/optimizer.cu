@@ -656,14 +656,15 @@ void normal_within(Property& p, size_t i, float ours, uint64_t seed, int which) 
 void test_init(uint64_t seed) {
     Property hash("the hash: numbers that a run of another day, or another build, must get too", "every bit"),
         value("init, normal: Box and Muller's formula", "9 roundings, and 2 of the angle"),
-        constant("init, constant; a master copy as its weights are", "every bit");
+        constant("init, constant; a master copy as its weights are", "every bit"),
+        part("init, a part of a tensor: as in the whole", "every bit");
     set_case("hash64");
     hash.is(hash64(0, 0, 0) == 0x58016df76f315627 && hash64(1337, 2, 3) == 0x67557fdf3673ae4f &&
                 hash64(~(uint64_t)0, (uint64_t)1 << 40, ((uint64_t)1 << 33) + 5) == 0xe87dba3bf7ea9880, "another number");
     hash.equal(0, hash_uniform(0), 0x1p-24);                    // never 0, whose logarithm is infinite
     hash.equal(1, hash_uniform(~(uint64_t)0), 1 - 0x1p-24);     // nor 1
-    auto init = [=](floatX* param, size_t n, size_t drawn, int which) {   // as model_init does
-        init_kernel<<<ceil_div(n, 256), 256>>>(param, n, drawn, 0.02f, 1, seed, which);
+    auto init = [=](floatX* param, size_t n, size_t drawn, int which, size_t first = 0) {   // as model_init does
+        init_kernel<<<ceil_div(n, 256), 256>>>(param, n, drawn, 0.02f, 1, seed, which, first);
     };
     for (size_t n : {1, 7, 255, 256, 257, 511, 512, 513, 1031}) {
         set_case("n %zu", n);
@@ -672,18 +673,24 @@ void test_init(uint64_t seed) {
         const std::vector<floatX> a = x.read();
         for (size_t i = 0; i < n - n / 3; i++) normal_within(value, i, (float)a[i], seed, 3);
         for (size_t i = n - n / 3; i < n; i++) constant.equal(i, (float)a[i], 1);
+        Buffer<floatX> half(n - n / 2);
+        init(half.p, half.n, n - n / 3, 3, n / 2);
+        part.is(same_bits(half.read(), {a.begin() + n / 2, a.end()}), "other bits");
         Buffer<float> master(n);
         widen_kernel<<<ceil_div(n, 256), 256>>>(master.p, x.p, n);
         constant.is(same_bits(master.read(), floats(a)), "the master copy is another");
     }
-    report({&hash, &value, &constant});
+    report({&hash, &value, &constant, &part});
 
     const size_t many = ((size_t)1 << 32) + 256 + 3;
     set_case("2^32 + 259 elements");
     FarBuffer<floatX> far(many);
     if (far.p == nullptr) return;
-    Property beyond("init, normal and constant: the last of 2^32 elements", "as above");
+    Property beyond("init, normal and constant: the last of 2^32 elements, alone too", "as above");
+    Buffer<floatX> near(3);
     run_blocks({(1 << 24) + 1}, [&] { init(far.p, many, many - 1, 15); });
+    init(near.p, 3, many - 1, 15, many - 3);
+    beyond.is(same_bits(near.read(), far.read(many - 3, 3)), "other bits");
     for (size_t i = many - 3; i < many - 1; i++) normal_within(beyond, i, (float)far.read(i, 1)[0], seed, 15);
     beyond.equal(0, (float)far.read(many - 1, 1)[0], 1);
     report({&beyond});
@@ -698,8 +705,8 @@ void bench(const char* model, const Config& config) {
         if (!bench_json) printf("\n%s: skipped, it takes %.1f GB\n", model, bytes / 1e9);
         return;
     }
-    BenchTable u(n, BenchTable::BYTES, "%s: the norm of the gradients, %d tensors", model, (int)NUM_PARAMS);
-    const size_t m = u.here(n, NUM_PARAMS * VEC);
+    BenchTable u(n, BenchTable::BYTES, "%s: the norm of the gradients, %d tensors", model, (int)LORA_A);
+    const size_t m = u.here(n, LORA_A * VEC);
     Buffer<floatX> param(m);
     Buffer<float> mean(m), square(m), master(m), grad(m);
     Buffer<Verdict> verdict({Verdict{0, 0, 0, 0, 1, 0}});
@@ -709,7 +716,7 @@ void bench(const char* model, const Config& config) {
     auto table = [&](DType grad_type, bool with_master) {
         Tensors table;
         size_t at = 0;
-        for (int p = 0; p < NUM_PARAMS; p++) {
+        for (int p = 0; p < LORA_A; p++) {
             ParamShape s = param_shape(config, p);
             size_t count = u.here(s.elements(), VEC);
             table.add({param.p + at, Grad{grad.p, grad_type} + at, mean.p + at, square.p + at, with_master ? master.p + at : nullptr, count,
@@ -728,7 +735,7 @@ void bench(const char* model, const Config& config) {
         row("norm, version 1: added up by the host, tensor by tensor", [&] { square_sum_1(partial.p, t); });
         row("norm, version 2: the trainer's, added up by a kernel", [&] { square_sum_2(sum.p, partial.p, t); });
     }
-    BenchTable t(n, BenchTable::BYTES, "%s: AdamW, %zu parameters in %d tensors", model, n, (int)NUM_PARAMS);
+    BenchTable t(n, BenchTable::BYTES, "%s: AdamW, %zu parameters in %d tensors", model, n, (int)LORA_A);
     AdamW a = hyper(1337, 1, 1);
     t.row("AdamW, version 1: an element a thread", 16 + 3 * X, [&] { adamw_1<NEAREST>(plain, verdict.p, a); });
     t.row("AdamW, version 2: the trainer's, 8 elements a thread", 16 + 3 * X, [&] { adamw_2(plain, verdict.p, a); });

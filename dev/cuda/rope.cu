@@ -7,7 +7,7 @@ before it. The trainer's kernels, tested, and simpler ones beside them to learn 
 
 A row of qkv has NH heads of queries, NKV of keys and NKV of values, HS channels each. Channels i and i + HS/2 of a head of q or k
 are a pair (a, b), which at position t becomes (a cos - b sin, b cos + a sin) of the angle t * frequency[i]; in each sequence
-positions begin at 0. Backward turns by minus the angle. With norms, y = gamma * x * rstd of a head is what is turned, where
+positions begin at 0, and again where a document begins. Backward turns by minus the angle. With norms, y = gamma * x * rstd of a head is what is turned, where
 rstd = 1 / sqrt(mean(x^2) + eps). HS is a multiple of 8, and 128 at most.
 */
 #define TESTING
@@ -98,7 +98,7 @@ void qk_norm_rope_1(floatX* out, const floatX* qkv, const floatX* q_gamma, const
                     Shape s) {
     const size_t n = (size_t)s.rows() * (s.NH + 2 * s.NKV);
     head_norm_1_kernel<<<ceil_div(n, 128), 128>>>(out, qkv, q_gamma, k_gamma, eps, n, s);
-    rope_forward(out, out, nullptr, nullptr, angles, eps, s.B, s.T, s.NH, s.NKV, s.HS, 0);
+    rope_forward(out, out, nullptr, nullptr, angles, eps, nullptr, s.B, s.T, s.NH, s.NKV, s.HS, 0);
 }
 // Backward in version 1: turned back in a pass of its own (4); dgamma, a thread per channel down all rows and heads, which
 // computes rstd for each channel once more (4); then what comes through the norm, a thread per head (6): 14.
@@ -135,7 +135,7 @@ __global__ void head_norm_backward_1_kernel(floatX* d, const floatX* qkv, const 
 void qk_norm_rope_backward_1(floatX* d, Grad dq_gamma, Grad dk_gamma, const floatX* qkv, const floatX* q_gamma,
                              const floatX* k_gamma, const float2* angles, float eps, bool accumulate, Shape s) {
     const size_t n = (size_t)s.rows() * s.heads();
-    rope_backward(d, {}, {}, nullptr, nullptr, nullptr, nullptr, angles, eps, false, s.B, s.T, s.NH, s.NKV, s.HS, 0);
+    rope_backward(d, {}, {}, nullptr, nullptr, nullptr, nullptr, angles, eps, nullptr, false, s.B, s.T, s.NH, s.NKV, s.HS, 0);
     head_dgamma_1_kernel<<<1, 128>>>(dq_gamma, d, qkv, eps, accumulate, 0, s.NH, s);
     head_dgamma_1_kernel<<<1, 128>>>(dk_gamma, d, qkv, eps, accumulate, s.NH, s.NKV, s);
     head_norm_backward_1_kernel<<<ceil_div(n, 128), 128>>>(d, qkv, q_gamma, k_gamma, eps, n, s);
@@ -169,6 +169,7 @@ struct Problem {
     Shape s;
     std::vector<floatX> qkv, d, q_gamma, k_gamma;
     std::vector<float2> angles;
+    std::vector<int> document;      // where each row's begins; empty: at the sequence's beginning
     std::vector<float> before[2];   // what dgamma of q and of k are added to
     Problem(uint64_t seed, Shape s) : s(s) {
         Random random(seed, ((uint64_t)s.rows() << 32) + s.QKV() * 256 + s.HS);
@@ -289,9 +290,11 @@ std::string of(Shape s) {
     snprintf(text, sizeof text, "B %d, T %d, NH %d, NKV %d, HS %d", s.B, s.T, s.NH, s.NKV, s.HS);
     return text;
 }
-void turn(floatX* qkv, const Buffer<float2>& angles, bool back, Shape s) {   // the trainer's, without norms
-    if (back) rope_backward(qkv, {}, {}, nullptr, nullptr, nullptr, nullptr, angles.p, 0, false, s.B, s.T, s.NH, s.NKV, s.HS, 0);
-    else rope_forward(qkv, qkv, nullptr, nullptr, angles.p, 0, s.B, s.T, s.NH, s.NKV, s.HS, 0);
+const int* pointer(const Buffer<int>& document) { return document.n > 0 ? document.p : nullptr; }
+void turn(floatX* qkv, const Buffer<float2>& angles, bool back, Shape s, const int* document = nullptr) {   // without norms
+    if (back)
+        rope_backward(qkv, {}, {}, nullptr, nullptr, nullptr, nullptr, angles.p, 0, document, false, s.B, s.T, s.NH, s.NKV, s.HS, 0);
+    else rope_forward(qkv, qkv, nullptr, nullptr, angles.p, 0, document, s.B, s.T, s.NH, s.NKV, s.HS, 0);
 }
 // Whether v is as it was.
 bool same_values(const std::vector<floatX>& a, const std::vector<floatX>& b, Shape s) {
@@ -367,8 +370,10 @@ std::vector<floatX> norm_forward(const Problem& p, bool simple, Property& only_r
     const Shape& s = p.s;
     Buffer<floatX> qkv(p.qkv), out(s.all()), q_gamma(p.q_gamma), k_gamma(p.k_gamma);
     Buffer<float2> angles(p.angles);
+    Buffer<int> document(p.document);
     if (simple) qk_norm_rope_1(out.p, qkv.p, q_gamma.p, k_gamma.p, angles.p, (float)EPSILON, s);
-    else rope_forward(out.p, qkv.p, q_gamma.p, k_gamma.p, angles.p, (float)EPSILON, s.B, s.T, s.NH, s.NKV, s.HS, 0);
+    else
+        rope_forward(out.p, qkv.p, q_gamma.p, k_gamma.p, angles.p, (float)EPSILON, pointer(document), s.B, s.T, s.NH, s.NKV, s.HS, 0);
     only_read.is(same_bits(qkv.read(), p.qkv), "qkv has changed");
     return out.read();
 }
@@ -378,6 +383,7 @@ Backward norm_backward(const Problem& p, bool simple, DType type, bool accumulat
     const Shape& s = p.s;
     Buffer<floatX> qkv(p.qkv), d(p.d), q_gamma(p.q_gamma), k_gamma(p.k_gamma);
     Buffer<float2> angles(p.angles);
+    Buffer<int> document(p.document);
     Buffer<float> scratch((size_t)std::max(norm_slices(s.rows() * s.NH), norm_slices(s.rows() * s.NKV)) *
                           s.HS);   // no more than is used
     GradBuffer dq(s.HS, type), dk(s.HS, type);
@@ -385,8 +391,8 @@ Backward norm_backward(const Problem& p, bool simple, DType type, bool accumulat
     const Grad gq = wanted[0] ? dq.grad() : Grad{}, gk = wanted[1] ? dk.grad() : Grad{};
     if (simple) qk_norm_rope_backward_1(d.p, gq, gk, qkv.p, q_gamma.p, k_gamma.p, angles.p, (float)EPSILON, accumulate, s);
     else
-        rope_backward(d.p, gq, gk, scratch.p, qkv.p, q_gamma.p, k_gamma.p, angles.p, (float)EPSILON, accumulate, s.B, s.T, s.NH,
-                      s.NKV, s.HS, 0);
+        rope_backward(d.p, gq, gk, scratch.p, qkv.p, q_gamma.p, k_gamma.p, angles.p, (float)EPSILON, pointer(document), accumulate,
+                      s.B, s.T, s.NH, s.NKV, s.HS, 0);
     only_read.is(same_bits(qkv.read(), p.qkv), "qkv has changed");
     return {d.read(), {dq.read(), dk.read()}};
 }
@@ -444,6 +450,34 @@ void test_norms(uint64_t seed) {
         }
     }
     report({&forward, &backward, &sums32, &sums16, &values, &again, &unwanted, &only_read, &one});
+}
+
+// A row with documents is turned like one long sequence whose table has, for each token, the angles of its place in its document.
+void test_documents(uint64_t seed) {
+    Property p("positions begin anew at a document: every bit as by a table of each token's angles"), only_read("and qkv is as it was");
+    for (const Shape& s : SHAPES) {
+        set_case("%s", of(s).c_str());
+        Problem packed(seed, s), flat = packed;
+        Random random(seed, s.all());
+        packed.document = documents(random, s.B, s.T, 4);
+        flat.s = {1, s.rows(), s.NH, s.NKV, s.HS}, flat.angles.clear();
+        for (int row = 0; row < s.rows(); row++) {
+            const auto angle = packed.angles.begin() + (row % s.T - packed.document[row]) * (s.HS / 2);
+            flat.angles.insert(flat.angles.end(), angle, angle + s.HS / 2);
+        }
+        auto turned = [](const Problem& q, bool back) {
+            Buffer<floatX> x(back ? q.d : q.qkv);
+            Buffer<float2> angles(q.angles);
+            Buffer<int> document(q.document);
+            turn(x.p, angles, back, q.s, pointer(document));
+            return x.read();
+        };
+        for (bool back : {false, true}) p.is(same_bits(turned(packed, back), turned(flat, back)), back ? "d" : "qkv");
+        p.is(same_bits(norm_forward(packed, false, only_read), norm_forward(flat, false, only_read)), "with norms, out");
+        p.is(norm_backward(packed, false, F32, false, {true, true}, only_read) ==
+                 norm_backward(flat, false, F32, false, {true, true}, only_read), "with norms, backward");
+    }
+    report({&p, &only_read});
 }
 
 // A NaN or an infinity in a channel reaches its pair, at position 0 too, where it is multiplied by a sine of 0. With norms a NaN
@@ -523,7 +557,7 @@ void test_far(uint64_t seed) {
         for (int row : {0, rows / 16 * 16}) {   // 16 rows have 32 heads of q and k
             x.at = (size_t)row * QKV, angles.at = (size_t)row * (HS / 2), x.rows = angles.rows = std::min(rows - row, 16);
             check_far(forward, {&x, &angles}, {row / 16}, [&](bool far) {
-                rope_forward(x.p(far), x.p(far), nullptr, nullptr, angles.p(far), 0, 1, far ? rows : (int)x.rows, 1, 1, HS, 0);
+                rope_forward(x.p(far), x.p(far), nullptr, nullptr, angles.p(far), 0, nullptr, 1, far ? rows : (int)x.rows, 1, 1, HS, 0);
             });
         }
     }
@@ -539,8 +573,8 @@ void test_far(uint64_t seed) {
             std::vector<int64_t> blocks = {block};
             if (x.rows > 10) blocks.push_back(block + 1), blocks.push_back(block + 2);
             check_far(norms, {&x, &out, &angles}, blocks, [&](bool far) {
-                rope_forward(out.p(far), x.p(far), q_gamma.p, k_gamma.p, angles.p(far), (float)EPSILON, 1,
-                             far ? rows : (int)x.rows, 1, 1, HS, 0);
+                rope_forward(out.p(far), x.p(far), q_gamma.p, k_gamma.p, angles.p(far), (float)EPSILON, nullptr,
+                             1, far ? rows : (int)x.rows, 1, 1, HS, 0);
             });
         }
     }
@@ -586,14 +620,14 @@ void bench(const BenchModel& m) {
     t.row("norms, version 1: a thread per head, then the turning", 2 * X * all + 2 * X + table,
           [&] { qk_norm_rope_1(out.p, x.p, q_gamma.p, k_gamma.p, angles.p, 1e-6f, s); });
     t.row("norms, version 2: the trainer's, one pass (v moves too)", 2 * X * all + table, [&] {
-        rope_forward(out.p, x.p, q_gamma.p, k_gamma.p, angles.p, 1e-6f, s.B, s.T, s.NH, s.NKV, s.HS, 0);
+        rope_forward(out.p, x.p, q_gamma.p, k_gamma.p, angles.p, 1e-6f, nullptr, s.B, s.T, s.NH, s.NKV, s.HS, 0);
     });
     t.row("norms, backward, version 1: three passes", 7 * X + table, [&] {
         qk_norm_rope_backward_1(out.p, dq.grad(), dk.grad(), x.p, q_gamma.p, k_gamma.p, angles.p, 1e-6f, false, s);
     });
     t.row("norms, backward, version 2: the trainer's, one pass", 3 * X + table, [&] {
-        rope_backward(out.p, dq.grad(), dk.grad(), scratch.p, x.p, q_gamma.p, k_gamma.p, angles.p, 1e-6f, false, s.B, s.T, s.NH,
-                      s.NKV, s.HS, 0);
+        rope_backward(out.p, dq.grad(), dk.grad(), scratch.p, x.p, q_gamma.p, k_gamma.p, angles.p, 1e-6f, nullptr, false, s.B, s.T,
+                      s.NH, s.NKV, s.HS, 0);
     });
 }
 
@@ -602,20 +636,21 @@ int main(int argc, char** argv) {
         parse_arguments(argc, argv, "rope: turning queries and keys by their position, with a norm of each head or without");
     if (o.bench) return bench_models(bench);
     floatX other, *none = nullptr;
-    auto forward = [=](int HS) { rope_forward(none, none, none, none, nullptr, 0, 1, 1, 1, 1, HS, 0); };
+    auto forward = [=](int HS) { rope_forward(none, none, none, none, nullptr, 0, nullptr, 1, 1, 1, 1, HS, 0); };
     auto expected = [](int HS) { return "a head has " + std::to_string(HS) + " channels: expected a multiple of 8, up to 128"; };
     test_misuse(o, {{"12 channels", expected(12), [=] { forward(12); }},
                     {"0 channels", expected(0), [=] { forward(0); }},
                     {"136 channels", expected(136),
-                     [=] { rope_backward(none, {}, {}, nullptr, none, none, none, nullptr, 0, false, 1, 1, 1, 1, 136, 0); }},
+                     [=] { rope_backward(none, {}, {}, nullptr, none, none, none, nullptr, 0, nullptr, false, 1, 1, 1, 1, 136, 0); }},
                     {"norms in place", "with norms it does not",
-                     [&] { rope_forward(none, none, &other, &other, nullptr, 0, 1, 1, 1, 1, 8, 0); }},
+                     [&] { rope_forward(none, none, &other, &other, nullptr, 0, nullptr, 1, 1, 1, 1, 8, 0); }},
                     {"without norms into another tensor", "without norms it works in place",
-                     [&] { rope_forward(&other, none, none, none, nullptr, 0, 1, 1, 1, 1, 8, 0); }}});
+                     [&] { rope_forward(&other, none, none, none, nullptr, 0, nullptr, 1, 1, 1, 1, 8, 0); }}});
     printf("rope, %s\n", dtype_name(FLOATX));
     test_table();
     test_turning(o.seed);
     test_norms(o.seed);
+    test_documents(o.seed);
     test_special(o.seed);
     test_far(o.seed);
     return finish(o);
