@@ -31,43 +31,43 @@ def dynamic_map():
     return np.array(sorted(values), F)
 
 DYNAMIC = dynamic_map()
+MIDDLES = (DYNAMIC[:-1] + DYNAMIC[1:]) * F(0.5)
 
 def blocks(flat, size):
     return np.pad(flat, (0, -len(flat) % size)).reshape(-1, size)
 
+def scaled(rows):
+    """Each row's largest absolute value, and the row times its reciprocal: NaN where all is 0, which no bound is below."""
+    most = np.abs(rows).max(1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return most, rows * (F(1) / most)[:, None]
+
 def quantize_absmax(absmax):
     """8-bit codes, one scale for 256 of them, the offset. To the nearest value; from the middle of two to the one with the even index."""
     offset = F(absmax.astype(np.float64).mean())
-    rest = blocks(absmax - offset, 256)
-    scale = np.abs(rest).max(1)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        x = np.nan_to_num(rest * (F(1) / scale)[:, None])
-    middle = (DYNAMIC[:-1] + DYNAMIC[1:]) * F(0.5)
-    low = np.searchsorted(middle, x, side="left")
-    tie = np.isin(x, middle) & (low % 2 == 1)
+    scale, x = scaled(blocks(absmax - offset, 256))
+    low = np.where(np.isnan(x), 0, np.searchsorted(MIDDLES, x, side="left"))
+    tie = np.isin(x, MIDDLES) & (low % 2 == 1)
     return (low + tie).astype(np.uint8).flatten()[:len(absmax)], scale, offset
 
-def absmax_of(codes, scale, offset):
-    return (blocks(DYNAMIC[codes], 256) * scale[:, None]).flatten()[:len(codes)] + offset
+def absmax_of(codes, scale, offset, map):
+    return (blocks(map[codes], 256) * scale[:, None]).flatten()[:len(codes)] + offset
 
 class Quantized:
     """A matrix (out, in) in NF4."""
 
     def __init__(self, w, double):
         self.shape, self.double = w.shape, double
-        rows = blocks(w.astype(F).flatten(), 64)
-        self.absmax = np.abs(rows).max(1)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            x = np.nan_to_num(rows * (F(1) / self.absmax)[:, None])
+        self.absmax, x = scaled(blocks(w.astype(F).flatten(), 64))
         self.codes = (x[:, :, None] > BOUNDS).sum(2).astype(np.uint8).flatten()[:w.size]   # how many bounds are below
         if double:
             self.nested = quantize_absmax(self.absmax)
 
-    def values(self):
-        absmax = absmax_of(*self.nested) if self.double else self.absmax
+    def values(self, map=DYNAMIC):
+        absmax = absmax_of(*self.nested, map) if self.double else self.absmax
         return (blocks(NF4[self.codes], 64) * absmax[:, None]).flatten()[:len(self.codes)].reshape(self.shape)
 
-    def tensors(self, name, dtype="float32", **change):
+    def tensors(self, name, dtype="float32", map=DYNAMIC, **change):
         """{name: Tensor} as bitsandbytes saves them beside each other."""
         state = {"quant_type": "nf4", "blocksize": 64, "dtype": dtype, "shape": list(self.shape)}
         packed = blocks(self.codes, 2)
@@ -76,7 +76,7 @@ class Quantized:
         if self.double:
             codes, scale, offset = self.nested
             found |= {f"{name}.absmax": Tensor("U8", [len(codes)], codes.tobytes()), f"{name}.nested_absmax": f32(scale),
-                      f"{name}.nested_quant_map": f32(DYNAMIC)}
+                      f"{name}.nested_quant_map": f32(map)}
             state |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": float(offset)}
         else:
             found[f"{name}.absmax"] = f32(self.absmax)
@@ -93,19 +93,25 @@ def test_the_rule():
     np.testing.assert_allclose(BOUNDS, (NF4[:-1].astype(np.float64) + NF4[1:]) / 2, atol=3e-8)
     w = np.concatenate([NF4, BOUNDS, np.nextafter(BOUNDS, F(2)), np.zeros(18, F), np.zeros(64, F)]).reshape(8, 16)
     q = Quantized(w, False)
-    assert q.absmax.tolist() == [1, 0] and q.codes[:16].tolist() == list(range(16))
+    assert q.absmax.tolist() == [1, 0] and q.codes[:16].tolist() == list(range(16)) and not q.codes[64:].any() and not q.values()[4:].any()
     assert q.codes[16:31].tolist() == list(range(15)) and q.codes[31:46].tolist() == list(range(1, 16)) and (q.values().flatten()[:16] == NF4).all()
     rng = np.random.RandomState(1)
     values = Quantized(rng.randn(96, 200), True).values()
     assert (Quantized(values, False).values() == values).all()
+    ties = np.concatenate([1 + TIES, 1 - TIES, [0, 2]]).astype(F)
+    codes, scale, offset = quantize_absmax(ties)
+    assert scale.tolist() == [1] and offset == 1 and (codes[:22] % 2 == 0).all() and codes[22:].tolist() == [0, 255]
     w = rng.randn(300, 64).astype(F)
     assert close(np.linalg.norm(Quantized(w, True).values() - w) / np.linalg.norm(w), 0.0905, 0.05)
+
+# Above 1/2, middles of two values of the map that 1 + x and 1 - x hold without rounding
+TIES = np.array([x for x in MIDDLES if x >= 0.5 and (F(1) + x) - F(1) == x], F)[:11]
 
 # ---- models ----------------------------------------------------------------------------------------------
 
 # C and F are no multiples of 64, so that blocks straddle rows; in the second, matrices have more than 256 blocks
 CASES = {"llama": ("llama:L2,H5,K1,C40,F88,T32,V131", {}), "wide": ("llama:L1,H3,K3,C96,F200,T32,V131,HS40", {}),
-         "tied": ("llama:L2,H4,K2,C32,F40,T32,V131", {"tied": True, "kind": "qwen2"}), "gpt2": ("gpt2:L2,H3,C72,T32,V131", {})}
+         "tied": ("llama:L2,H4,K2,C32,F40,T32,V131", {"tied": True, "kind": "qwen2"}), "ties": ("llama:L1,H5,K1,C40,F88,T32,V131", {}), "gpt2": ("gpt2:L2,H3,C72,T32,V131", {})}
 LORA = {"q_proj": 3, "down_proj": 5, "attn.c_attn": 3, "mlp.c_proj": 4}
 B, T = 2, 19
 
@@ -119,6 +125,12 @@ def spoil(tensors, config):
     if "qkvw" in tensors:
         tensors["qkvw"][0].reshape(-1)[64:128] = 0
         tensors["fcw"][1].reshape(-1)[200] = 50
+
+def tie(w):
+    """The 25 blocks of a matrix get absmax with a mean of 1 and no deviation beyond 1, whose 8 bits are ties."""
+    rows, wanted = w.reshape(-1, 64), np.concatenate([[2, 0, 1], 1 + TIES, 1 - TIES]).astype(F)
+    rows *= (wanted / np.abs(rows).max(1))[:, None]
+    rows[np.arange(25), np.abs(rows).argmax(1)] = wanted
 
 def linear(config, name):
     return name.removesuffix(".weight") in modules(config)
@@ -147,6 +159,8 @@ def made(tmp_path_factory):
             lab.config, lab.tensors = model(sizes, 3, **how)
             if case in ("llama", "gpt2"):
                 spoil(lab.tensors, lab.config)
+            if case == "ties":
+                tie(lab.tensors["model.layers.0.self_attn.o_proj.weight"])
             lab.how = {"trainer": trainer_of(lab.config)}
             gpt2, named = trainer_of(lab.config) == "train_gpt2", hf_names(lab.config, lab.tensors)
             write(lab.path("in"), lab.config, {name: f32(t) for name, t in named.items()})
@@ -177,7 +191,9 @@ def learned_of(ran):
     return [(line["train_loss"], line["grad_norm"]) for line in learned(ran) if "train_loss" in line]
 
 def same(one, other):
-    return one[0] == other[0] and one[1].keys() == other[1].keys() and all((one[1][name] == t).all() for name, t in other[1].items())
+    """To the bit."""
+    assert one[0] == other[0] and one[1].keys() == other[1].keys()
+    assert all((one[1][name] == t).all() for name, t in other[1].items())
 
 @pytest.mark.parametrize("double", [0, 1])
 @pytest.mark.parametrize("case", CASES)
@@ -194,8 +210,8 @@ def test_every_bit(made, case, double):
     x, y, _, _ = batch(lab.ids, B, T)
     _, loss, gradients, _, _ = ref.compute(lab.config, tensors, x, y, 0, tune=ref.Tuning(lab.given))
     check_gradients(nf4[1], loss, gradients, 2e-6, 1e-5)
-    assert same(run(lab, f"plain{double}", variant="cpu-fp32"), nf4)
-    assert same(run(lab, f"bnb{double}", "--base", "nf4", variant="cpu-fp32"), nf4)
+    same(run(lab, f"plain{double}", variant="cpu-fp32"), nf4)
+    same(run(lab, f"bnb{double}", "--base", "nf4", variant="cpu-fp32"), nf4)
 
 @pytest.mark.parametrize("case", ["llama", "gpt2"])
 def test_modes(made, case):
@@ -203,7 +219,7 @@ def test_modes(made, case):
     lab = made(case)
     first = run(lab, "in", "--base", "nf4", "-r", 0, variant="cpu-fp32")
     for given in (["-r", 1, "--double-quant", 1], ["-r", 2], *([["--embedding-on", "device"], ["--embedding-on", "host"]] if case == "llama" else [])):
-        assert same(run(lab, "in", "--base", "nf4", *given, variant="cpu-fp32"), first), given
+        same(run(lab, "in", "--base", "nf4", *given, variant="cpu-fp32"), first), given
 
 @pytest.mark.parametrize("case, variant", [("llama", "cpu-approxbp-fp32"), ("gpt2", "cpu-approxbp-fp32"), ("llama", "cpu-bf16"), ("gpt2", "cpu-bf16"), ("wide", "cpu-norm-bf16")])
 def test_builds(made, case, variant):
@@ -212,12 +228,24 @@ def test_builds(made, case, variant):
     nf4, plain = (run(lab, *given, variant=variant) for given in (["in", "--base", "nf4"], ["plain1"]))
     loss, gradients = plain[1].pop("loss"), plain[1]
     check_gradients(nf4[1], loss, gradients, 1e-6 if "fp32" in variant else 2e-3, 1e-5 if "fp32" in variant else 4e-2)
-    assert same(run(lab, "bnb1", "--base", "nf4", variant=variant), nf4)
+    same(run(lab, "bnb1", "--base", "nf4", variant=variant), nf4)
 
 def test_a_bnb_directory_needs_no_option(made):
     """It is what it is: without --base, too; and the memory is that of 4 bits."""
     lab = made("wide")
-    assert same(run(lab, "bnb1", variant="cpu-fp32"), run(lab, "bnb1", "--base", "nf4", variant="cpu-fp32"))
+    same(run(lab, "bnb1", variant="cpu-fp32"), run(lab, "bnb1", "--base", "nf4", variant="cpu-fp32"))
+
+def test_a_bnb_directorys_own_map_counts(made):
+    """It has the last bits of the PyTorch that made it."""
+    lab, named, rng = made("llama"), {}, np.random.RandomState(1)
+    other = np.where(rng.rand(256) < 0.3, np.nextafter(DYNAMIC, F(2)), DYNAMIC).astype(F)
+    other[[127, 255]] = 0, 1
+    values = {name: q.values(other) for name, q in lab.quantized[1].items()}
+    for name, t in hf_names(lab.config, lab.tensors).items():
+        named |= lab.quantized[1][name].tensors(name, map=other) if name in values else {name: f32(t)}
+    write(lab.path("other"), lab.config, named, quantization_config=BNB)
+    write(lab.path("plain"), lab.config, {name: f32(values.get(name, t)) for name, t in hf_names(lab.config, lab.tensors).items()})
+    same(run(lab, "other", variant="cpu-fp32"), run(lab, "plain", variant="cpu-fp32"))
 
 def test_memory(made):
     """The matrices take 4 bits and an absmax: 8 bits for 64 of them and 32 for 256 of those, or 32 for 64."""
@@ -279,7 +307,7 @@ BAD = {
     **{f"no{part}": (lambda t, part=part: t.pop(NAME + part), [NAME + part])
        for part in (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", ".quant_state.bitsandbytes__nf4")},
     "no weight": (lambda t: t.pop(NAME), [NAME]),
-    "fp4": (lambda t: t.update({NAME + ".quant_state.bitsandbytes__fp4": t.pop(NAME + ".quant_state.bitsandbytes__nf4")}), ["fp4"]),
+    "fp4": (lambda t: t.update({NAME + ".quant_state.bitsandbytes__fp4": t.pop(NAME + ".quant_state.bitsandbytes__nf4")}), [NAME]),
     "fp4 in the state": (state(quant_type="fp4"), ["fp4"]), "blocks of 128": (state(blocksize=128), ["blocksize", "128"]),
     "nested blocks of 64": (state(nested_blocksize=64), ["nested_blocksize"]), "another shape": (state(shape=[40, 88]), ["shape", "[88, 40]", "[40, 88]"]),
     "no shape": (state(shape="absent"), ["shape"]), "a shape in words": (state(shape="x"), ["shape"]), "no offset": (state(nested_offset="absent"), ["nested_offset"]),
@@ -296,10 +324,13 @@ BAD = {
     "a short nested map": (put(".nested_quant_map", f32(DYNAMIC[:255])), [NAME + ".nested_quant_map"]),
     "NaN in the nested map": (changed(".nested_quant_map", lambda v: v.__setitem__(9, np.nan)), [NAME + ".nested_quant_map"]),
     "NaN in the nested absmax": (changed(".nested_absmax", lambda v: v.__setitem__(0, np.nan)), [NAME + ".nested_absmax"]),
+    "infinity in the nested absmax": (changed(".nested_absmax", lambda v: v.__setitem__(0, np.inf)), [NAME + ".nested_absmax"]),
+    "another nested map": (changed(".nested_quant_map", lambda v: v.__setitem__(126, -4e-7)), [NAME + ".nested_quant_map"]),
     "a weight of int8": (lambda t: t.update({NAME.replace("weight", "SCB"): f32(np.ones(88))}), ["SCB"]),
 }
 
 def refused(lab, *parts):
+    shutil.rmtree(lab.path("out"), ignore_errors=True)
     done = lab.run(*options("-e", "bad", "--lora", 3, "-o", "out"), status=None, timeout=30, **lab.how)
     assert done.status in (1, 2), done.out[-500:]
     says(done.err, *parts)
@@ -323,7 +354,7 @@ def test_bad_tensors(made, name):
     refused(lab, "bad", *parts)
 
 @pytest.mark.parametrize("change, parts", [
-    ({"bnb_4bit_quant_type": "fp4"}, ["fp4"]), ({"load_in_4bit": False, "load_in_8bit": True, "_load_in_8bit": True, "_load_in_4bit": False}, ["8bit"]),
+    ({"bnb_4bit_quant_type": "fp4"}, ["fp4"]), ({"load_in_4bit": False, "load_in_8bit": True, "_load_in_8bit": True, "_load_in_4bit": False}, ["load_in_4bit"]),
     ({"bnb_4bit_quant_storage": "bfloat16"}, ["bnb_4bit_quant_storage", "bfloat16"]), ({"quant_method": "gptq"}, ["gptq"]), ({"quant_method": "absent"}, ["quant_method"])],
     ids=lambda x: next(iter(x), "") if isinstance(x, dict) else "")
 def test_other_quantizations(made, change, parts):
@@ -333,10 +364,12 @@ def test_other_quantizations(made, change, parts):
     refused(lab, "quantization_config", *parts)
 
 def test_4_bits_without_a_word_in_the_config(made):
-    """The tensors say it; and a config that speaks of 4 bits where there are none is no model of 4 bits."""
+    """And a config that speaks of 4 bits where there are none."""
     lab = made("llama")
+    write(lab.path("bad"), lab.config, {name: f32(t) for name, t in hf_names(lab.config, lab.tensors).items()}, quantization_config=BNB)
+    refused(lab, "bad", "q_proj.weight")
     write(lab.path("bad"), lab.config, of_bnb(lab))
-    refused(lab, "bad", "quantization_config")
+    refused(lab, "bad", "U8")
 
 def test_full_training_of_4_bits_is_refused(made):
     lab = made("llama")
