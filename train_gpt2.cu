@@ -828,14 +828,6 @@ struct AttShape {
     int T, NH, NKV, HS;
     float scale;    // 1 / sqrt(HS)
     int together;   // heads whose blocks run at about the same time, see att_place
-    const int* document;   // (B, T) the first key that a query sees: where its document begins, never before an earlier query's; null: 0
-    __device__ int first_key(int b, int t) const { return document != nullptr ? document[(size_t)b * T + min(t, T - 1)] : 0; }
-    // Behind the last query that sees a key up to `key`, in steps of `step` rows from `first` on
-    __device__ int last_query(int b, int first, int key, int step) const {
-        int end = document != nullptr ? first : T;
-        while (end < T && document[(size_t)b * T + end] <= key) end += step;
-        return min(end, T);
-    }
     __device__ size_t stride() const { return (size_t)(NH + 2 * NKV) * HS; }   // of a row of qkv
     __device__ int group() const { return NH / NKV; }                          // query heads per key-value head
     // Which of a row's heads are the keys and values of query head h
@@ -845,6 +837,20 @@ struct AttShape {
     __device__ size_t qkv_at(int b, int t, int head) const { return ((size_t)b * T + t) * stride() + (size_t)head * HS; }
     __device__ size_t out_at(int b, int t, int h) const { return (((size_t)b * T + t) * NH + h) * HS; }
     __device__ size_t lse_at(int b, int h, int t) const { return ((size_t)b * NH + h) * T + t; }
+};
+// Documents in a row: attention begins anew at each. (B, T) the first key that a query sees, where its document begins, which is never
+// before an earlier query's; null: 0. (Not in AttShape: an 8-byte member has the compiler load it by pairs, and hold them in registers.)
+struct AttDocuments {
+    const int* first;
+    __device__ int first_key(const AttShape& shape, int b, int t) const {
+        return first != nullptr ? first[(size_t)b * shape.T + min(t, shape.T - 1)] : 0;
+    }
+    // Behind the last query that sees a key up to `key`, in steps of `step` rows from `from` on
+    __device__ int last_query(const AttShape& shape, int b, int from, int key, int step) const {
+        int end = first != nullptr ? from : shape.T;
+        while (end < shape.T && first[(size_t)b * shape.T + end] <= key) end += step;
+        return min(end, shape.T);
+    }
 };
 // The head and the rows of a block. Blocks start in the order of their numbers. All blocks of a head read its keys (or queries), so
 // they should run while the L2 cache holds these: heads are taken in groups that fit. And the longest blocks should start first, or
@@ -921,7 +927,7 @@ __device__ inline void att_load_tiles(AttTile<SHARES>& x_tile, const floatX* x, 
 }
 
 template <int SHARES> __global__ void __launch_bounds__(ATT_ROWS * SHARES, 1)
-attention_forward_kernel(floatX* out, float* lse, const floatX* qkv, AttShape shape) {
+attention_forward_kernel(floatX* out, float* lse, const floatX* qkv, AttShape shape, AttDocuments documents) {
     __shared__ AttTile<SHARES> k_tile, v_tile;
     const AttBlock block = att_block(shape, shape.NH, ATT_ROWS, true);
     const int T = shape.T, HS = shape.HS, row = block.first + threadIdx.x / SHARES, share = threadIdx.x % SHARES;
@@ -929,9 +935,9 @@ attention_forward_kernel(floatX* out, float* lse, const floatX* qkv, AttShape sh
     const floatX *k = qkv + shape.qkv_at(block.b, 0, shape.k_head(block.h)), *v = k + (size_t)shape.NKV * HS;
     Floats q[ATT_VECS], o[ATT_VECS] = {};
     att_load_row(q, qkv + shape.qkv_at(block.b, row, block.h), share, HS, row < T);
-    const int first_key = shape.first_key(block.b, row);
+    const int first_key = documents.first_key(shape, block.b, row);
     float max = ATT_NO_MAX, sum = 0;
-    for (int t0 = shape.first_key(block.b, block.first) / ATT_TILE * ATT_TILE, end = min(block.first + ATT_ROWS, T); t0 < end; t0 += ATT_TILE) {
+    for (int t0 = documents.first_key(shape, block.b, block.first) / ATT_TILE * ATT_TILE, end = min(block.first + ATT_ROWS, T); t0 < end; t0 += ATT_TILE) {
         att_load_tiles<SHARES>(k_tile, k, stride, v_tile, v, stride, t0, shape);
         if (!__any_sync(ALL_LANES, t0 <= row && first_key < t0 + ATT_TILE)) continue;   // no query of the warp sees a key of the tile
         float s[ATT_TILE];
@@ -965,7 +971,7 @@ attention_forward_kernel(floatX* out, float* lse, const floatX* qkv, AttShape sh
 //     keys        k   v       q   dout                            dk = scale * sum ds x    dv = sum p y
 template <int SHARES, bool KEYS> __global__ void __launch_bounds__(ATT_ROWS * SHARES, 1)
 attention_backward_kernel(floatX* dqkv, float* delta, const floatX* dout, const floatX* qkv, const floatX* out, const float* lse,
-                          AttShape shape) {
+                          AttShape shape, AttDocuments documents) {
     __shared__ AttTile<SHARES> x_tile, y_tile;
     const AttBlock block = att_block(shape, KEYS ? shape.NKV : shape.NH, ATT_ROWS, !KEYS);   // block.h: of k and v, or of q
     const int T = shape.T, HS = shape.HS, row = block.first + threadIdx.x / SHARES, share = threadIdx.x % SHARES;
@@ -980,9 +986,9 @@ attention_backward_kernel(floatX* dqkv, float* delta, const floatX* dout, const 
     }
     att_load_row(a, qkv + row_a, share, HS, row < T);
     const int heads = KEYS ? shape.group() : 1;   // of queries: those that share the block's keys, in order; or its own
-    const int first_key = KEYS ? 0 : shape.first_key(block.b, row);
-    const int first = KEYS ? block.first : shape.first_key(block.b, block.first) / ATT_TILE * ATT_TILE;   // rows of the other side
-    const int last = KEYS ? shape.last_query(block.b, block.first, block.first + ATT_ROWS - 1, ATT_TILE) : min(block.first + ATT_ROWS, T);
+    const int first_key = KEYS ? 0 : documents.first_key(shape, block.b, row);
+    const int first = KEYS ? block.first : documents.first_key(shape, block.b, block.first) / ATT_TILE * ATT_TILE;   // rows of the other side
+    const int last = KEYS ? documents.last_query(shape, block.b, block.first, block.first + ATT_ROWS - 1, ATT_TILE) : min(block.first + ATT_ROWS, T);
     for (int h = block.h * heads; h < (block.h + 1) * heads; h++) {
         const floatX* x = qkv + shape.qkv_at(block.b, 0, KEYS ? h : shape.k_head(h));
         const floatX* y = KEYS ? dout + shape.out_at(block.b, 0, h) : qkv + shape.qkv_at(block.b, 0, shape.v_head(h));
@@ -993,7 +999,7 @@ attention_backward_kernel(floatX* dqkv, float* delta, const floatX* dout, const 
 #pragma unroll KEYS ? 1 : 2   // two at a time would take more registers than there are
             for (int i = 0; i < ATT_TILE; i++) {
                 const int query = KEYS ? t0 + i : row, key = KEYS ? row : t0 + i;
-                const bool sees = key <= query && query < T && key >= (KEYS ? shape.first_key(block.b, query) : first_key);   // or else p = 0
+                const bool sees = key <= query && query < T && key >= (KEYS ? documents.first_key(shape, block.b, query) : first_key);   // or else p = 0
                 float s = att_dot<SHARES>(a, x_tile[i][share]) * shape.scale, dp = att_dot<SHARES>(b, y_tile[i][share]);
                 float p = sees ? expf(s - lse[head_lse + query]) : 0, delta_row = sees ? delta[head_lse + query] : 0;
                 att_add(sum_x, p * (dp - delta_row), x_tile[i][share]);
@@ -1006,20 +1012,20 @@ attention_backward_kernel(floatX* dqkv, float* delta, const floatX* dout, const 
     if constexpr (KEYS) att_store_row(dqkv + row_v, sum_y, share, HS, 1);
 }
 template <int SHARES>
-void attention_forward_launch(floatX* out, float* lse, const floatX* qkv, int B, AttShape shape, cudaStream_t stream) {
+void attention_forward_launch(floatX* out, float* lse, const floatX* qkv, int B, AttShape shape, AttDocuments documents, cudaStream_t stream) {
     int heads = B * shape.NH, blocks = heads * ceil_div(shape.T, ATT_ROWS);
-    attention_forward_kernel<SHARES><<<blocks, ATT_ROWS * SHARES, 0, stream>>>(out, lse, qkv, att_in_groups(shape, heads));
+    attention_forward_kernel<SHARES><<<blocks, ATT_ROWS * SHARES, 0, stream>>>(out, lse, qkv, att_in_groups(shape, heads), documents);
     cudaCheck(cudaGetLastError());
 }
 template <int SHARES>
 void attention_backward_launch(floatX* dqkv, Grad dbias, float* delta, float* scratch, const floatX* dout, const floatX* qkv,
-                               const floatX* out, const float* lse, bool accumulate, int B, AttShape shape, cudaStream_t stream) {
+                               const floatX* out, const float* lse, bool accumulate, int B, AttShape shape, AttDocuments documents, cudaStream_t stream) {
     int row_blocks = ceil_div(shape.T, ATT_ROWS), heads = B * shape.NH, kv_heads = B * shape.NKV;
     attention_backward_kernel<SHARES, false><<<heads * row_blocks, ATT_ROWS * SHARES, 0, stream>>>(
-        dqkv, delta, dout, qkv, out, lse, att_in_groups(shape, heads));
+        dqkv, delta, dout, qkv, out, lse, att_in_groups(shape, heads), documents);
     cudaCheck(cudaGetLastError());
     attention_backward_kernel<SHARES, true><<<kv_heads * row_blocks, ATT_ROWS * SHARES, 0, stream>>>(
-        dqkv, delta, dout, qkv, out, lse, att_in_groups(shape, kv_heads));
+        dqkv, delta, dout, qkv, out, lse, att_in_groups(shape, kv_heads), documents);
     cudaCheck(cudaGetLastError());
     if (dbias.p == nullptr) return;
     bias_backward(dbias, scratch, dqkv, accumulate, B * shape.T, (shape.NH + 2 * shape.NKV) * shape.HS, stream);
@@ -1185,6 +1191,19 @@ void classifier(floatX* logits,                           // (rows, Vp); out, if
     int threads = std::clamp(ceil_div(Vp, 32 * VEC), 1, 32) * 32;
     classifier_kernel<<<rows, threads, 0, stream>>>(logits, losses, targets, dloss, train, V, Vp);
     cudaCheck(cudaGetLastError());
+}
+
+// Is a row's target the likeliest token (of equals the first)? Then it becomes HIT. For validation, after the loss.
+constexpr int NO_TARGET = -1, HIT = -2;
+__global__ void likeliest_kernel(int* targets, const floatX* logits, int V, int Vp) {
+    __shared__ float shared[8];
+    const int target = targets[blockIdx.x];
+    const floatX* x = logits + (size_t)blockIdx.x * Vp;
+    float larger = 0;   // tokens that come first
+    for (int c = threadIdx.x; target >= 0 && c < V; c += 256)
+        larger += (float)x[c] > (float)x[target] || ((float)x[c] == (float)x[target] && c < target) ? 1.0f : 0.0f;
+    larger = block_sum_256(larger, shared);
+    if (threadIdx.x == 0 && target >= 0 && larger == 0) targets[blockIdx.x] = HIT;
 }
 
 // sum (+)= x[0] + ... + x[n - 1], by one block
@@ -1700,37 +1719,10 @@ __device__ inline void tc_add(TcSums<HS>& sums, const uint32_t (&a)[TC_M<HS>][4]
             for (int half = 0; half < 2; half++) mma_16816(sums[m][2 * i + half], a[m], b[2 * half], b[2 * half + 1]);
     }
 }
-// Where a block has to look at documents. In shared memory: the registers are all in use.
-struct TcDocuments {
-    int b;                        // its sequence
-    int limit[TC_THREADS / 32];   // of a warp: keys before this one are not seen by all of its queries; or, with rows of keys, queries
-                                  // from this one on do not see all of its keys
-    int end;                      // with rows of keys: behind the last query that sees one
-};
-template <int M> __device__ inline void tc_documents(TcDocuments& docs, const AttShape& shape, const AttBlock& block, bool key_rows) {
-    const int warp = threadIdx.x / 32, first = block.first + warp * 16 * M;   // the warp's first row
-    if (threadIdx.x % 32 != 0) return;
-    docs.b = block.b;
-    docs.limit[warp] = key_rows ? shape.last_query(block.b, min(first, shape.T), first, 1) : shape.first_key(block.b, first + 16 * M - 1);
-    if (warp == 0) docs.end = shape.last_query(block.b, block.first, block.first + TC_THREADS / 32 * 16 * M - 1, TC_ROWS);
-}
 // Scores of pairs whose key comes after the query become -infinity: their p is 0. s[n][m] has queries as rows, from first_query on,
 // and keys as columns, from first_key + 8 n on. With KEY_ROWS it is the other way round, and queries after T are masked too.
-template <bool DOCS, bool KEY_ROWS, int N, int M>
-__device__ inline void tc_mask(float (*s)[M][4], int m, int first_query, int first_key, const AttShape& shape, const TcDocuments& docs) {
-    const int T = shape.T;
-    if (DOCS && (KEY_ROWS ? first_query + 8 * N > docs.limit[threadIdx.x / 32] : first_key < docs.limit[threadIdx.x / 32])) {
-        const int row = lane_row(), col = lane_col();
-#pragma unroll
-        for (int i = 0; i < (KEY_ROWS ? 2 * N : 2); i++) {   // the lane's queries: two rows; or columns, two of each c
-            const int query = first_query + (KEY_ROWS ? col + i / 2 * 8 + i % 2 : row + 8 * i);
-            const int unseen = shape.first_key(docs.b, query) - first_key - (KEY_ROWS ? row : col);   // keys, from the lane's first one on
-            for (int k = 0; k < (KEY_ROWS ? 2 : 2 * N); k++) {
-                float& x = KEY_ROWS ? s[i / 2][m][i % 2 + 2 * k] : s[k / 2][m][2 * i + k % 2];
-                if ((KEY_ROWS ? 8 * k : k / 2 * 8 + k % 2) < unseen) x = -INFINITY;
-            }
-        }
-    }
+template <bool KEY_ROWS, int N, int M>
+__device__ inline void tc_mask(float (*s)[M][4], int m, int first_query, int first_key, int T) {
     const int key_less_query = first_key - first_query;   // in row 0 and column 0
     if (key_less_query + (KEY_ROWS ? 15 : 8 * N - 1) <= 0 && (!KEY_ROWS || first_query + 8 * N <= T)) return;   // no pair is masked
     const int row = lane_row(), col = lane_col(), own = key_less_query + (KEY_ROWS ? row - col : col - row);   // in the lane's c[0]
@@ -1739,6 +1731,21 @@ __device__ inline void tc_mask(float (*s)[M][4], int m, int first_query, int fir
         const int down = i % 4 / 2 * 8, right = i / 4 * 8 + i % 2;
         if (own + (KEY_ROWS ? down - right : right - down) > 0 || (KEY_ROWS && first_query + col + right >= T))
             s[i / 4][m][i % 4] = -INFINITY;
+    }
+}
+// The same for keys of documents before a query's own: first(query) is the first key that it sees. `seen` keys are seen by all queries:
+// those from that one on, and mostly none of this tile comes before it.
+template <bool KEY_ROWS, int N, int M, class First>
+__device__ inline void tc_mask_documents(float (*s)[M][4], int m, int first_query, int first_key, int seen, const First& first) {
+    if (first_key >= seen) return;
+    const int row = lane_row(), col = lane_col();
+#pragma unroll
+    for (int i = 0; i < (KEY_ROWS ? 2 * N : 2); i++) {   // the lane's queries: two rows; or columns, two of each c
+        const int unseen = first(first_query + (KEY_ROWS ? col + i / 2 * 8 + i % 2 : row + 8 * i)) - first_key - (KEY_ROWS ? row : col);
+        for (int k = 0; k < (KEY_ROWS ? 2 : 2 * N); k++) {
+            float& x = KEY_ROWS ? s[i / 2][m][i % 2 + 2 * k] : s[k / 2][m][2 * i + k % 2];
+            if ((KEY_ROWS ? 8 * k : k / 2 * 8 + k % 2) < unseen) x = -INFINITY;
+        }
     }
 }
 // A c (16 x 8), rounded to bf16, as the left or the right half of an a (16 x 16)
@@ -1775,9 +1782,9 @@ template <int HS> __device__ inline void tc_column_sums(float* column_sums, cons
 }
 
 template <int HS, bool DOCS> __global__ void __launch_bounds__(TC_THREADS, TC_FORWARD_BLOCKS<HS, DOCS>)
-attention_forward_tc_kernel(bf16* out, float* lse, const bf16* qkv, AttShape shape) {
+attention_forward_tc_kernel(bf16* out, float* lse, const bf16* qkv, AttShape shape, AttDocuments documents) {
     extern __shared__ __align__(128) bf16 tc_tiles[];   // two stages of a tile of k and one of v
-    __shared__ TcDocuments docs;
+    __shared__ int seen[TC_THREADS / 32], sequence;   // DOCS: keys that all of a warp's queries see; block.b. The registers are all in use
     constexpr int M = TC_M<HS>, KEYS = 64 / M;          // keys that a warp looks at between two corrections of its maximum
     const uint32_t tiles = shared_address(tc_tiles);
     const TileReader<HS> read;
@@ -1786,14 +1793,18 @@ attention_forward_tc_kernel(bf16* out, float* lse, const bf16* qkv, AttShape sha
     auto first_query = [&] { return block.first + (int)opaque(threadIdx.x) / 32 * 16 * M; };   // the warp's
     const bf16 *row0 = qkv + (size_t)block.b * T * stride, *k_head = row0 + shape.k_head(block.h) * HS;
     const float scale = shape.scale * LOG2E;   // exp(x) = exp_2(x * LOG2E)
-    if constexpr (DOCS) tc_documents<M>(docs, shape, block, false);
+    if constexpr (DOCS) {
+        seen[threadIdx.x / 32] = documents.first_key(shape, block.b, first_query() + 16 * M - 1);
+        sequence = block.b;
+    }
+    auto first_key = [&](int query) { return documents.first_key(shape, sequence, query); };
     TcRows<HS> q;
     TcSums<HS> o = {};
     float max[M][2], sum[M][2] = {};   // of the lane's rows
     tc_load_rows<HS>(q, row0 + block.h * HS, stride, first_query(), T);
 #pragma unroll
     for (int m = 0; m < M; m++) max[m][0] = max[m][1] = DOCS ? ATT_NO_MAX : -INFINITY;
-    const int first = DOCS ? shape.first_key(block.b, block.first) / TC_ROWS * TC_ROWS : 0;
+    const int first = DOCS ? documents.first_key(shape, block.b, block.first) / TC_ROWS * TC_ROWS : 0;
     tc_load_tiles<HS>(tiles, k_head, stride, k_head + to_v, stride, first, T);
     for (int t0 = first, stage = 0; t0 < end; t0 += TC_ROWS, stage ^= 1) {
         const uint32_t k_tile = tiles + stage * 2 * TC_TILE<HS>, v_tile = k_tile + TC_TILE<HS>;
@@ -1808,7 +1819,9 @@ attention_forward_tc_kernel(bf16* out, float* lse, const bf16* qkv, AttShape sha
             tc_scores<HS>(s, q, read, k_tile, j);
 #pragma unroll
             for (int m = 0; m < M; m++) {
-                tc_mask<DOCS, false, KEYS / 8>(s, m, first_query() + 16 * m, t0 + j, shape, docs);
+                tc_mask<false, KEYS / 8>(s, m, first_query() + 16 * m, t0 + j, T);
+                if constexpr (DOCS)
+                    tc_mask_documents<false, KEYS / 8>(s, m, first_query() + 16 * m, t0 + j, seen[threadIdx.x / 32], first_key);
 #pragma unroll
                 for (int half = 0; half < 2; half++) {   // the lane's row of c[0] and c[1], then that of c[2] and c[3]
                     float new_max = max[m][half];
@@ -1848,9 +1861,9 @@ attention_forward_tc_kernel(bf16* out, float* lse, const bf16* qkv, AttShape sha
 // that made qkv. If it is null they are not wanted.
 template <int HS, bool DOCS> __global__ void __launch_bounds__(TC_THREADS, 2)
 attention_backward_dq_tc_kernel(bf16* dqkv, float* partial, float* delta, const bf16* dout, const bf16* qkv, const bf16* out,
-                                const float* lse, AttShape shape) {
+                                const float* lse, AttShape shape, AttDocuments documents) {
     extern __shared__ __align__(128) bf16 tc_tiles[];   // two stages of a tile of k and one of v
-    __shared__ TcDocuments docs;
+    __shared__ int seen[TC_THREADS / 32], sequence;   // DOCS: keys that all of a warp's queries see; block.b. The registers are all in use
     constexpr int M = TC_M<HS>;
     const uint32_t tiles = shared_address(tc_tiles);
     const TileReader<HS> read;
@@ -1861,9 +1874,13 @@ attention_backward_dq_tc_kernel(bf16* dqkv, float* partial, float* delta, const 
     const float scale = shape.scale * LOG2E;
     auto stage = [&](int t0) { return tiles + t0 / TC_ROWS % 2 * 2 * TC_TILE<HS>; };
     auto load = [&](int t0) { tc_load_tiles<HS>(stage(t0), k_head, stride, k_head + shape.NKV * HS, stride, t0, T); };
-    const int first = DOCS ? shape.first_key(block.b, block.first) / TC_ROWS * TC_ROWS : 0;
+    const int first = DOCS ? documents.first_key(shape, block.b, block.first) / TC_ROWS * TC_ROWS : 0;
     load(first);
-    if constexpr (DOCS) tc_documents<M>(docs, shape, block, false);
+    if constexpr (DOCS) {
+        seen[threadIdx.x / 32] = documents.first_key(shape, block.b, first_query + 16 * M - 1);
+        sequence = block.b;
+    }
+    auto first_key = [&](int query) { return documents.first_key(shape, sequence, query); };
     const size_t q_head = shape.qkv_at(block.b, 0, block.h), out_head = shape.out_at(block.b, 0, block.h);
     TcRows<HS> q, dout_rows;
     TcSums<HS> dq = {};
@@ -1900,7 +1917,9 @@ attention_backward_dq_tc_kernel(bf16* dqkv, float* partial, float* delta, const 
                 tc_scores<HS>(s, q, read, k_tile, j + 8 * right);
                 tc_scores<HS>(dp, dout_rows, read, v_tile, j + 8 * right);
                 for (int m = 0; m < M; m++) {
-                    tc_mask<DOCS, false, 1>(s, m, first_query + 16 * m, t0 + j + 8 * right, shape, docs);
+                    tc_mask<false, 1>(s, m, first_query + 16 * m, t0 + j + 8 * right, T);
+                    if constexpr (DOCS)
+                        tc_mask_documents<false, 1>(s, m, first_query + 16 * m, t0 + j + 8 * right, seen[threadIdx.x / 32], first_key);
                     for (int i = 0; i < 4; i++)   // ds = p (dp - delta)
                         dp[0][m][i] = exp_2(s[0][m][i] * scale - lse_row[2 * m + i / 2]) * (dp[0][m][i] - delta_row[2 * m + i / 2]);
                     tc_as_a(ds[m], dp[0][m], right);
@@ -1919,10 +1938,10 @@ attention_backward_dq_tc_kernel(bf16* dqkv, float* partial, float* delta, const 
 // Backward by rows of keys: dk, dv and their sums over rows. All is transposed: s^T = k q^T, dv = p^T dout, dk = scale * ds^T q.
 template <int HS, bool DOCS> __global__ void __launch_bounds__(TC_THREADS, 2)
 attention_backward_dkv_tc_kernel(bf16* dqkv, float* partial, const bf16* dout, const bf16* qkv, const float* lse,
-                                 const float* delta, AttShape shape) {
+                                 const float* delta, AttShape shape, AttDocuments documents) {
     extern __shared__ __align__(128) bf16 tc_tiles[];      // two stages of a tile of q and one of dout; v
     __shared__ float2 row_statistics[2][2][TC_ROWS / 2];   // of each stage: lse and delta of its queries, by twos
-    __shared__ TcDocuments docs;
+    __shared__ int row_documents[2][TC_ROWS], head_end;    // DOCS: the first key that each sees; behind the last query that sees one
     constexpr int M = TC_M<HS>;
     const uint32_t tiles = shared_address(tc_tiles), v_tile = tiles + 4 * TC_TILE<HS>;
     const TileReader<HS> read;
@@ -1937,6 +1956,8 @@ attention_backward_dkv_tc_kernel(bf16* dqkv, float* partial, const bf16* dout, c
         const int thread = opaque(threadIdx.x), row = thread % TC_ROWS;   // half of the block copies lse, the other delta
         const float* from = (thread < TC_ROWS ? lse : delta) + shape.lse_at(block.b, h, t0 + row);
         cp_async<4>(shared_address((float*)row_statistics[stage][thread / TC_ROWS] + row), from, t0 + row < T);
+        if (DOCS && thread < TC_ROWS)
+            cp_async<4>(shared_address(&row_documents[stage][row]), documents.first + (size_t)block.b * T + t0 + row, t0 + row < T);
     };
     const int first_head = block.h * shape.group(), last_head = first_head + shape.group() - 1;   // that share these keys
     int stage = 0;
@@ -1947,10 +1968,10 @@ attention_backward_dkv_tc_kernel(bf16* dqkv, float* partial, const bf16* dout, c
     else for (int m = 0; m < M; m++) tc_load_tile<HS>(v_tile + m * TC_TILE<HS>, k_head + to_v, stride, block.first + 64 * m, T);
     load_stage(stage, first_head, block.first);
     if constexpr (DOCS) {
-        tc_documents<M>(docs, shape, block, true);
+        head_end = documents.last_query(shape, block.b, block.first, block.first + TC_BLOCK<HS> - 1, TC_ROWS);
         __syncthreads();
     }
-    auto end = [&] { return DOCS ? docs.end : T; };
+    auto end = [&] { return DOCS ? head_end : T; };
     for (int h = first_head; h <= last_head; h++)
         for (int t0 = block.first; t0 < end(); t0 += TC_ROWS, stage ^= 1) {   // other queries see none of these keys
             const uint32_t q_tile = tiles + stage * 2 * TC_TILE<HS>, dout_tile = q_tile + TC_TILE<HS>;
@@ -1964,7 +1985,12 @@ attention_backward_dkv_tc_kernel(bf16* dqkv, float* partial, const bf16* dout, c
                 float s[2][M][4] = {}, dp[2][M][4] = {};   // of 8 queries, then 8 more
                 tc_scores<HS>(s, k, read, q_tile, j);
                 tc_scores<HS, TC_V_SHARED<HS, DOCS>>(dp, v, read, dout_tile, j, v_tile, first_key() - block.first);
-                for (int m = 0; m < M; m++) tc_mask<DOCS, true, 2>(s, m, t0 + j, first_key() + 16 * m, shape, docs);
+                for (int m = 0; m < M; m++) {
+                    tc_mask<true, 2>(s, m, t0 + j, first_key() + 16 * m, T);
+                    if constexpr (DOCS)
+                        tc_mask_documents<true, 2>(s, m, t0 + j, first_key() + 16 * m, row_documents[stage][min(j + 15, T - 1 - t0)],
+                                                   [&](int query) { return row_documents[stage][query - t0]; });
+                }
                 uint32_t p[M][4], ds[M][4];
 #pragma unroll
                 for (int n = 0; n < 2; n++) {
@@ -1999,30 +2025,30 @@ template <class Kernel> int tc_shared_bytes(Kernel kernel, int bytes) {
     return bytes;
 }
 template <int HS, bool DOCS>
-void attention_forward_tc(floatX* out, float* lse, const floatX* qkv, int B, AttShape shape, cudaStream_t stream) {
+void attention_forward_tc(floatX* out, float* lse, const floatX* qkv, int B, AttShape shape, AttDocuments documents, cudaStream_t stream) {
     static int bytes = tc_shared_bytes(attention_forward_tc_kernel<HS, DOCS>, 4 * TC_TILE<HS>);
     int heads = B * shape.NH, blocks = heads * ceil_div(shape.T, TC_BLOCK<HS>);
-    attention_forward_tc_kernel<HS, DOCS><<<blocks, TC_THREADS, bytes, stream>>>(out, lse, qkv, att_in_groups(shape, heads));
+    attention_forward_tc_kernel<HS, DOCS><<<blocks, TC_THREADS, bytes, stream>>>(out, lse, qkv, att_in_groups(shape, heads), documents);
     cudaCheck(cudaGetLastError());
 }
 template <int HS, bool DOCS>
 void attention_backward_tc(floatX* dqkv, Grad dbias, float* delta, float* scratch, const floatX* dout, const floatX* qkv,
-                           const floatX* out, const float* lse, bool accumulate, int B, AttShape shape, cudaStream_t stream) {
+                           const floatX* out, const float* lse, bool accumulate, int B, AttShape shape, AttDocuments documents, cudaStream_t stream) {
     static int dq_bytes = tc_shared_bytes(attention_backward_dq_tc_kernel<HS, DOCS>, 4 * TC_TILE<HS>);
     static int dkv_bytes = tc_shared_bytes(attention_backward_dkv_tc_kernel<HS, DOCS>, (4 + TC_M<HS>) * TC_TILE<HS>);
     int row_blocks = ceil_div(shape.T, TC_BLOCK<HS>), heads = B * shape.NH, kv_heads = B * shape.NKV;
     float* partial = dbias.p != nullptr ? scratch : nullptr;
     attention_backward_dq_tc_kernel<HS, DOCS><<<heads * row_blocks, TC_THREADS, dq_bytes, stream>>>(
-        dqkv, partial, delta, dout, qkv, out, lse, att_in_groups(shape, heads));
+        dqkv, partial, delta, dout, qkv, out, lse, att_in_groups(shape, heads), documents);
     cudaCheck(cudaGetLastError());
     attention_backward_dkv_tc_kernel<HS, DOCS><<<kv_heads * row_blocks, TC_THREADS, dkv_bytes, stream>>>(
-        dqkv, partial, dout, qkv, lse, delta, att_in_groups(shape, kv_heads));
+        dqkv, partial, dout, qkv, lse, delta, att_in_groups(shape, kv_heads), documents);
     cudaCheck(cudaGetLastError());
     if (partial == nullptr) return;
     colsum_finish({dbias}, 1, partial, B * row_blocks, (shape.NH + 2 * shape.NKV) * shape.HS, accumulate, stream);
 }
 
-AttShape att_shape(const int* document, int T, int NH, int NKV, int HS) {
+AttShape att_shape(int T, int NH, int NKV, int HS) {
     if (NKV < 1 || NH % NKV != 0) fail("attention: %d query heads, %d key-value heads: expected a multiple", NH, NKV);
     if (HS < VEC || HS > 4 * ATT_CHANNELS || HS % VEC != 0)
         fail("attention: a head has %d channels: expected a multiple of %d, up to %d", HS, VEC, 4 * ATT_CHANNELS);
@@ -2032,20 +2058,20 @@ AttShape att_shape(const int* document, int T, int NH, int NKV, int HS) {
         cudaCheck(cudaDeviceGetAttribute(&bytes, cudaDevAttrL2CacheSize, device));
         return bytes > 0 ? bytes : 32 << 20;   // a virtual GPU may not say
     }();
-    return {T, NH, NKV, HS, 1.0f / sqrtf((float)HS), att_heads_together(T, HS, l2_bytes), document};
+    return {T, NH, NKV, HS, 1.0f / sqrtf((float)HS), att_heads_together(T, HS, l2_bytes)};
 }
 
 void attention_forward(floatX* out,        // (B, T, NH*HS)
                        float* lse,         // (B, NH, T), natural logarithm
                        const floatX* qkv,  // (B, T, (NH + 2 NKV)*HS): q of all heads, then k, then v
-                       const int* document,   // (B, T) as in AttShape, or null
+                       const int* document,   // (B, T) as in AttDocuments, or null
                        int B, int T, int NH, int NKV, int HS, cudaStream_t stream) {
     auto run = HS <= 32 ? attention_forward_launch<1> : HS <= 64 ? attention_forward_launch<2> : attention_forward_launch<4>;
     if constexpr (!kFP32) {
         if (HS == 64) run = document ? attention_forward_tc<64, true> : attention_forward_tc<64, false>;
         if (HS == 128) run = document ? attention_forward_tc<128, true> : attention_forward_tc<128, false>;
     }
-    run(out, lse, qkv, B, att_shape(document, T, NH, NKV, HS), stream);
+    run(out, lse, qkv, B, att_shape(T, NH, NKV, HS), {document}, stream);
 }
 
 inline size_t attention_scratch(size_t B, size_t T, size_t NH, size_t NKV, size_t HS) {   // floats that backward takes for dbias
@@ -2056,14 +2082,14 @@ void attention_backward(floatX* dqkv,                               // (B, T, (N
                         float* delta, float* scratch,               // (B, NH, T); for dbias attention_scratch(B, T, NH, NKV, HS) floats
                         const floatX* dout, const floatX* qkv,      // (B, T, NH*HS), as dqkv
                         const floatX* out, const float* lse,        // (B, T, NH*HS), (B, NH, T)
-                        const int* document,                        // (B, T) as in AttShape, or null
+                        const int* document,                        // (B, T) as in AttDocuments, or null
                         bool accumulate, int B, int T, int NH, int NKV, int HS, cudaStream_t stream) {
     auto run = HS <= 32 ? attention_backward_launch<1> : HS <= 64 ? attention_backward_launch<2> : attention_backward_launch<4>;
     if constexpr (!kFP32) {
         if (HS == 64) run = document ? attention_backward_tc<64, true> : attention_backward_tc<64, false>;
         if (HS == 128) run = document ? attention_backward_tc<128, true> : attention_backward_tc<128, false>;
     }
-    run(dqkv, dbias, delta, scratch, dout, qkv, out, lse, accumulate, B, att_shape(document, T, NH, NKV, HS), stream);
+    run(dqkv, dbias, delta, scratch, dout, qkv, out, lse, accumulate, B, att_shape(T, NH, NKV, HS), {document}, stream);
 }
 
 // ==== 5. optimizer ===============================================================================================================
@@ -2980,11 +3006,12 @@ void model_init(Model& model) {
         };
         if (model.param[p] != nullptr) draw(model.param[p], 0, n);
         for (size_t layer = 0; model.param[p] == nullptr && layer < s.layers; layer++) {   // to be kept in another way than it is drawn
-            const size_t rows = p == WTE ? 128 : s.rows, count = rows * s.cols;   // at a time: what fits into a buffer
-            floatX* buffer = p == WTE ? model.logits : model.fold_w;
-            std::vector<floatX> drawn_here(count);
-            std::vector<float> values(count);
+            const size_t rows = p == WTE ? (size_t)model.plan.B * model.plan.T : s.rows;   // at a time: what fits into a buffer
+            floatX* buffer = p == WTE ? model.resid_in : model.fold_w;
             for (size_t row = 0; row < s.rows; row += rows) {
+                const size_t count = std::min(rows, s.rows - row) * s.cols;
+                std::vector<floatX> drawn_here(count);
+                std::vector<float> values(count);
                 draw(buffer, layer * s.per_layer() + row * s.cols, count);
                 cudaCheck(cudaMemcpyAsync(drawn_here.data(), buffer, count * sizeof(floatX), cudaMemcpyDeviceToHost, model.stream));
                 cudaCheck(cudaStreamSynchronize(model.stream));
@@ -3208,7 +3235,7 @@ void model_forward(Model& model, int B, int T) {
 void model_loss(Model& model, int B, int T, bool train, bool first_micro_batch, double with_loss) {
     NvtxRange range("loss");
     const int C = model.config.C, V = model.config.V, Vp = model.config.Vp, BT = B * T;
-    const int* targets = model.tokens + BT;
+    int* targets = model.tokens + BT;
     const int chunk = std::min((int)plan_chunk_rows(model.plan), BT);
     const int head = head_param(model.config);
     const float dloss = 1.0f / (float)with_loss;
@@ -3217,6 +3244,7 @@ void model_loss(Model& model, int B, int T, bool train, bool first_micro_batch, 
         floatX* lnf = model.lnf + (size_t)r * C;
         matmul_forward(model.logits, lnf, model.param[head], nullptr, rows, C, Vp, model.stream);
         classifier(model.logits, model.losses + r, targets + r, dloss, train, rows, V, Vp, model.stream);
+        if (!train && model.plan.marks) likeliest_kernel<<<rows, 256, 0, model.stream>>>(targets + r, model.logits, V, Vp);
         if (!train) continue;
         if (model.plan.trains(head))
             matmul_backward_weight(model.grad[head], model.logits, lnf, !(first_micro_batch && r == 0), rows, C, Vp, model.stream);
@@ -3670,7 +3698,7 @@ bool loader_next(Loader& d, int* inputs, int* targets, int* documents) {   // (B
             const uint32_t raw = d.ids[t], id = marks ? raw & ID : raw;
             const size_t at = (size_t)b * d.T + t;
             if (id > (uint32_t)d.largest_id) return d.error = d.shards[d.current].path + ": was written to since this run began", false;
-            if (t > 0) targets[at - 1] = marks && (raw & (NO_LOSS | BEGINS)) ? -1 : (int)id;
+            if (t > 0) targets[at - 1] = marks && (raw & (NO_LOSS | BEGINS)) ? NO_TARGET : (int)id;
             if (t == d.T) break;
             inputs[at] = (int)id;
             if (marks && (raw & BEGINS)) begin = t;
@@ -4797,9 +4825,10 @@ std::vector<AdapterPart> adapter_parts(const Model& model, const Source& source)
     for (const LoraMatrix& m : lora_matrices(model.config, model.lora))
         for (bool A : {true, false}) {
             const size_t rank = m.rank();
-            const std::string name = "base_model.model." + m.name + (A ? ".lora_A.weight" : ".lora_B.weight");
-            if (rank > 0)
-                parts.push_back({{-2, parts.size(), {name, A ? rank : m.rows, A ? m.cols : rank}, source.dtype_of(name)}, m, A});
+            if (rank == 0) continue;
+            const HfPiece piece = {"base_model.model." + m.name + (A ? ".lora_A.weight" : ".lora_B.weight"), A ? rank : m.rows, A ? m.cols : rank};
+            const HfPart part = {-2, parts.size(), piece, source.dtype_of(piece.name)};
+            parts.push_back({part, m, A});
         }
     return parts;
 }
@@ -5200,7 +5229,7 @@ constexpr int STATE_MAGIC = 20240527;
 const char* STATE_REMEDY = "remove this checkpoint's directory to resume from the one before, or start afresh with another --out";
 
 StateHeader state_header(const Model& model, const RunState& r, const Loader& train) {
-    StateHeader h = {STATE_MAGIC, 1, world.size, world.rank, model.master[0] != nullptr, 1, world.sharded};
+    StateHeader h = {STATE_MAGIC, 1, world.size, world.rank, model.plan.master && !kFP32, 1, world.sharded};
     h.weights = model.weights_in_state ? sizeof(floatX) : 0;
     h.step = r.step, h.position = r.position;
     h.T = train.T, h.shards = (int)train.shards.size(), h.tokens = train.tokens, h.checksum = train.checksum;
@@ -5762,7 +5791,7 @@ struct Run {
     int* host_region(int micro) const { return host_tokens + (half * model.plan.micro_batches + micro) * region_ints(); }
     int* documents(int* host) const { return model.plan.marks ? host + documents_at(BT(), model.config.V) : nullptr; }
     // Targets of a batch that have a loss
-    double count_with_loss(const int* host) const { return (double)(BT() - std::count(host + BT(), host + 2 * BT(), -1)); }
+    double count_with_loss(const int* host) const { return (double)(BT() - std::count(host + BT(), host + 2 * BT(), NO_TARGET)); }
     int* host_free() const { return host_tokens + !half * model.plan.micro_batches * region_ints(); }
     int rank() const {   // of the largest adapter
         int most = 0;
@@ -5847,6 +5876,7 @@ void pick_adapter(Run& run) {
             if (c.lora.targets >> i % targets & 1) run.model.lora[i] = {(int)s.lora, (float)(s.lora_alpha / s.lora)};
     }
     const bool adapts = c.lora.rank > 0;
+    if (adapts) matmul_state.gelu_fusion = 0;   // an adapter adds to what GELU takes, and to its gradient
     plan = {};
     for (int p = 0; adapts && p < LORA_A; p++)
         if (!(s.train_norms && is_norm(p))) plan.frozen |= 1u << p;
@@ -6164,19 +6194,36 @@ float model_batch_loss(Model& model, int* host) {
     return loss;
 }
 
+// Documents of the last batch that have targets, and those of which all are hits: then taking the likeliest token, again and again,
+// gives the answer as it stands there.
+void count_answers(const Run& run, const int* host, double (&answers)[2]) {
+    const size_t BT = run.BT(), T = run.model.plan.T;
+    std::vector<int> targets(BT);
+    const int* documents = host + documents_at(BT, run.model.config.V);
+    cudaCheck(cudaMemcpy(targets.data(), run.model.tokens + BT, BT * sizeof(int), cudaMemcpyDeviceToHost));
+    for (size_t i = 0; i < BT;) {
+        int wanted = 0, missed = 0;
+        const size_t row = i / T;
+        for (const int document = documents[i]; i < BT && i / T == row && documents[i] == document; i++)
+            wanted += targets[i] != NO_TARGET, missed += targets[i] >= 0;
+        answers[0] += wanted > 0, answers[1] += wanted > 0 && missed == 0;
+    }
+}
 // Mean loss over up to --val-batches batches from the start of the validation data. Returns stop_wanted; if so, there is no result.
 bool validate(Run& run) {
     const int batches = (int)std::min<size_t>(run.s.val_batches, run.val.batches_per_epoch()), step = run.state.step;
     int* host = run.host_free();
     loader_seek(run.val, 0, 0, 0);
-    double sum = 0, trained = 0, begin = now_seconds();
+    double sum = 0, trained = 0, answers[2] = {}, begin = now_seconds();
     for (int i = 0; i < batches && !interrupted && loader_next(run.val, host, host + run.BT(), run.documents(host)); i++) {
         progress("validating", i, batches, begin);
         sum += model_batch_loss(run.model, host);
         trained += run.count_with_loss(host);
+        if (run.model.plan.marks) count_answers(run, host, answers);
     }
     progress("", batches, batches, begin);
     trained = world_sum(trained);
+    for (double& count : answers) count = world_sum(count);
     const float loss = (float)(world_sum(sum) / std::max(trained, 1.0));
     if (stop_wanted(run)) return true;
     if (trained == 0) {
@@ -6185,9 +6232,14 @@ bool validate(Run& run) {
         return stop_wanted(run);
     }
     run.val_loss = loss;
-    if (world.rank == 0) printf("val loss %.4f at step %d\n", std::isnan(loss) ? NAN : loss, step);   // a NaN may be negative
+    char right[100] = "", logged[100] = "";
+    if (run.model.plan.marks) {
+        snprintf(right, sizeof right, ", %.0f of %.0f answers right (%.1f %%)", answers[1], answers[0], 100 * answers[1] / std::max(1.0, answers[0]));
+        snprintf(logged, sizeof logged, ", \"answers\": %.0f, \"right\": %.0f", answers[0], answers[1]);
+    }
+    if (world.rank == 0) printf("val loss %.4f at step %d%s\n", std::isnan(loss) ? NAN : loss, step, right);   // a NaN may be negative
     fflush(stdout);
-    if (run.log.val_step != step) log_line(run.log, "{\"step\": %d, \"val_loss\": %s}", step, json_number(loss).c_str());
+    if (run.log.val_step != step) log_line(run.log, "{\"step\": %d, \"val_loss\": %s%s}", step, json_number(loss).c_str(), logged);
     run.log.val_step = step;
     return false;
 }
@@ -6206,15 +6258,13 @@ int draw_token(const std::vector<floatX>& logits, int V, int top_k, float temper
     return best[j].second;
 }
 
-// Prints --sample-tokens tokens after an end-of-text token. Plain: each is a forward of all that stand before it. Returns stop_wanted.
-bool sample(Run& run) {
+// Prints up to `most` tokens that the model writes after `text`, ending with the token `stop` (-1: none). False: the logits are no numbers.
+bool write_on(Run& run, std::vector<int> text, int64_t most, int stop, uint64_t stream) {
     Model& model = run.model;
     const int V = model.config.V, Vp = model.config.Vp, C = model.config.C;
     int* host = run.host_free();
     std::vector<floatX> logits(Vp);
-    std::vector<int> text = {run.tokenizer.tokens.empty() ? V - 1 : std::min(run.tokenizer.end_of_text, V - 1)};
-    if (world.rank == 0) printf("---- sample\n");
-    for (int i = 0; world.rank == 0 && i < run.s.sample_tokens && !interrupted; i++) {
+    for (int i = 0; i < most && !interrupted; i++) {
         const int T = std::min((int)text.size(), model.plan.T);   // a longer text is seen through its end
         const int padded = std::min(ceil_div(T, 16) * 16, model.plan.T);   // few shapes, because matmuls are prepared once per shape
         std::copy(text.end() - T, text.end(), host);
@@ -6227,15 +6277,52 @@ bool sample(Run& run) {
         matmul_forward(model.logits, last, head, nullptr, 1, C, Vp, model.stream);
         cudaCheck(cudaMemcpyAsync(logits.data(), model.logits, Vp * sizeof(floatX), cudaMemcpyDeviceToHost, model.stream));
         cudaCheck(cudaStreamSynchronize(model.stream));
-        const float uniform = hash_uniform(hash64(model.seed, run.state.step + (1ull << 42), i));
+        const float uniform = hash_uniform(hash64(model.seed, run.state.step + stream, i));
         text.push_back(draw_token(logits, V, (int)run.s.top_k, (float)run.s.temperature, uniform));
+        if (text.back() == stop) break;
         if (text.back() < 0) {
             printf("(the logits are not finite)");
             if (!model.plan.training) run.status = 3;
-            break;
+            return false;
         }
         print_token(run.tokenizer, text.back());
         fflush(stdout);
+    }
+    return true;
+}
+// Prints what the model writes: --sample-tokens tokens after an end-of-text token, or of data with marks answers to questions of the
+// validation data, beside those that stand there. Plain: each token is a forward of all before it. Returns stop_wanted.
+bool sample(Run& run) {
+    const int V = run.model.config.V;
+    if (world.rank == 0) printf("---- sample\n");
+    std::vector<int> batch;
+    if (run.val.marks()) {
+        loader_seek(run.val, 0, 0, 0);
+        batch.resize(3 * run.BT());
+        if (!loader_next(run.val, &batch[0], &batch[run.BT()], &batch[2 * run.BT()])) return stop_wanted(run);
+    }
+    const size_t BT = run.BT(), T = run.model.plan.T;
+    int shown = 0;
+    for (size_t i = 0; world.rank == 0 && !batch.empty() && i < BT && shown < 3 && !interrupted;) {   // a document after the other
+        const size_t begin = i;
+        for (; i < BT && i / T == begin / T && batch[2 * BT + i] == batch[2 * BT + begin]; i++) {}
+        size_t first = begin;
+        while (first < i && batch[BT + first] == NO_TARGET) first++;
+        if (first == i) continue;
+        std::vector<int> answer;
+        for (size_t t = first; t < i && batch[BT + t] != NO_TARGET; t++) answer.push_back(batch[BT + t]);
+        for (size_t t = begin; t <= first; t++) print_token(run.tokenizer, batch[t]);
+        printf(" >>> ");
+        const bool wrote = write_on(run, {&batch[begin], &batch[first] + 1}, std::min<int64_t>(run.s.sample_tokens, 2 * answer.size() + 8), answer.back(),
+                                    (1ull << 42) + ((uint64_t)++shown << 50));
+        printf("   (expected: ");
+        for (size_t t = 0; t + 1 < answer.size(); t++) print_token(run.tokenizer, answer[t]);
+        printf(")\n");
+        if (!wrote) break;
+    }
+    if (world.rank == 0 && batch.empty()) {
+        const int start = run.tokenizer.tokens.empty() ? V - 1 : std::min(run.tokenizer.end_of_text, V - 1);
+        write_on(run, {start}, run.s.sample_tokens, -1, 1ull << 42);
     }
     if (world.rank == 0) printf("\n----\n");
     return stop_wanted(run);

@@ -45,6 +45,9 @@ except ImportError as e:
 HEADER_BYTES = 256 * 4
 MODEL_MAGIC, STATE_MAGIC, TOKENIZER_MAGIC = 20240326, 20240327, 20240328
 TOKENS = {16: (20240520, 1, "<u2"), 32: (20240801, 7, "<u4")}  # bits: magic, version, dtype
+MARKED = (20240801, 8, "<u4")  # tokens with marks: in the upper bits of a token
+NO_LOSS, BEGINS = 1 << 31, 1 << 30  # it is no target of the loss; it begins a document, and then is no target either
+ID = BEGINS - 1  # the bits of its id
 TOKEN_VERSIONS = {magic: {version} for magic, version, _ in TOKENS.values()}
 MODEL_VERSIONS = {3: "<f4", 5: "<u2"}  # fp32; bf16 as its upper 16 bits
 MAX_COUNT = 2**31 - 1  # counts stand in an int32
@@ -147,26 +150,36 @@ def _check_body(path, what, expected, found):
 def token_bits(vocab):
     return 16 if vocab <= 65536 else 32
 
-def write_tokens(f, count, pieces, vocab):
-    """Writes arrays of ids, `count` in all, to an open file, 16 bits each where the vocabulary fits."""
-    magic, version, dtype = TOKENS[token_bits(vocab)]
+def write_tokens(f, count, pieces, vocab, marked=False):
+    """Writes arrays of ids, `count` in all, to an open file, 16 bits each where the vocabulary fits; or of ids with marks."""
+    magic, version, dtype = MARKED if marked else TOKENS[token_bits(vocab)]
     if not 0 < count <= MAX_COUNT:
         raise Error(f"{f.name}: a token file holds 1 to {MAX_COUNT} tokens, not {count}")
+    if marked and vocab > BEGINS:
+        raise Error(f"{f.name}: beside marks there is room for ids below {BEGINS}, found a vocabulary of {vocab}")
     f.write(_header(magic, version, count))
     for ids in pieces:
-        if int(ids.min()) < 0 or int(ids.max()) >= vocab:
-            raise Error(f"{f.name}: ids run from {ids.min()} to {ids.max()}, the vocabulary from 0 to {vocab - 1}")
+        bare = ids & ID if marked else ids
+        if int(bare.min()) < 0 or int(bare.max()) >= vocab:
+            raise Error(f"{f.name}: ids run from {bare.min()} to {bare.max()}, the vocabulary from 0 to {vocab - 1}")
         f.write(memoryview(np.ascontiguousarray(ids, dtype)).cast("B"))
 
-def read_tokens(path):
-    """The ids, mapped and not loaded."""
-    header, body = _read_header(path, "token file", TOKEN_VERSIONS)
+def _read_tokens(path, kind, versions):
+    header, body = _read_header(path, kind, versions)
     dtype = np.dtype(next(d for magic, _, d in TOKENS.values() if magic == header[0]))
     count = header[2]
     if count <= 0:
         raise Error(f"{path}: expected at least one token, found a count of {count}")
     _check_body(path, f"{count} tokens of {dtype.itemsize} bytes", count * dtype.itemsize, body)
     return np.memmap(path, dtype, "r", HEADER_BYTES, (count,))
+
+def read_tokens(path):
+    """The ids, mapped and not loaded."""
+    return _read_tokens(path, "token file", TOKEN_VERSIONS)
+
+def read_marked_tokens(path):
+    """The same of tokens with marks: NO_LOSS, BEGINS and ID take them apart."""
+    return _read_tokens(path, "file of tokens with marks", {MARKED[0]: {MARKED[1]}})
 
 # ---- tokenizer: what each id prints ----------------------------------------------------------------
 
@@ -316,7 +329,7 @@ def read_state(path, config):
 # ----------------------------------------------------------------------------
 
 def describe(path):
-    versions = {**TOKEN_VERSIONS, MODEL_MAGIC: set(MODEL_VERSIONS), TOKENIZER_MAGIC: {2}, STATE_MAGIC: {2}}
+    versions = {**TOKEN_VERSIONS, MARKED[0]: {TOKENS[32][1], MARKED[1]}, MODEL_MAGIC: set(MODEL_VERSIONS), TOKENIZER_MAGIC: {2}, STATE_MAGIC: {2}}
     header, body = _read_header(path, "file of ours", versions)
     if header[0] == MODEL_MAGIC:
         config, _ = read_model(path)
@@ -326,6 +339,11 @@ def describe(path):
         return f"tokenizer, {len(tokens)} tokens, end of text {eot} {tokens[eot]}"
     if header[0] == STATE_MAGIC:  # its size depends on a model that is not named here
         return f"debug state, B={header[2]} T={header[3]} n={header[4]}, {body} bytes"
+    if tuple(header[:2]) == MARKED[:2]:
+        ids, bits = read_marked_tokens(path), NO_LOSS | BEGINS
+        parts = [ids[i:i + (1 << 20)] for i in range(0, len(ids), 1 << 20)]  # what & makes is in memory
+        low, high, trained = zip(*((int((p & ID).min()), int((p & ID).max()), np.count_nonzero((p & bits) == 0)) for p in parts))
+        return f"tokens with marks, 32 bit, {len(ids)} of them, {sum(trained)} trained, ids {min(low)} to {max(high)}"
     ids = read_tokens(path)
     return f"tokens, {ids.dtype.itemsize * 8} bit, {len(ids)} of them, ids {ids.min()} to {ids.max()}"
 

@@ -3,6 +3,7 @@
 safetensors: 8 bytes that count a header, the header in JSON (of each tensor its type, shape and place), the tensors. A bf16 tensor is
 an array of uint16 here, its upper 16 bits (binfmt.to_bf16).
 """
+import importlib
 import json
 import os
 import struct
@@ -10,6 +11,14 @@ import struct
 import binfmt  # before numpy: it says what to install where that is missing
 import numpy as np
 from binfmt import Error
+
+def library(name, what):
+    """A module of PyPI's that something needs."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise Error(f"{what} needs the {name} library: python3 -m venv --system-site-packages venv && venv/bin/pip install {name}, then "
+                    "venv/bin/python prepro/text.py ...") from None
 
 TYPES = {"F32": "<f4", "I32": "<i4", "BF16": "<u2"}
 

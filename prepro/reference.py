@@ -15,8 +15,11 @@ update i; rate 1e-4, betas 0.9 and 0.999, eps 1e-8, decay 0.01 on 2-D tensors al
 PREFIX_state.bin checks a trainer by it. DIR_expected.safetensors holds the same as tensors: x, y, logits, loss, losses, and each
 gradient under its weight's name (of a tied weight: the embedding's). There beta2 is 0.95 and the decay --decay.
 
+From Python, compute() also trains adapters beside a frozen model (tune=Tuning(...)), and documents packed into rows, some of whose
+tokens have no loss (begins=, trained=). A base of NF4 is its matrices as they are dequantized: tensors like any others.
+
 The models are written from the papers (Vaswani 2017, Radford 2019, Hendrycks 2016; Zhang 2019, Shazeer 2020, Su 2021, Ainslie 2023,
-Touvron 2023), not from a trainer. All is computed in float64 and written as float32, so of a difference the reference's own rounding
+Touvron 2023; Hu 2021), not from a trainer. All is computed in float64 and written as float32, so of a difference the reference's own rounding
 is 6e-8, and the rest is the trainer's. PyTorch 1.13 and later; a parameter takes about 40 bytes, so a GPT-2 124M needs 5 GB and its
 activations.
 """
@@ -77,18 +80,26 @@ def heads(x, n):
     """(B,T,n*HS) to (B,n,T,HS)."""
     return x.reshape(*x.shape[:2], n, -1).transpose(1, 2)
 
-def attention(q, k, v):
-    """q (B,NH,T,HS); k and v may have fewer heads, each of which serves NH/NKV neighbours. Returns (B,T,NH*HS)."""
+def attention(q, k, v, begins):
+    """q (B,NH,T,HS); k and v may have fewer heads, each of which serves NH/NKV neighbours. Returns (B,T,NH*HS). begins (B,T) is where
+    each token's document begins: it sees nothing before."""
     k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
-    T = q.shape[2]
+    at = torch.arange(q.shape[2])
     scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[3])
-    future = torch.ones(T, T, dtype=torch.bool).triu(1)
-    p = torch.softmax(scores.masked_fill(future, -math.inf), -1)
+    hidden = (at > at[:, None]) | (at < begins[:, None, :, None])
+    p = torch.softmax(scores.masked_fill(hidden, -math.inf), -1)
     return (p @ v).transpose(1, 2).flatten(2)
 
-def cross_entropy(logits, y):
+def delta(x, adapter):
+    """What an adapter (A, B, s) adds: s (x A^T) B^T."""
+    A, B, s = adapter
+    return s * ((x @ A.T) @ B.T)
+
+def cross_entropy(logits, y, trained=None):
+    """The mean over all tokens, or over those that are trained (B,T)."""
     logp = logits - torch.logsumexp(logits, -1, keepdim=True)
-    return -logp.gather(-1, y.unsqueeze(-1)).mean()
+    losses = -logp.gather(-1, y.unsqueeze(-1)).squeeze(-1)
+    return losses.mean() if trained is None else losses[trained].mean()
 
 def for_bf16(values):
     """Rounded to what bf16 can hold, so that a bf16 build starts from the same model, and what is measured is how it computes."""
@@ -100,17 +111,30 @@ def layernorm(x, w, b):
     x = x - x.mean(-1, keepdim=True)
     return x / torch.sqrt((x * x).mean(-1, keepdim=True) + 1e-5) * w + b
 
-def gpt2_forward(params, config, x, activation=gelu):
-    """params: {name: tensor, or a list with one per layer}. Returns logits (B,T,V)."""
-    h = params["wte"][x] + params["wpe"][: x.shape[1]]
+GPT2_MODULES = {"qkv": "attn.c_attn", "attproj": "attn.c_proj", "fc": "mlp.c_fc", "fcproj": "mlp.c_proj"}
+
+def gpt2_forward(params, config, x, begins, activation=gelu, adapters=None):
+    """params: {name: tensor, or a list with one per layer}. Returns logits (B,T,V). q, k and v may have adapters of their own, which
+    adapters calls transformer.h.0.attn.c_attn.q and so on."""
+    adapters = adapters or {}
+    h = params["wte"][x] + params["wpe"][torch.arange(x.shape[1]) - begins]
     for l in range(config.L):
         p = {name: value[l] for name, value in params.items() if isinstance(value, list)}
+
+        def linear(x, name):
+            module = f"transformer.h.{l}.{GPT2_MODULES[name]}"
+            y = x @ p[f"{name}w"].T + p[f"{name}b"]
+            if module in adapters:
+                y = y + delta(x, adapters[module])
+            if name == "qkv":
+                return [part + delta(x, adapters[f"{module}.{which}"]) if f"{module}.{which}" in adapters else part
+                        for which, part in zip("qkv", y.split(config.C, dim=2))]
+            return y
         a = layernorm(h, p["ln1w"], p["ln1b"])
-        a = attention(*(heads(part, config.NH) for part in (a @ p["qkvw"].T + p["qkvb"]).split(config.C, dim=2)))
-        h = h + a @ p["attprojw"].T + p["attprojb"]
+        a = attention(*(heads(part, config.NH) for part in linear(a, "qkv")), begins)
+        h = h + linear(a, "attproj")
         a = layernorm(h, p["ln2w"], p["ln2b"])
-        a = activation(a @ p["fcw"].T + p["fcb"])
-        h = h + a @ p["fcprojw"].T + p["fcprojb"]
+        h = h + linear(activation(linear(a, "fc")), "fcproj")
     h = layernorm(h, params["lnfw"], params["lnfb"])
     return h @ params["wte"][: config.V].T  # the head is the embedding; its padding has no logits
 
@@ -224,25 +248,28 @@ def rmsnorm(x, w, eps):
     return x / torch.sqrt((x * x).mean(-1, keepdim=True) + eps) * w
 
 def rope(x, angles):
-    """x (B,n,T,HS): channels i and i + HS/2 turn by angles[t, i]."""
+    """x (B,n,T,HS): channels i and i + HS/2 turn by angles (...,T,HS/2)."""
     a, b = x.chunk(2, -1)
     return torch.cat([a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()], -1)
 
-def llama_forward(params, config, x, activation=silu):
+def llama_forward(params, config, x, begins, activation=silu, adapters=None):
     """params: {name: tensor}. Returns logits (B,T,V)."""
+    adapters = adapters or {}
     h = params["model.embed_tokens.weight"][x]
-    angles = torch.arange(x.shape[1], dtype=torch.float64)[:, None] * config.inv_freq()
+    angles = (torch.arange(x.shape[1]) - begins)[:, None, :, None] * config.inv_freq()
     for l in range(config.L):
         start = f"model.layers.{l}."
         p = {name.removeprefix(start): t for name, t in params.items() if name.startswith(start)}
 
         def linear(x, name):
-            return x @ p[f"{name}_proj.weight"].T + p.get(f"{name}_proj.bias", 0)
+            y = x @ p[f"{name}_proj.weight"].T + p.get(f"{name}_proj.bias", 0)
+            module = f"{start}{name}_proj"
+            return y + delta(x, adapters[module]) if module in adapters else y
         a = rmsnorm(h, p["input_layernorm.weight"], config.eps)
         q, k, v = (heads(linear(a, f"self_attn.{name}"), n) for name, n in (("q", config.NH), ("k", config.NKV), ("v", config.NKV)))
         if config.kind == "qwen3":
             q, k = (rmsnorm(t, p[f"self_attn.{name}_norm.weight"], config.eps) for name, t in (("q", q), ("k", k)))
-        h = h + linear(attention(rope(q, angles), rope(k, angles), v), "self_attn.o")
+        h = h + linear(attention(rope(q, angles), rope(k, angles), v, begins), "self_attn.o")
         a = rmsnorm(h, p["post_attention_layernorm.weight"], config.eps)
         h = h + linear(activation(linear(a, "mlp.gate")) * linear(a, "mlp.up"), "mlp.down")
     h = rmsnorm(h, params["model.norm.weight"], config.eps)
@@ -273,49 +300,74 @@ def random_batch(config, B, T, seed):
         ids[1:, 0] = ids[:-1, -1]
     return ids[:, :-1], ids[:, 1:]
 
-def to_params(config, tensors):
+@dataclass
+class Tuning:
+    """What is trained beside a frozen model."""
+    adapters: dict           # {module: (A (r, in), B (out, r), s)}; the modules are Hugging Face's, as in model.layers.0.self_attn.q_proj
+    freeze_a: bool = False   # LoRA-FA
+    norms: bool = False      # the norms' parameters are trained, too
+
+def leaf(values, trained=True):
+    return torch.tensor(values, dtype=torch.float64, requires_grad=trained)
+
+def to_params(config, tensors, tune=None):
     """One leaf per layer, in float64: decay goes by a tensor's own rank, not by a file's stack of layers."""
-    def leaf(values):
-        return torch.tensor(values, dtype=torch.float64, requires_grad=True)
     stacked = set() if isinstance(config, LlamaConfig) else set(tensors) - {"wte", "wpe", "lnfw", "lnfb"}
-    return {name: [leaf(layer) for layer in t] if name in stacked else leaf(t) for name, t in tensors.items()}
+    trained = {name: tune is None or tune.norms and (name.startswith("ln") or name.endswith("norm.weight")) for name in tensors}
+    return {name: [leaf(layer, trained[name]) for layer in t] if name in stacked else leaf(t, trained[name]) for name, t in tensors.items()}
 
-def leaves(params):
-    return [leaf for value in params.values() for leaf in (value if isinstance(value, list) else [value])]
+GPT2_NORMS = {"ln1": "transformer.h.{}.ln_1", "ln2": "transformer.h.{}.ln_2", "lnf": "transformer.ln_f"}
 
-def gradients(params):
-    """As the model's file has them: GPT-2's layers stacked."""
-    return {name: np.stack([leaf.grad.numpy() for leaf in value]) if isinstance(value, list)
-            else value.grad.numpy().copy() for name, value in params.items()}
+def trained_leaves(params, adapters):
+    """{name: leaf}: PEFT's names where a base is frozen, else a model's; of GPT-2's layers, (name, layer)."""
+    named = {}
+    for name, value in params.items():
+        for layer, p in enumerate(value) if isinstance(value, list) else [(None, value)]:
+            if p.requires_grad and adapters is None:
+                named[name if layer is None else (name, layer)] = p
+            elif p.requires_grad:
+                hf_name = f"{GPT2_NORMS[name[:3]].format(layer)}.{'weight' if name[3] == 'w' else 'bias'}" if name[:3] in GPT2_NORMS else name
+                named[f"base_model.model.{hf_name}"] = p
+    for module, (A, B, _) in (adapters or {}).items():
+        named |= {f"base_model.model.{module}.lora_{which}.weight": p for which, p in (("A", A), ("B", B)) if p.requires_grad}
+    return named
 
-def compute(config, tensors, x, y, steps, activation=None, beta2=0.999, decay=0.01):
-    """Returns logits, loss, gradients and the losses of the steps."""
-    params = to_params(config, tensors)
-    x, y = torch.from_numpy(x), torch.from_numpy(y)
+def as_arrays(named):
+    """{name: array}, with GPT-2's layers stacked as the model's file has them."""
+    found = {}
+    for name, t in named.items():
+        found.setdefault(name[0] if isinstance(name, tuple) else name, []).append(t.detach().numpy().copy())
+    return {name: np.stack(parts) if any(isinstance(key, tuple) and key[0] == name for key in named) else parts[0] for name, parts in found.items()}
+
+def compute(config, tensors, x, y, steps, activation=None, beta2=0.999, decay=0.01, lr=1e-4, tune=None, begins=None, trained=None):
+    """Returns logits, loss, gradients, the losses of the steps, and what is trained as it is after them. begins (B,T): where in its row
+    each token's document begins; trained (B,T): which targets have a loss."""
+    params = to_params(config, tensors, tune)
+    adapters = tune and {module: (leaf(A, not tune.freeze_a), leaf(B), s) for module, (A, B, s) in tune.adapters.items()}
+    named = trained_leaves(params, adapters)
+    begins = torch.zeros_like(torch.from_numpy(x)) if begins is None else torch.from_numpy(begins)
+    x, y, trained = torch.from_numpy(x), torch.from_numpy(y), None if trained is None else torch.from_numpy(trained)
 
     def forward():
-        model = llama_forward if isinstance(config, LlamaConfig) else gpt2_forward
-        return model(params, config, x, *([activation] if activation else []))
+        model, exact = (llama_forward, silu) if isinstance(config, LlamaConfig) else (gpt2_forward, gelu)
+        return model(params, config, x, begins, activation or exact, adapters)
     logits = forward()
-    loss = cross_entropy(logits, y)
+    loss = cross_entropy(logits, y, trained)
     loss.backward()
-    result = logits.detach().numpy(), loss.item(), gradients(params)
+    result = logits.detach().numpy(), loss.item(), as_arrays({name: p.grad for name, p in named.items()})
 
     losses = []
-    optimizer = torch.optim.AdamW(
-        [{"params": [p for p in leaves(params) if p.dim() == 2], "weight_decay": decay},
-         {"params": [p for p in leaves(params) if p.dim() < 2], "weight_decay": 0.0}], lr=1e-4, betas=(0.9, beta2), eps=1e-8)
+    optimizer = torch.optim.AdamW([{"params": [p for p in named.values() if p.dim() == 2], "weight_decay": decay},
+                                   {"params": [p for p in named.values() if p.dim() < 2], "weight_decay": 0.0}], lr=lr, betas=(0.9, beta2), eps=1e-8)
     for _ in range(steps):
         optimizer.zero_grad()
-        loss = cross_entropy(forward(), y)
+        loss = cross_entropy(forward(), y, trained)
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    return (*result, losses)
+    return (*result, losses, as_arrays(named))
 
 # ----------------------------------------------------------------------------
-
-MOST_SEEDS = 1000
 
 def gpt2_write(a, config, tensors, x, y, logits, loss, grads, losses):
     """Returns the names of what it wrote."""
@@ -381,7 +433,7 @@ def work(a):
         tensors = given or make(config, seed)
         x, y = random_batch(config, a.batch, a.seq, seed)
         activation = CodedActivation(bits, function) if a.approxbp else None
-        logits, loss, grads, losses = compute(config, tensors, x, y, a.steps, activation, **adamw)
+        logits, loss, grads, losses, _ = compute(config, tensors, x, y, a.steps, activation, **adamw)
         if a.margin is None or min(distance for _, distance in activation.calls) >= a.margin:
             break
     else:

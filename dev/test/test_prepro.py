@@ -58,6 +58,14 @@ def test_token_and_tokenizer_layouts(tmp_path):
     assert ids_of(path) == [1, 65535, 7]
     with pytest.raises(binfmt.Error, match="ids run from 1 to 65535, the vocabulary from 0 to 65534"):
         written(path, binfmt.write_tokens, 3, pieces, 65535)
+    marked = np.array([2 | 3 << 30, 9 | 1 << 31, 300], np.uint32)
+    assert written(path, binfmt.write_tokens, 3, [marked], 301, True) == header(20240801, 8, 3) + struct.pack("<3I", *marked.tolist())
+    assert binfmt.read_marked_tokens(path).tolist() == marked.tolist() and "1 trained, ids 2 to 300" in run("binfmt.py", path)
+    for vocab, what in ((300, "ids run from 2 to 300"), (2**30 + 1, "room for ids below 1073741824")):
+        with pytest.raises(binfmt.Error, match=what):
+            written(path, binfmt.write_tokens, 3, [marked], vocab, True)
+    with pytest.raises(binfmt.Error, match="expected token file version 7, found version 8"):
+        binfmt.read_tokens(path)
     assert written(path, binfmt.write_tokenizer, tokens, 1) == header(20240328, 2, 3, 1) + b"\x01a\x02\0\xff\xff" + b"x" * 255
     assert binfmt.read_tokenizer(path) == (tokens, 1)
     for bad in (b"", b"x" * 256):
@@ -102,12 +110,14 @@ def test_bf16_rounds_to_nearest_even():
 
 def test_damaged_files(tmp_path):
     _, _, config, tensors = small_model()
-    t, m, k, s = (str(tmp_path / name) for name in ("t.bin", "m.bin", "k.bin", "s.bin"))
+    t, d, m, k, s = (str(tmp_path / name) for name in ("t.bin", "d.bin", "m.bin", "k.bin", "s.bin"))
     write_tokens(t, [1, 2, 3])
     binfmt.write_model(m, config, tensors)
     write_tokenizer(k, [b"ab", b"c"], 0)
     binfmt.write_state(s, config, np.array([[0]]), np.array([[1]]), np.zeros((1, 1, 5)), 1, tensors, [])
-    readers = {t: binfmt.read_tokens, m: binfmt.read_model, k: binfmt.read_tokenizer, s: lambda path: binfmt.read_state(path, config)}
+    with binfmt.atomic(d) as (f,):
+        binfmt.write_tokens(f, 3, [np.array([1, 2, 3], np.uint32)], 4, True)
+    readers = {t: binfmt.read_tokens, d: binfmt.read_marked_tokens, m: binfmt.read_model, k: binfmt.read_tokenizer, s: lambda path: binfmt.read_state(path, config)}
     for path, read in readers.items():
         read(path)
         good = open(path, "rb").read()
@@ -576,7 +586,7 @@ def test_reference_against_torch(reference):
         block.load_state_dict({their + part: t[ours + part[0]][l] for their, ours in theirs.items() for part in ("weight", "bias")})
         h = block(h, torch.ones(5, 5, dtype=torch.bool).triu(1))
     logits = torch.nn.functional.layer_norm(h, (config.C,), t["lnfw"], t["lnfb"], 1e-5) @ t["wte"][:config.V].T
-    found, loss, grads, _ = reference.compute(config, tensors, x.numpy(), y.numpy(), 0)
+    found, loss, grads, *_ = reference.compute(config, tensors, x.numpy(), y.numpy(), 0)
     np.testing.assert_allclose(found, logits.detach().numpy(), rtol=1e-12, atol=1e-12)
     assert loss == pytest.approx(torch.nn.functional.cross_entropy(logits.reshape(10, -1), y.reshape(10)).item(), rel=1e-12)
     assert (grads["wte"][config.V:] == 0).all() and (grads["wpe"][5:] == 0).all()
