@@ -5,6 +5,7 @@ GPT-2 in one file: training and fine-tuning in CUDA C, with every layer's forwar
     nvcc -O3 -std=c++17 -arch=sm_90 train_gpt2.cu -lcublasLt -o train_gpt2
     ./train_gpt2 -e gpt2:L4,H4,C128,T64,V257 -i data/train.bin -j data/val.bin -b 16 -t 64
     ./train_gpt2 -e DIR -i data/train.bin -j data/val.bin -o run # DIR: a GPT-2 as Hugging Face has it; run/step_...: another
+    ./train_gpt2 -e DIR -i data/train.bin --lora 8 --lora-targets q,v -o run   # adapters alone; run/step_...: PEFT's
     ./train_gpt2 --estimate -e d12 -b 64 -t 1024                 # what it would take, before anything is allocated
     ./train_gpt2 --help
 
@@ -12,7 +13,8 @@ CONTENTS, in the order in which one would teach them. Who knows the parts starts
 
     1. numbers and errors            floatX, 16-byte accesses, warp sums, cudaCheck
     2. layers                        embedding, column sums, norm, matmul, attention, GELU, loss: each forward, then backward
-    3. what backward keeps           Approx-BP: 2 bits of GELU's input; MS-LN: one tensor for a norm and its matmul
+    3. what backward keeps           Approx-BP: 2 bits of GELU's input; MS-LN: one tensor for a norm and its matmul; frozen
+                                     weights in 4 bits, and what adapters need besides matmuls
     4. attention on tensor cores     the version that most models use
     5. optimizer                     gradient norm, the verdict on a step, AdamW
     6. many GPUs                     NCCL, optimizer sharding
@@ -60,7 +62,9 @@ ONE BLOCK, from top to bottom; backward goes up. "Kept" is what forward leaves f
     resid_out +       B,T,C      resid_mid + fch_gelu fcprojw^T + fcprojb    1      1      1      1        .        .
                                                                             16     12     10     12.5     14       10.5
 
-A tensor marked . is not kept: backward computes it again (-r), or does not need it. MS_NORM=1 with -r 1 keeps 10.
+A tensor marked . is not kept: backward computes it again (-r), or does not need it. MS_NORM=1 with -r 1 keeps 10. With adapters
+(--lora; section 7, "a linear layer") an input of a matmul is kept where that matmul has an adapter whose A is trained. So with
+adapters that leave fcproj alone, or with A frozen, fch_gelu is not kept, and USE_APPROXBP=1 keeps 6.5.
 Nothing here uses a float atomic and every sum has one fixed order, so two runs with one seed, batch and number of loss chunks are
 equal to the bit. Sections between "==== twin" marks stand in train_llama.cu too, byte for byte (make twins).
 */
@@ -320,8 +324,8 @@ struct NvtxRange {   // names a part of the timeline in Nsight Systems
 // ---- embedding
 // out[b,t,:] = wte[token[b,t],:] + wpe[t,:]. A thread makes 8 neighbouring channels. Models that turn queries and keys by their
 // position (RoPE) have no wpe. (dev/cuda/embedding.cu)
-__global__ void embedding_forward_kernel(floatX* out, const int* tokens, const floatX* wte, const floatX* wpe, const int* document, size_t n,
-                                         int T, int C) {
+__global__ void embedding_forward_kernel(floatX* out, const int* tokens, const floatX* wte, const floatX* wpe, const int* document,
+                                         size_t n, int T, int C) {
     size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC;
     if (i >= n) return;
     size_t bt = i / C;
@@ -642,8 +646,9 @@ void add_norm_backward(floatX* dresidual,    // (rows, C), added to if accumulat
     check_vec("add_norm_backward: C", C);
     int slices = norm_slices(rows), threads = std::min(ceil_div(C, 32 * VEC) * 32, NORM_THREADS);
     const bool all = dgamma.p != nullptr || dbeta.p != nullptr;
-    auto kernel = all ? add_norm_backward_kernel<MS_LN, RMS, ALL_SUMS> : dbias.p != nullptr ? add_norm_backward_kernel<MS_LN, RMS, DBIAS_SUM>
-                                                                           : add_norm_backward_kernel<MS_LN, RMS, NO_SUMS>;
+    auto kernel = all                  ? add_norm_backward_kernel<MS_LN, RMS, ALL_SUMS>
+                  : dbias.p != nullptr ? add_norm_backward_kernel<MS_LN, RMS, DBIAS_SUM>
+                                       : add_norm_backward_kernel<MS_LN, RMS, NO_SUMS>;
     kernel<<<dim3(slices, ceil_div(C, threads * VEC)), threads, 0, stream>>>(dresidual, scratch, dout, kept, mean, rstd, gamma,
                                                                              accumulate_residual, rows, C);
     cudaCheck(cudaGetLastError());
@@ -937,7 +942,8 @@ attention_forward_kernel(floatX* out, float* lse, const floatX* qkv, AttShape sh
     att_load_row(q, qkv + shape.qkv_at(block.b, row, block.h), share, HS, row < T);
     const int first_key = documents.first_key(shape, block.b, row);
     float max = ATT_NO_MAX, sum = 0;
-    for (int t0 = documents.first_key(shape, block.b, block.first) / ATT_TILE * ATT_TILE, end = min(block.first + ATT_ROWS, T); t0 < end; t0 += ATT_TILE) {
+    for (int t0 = documents.first_key(shape, block.b, block.first) / ATT_TILE * ATT_TILE, end = min(block.first + ATT_ROWS, T); t0 < end;
+         t0 += ATT_TILE) {
         att_load_tiles<SHARES>(k_tile, k, stride, v_tile, v, stride, t0, shape);
         if (!__any_sync(ALL_LANES, t0 <= row && first_key < t0 + ATT_TILE)) continue;   // no query of the warp sees a key of the tile
         float s[ATT_TILE];
@@ -987,8 +993,10 @@ attention_backward_kernel(floatX* dqkv, float* delta, const floatX* dout, const 
     att_load_row(a, qkv + row_a, share, HS, row < T);
     const int heads = KEYS ? shape.group() : 1;   // of queries: those that share the block's keys, in order; or its own
     const int first_key = KEYS ? 0 : documents.first_key(shape, block.b, row);
-    const int first = KEYS ? block.first : documents.first_key(shape, block.b, block.first) / ATT_TILE * ATT_TILE;   // rows of the other side
-    const int last = KEYS ? documents.last_query(shape, block.b, block.first, block.first + ATT_ROWS - 1, ATT_TILE) : min(block.first + ATT_ROWS, T);
+    const int first =
+        KEYS ? block.first : documents.first_key(shape, block.b, block.first) / ATT_TILE * ATT_TILE;   // rows of the other side
+    const int last =
+        KEYS ? documents.last_query(shape, block.b, block.first, block.first + ATT_ROWS - 1, ATT_TILE) : min(block.first + ATT_ROWS, T);
     for (int h = block.h * heads; h < (block.h + 1) * heads; h++) {
         const floatX* x = qkv + shape.qkv_at(block.b, 0, KEYS ? h : shape.k_head(h));
         const floatX* y = KEYS ? dout + shape.out_at(block.b, 0, h) : qkv + shape.qkv_at(block.b, 0, shape.v_head(h));
@@ -999,7 +1007,8 @@ attention_backward_kernel(floatX* dqkv, float* delta, const floatX* dout, const 
 #pragma unroll KEYS ? 1 : 2   // two at a time would take more registers than there are
             for (int i = 0; i < ATT_TILE; i++) {
                 const int query = KEYS ? t0 + i : row, key = KEYS ? row : t0 + i;
-                const bool sees = key <= query && query < T && key >= (KEYS ? documents.first_key(shape, block.b, query) : first_key);   // or else p = 0
+                const bool sees = key <= query && query < T &&
+                                  key >= (KEYS ? documents.first_key(shape, block.b, query) : first_key);   // or else p = 0
                 float s = att_dot<SHARES>(a, x_tile[i][share]) * shape.scale, dp = att_dot<SHARES>(b, y_tile[i][share]);
                 float p = sees ? expf(s - lse[head_lse + query]) : 0, delta_row = sees ? delta[head_lse + query] : 0;
                 att_add(sum_x, p * (dp - delta_row), x_tile[i][share]);
@@ -1012,14 +1021,16 @@ attention_backward_kernel(floatX* dqkv, float* delta, const floatX* dout, const 
     if constexpr (KEYS) att_store_row(dqkv + row_v, sum_y, share, HS, 1);
 }
 template <int SHARES>
-void attention_forward_launch(floatX* out, float* lse, const floatX* qkv, int B, AttShape shape, AttDocuments documents, cudaStream_t stream) {
+void attention_forward_launch(floatX* out, float* lse, const floatX* qkv, int B, AttShape shape, AttDocuments documents,
+                              cudaStream_t stream) {
     int heads = B * shape.NH, blocks = heads * ceil_div(shape.T, ATT_ROWS);
     attention_forward_kernel<SHARES><<<blocks, ATT_ROWS * SHARES, 0, stream>>>(out, lse, qkv, att_in_groups(shape, heads), documents);
     cudaCheck(cudaGetLastError());
 }
 template <int SHARES>
 void attention_backward_launch(floatX* dqkv, Grad dbias, float* delta, float* scratch, const floatX* dout, const floatX* qkv,
-                               const floatX* out, const float* lse, bool accumulate, int B, AttShape shape, AttDocuments documents, cudaStream_t stream) {
+                               const floatX* out, const float* lse, bool accumulate, int B, AttShape shape, AttDocuments documents,
+                               cudaStream_t stream) {
     int row_blocks = ceil_div(shape.T, ATT_ROWS), heads = B * shape.NH, kv_heads = B * shape.NKV;
     attention_backward_kernel<SHARES, false><<<heads * row_blocks, ATT_ROWS * SHARES, 0, stream>>>(
         dqkv, delta, dout, qkv, out, lse, att_in_groups(shape, heads), documents);
@@ -1462,7 +1473,8 @@ struct Nf4Host {
             const float scale = 1.0f / most;   // of zeros: infinite, and 0 times it is NaN, whose index is 0
             absmax.push_back(most);
             for (size_t i = first; i < end; i += 2)
-                codes.push_back((uint8_t)(nf4_nearest(w[i] * scale, NF4_VALUES, 16) << 4 | nf4_nearest(w[i + 1] * scale, NF4_VALUES, 16)));
+                codes.push_back(
+                    (uint8_t)(nf4_nearest(w[i] * scale, NF4_VALUES, 16) << 4 | nf4_nearest(w[i + 1] * scale, NF4_VALUES, 16)));
         }
     }
     void finish(bool twice, const float* tables) {   // twice: double quantization
@@ -1784,7 +1796,8 @@ template <int HS> __device__ inline void tc_column_sums(float* column_sums, cons
 template <int HS, bool DOCS> __global__ void __launch_bounds__(TC_THREADS, TC_FORWARD_BLOCKS<HS, DOCS>)
 attention_forward_tc_kernel(bf16* out, float* lse, const bf16* qkv, AttShape shape, AttDocuments documents) {
     extern __shared__ __align__(128) bf16 tc_tiles[];   // two stages of a tile of k and one of v
-    __shared__ int seen[TC_THREADS / 32], sequence;   // DOCS: keys that all of a warp's queries see; block.b. The registers are all in use
+    // DOCS: keys that all of a warp's queries see, and block.b. The registers are all in use.
+    __shared__ int seen[TC_THREADS / 32], sequence;
     constexpr int M = TC_M<HS>, KEYS = 64 / M;          // keys that a warp looks at between two corrections of its maximum
     const uint32_t tiles = shared_address(tc_tiles);
     const TileReader<HS> read;
@@ -1863,7 +1876,8 @@ template <int HS, bool DOCS> __global__ void __launch_bounds__(TC_THREADS, 2)
 attention_backward_dq_tc_kernel(bf16* dqkv, float* partial, float* delta, const bf16* dout, const bf16* qkv, const bf16* out,
                                 const float* lse, AttShape shape, AttDocuments documents) {
     extern __shared__ __align__(128) bf16 tc_tiles[];   // two stages of a tile of k and one of v
-    __shared__ int seen[TC_THREADS / 32], sequence;   // DOCS: keys that all of a warp's queries see; block.b. The registers are all in use
+    // DOCS: keys that all of a warp's queries see, and block.b. The registers are all in use.
+    __shared__ int seen[TC_THREADS / 32], sequence;
     constexpr int M = TC_M<HS>;
     const uint32_t tiles = shared_address(tc_tiles);
     const TileReader<HS> read;
@@ -2025,7 +2039,8 @@ template <class Kernel> int tc_shared_bytes(Kernel kernel, int bytes) {
     return bytes;
 }
 template <int HS, bool DOCS>
-void attention_forward_tc(floatX* out, float* lse, const floatX* qkv, int B, AttShape shape, AttDocuments documents, cudaStream_t stream) {
+void attention_forward_tc(floatX* out, float* lse, const floatX* qkv, int B, AttShape shape, AttDocuments documents,
+                          cudaStream_t stream) {
     static int bytes = tc_shared_bytes(attention_forward_tc_kernel<HS, DOCS>, 4 * TC_TILE<HS>);
     int heads = B * shape.NH, blocks = heads * ceil_div(shape.T, TC_BLOCK<HS>);
     attention_forward_tc_kernel<HS, DOCS><<<blocks, TC_THREADS, bytes, stream>>>(out, lse, qkv, att_in_groups(shape, heads), documents);
@@ -2033,7 +2048,8 @@ void attention_forward_tc(floatX* out, float* lse, const floatX* qkv, int B, Att
 }
 template <int HS, bool DOCS>
 void attention_backward_tc(floatX* dqkv, Grad dbias, float* delta, float* scratch, const floatX* dout, const floatX* qkv,
-                           const floatX* out, const float* lse, bool accumulate, int B, AttShape shape, AttDocuments documents, cudaStream_t stream) {
+                           const floatX* out, const float* lse, bool accumulate, int B, AttShape shape, AttDocuments documents,
+                           cudaStream_t stream) {
     static int dq_bytes = tc_shared_bytes(attention_backward_dq_tc_kernel<HS, DOCS>, 4 * TC_TILE<HS>);
     static int dkv_bytes = tc_shared_bytes(attention_backward_dkv_tc_kernel<HS, DOCS>, (4 + TC_M<HS>) * TC_TILE<HS>);
     int row_blocks = ceil_div(shape.T, TC_BLOCK<HS>), heads = B * shape.NH, kv_heads = B * shape.NKV;
@@ -2560,7 +2576,8 @@ ParamShape param_shape(const Config& c, int p) {
     ParamShape s = {LORA_NAMES[p - LORA_A], true, 0, p < LORA_B ? w.cols : c.lora.rank, p < LORA_B ? UNIFORM : ZEROS, true, w.layers};
     const std::vector<LoraTarget> targets = lora_targets(c);
     for (size_t i = 0; i < targets.size(); i++)
-        if ((c.lora.targets >> i & 1) && targets[i].weight == LINEAR[(p - LORA_A) % 4]) s.rows += p < LORA_B ? c.lora.rank : targets[i].rows;
+        if ((c.lora.targets >> i & 1) && targets[i].weight == LINEAR[(p - LORA_A) % 4])
+            s.rows += p < LORA_B ? c.lora.rank : targets[i].rows;
     return s;
 }
 inline int linear_index(int p) { return (int)(std::find(LINEAR, LINEAR + 4, p) - LINEAR); }   // 4: it is none
@@ -2741,7 +2758,8 @@ struct Nf4Sizes { size_t blocks, nested; };   // of a layer's matrices
 Nf4Sizes nf4_sizes(const Config& c, int p) {
     Nf4Sizes n = {};
     for (const LoraTarget& t : lora_targets(c))
-        if (t.weight == p && !t.part) n.blocks += nf4_blocks(t.rows * param_shape(c, p).cols), n.nested += nf4_nested(t.rows * param_shape(c, p).cols);
+        if (t.weight == p && !t.part)
+            n.blocks += nf4_blocks(t.rows * param_shape(c, p).cols), n.nested += nf4_nested(t.rows * param_shape(c, p).cols);
     return n;
 }
 const char *SMALLER = "a smaller model (-e)", *BATCH = "--batch (halving it halves this; --total-batch keeps the step's size)";
@@ -2825,7 +2843,8 @@ void table_add_adapters(Table& table, Model& model) {
         }
         if (plan.training) table_add(table, "lora_G", &model.lora_G, F32, {folded, C}, SCRATCH, MODEL, "--lora");
     }
-    if (plan.training && plan.dropout > 0) table_add(table, "dropped", &model.dropped, FLOATX, {B, T, input}, SCRATCH, MODEL, "--lora-dropout 0");
+    if (plan.training && plan.dropout > 0)
+        table_add(table, "dropped", &model.dropped, FLOATX, {B, T, input}, SCRATCH, MODEL, "--lora-dropout 0");
 }
 // What every model needs besides its blocks. The workspace comes last: model_allocate counts on it.
 void table_add_rest(Table& table, Model& model, size_t colsum) {
@@ -2965,8 +2984,9 @@ std::vector<Nf4Part> nf4_parts(const Model& model, int p, int l) {
     std::vector<Nf4Part> parts;
     for (const LoraTarget& t : lora_targets(model.config)) {
         if (t.weight != p || t.part) continue;
-        parts.push_back({t.first, t.rows, {q.codes + (l * s.per_layer() + t.first * s.cols) / 2, (char*)q.absmax + block * (q.nested ? 1 : 4),
-                                           q.nested ? q.nested + nested : nullptr, model.nf4_tables}});
+        const uint8_t* codes = q.codes + (l * s.per_layer() + t.first * s.cols) / 2;
+        const void* absmax = (char*)q.absmax + block * (q.nested ? 1 : 4);
+        parts.push_back({t.first, t.rows, {codes, absmax, q.nested ? q.nested + nested : nullptr, model.nf4_tables}});
         block += nf4_blocks(t.rows * s.cols), nested += nf4_nested(t.rows * s.cols);
     }
     return parts;
@@ -2983,8 +3003,8 @@ void nf4_put(const Nf4& to, const Nf4Host& from) {
 void nf4_dequantize(const Model& model, int p, int l, const floatX* bias, const floatX* gamma, const floatX* beta) {
     const size_t C = param_shape(model.config, p).cols;
     for (const Nf4Part& part : nf4_parts(model, p, l))
-        norm_fold(model.fold_w + part.first * C, beta ? model.fold_b + part.first : nullptr, part.nf4, bias ? bias + part.first : nullptr, gamma,
-                  beta, (int)part.rows, (int)C, model.stream);
+        norm_fold(model.fold_w + part.first * C, beta ? model.fold_b + part.first : nullptr, part.nf4, bias ? bias + part.first : nullptr,
+                  gamma, beta, (int)part.rows, (int)C, model.stream);
 }
 
 __global__ void widen_kernel(float* out, const floatX* inp, size_t n) {
@@ -3063,7 +3083,8 @@ Linear model_linear(const Model& model, int weight, int l, int norm = -1) {   //
     linear.A = model_param(model, LORA_A + index, l), linear.dA = model_grad(model, LORA_A + index, l);
     linear.B = model_param(model, LORA_B + index, l), linear.dB = model_grad(model, LORA_B + index, l);
     linear.R = model.config.lora.rank, linear.t = model.lora_t;
-    if (model.kept_t[index]) linear.t = model.kept_t[index] + (size_t)l * model.plan.B * model.plan.T * param_shape(model.config, LORA_A + index).rows;
+    if (model.kept_t[index])
+        linear.t = model.kept_t[index] + (size_t)l * model.plan.B * model.plan.T * param_shape(model.config, LORA_A + index).rows;
     const float dropout = model.micro_batch > 0 ? model.plan.dropout : 0;
     linear.dropout = {dropout, model.seed, model.micro_batch * model.config.L * 4 + l * 4 + index};
     const std::vector<LoraTarget> targets = lora_targets(model.config);
@@ -3094,7 +3115,8 @@ void adapter_down(const Model& model, const floatX* x, const Linear& linear, int
     const bool folds = linear.gamma != nullptr && linear.dropout.p == 0;
     floatX* folded_b = folds && linear.beta ? model.lora_fold_b : nullptr;
     if (folds)
-        norm_fold(model.lora_fold, folded_b, PlainWeight{linear.A}, nullptr, linear.gamma, linear.beta, linear.ranks(), linear.C, model.stream);
+        norm_fold(model.lora_fold, folded_b, PlainWeight{linear.A}, nullptr, linear.gamma, linear.beta, linear.ranks(), linear.C,
+                  model.stream);
     matmul_forward(linear.t, x, folds ? model.lora_fold : linear.A, folded_b, rows, linear.C, linear.ranks(), model.stream);
 }
 void linear_forward(const Model& model, floatX* out,   // (rows, OC)
@@ -3684,7 +3706,8 @@ void loader_close(Loader& d) {
     d = Loader();
 }
 // This rank's rows of the next batch. False: they cannot be read any more, and `error` says why.
-bool loader_next(Loader& d, int* inputs, int* targets, int* documents) {   // (B, T) each; documents: as in token_ints, or null: not wanted
+// (B, T) each; documents: as in token_ints, or null: not wanted
+bool loader_next(Loader& d, int* inputs, int* targets, int* documents) {
     Position& at = d.position;
     while (at.window + d.batch_windows() > d.window_order.size()) {   // windows that fill no batch are left out of this epoch
         const bool last = at.shard + 1 == d.shards.size();
@@ -4357,13 +4380,15 @@ void bnb_check(const Config& c, const HfModel& m, const HfPiece& piece, std::map
     auto check = [&](const std::string& suffix, const char* type, size_t elements) {
         const std::string name = piece.name + suffix;
         const SafeTensor* t = m.find(name);
-        if (t == nullptr) fail("%s: no tensor %s, which a weight in bitsandbytes' NF4 has; load and save the model again, or take the one in "
-                               "16 bits", m.folder.c_str(), name.c_str());
+        if (t == nullptr)
+            fail("%s: no tensor %s, which a weight in bitsandbytes' NF4 has; load and save the model again, or take the one in 16 bits",
+                 m.folder.c_str(), name.c_str());
         size_t found = 1;
         for (size_t size : t->shape) found *= size;
         if (t->type != type || (elements > 0 && found != elements))
             fail("%s: tensor %s: expected %zu elements of type %s, found %s of type %s%s", t->file.c_str(), name.c_str(), elements, type,
-                 shape_text(t->shape).c_str(), t->type.c_str(), suffix.empty() ? "; the config says that all weights of the blocks are in NF4" : "");
+                 shape_text(t->shape).c_str(), t->type.c_str(),
+                 suffix.empty() ? "; the config says that all weights of the blocks are in NF4" : "");
         wanted[name] = true;
     };
     check("", "U8", n / 2);
@@ -4374,10 +4399,12 @@ void bnb_check(const Config& c, const HfModel& m, const HfPiece& piece, std::map
     const std::string name = piece.name + ".quant_state.bitsandbytes__nf4", text = bnb_text(m, name);
     Json state;
     std::string error;
-    if (!json_read(state, text.data(), text.size(), error)) fail("%s: tensor %s: is no JSON: %s", m.folder.c_str(), name.c_str(), error.c_str());
+    if (!json_read(state, text.data(), text.size(), error))
+        fail("%s: tensor %s: is no JSON: %s", m.folder.c_str(), name.c_str(), error.c_str());
     auto expect = [&](const char* key, const std::string& found, const std::string& expected) {
         if (found != expected)
-            fail("%s: tensor %s: %s is %s; expected %s", m.folder.c_str(), name.c_str(), key, found.empty() ? "missing" : found.c_str(), expected.c_str());
+            fail("%s: tensor %s: %s is %s; expected %s", m.folder.c_str(), name.c_str(), key, found.empty() ? "missing" : found.c_str(),
+                 expected.c_str());
     };
     std::string shape;
     json_append(shape, state["shape"], -1);
@@ -4393,8 +4420,8 @@ void bnb_check(const Config& c, const HfModel& m, const HfPiece& piece, std::map
         const std::vector<float> found = bnb_floats(m, piece.name + suffix);
         for (size_t i = 0; i < count; i++)
             if (!(fabsf(found[i] - expected[i]) <= 1e-6f))
-                fail("%s: tensor %s: its value %zu is %g; bitsandbytes' NF4 has %g", m.folder.c_str(), (piece.name + suffix).c_str(), i, found[i],
-                     expected[i]);
+                fail("%s: tensor %s: its value %zu is %g; bitsandbytes' NF4 has %g", m.folder.c_str(), (piece.name + suffix).c_str(), i,
+                     found[i], expected[i]);
     };
     compare(".quant_map", ours.data(), 16);
     if (twice) compare(".nested_quant_map", ours.data() + 16, 256);
@@ -4592,7 +4619,7 @@ using UseElements = std::function<void(int p, size_t first, size_t n, float* val
 void lora_exchange(const Config& c, const LoraMatrix& m, bool A, bool put, std::vector<float>& dense, const UseElements& use) {
     const std::vector<LoraTarget> targets = lora_targets(c);
     const size_t R = c.lora.rank, rank = m.rank(), index = linear_index(m.weight);
-    dense.resize(A ? rank * m.cols : m.rows * rank);
+    if (!put) dense.assign(A ? rank * m.cols : m.rows * rank, 0.0f);
     size_t column = 0;   // of the matrix's rank
     for (const LoraPart& part : m.parts) {
         const int p = (A ? LORA_A : LORA_B) + (int)index;
@@ -4632,7 +4659,8 @@ bool named_by(const Json& list, const std::string& name, const std::string& wher
     if (list.type == Json::STRING) return list.text == "all-linear" || matches(list.text, name, where);
     for (const Json& j : list.values) {
         const std::string ending = "." + j.text;
-        if (name == j.text || (name.size() > ending.size() && name.compare(name.size() - ending.size(), ending.size(), ending) == 0)) return true;
+        if (name == j.text || (name.size() > ending.size() && name.compare(name.size() - ending.size(), ending.size(), ending) == 0))
+            return true;
     }
     return false;
 }
@@ -4692,8 +4720,9 @@ AdapterFile adapter_open(Config& c, const std::string& folder) {
     const std::string path = folder + "/adapter_config.json", file = folder + "/adapter_model.safetensors";
     if (!file_exists(path)) fail("%s: there is none; %s", path.c_str(), ADAPTER_REMEDY);
     if (!file_exists(file))
-        fail("%s: there is none%s; %s", file.c_str(), file_exists(folder + "/adapter_model.bin") ? " (adapter_model.bin is of an older PEFT: "
-             "save it again with safe_serialization=True)" : "", ADAPTER_REMEDY);
+        fail("%s: there is none%s; %s", file.c_str(),
+             file_exists(folder + "/adapter_model.bin") ? " (adapter_model.bin is an older PEFT's: load and save it again)" : "",
+             ADAPTER_REMEDY);
     a.config = read_json(path);
     auto refuse = [&](const char* name, const std::string& found, const char* expected) {
         fail("%s: %s is %s; expected %s: %s does nothing else", path.c_str(), name, found.c_str(), expected, program_name);
@@ -4703,8 +4732,10 @@ AdapterFile adapter_open(Config& c, const std::string& folder) {
     for (const char* name : {"use_dora", "lora_bias", "use_qalora", "use_bdlora"})
         if (config[name].text == "true") refuse(name, "true", "false");
     if (config["bias"].type == Json::STRING && config["bias"].text != "none") refuse("bias", "'" + config["bias"].text + "'", "none");
-    for (const char* name : {"trainable_token_indices", "layer_replication", "target_parameters", "megatron_config", "alora_invocation_tokens"})
-        if (config[name].type > Json::JSON_NULL && !(config[name].type >= Json::ARRAY && config[name].values.empty())) refuse(name, "there", "none");
+    for (const char* name :
+         {"trainable_token_indices", "layer_replication", "target_parameters", "megatron_config", "alora_invocation_tokens"})
+        if (config[name].type > Json::JSON_NULL && !(config[name].type >= Json::ARRAY && config[name].values.empty()))
+            refuse(name, "there", "none");
     for (const char* name : {"pissa", "olora", "corda", "loftq", "lora_ga"})
         if (config["init_lora_weights"].text.compare(0, strlen(name), name) == 0)
             refuse("init_lora_weights", "'" + config["init_lora_weights"].text + "', which changes the base model", "true");
@@ -4727,18 +4758,23 @@ AdapterFile adapter_open(Config& c, const std::string& folder) {
             named &= std::any_of(layers.values.begin(), layers.values.end(), [&](auto& j) { return j.text == std::to_string(m.layer); });
         if (A == nullptr && B == nullptr && named && missing.empty()) missing = m.name;
         if (A == nullptr && B == nullptr) continue;
-        if (A == nullptr || B == nullptr) fail("%s: %s has lora_%s and no lora_%s", file.c_str(), m.name.c_str(), A ? "A" : "B", A ? "B" : "A");
+        if (A == nullptr || B == nullptr)
+            fail("%s: %s has lora_%s and no lora_%s", file.c_str(), m.name.c_str(), A ? "A" : "B", A ? "B" : "A");
         if (!named)
-            fail("%s: holds tensors of %s, which target_modules in adapter_config.json does not name; PEFT would drop them without a word",
+            fail("%s: holds tensors of %s, which target_modules in adapter_config.json does not name; PEFT would drop them, and say nothing",
                  file.c_str(), m.name.c_str());
-        const double asked = lora_number(config, "rank_pattern", "r", m.name, path), alpha = lora_number(config, "alpha_pattern", "lora_alpha", m.name, path);
+        const double asked = lora_number(config, "rank_pattern", "r", m.name, path),
+                     alpha = lora_number(config, "alpha_pattern", "lora_alpha", m.name, path);
         for (const SafeTensor* t : {A, B}) {
             const size_t rank = t->shape.size() == 2 ? t->shape[t == A ? 0 : 1] : 0;
-            const std::vector<size_t> expected = t == A ? std::vector<size_t>{(size_t)asked, m.cols} : std::vector<size_t>{m.rows, (size_t)asked};
+            const std::vector<size_t> expected =
+                t == A ? std::vector<size_t>{(size_t)asked, m.cols} : std::vector<size_t>{m.rows, (size_t)asked};
             if (rank < 1 || t->shape != expected || asked > 4096)
                 fail("%s: tensor %s: expected the shape %s by adapter_config.json and the model, found %s", file.c_str(), t->name.c_str(),
                      shape_text(expected).c_str(), shape_text(t->shape).c_str());
-            if (t->dtype == BYTE) fail("%s: tensor %s: expected elements of type F32, BF16 or F16, found %s", file.c_str(), t->name.c_str(), t->type.c_str());
+            if (t->dtype == BYTE)
+                fail("%s: tensor %s: expected elements of type F32, BF16 or F16, found %s", file.c_str(), t->name.c_str(),
+                     t->type.c_str());
             known[t->name] = true;
         }
         size_t row = 0;
@@ -4754,16 +4790,19 @@ AdapterFile adapter_open(Config& c, const std::string& folder) {
                 c.lora.rank = std::max(c.lora.rank, (int)asked);
             }
     }
-    if (c.lora.targets == 0) fail("%s: holds no lora_A and lora_B of this model (such as base_model.model.%s.lora_A.weight)", file.c_str(), whole[0].name.c_str());
+    if (c.lora.targets == 0)
+        fail("%s: holds no lora_A and lora_B of this model (such as base_model.model.%s.lora_A.weight)", file.c_str(),
+             whole[0].name.c_str());
     if (!missing.empty()) fail("%s: target_modules names %s, but %s holds no lora_A of it", path.c_str(), missing.c_str(), file.c_str());
     if (const unsigned some = lora_find_parts(c, a.tensors)) {   // parts in place of the whole
         const int count = __builtin_popcount(some);
         c.lora.rank = 0;
-        for (int l = 0; l < c.L; l++)
-            for (size_t i = 0; i < targets.size(); i++) {
-                LoraModule* module = &a.lora[l * targets.size()];
+        for (int l = 0; l < c.L; l++) {
+            LoraModule* module = &a.lora[l * targets.size()];
+            for (size_t i = 0; i < targets.size(); i++)
                 if (some >> i & 1) module[i] = {module[0].rank / count, module[0].scale};
-            }
+            module[0] = {};
+        }
         c.lora.targets = (c.lora.targets & ~1) | some;
         for (size_t i = 0; i < a.lora.size(); i++)
             if (c.lora.targets >> i % targets.size() & 1) c.lora.rank = std::max(c.lora.rank, a.lora[i].rank);
@@ -4773,14 +4812,14 @@ AdapterFile adapter_open(Config& c, const std::string& folder) {
         const SafeTensor* t = a.tensors.find("base_model.model." + piece.name);
         if (t == nullptr || !is_norm(p)) return;
         if (t->shape != piece.shape() || t->dtype == BYTE)
-            fail("%s: tensor %s: expected the shape %s, found %s of type %s", file.c_str(), t->name.c_str(), shape_text(piece.shape()).c_str(),
-                 shape_text(t->shape).c_str(), t->type.c_str());
+            fail("%s: tensor %s: expected the shape %s, found %s of type %s", file.c_str(), t->name.c_str(),
+                 shape_text(piece.shape()).c_str(), shape_text(t->shape).c_str(), t->type.c_str());
         known[t->name] = a.norms = true;
     });
     for (const SafeTensor& t : a.tensors.tensors)
         if (!known.count(t.name))
-            fail("%s: tensor %s: %s trains adapters on the matrices of blocks, and norms beside them; nothing else", file.c_str(), t.name.c_str(),
-                 program_name);
+            fail("%s: tensor %s: %s trains adapters on the matrices of blocks, and norms beside them; nothing else", file.c_str(),
+                 t.name.c_str(), program_name);
     return a;
 }
 // A norm's tensor in an adapter's file: modules_to_save.
@@ -4802,7 +4841,8 @@ void adapter_load(Model& model, const AdapterFile& a, Source& source) {
         for (bool A : {true, false}) {
             if (m.rank() == 0) continue;
             std::vector<float> values = read("base_model.model." + m.name + (A ? ".lora_A.weight" : ".lora_B.weight"));
-            lora_exchange(model.config, m, A, true, values, [&](int p, size_t first, size_t n, float* x) { model_put(model, p, first, n, x); });
+            lora_exchange(model.config, m, A, true, values,
+                          [&](int p, size_t first, size_t n, float* x) { model_put(model, p, first, n, x); });
         }
     hf_walk(model.config, [&](int p, size_t first, const HfPiece& piece) {
         if (a.norms && is_norm(p)) model_put(model, p, first, piece.elements(), read(saved_name(piece)).data());
@@ -4815,7 +4855,8 @@ void adapter_init(Model& model) {
         if (m.rank() == 0) continue;
         std::vector<float> values(m.rank() * m.cols);
         for (float& x : values) x = (2 * hash_uniform(hash64(model.seed, 1ull << 43, drawn++)) - 1) / sqrtf((float)m.cols);
-        lora_exchange(model.config, m, true, true, values, [&](int p, size_t first, size_t n, float* x) { model_put(model, p, first, n, x); });
+        lora_exchange(model.config, m, true, true, values,
+                      [&](int p, size_t first, size_t n, float* x) { model_put(model, p, first, n, x); });
     }
 }
 // The tensors of an adapter's file, of which `get` finds elements.
@@ -4826,7 +4867,8 @@ std::vector<AdapterPart> adapter_parts(const Model& model, const Source& source)
         for (bool A : {true, false}) {
             const size_t rank = m.rank();
             if (rank == 0) continue;
-            const HfPiece piece = {"base_model.model." + m.name + (A ? ".lora_A.weight" : ".lora_B.weight"), A ? rank : m.rows, A ? m.cols : rank};
+            const HfPiece piece = {"base_model.model." + m.name + (A ? ".lora_A.weight" : ".lora_B.weight"), A ? rank : m.rows,
+                                   A ? m.cols : rank};
             const HfPart part = {-2, parts.size(), piece, source.dtype_of(piece.name)};
             parts.push_back({part, m, A});
         }
@@ -4886,13 +4928,15 @@ std::string adapter_save(const Model& model, const std::string& folder, const So
     std::string bad;
     std::vector<float> dense;
     auto get = [&](int p, size_t first, size_t n, float* values) { model_get(model, p, first, n, values); };
-    const std::string error = safetensors_write(folder + "/adapter_model.safetensors", parts, [&](const HfPart& part, size_t i, size_t n, float* values) {
-        if (part.p >= 0) get(part.p, part.first + i, n, values);
-        else if (i == 0) lora_exchange(model.config, adapter[part.first].matrix, adapter[part.first].A, false, dense, get);
-        if (part.p < 0) std::copy_n(dense.begin() + i, n, values);
-        for (size_t k = 0; k < n && bad.empty(); k++)
-            if (!std::isfinite(values[k])) bad = "the adapter is not finite: tensor " + part.piece.name + " holds " + std::to_string(values[k]);
-    });
+    const std::string error =
+        safetensors_write(folder + "/adapter_model.safetensors", parts, [&](const HfPart& part, size_t i, size_t n, float* values) {
+            if (part.p >= 0) get(part.p, part.first + i, n, values);
+            else if (i == 0) lora_exchange(model.config, adapter[part.first].matrix, adapter[part.first].A, false, dense, get);
+            if (part.p < 0) std::copy_n(dense.begin() + i, n, values);
+            for (size_t k = 0; k < n && bad.empty(); k++)
+                if (!std::isfinite(values[k]))
+                    bad = "the adapter is not finite: tensor " + part.piece.name + " holds " + std::to_string(values[k]);
+        });
     if (world.rank > 0) return "";
     if (!bad.empty() || !error.empty()) return bad.empty() ? error : bad;
     const std::string written = write_json(folder + "/adapter_config.json", source.adapter);
@@ -4920,7 +4964,8 @@ Json adapter_new_config(const Model& model, const std::string& base, double alph
     }
     if (modules.values.size() == 1) ranks = alphas = json_object(), alpha *= (double)most / rank, rank = most;
     hf_walk(c, [&](int p, size_t first, const HfPiece& piece) {
-        const std::string module = piece.name.substr(0, piece.name.rfind('.')), name = module.substr(module.rfind('.') + 1);
+        const std::string module = piece.name.substr(0, piece.name.rfind('.'));
+        const std::string name = param_shape(c, p).in_layer ? module.substr(module.rfind('.') + 1) : module;   // PEFT looks for ends of names
         if (!is_norm(p) || !model.plan.trains(p) || first > 0) return;
         for (const Json& known : saved.values)
             if (known.text == name) return;
@@ -5245,7 +5290,8 @@ void state_walk(const Model& model, const std::function<void(void* device, size_
         for (int p = 0; p < NUM_PARAMS; p++)
             if (tensors[p] != nullptr) f(tensors[p], shard_size(param_shape(model.config, p).elements()) * sizeof(float));
     for (int p = 0; model.weights_in_state && p < NUM_PARAMS; p++)
-        if (model.param[p] != nullptr && model.plan.trains(p)) f(model.param[p], param_shape(model.config, p).elements() * sizeof(floatX));
+        if (model.param[p] != nullptr && model.plan.trains(p))
+            f(model.param[p], param_shape(model.config, p).elements() * sizeof(floatX));
     f(&model.state->history, sizeof(History));
 }
 size_t state_bytes(const Model& model) {
@@ -5659,8 +5705,10 @@ void model_check_options() {
         bad_option("gelu-fusion", "this build keeps GELU's input in %d bits, which no epilogue of cuBLASLt makes; expected 0, or a build "
                    "with APPROX_ACT=0", kActBits);
     for (const char* name : {"lora", "adapter"})
-        if (given(name) && gelu_fusion > 0) bad_option("gelu-fusion", "an adapter adds to what GELU takes; expected 0 with %s", typed(name).c_str());
-    if (given("lora") + given("adapter") > 0 && !write_bin.empty()) bad_option("write-bin", "llm.c's format has no adapters; --merge makes a whole model");
+        if (given(name) && gelu_fusion > 0)
+            bad_option("gelu-fusion", "an adapter adds to what GELU takes; expected 0 with %s", typed(name).c_str());
+    if (given("lora") + given("adapter") > 0 && !write_bin.empty())
+        bad_option("write-bin", "llm.c's format has no adapters; --merge makes a whole model");
     matmul_state.gelu_fusion = (int)gelu_fusion;
     check_output("write-bin", write_bin, 0, std::string((const char*)&BIN_MAGIC, sizeof BIN_MAGIC));
     const std::string& model = *(std::string*)option("model").value;
@@ -5719,9 +5767,11 @@ std::vector<Option> settings_options(Settings& s) {
         {"lora-freeze-a", "", INTEGER, &s.freeze_a, 0, 1, "0", "1: train B alone (LoRA-FA)", 21},
         {"lora-train-norms", "", INTEGER, &s.train_norms, 0, 1, "0", "1: train the norms as well", 22},
         {"adapter", "", TEXT, &s.adapter, 0, 0, "none", "DIR of an adapter (PEFT's format) to go on from"},
-        {"base", "", INTEGER, &s.base, 1, 0, "bf16", "frozen weights of the blocks: bf16 (as the build has them), nf4 (4 bits)", 23, {"bf16", "nf4"}},
+        {"base", "", INTEGER, &s.base, 1, 0, "bf16", "frozen weights of the blocks: bf16 (as the build has them), nf4 (4 bits)", 23,
+         {"bf16", "nf4"}},
         {"double-quant", "", INTEGER, &s.double_quant, 0, 1, "1", "NF4: 8 bits, not 32, for the scale of 64 weights", 24},
-        {"embedding-on", "", INTEGER, &s.embedding_on, 1, 0, "host with nf4", "a frozen embedding's place: device, host", -1, {"device", "host"}},
+        {"embedding-on", "", INTEGER, &s.embedding_on, 1, 0, "host with nf4", "a frozen embedding's place: device, host", -1,
+         {"device", "host"}},
         {"merge", "", TEXT, &s.merge, 0, 0, "none", "DIR for base and adapter as one model; writes it, and exits"},
         MODEL_OPTIONS   // those of this model alone
         {"tf32", "-f", INTEGER, &s.tf32, 0, 1, "1", "fp32 builds: tensor cores for matmuls", 14},
@@ -5833,7 +5883,8 @@ int parse_targets(const Config& c, const std::string& text) {
     for (size_t at = 0; at <= text.size();) {
         const size_t end = std::min(text.find(',', at), text.size());
         const std::string word = text.substr(at, end - at);
-        const auto found = std::find_if(known.begin(), known.end(), [&](auto& t) { return word == t.name || (*t.peft && word == t.peft); });
+        const auto found =
+            std::find_if(known.begin(), known.end(), [&](auto& t) { return word == t.name || (*t.peft && word == t.peft); });
         if (word == "all" || word == "all-linear") bits |= all;
         else if (found != known.end()) bits |= 1u << (found - known.begin());
         else bad_option("lora-targets", "'%s' is none; expected all, or some of %s", word.c_str(), names.c_str());
@@ -5848,7 +5899,8 @@ void pick_adapter(Run& run) {
     Config& c = run.model.config;
     Plan& plan = run.model.plan;
     const bool continues = file_exists(run.resumed + "/adapter_config.json") && !run.resumed.empty();
-    if (!s.adapter.empty() && given("lora")) bad_option("lora", "%s brings its own rank; expected one of the two", quoted("adapter").c_str());
+    if (!s.adapter.empty() && given("lora"))
+        bad_option("lora", "%s brings its own rank; expected one of the two", quoted("adapter").c_str());
     if (!run.resumed.empty() && !continues && (s.lora > 0 || !s.adapter.empty()))
         fail_option("resume", "%s holds a whole model and no adapter; leave %s out, or take another --out", run.resumed.c_str(),
                     s.lora > 0 ? "--lora" : "--adapter");
@@ -5864,6 +5916,8 @@ void pick_adapter(Run& run) {
             bad_option("lora", "the run to resume has adapters of rank %d; leave it out, or begin anew in another --out", run.rank());
         const Json &alpha = run.adapter.config["lora_alpha"], &dropout = run.adapter.config["lora_dropout"];
         s.lora_alpha = strtod(alpha.text.c_str(), nullptr);
+        for (const LoraModule& module : run.model.lora)   // a part of a module has its share
+            if (module.rank == run.rank() && run.adapter.config["use_rslora"].text != "true") s.lora_alpha = module.scale * module.rank;
         if (!given("lora-dropout") && dropout.type == Json::NUMBER) s.lora_dropout = strtod(dropout.text.c_str(), nullptr);
         s.train_norms |= run.adapter.norms;
     } else if (s.lora > 0) {
@@ -5911,8 +5965,9 @@ void pick_model(Run& run) {
         fail_option("resume", "%s holds no checkpoint, so there is nothing to evaluate; expected step_* in it", s.out.c_str());
     if (resumes || !size) run.model_file = resumes && !adapter ? run.resumed : size ? "" : s.model;
     if (file_exists(run.model_file + "/adapter_config.json") && !run.model_file.empty() && !file_exists(run.model_file + "/config.json"))
-        fail("%s: is an adapter; expected %s BASE --adapter %s, with the model that it belongs to (adapter_config.json says '%s')", run.model_name(),
-             typed("model").c_str(), run.model_name(), read_json(run.model_file + "/adapter_config.json")["base_model_name_or_path"].text.c_str());
+        fail("%s: is an adapter; expected %s BASE --adapter %s, with the model that it belongs to (adapter_config.json says '%s')",
+             run.model_name(), typed("model").c_str(), run.model_name(),
+             read_json(run.model_file + "/adapter_config.json")["base_model_name_or_path"].text.c_str());
     Config asked = c;
     if (!run.model_file.empty()) c = model_read_config(run.model_file);
     if (resumes && !adapter && given("model") && s.model != run.model_file) {   // it is the checkpoint's; another may have been asked for
@@ -6227,14 +6282,16 @@ bool validate(Run& run) {
     const float loss = (float)(world_sum(sum) / std::max(trained, 1.0));
     if (stop_wanted(run)) return true;
     if (trained == 0) {
-        run.val.error = run.s.val_data + ": none of its tokens has a loss, so there is nothing to validate; expected some without the mark of masked "
+        run.val.error = run.s.val_data +
+                        ": none of its tokens has a loss, so there is nothing to validate; expected some without the mark of masked "
                         "ones (prepro/text.py --show 3 shows them)";
         return stop_wanted(run);
     }
     run.val_loss = loss;
     char right[100] = "", logged[100] = "";
     if (run.model.plan.marks) {
-        snprintf(right, sizeof right, ", %.0f of %.0f answers right (%.1f %%)", answers[1], answers[0], 100 * answers[1] / std::max(1.0, answers[0]));
+        snprintf(right, sizeof right, ", %.0f of %.0f answers right (%.1f %%)", answers[1], answers[0],
+                 100 * answers[1] / std::max(1.0, answers[0]));
         snprintf(logged, sizeof logged, ", \"answers\": %.0f, \"right\": %.0f", answers[0], answers[1]);
     }
     if (world.rank == 0) printf("val loss %.4f at step %d%s\n", std::isnan(loss) ? NAN : loss, step, right);   // a NaN may be negative
@@ -6313,8 +6370,9 @@ bool sample(Run& run) {
         for (size_t t = first; t < i && batch[BT + t] != NO_TARGET; t++) answer.push_back(batch[BT + t]);
         for (size_t t = begin; t <= first; t++) print_token(run.tokenizer, batch[t]);
         printf(" >>> ");
-        const bool wrote = write_on(run, {&batch[begin], &batch[first] + 1}, std::min<int64_t>(run.s.sample_tokens, 2 * answer.size() + 8), answer.back(),
-                                    (1ull << 42) + ((uint64_t)++shown << 50));
+        const bool wrote =
+            write_on(run, {&batch[begin], &batch[first] + 1}, std::min<int64_t>(run.s.sample_tokens, 2 * answer.size() + 8),
+                     answer.back(), (1ull << 42) + ((uint64_t)++shown << 50));
         printf("   (expected: ");
         for (size_t t = 0; t + 1 < answer.size(); t++) print_token(run.tokenizer, answer[t]);
         printf(")\n");
@@ -6524,7 +6582,8 @@ void print_plan(Run& run, bool all) {
             double trained = 0;
             for (int p : model_trained(run.model)) trained += (double)param_shape(c, p).elements();
             printf("adapters   rank %d on %s, alpha %g%s: %.2fM parameters in training%s\n", run.rank(), target_names(run.model).c_str(),
-                   run.s.lora_alpha, run.s.lora_dropout > 0 ? ", dropout" : "", trained / 1e6, run.s.freeze_a ? ", B alone (LoRA-FA)" : "");
+                   run.s.lora_alpha, run.s.lora_dropout > 0 ? ", dropout" : "", trained / 1e6,
+                   run.s.freeze_a ? ", B alone (LoRA-FA)" : "");
         }
         if (run.steps > 0)
             printf("step       %d sequences x %d tokens x %d micro-batches x %d GPUs = %zu tokens; %d steps, an epoch has %zu\n", plan.B,
@@ -6569,7 +6628,8 @@ void make_model(Run& run) {
     auto narrows = [&](DType type) { return type != F32 && (kFP32 || type != BF16); };
     for (const AdapterPart& a : adapter_parts(model, run.source)) model.weights_in_state |= narrows(a.part.dtype);
     hf_walk(model.config, [&](int p, size_t, const HfPiece& piece) {
-        model.weights_in_state |= model.plan.trains(p) && narrows(run.source.dtype_of(model.config.lora.rank ? saved_name(piece) : piece.name));
+        model.weights_in_state |=
+            model.plan.trains(p) && narrows(run.source.dtype_of(model.config.lora.rank ? saved_name(piece) : piece.name));
     });
     cudaCheck(cudaStreamSynchronize(model.stream));
 }
@@ -6601,8 +6661,8 @@ void merge(Run& run) {
     if (world.size > 1) bad_option("merge", "one process is enough; start it without mpirun");
     if (run.adapter.folder.empty()) bad_option("merge", "expected --adapter DIR with it, whose weights are added to those of -e");
     if (!is_folder(run.model_file.c_str())) bad_option("merge", "expected -e DIR, the directory of the base model");
-    if (run.model.config.lora.quantized) bad_option("merge", "%s is in 4 bits, and the sum would be rounded to them; expected the model in 16 bits",
-                                                    run.model_name());
+    if (run.model.config.lora.quantized)
+        bad_option("merge", "%s is in 4 bits, and the sum would be rounded to them; expected the model in 16 bits", run.model_name());
     if (file_exists(folder)) bad_option("merge", "there is something of that name; expected a new one");
     const bool compare = given("val-data");
     const Config with = run.model.config;
