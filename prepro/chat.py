@@ -158,7 +158,7 @@ class Template:
         try:  # what template.generate() does, which takes longer to copy the globals than most templates take to render
             for part in self.template.root_render_func(self.template.new_context(variables, shared=True)):
                 self.env.written.append(part)
-        except (KeyboardInterrupt, MemoryError, Error):
+        except MemoryError:
             raise
         except Exception as e:  # the template's own raise_exception(), or any error of what it computes
             raise Error(f"{where}: the chat template of {self.path} refuses it: {printable(str(e))[:300]}") from None
