@@ -353,8 +353,9 @@ void test_dropout(uint64_t seed) {
     Property value("which are 0, and the others times 1 / (1 - p)", "one rounding"), norm("with gamma, with gamma and beta: of their sum"),
         add("added to what is there"), share("a share of p, and of the rest a mean as before", "5 standard deviations"),
         again("the same bits in a second run; others with another seed or stream"), simple("version 1, with a mask", "every bit");
-    for (auto [rows, C] : {std::pair{1, 8}, {3, 40}, {31, 264}, {130, 1000}})
+    for (const auto& shape : {std::pair{1, 8}, {3, 40}, {31, 264}, {130, 1000}})
         for (float p : {1e-6f, 0.1f, 0.5f, 0.9f}) {   // of the first 16 bits make 0. The trainer does not call it with 0
+            const int rows = shape.first, C = shape.second;
             set_case("rows %d, C %d, p %g", rows, C, p);
             const size_t n = (size_t)rows * C;
             const Dropout drop = {p, seed, 77};
@@ -407,10 +408,11 @@ void test_dropout(uint64_t seed) {
 // dA (+)= G * gamma + dt_sum beta^T
 void test_unfold(uint64_t seed) {
     Property value("an adapter's gradient: G * gamma + dt_sum beta^T"), again("the same bits in a second run");
-    for (auto [rows, C] : {std::pair{8, 8}, {16, 40}, {24, 264}, {8, 1000}})
+    for (const auto& shape : {std::pair{8, 8}, {16, 40}, {24, 264}, {8, 1000}})
         for (DType type : {F32, BF16})
             for (bool with_beta : {false, true})
                 for (bool accumulate : {false, true}) {
+                    const int rows = shape.first, C = shape.second;
                     set_case("%d rows of %d, %s, %s, %s", rows, C, dtype_name(type), with_beta ? "with beta" : "without",
                              accumulate ? "added to" : "written");
                     Random random(seed, 900000 + rows * C);
