@@ -382,7 +382,7 @@ def estimate(lab, *given, variant="cpu-bf16", trainer="train_gpt2"):
 def units(table, L, rows, C):
     """A layer's share of what is saved, in units of B*T*C elements, without and with statistics and what has the rank's width."""
     saved = [row for row in table["rows"] if row["kind"] == "saved" and row["scope"] == "layer"]
-    wide = [row for row in saved if row["dtype"] != "f32" and (row["shape"][-1] >= C or "code" in row["name"])]
+    wide = [row for row in saved if row["dtype"] != "fp32" and (row["shape"][-1] >= C or "code" in row["name"])]
     return [sum(row["bytes"] for row in some) / (L * rows * C * 2) for some in (wide, saved)]
 
 GPT2_UNITS = [("cpu-bf16", ["--lora-targets", "q,v"], 2, 10), ("cpu-approxbp-bf16", ["--lora-targets", "q,v"], 1, 6.5),
