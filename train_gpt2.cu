@@ -5833,7 +5833,7 @@ struct Run {
     int half = 0;
     bool ready = false;         // the next step's tokens are in `half`
     std::vector<int> buckets;   // (micro_batches)
-    int without_loss = 0;       // steps that had none, and changed nothing
+    int without_loss = 0, without_loss_in_row = 0;   // steps of whose tokens none had a loss
     double with_loss = 0;       // targets that have one in the next step; without marks, over all ranks
     size_t BT() const { return (size_t)model.plan.B * model.plan.T; }
     size_t step_tokens() const { return BT() * model.plan.micro_batches * world.size; }
@@ -6410,10 +6410,10 @@ void next_tokens(Run& run) {   // after a step
     run.half = !run.half;
     if (another) load_tokens(run);
 }
-Verdict skip_step(Run& run) {   // one whose tokens have no loss
-    run.without_loss++;
+constexpr int NO_LOSS_AT_ALL = 2;   // Verdict::skip of a step whose tokens have none
+Verdict skip_step(Run& run) {
     next_tokens(run);
-    return {0, 0, NAN, NAN, 1, 1};
+    return {0, 0, NAN, NAN, 1, NO_LOSS_AT_ALL};
 }
 Verdict run_step(Run& run, const Hyper& h) {
     Model& model = run.model;
@@ -6438,6 +6438,10 @@ void report_step(Run& run, float lr, const Verdict& v, double took) {   // on th
     const double mfu = model_flops_per_token(run.model, run.model.plan.T) * speed / (run.peak_flops * world.size);
     const bool known = run.timed > 0 || run.on_cpu();   // a GPU's first step prepares its matmuls; a CPU's is like all others
     const bool terminal = isatty(STDOUT_FILENO);
+    if (v.skip == NO_LOSS_AT_ALL) {
+        printf("step %5d/%d | skipped: none of its tokens has a loss (%d such steps so far)\n", step, run.steps, run.without_loss);
+        return log_line(run.log, "{\"step\": %d, \"train_loss\": null}", step);
+    }
     printf("step %5d/%d | loss %.4f | norm %.4f | lr %.2e | %.1f ms | %.0f tok/s | ", step, run.steps, fabsf(v.loss), fabsf(v.grad_norm),
            lr, took * 1e3, speed);   // fabs: neither is negative, but a NaN may be
     if (run.peak_flops > 0) printf("MFU %.1f%%", 100 * mfu);
@@ -6448,8 +6452,6 @@ void report_step(Run& run, float lr, const Verdict& v, double took) {   // on th
         printf("  %d steps of about %.1f s are to come: %s\n", to_come, each, duration(rest).c_str());
     if (run.state.not_finite_in_row > 0)
         printf("  the loss or the gradient is not finite: this step changed nothing (%d in a row)\n", run.state.not_finite_in_row);
-    else if (v.skip && v.grad_norm == 0 && v.loss == 0)
-        printf("  skipped: none of this step's tokens has a loss (%d such steps)\n", run.without_loss);
     else if (v.skip)
         printf("  skipped: loss %.1f, gradient norm %.1f deviations above the last %d steps\n", v.loss_z, v.grad_z, HISTORY);
     log_line(run.log, "{\"step\": %d, \"train_loss\": %s, \"grad_norm\": %s, \"lr\": %s, \"ms\": %.3f, \"tokens_per_s\": %.1f, \"mfu\": "
@@ -6471,6 +6473,8 @@ void train_step(Run& run) {
     const bool finite = std::isfinite(v.loss) && std::isfinite(v.grad_norm);
     at.not_finite_in_row = finite ? 0 : at.not_finite_in_row + 1;
     if (finite && run.first_loss == 0) run.first_loss = v.loss;
+    run.without_loss_in_row = v.skip == NO_LOSS_AT_ALL ? run.without_loss_in_row + 1 : 0;
+    run.without_loss += run.without_loss_in_row > 0;
     if (world.rank == 0) report_step(run, lr, v, took);
 }
 
@@ -6552,6 +6556,11 @@ int run_loop(Run& run) {   // returns the exit status
         if (writes) save(run);
         if (finished || stop) return end_loop(run, finished, stop && (!finished || s.val_every > 0 || s.sample_every > 0), writes);
         train_step(run);
+        if (run.without_loss_in_row >= 10) {
+            warn("none of the tokens of 10 steps in a row, up to step %d, has a loss: all of them are masked, so there is nothing to learn; "
+                 "prepro/text.py --show 3 shows what is trained on", at.step);
+            return 3;
+        }
         if (at.not_finite_in_row >= 10) {
             warn("the loss or the gradient was not finite for 10 steps in a row, up to step %d. The weights are those of before. Lower "
                  "the rate (--lr), lengthen --warmup, or resume from a checkpoint (--resume 1)", at.step);

@@ -137,16 +137,22 @@ def environment():
 class Template:
     def __init__(self, source, path, names):
         """names: bos_token, eos_token and the like."""
-        self.env, self.path = environment(), path
+        self.env, self.source, self.names, self.path = None, source, names, path
         self.generation = re.search(r"\{%-?\s*generation\s*-?%\}", source) is not None
+
+    def compile(self):
+        """When the first conversation comes: other examples do without jinja2."""
+        self.env = environment()
         try:
-            self.template = self.env.from_string(source)
-            self.variables = {**self.template.globals, "tools": None, "documents": None, **names}
+            self.template = self.env.from_string(self.source)
         except Exception as e:  # jinja2's, and a RecursionError
-            raise Error(f"{path}: expected a chat template (Jinja), found something else: {printable(str(e))[:200]}") from None
+            raise Error(f"{self.path}: expected a chat template (Jinja), found something else: {printable(str(e))[:200]}") from None
+        self.variables = {**self.template.globals, "tools": None, "documents": None, **self.names}
 
     def render(self, where, messages, prompt=False):
         """The text; with prompt it ends where an answer is to begin. env.spans then has the {% generation %} blocks."""
+        if self.env is None:
+            self.compile()
         self.env.written, self.env.spans = [], []
         variables = {**self.variables, "messages": messages, "add_generation_prompt": prompt}
         try:  # what template.generate() does, which takes longer to copy the globals than most templates take to render
@@ -187,7 +193,7 @@ class Encoder:
     as it is in transformers; templates are made of them.
     """
 
-    def __init__(self, tokenizer, template, kind=None, train_on="answers", note=lambda where, what: None):
+    def __init__(self, tokenizer, template, kind="auto", train_on="answers", note=lambda where, what: None):
         self.tokenizer, self.template, self.kind, self.train_on, self.note = tokenizer, template, kind, train_on, note
         self.front, self.special = [], {tokenizer.eot}
         self.names = None  # of special tokens, as a pattern
@@ -206,16 +212,16 @@ class Encoder:
     def __call__(self, where, record):
         if not isinstance(record, dict):
             raise Error(f"{where}: expected a JSON object, found {kind_of_json(record)}")
-        kind = next((kind for kind in ([self.kind] if self.kind else KINDS) if all(key in record for key in KINDS[kind])), None)
+        kind = next((kind for kind in (KINDS if self.kind == "auto" else [self.kind]) if all(key in record for key in KINDS[kind])), None)
         if kind is None:
-            expected = " and ".join(KINDS[self.kind]) if self.kind else ", or ".join(" and ".join(keys) for keys in KINDS.values())
+            expected = ", or ".join(" and ".join(keys) for kind, keys in KINDS.items() if self.kind in ("auto", kind))
             raise Error(f"{where}: expected {expected}; found {'the keys ' * bool(record)}{printable(', '.join(record))[:200] or 'an empty object'}")
         ids, trained = getattr(self, kind)(where, record)
         if len(ids) == 0:
             return np.zeros(0, np.uint32)
-        if self.train_on == "all":
-            trained = True
-        ids = np.array(ids, np.uint32) | np.where(trained, np.uint32(0), np.uint32(NO_LOSS))
+        ids = np.array(ids, np.uint32)
+        if trained is not True and self.train_on != "all":
+            ids[~trained] |= NO_LOSS
         ids[0] |= NO_LOSS | BEGINS
         return ids
 
@@ -240,7 +246,7 @@ class Encoder:
     def ended(self, ids):
         return ids if ids[-1:] == [self.tokenizer.eot] else [*ids, self.tokenizer.eot]
 
-    # one method for each of KINDS: (ids, whether each is trained)
+    # one method for each of KINDS: the ids, and an array of whether each is trained, or True
 
     def text(self, where, record):
         """A document. As in the files of plain texts the end of a text stands in front where there is no BOS."""
@@ -312,8 +318,8 @@ class Encoder:
         ids, offsets = self.tokenize(where, text)
         if self.train_on == "all":
             return ids, True
-        trained = [False] * len(ids)
-        places = ids, [start for start, _ in offsets], [max(start + 1, end) for start, end in offsets]
+        trained = np.zeros(len(ids), bool)
+        places = ids, [start for start, _ in offsets], [end if end > start else start + 1 for start, end in offsets]
         answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
         chosen = [i for i in answers[-1:] if wanted[i]] if self.train_on == "last" else [i for i in answers if wanted[i]]
         if not self.template.generation:
@@ -323,7 +329,7 @@ class Encoder:
         else:
             raise Error(f"{where}: found {len(spans)} {{% generation %}} blocks for {len(answers)} answers, so there is no telling which to leave out")
         for first, last in ranges:
-            trained[first:last] = [True] * (last - first)
+            trained[first:last] = True
         return ids, trained
 
     def generated(self, where, span, ids, starts, ends):
@@ -389,7 +395,7 @@ class Examples:
         kept = ids[:T]
         targets, more = count_trained(kept), len(ids) - len(kept)
         why = ("empty" if len(ids) == 0 else f"longer than {T} tokens" if more and too_long == "drop" else None if targets else
-               f"no trained token among the first {T}" if count_trained(ids) else "no trained token")
+               f"without a trained token among the first {T}" if count_trained(ids) else "without a trained token")
         if why:
             self.dropped[why] = self.dropped.get(why, 0) + 1
             return None, why

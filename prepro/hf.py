@@ -12,6 +12,8 @@ import binfmt  # before numpy: it says what to install where that is missing
 import numpy as np
 from binfmt import Error
 
+TYPES = {"F32": "<f4", "I32": "<i4", "BF16": "<u2"}
+
 def library(name, what):
     """A module of PyPI's that something needs."""
     try:
@@ -19,8 +21,6 @@ def library(name, what):
     except ImportError:
         raise Error(f"{what} needs the {name} library: python3 -m venv --system-site-packages venv && venv/bin/pip install {name}, then "
                     "venv/bin/python prepro/text.py ...") from None
-
-TYPES = {"F32": "<f4", "I32": "<i4", "BF16": "<u2"}
 
 def write_safetensors(f, tensors):
     """{name: array of float32, int32 or, for bf16, uint16} to an open file."""

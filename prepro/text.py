@@ -32,11 +32,11 @@ jinja2 library). Trained on are answers alone, with the end of their turn: messa
 that is left without a trained token is dropped. Whole examples are packed into rows of -t tokens, which is the trainer's -t, longest
 first, each into the fullest row that has room; the rest of a row is padding, which is never a target, and the rows are shuffled.
 Validation gets the last examples of each file. All that is cut, dropped or odd is counted in the end. --show N prints N examples with
-what is trained on, what is not, and what is cut; without --out it does no more than that. In memory are 20 bytes an example (100 while
-they are packed), and a .json whole; the tokens wait in OUT, as above.
+what is trained on, what is not, and what is cut; without --out it does no more than that. In memory are 16 bytes an example, 80 while
+they are packed, and a .json whole; the tokens wait in OUT, as above, 4 bytes each. In examples the name of a special token is that
+token, as in transformers; in plain texts it is text.
 """
 import argparse
-import array
 import codecs
 import contextlib
 import hashlib
@@ -570,7 +570,8 @@ def are_examples(paths, kind):
 
 def prepare_examples(paths, out, tok, tokenizer, val_fraction, shard_tokens, o):
     """prepare() for examples; o: their options."""
-    T, notes, folder = o["seq_len"], Notes(), tokenizer if os.path.isdir(tokenizer) else os.path.dirname(tokenizer) if os.path.isfile(tokenizer) else None
+    T, notes = o["seq_len"], Notes()
+    folder = tokenizer if os.path.isdir(tokenizer) else os.path.dirname(tokenizer) or "." if os.path.isfile(tokenizer) else None
     encode = chat.Encoder(tok, chat.model_template(folder, o["template"]), o["format"], o["train_on"], notes.add)
 
     def encode_to(spool):
@@ -615,8 +616,8 @@ def prepare(paths, out=None, tokenizer="bytes", eot=None, val_fraction=0.1, shar
             raise Error(f"{path or 'FILE'}: {why}") from None
     examples = are_examples(paths, given.get("format"))
     if given and not examples:
-        raise Error(f"--{min(given).replace('_', '-')}: is for examples, and {paths[0]} is a plain text by its name; expected a .jsonl, or a .json with a list "
-                    "(--format KEY takes any name)")
+        raise Error(f"--{min(given).replace('_', '-')}: is for examples, and {paths[0]} is a plain text by its name; expected a .jsonl, or a .json with a "
+                    "list (--format auto takes any name)")
     if examples and newlines != "keep":
         raise Error(f"--newlines {newlines}: is for plain texts, and {paths[0]} holds examples")
     tok = make_tokenizer(tokenizer, eot)
@@ -678,7 +679,7 @@ def add_options(parser, out):
     parser.add_argument("--shard-tokens", type=int, metavar="N", help="several files, of at most N tokens each")
     parser.add_argument("--newlines", choices=["keep", "lf"], default="keep", help="keep line ends (default), or make LF of CR LF and CR")
 
-EXAMPLES = {"format": None, "template": None, "seq_len": 1024, "train_on": "answers", "too_long": "cut", "no_pack": False, "seed": 1337, "show": 0}
+EXAMPLES = {"format": "auto", "template": None, "seq_len": 1024, "train_on": "answers", "too_long": "cut", "no_pack": False, "seed": 1337, "show": 0}
 
 def add_example_options(parser):
     group = parser.add_argument_group("for examples (.jsonl)")
@@ -687,8 +688,8 @@ def add_example_options(parser):
     group.add_argument("--too-long", choices=["cut", "drop"], help="what becomes of an example longer than T (cut)")
     group.add_argument("--no-pack", action="store_true", default=None, help="a row for each example")
     group.add_argument("--template", metavar="FILE", help="a chat template (Jinja), in place of the model's")
-    group.add_argument("--format", choices=list(chat.KINDS), metavar="KEY", 
-                       help="what each line is, by its first key below (default: by its keys); takes a file of any name")
+    group.add_argument("--format", choices=["auto", *chat.KINDS], metavar="KEY",
+                       help="what each line is, by its first key below, or auto: by its keys; takes a file of any name")
     group.add_argument("--seed", type=int, metavar="N", help="shuffles the rows (1337)")
     group.add_argument("--show", type=int, metavar="N", help="print N examples with what is trained on; without --out nothing is written")
 

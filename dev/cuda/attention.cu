@@ -13,6 +13,9 @@ of the bias of the matmul that made qkv: the column sums of dq, dk and dv.
 
 A row of qkv has q of NH heads, then k and v of NKV heads, each of which serves NH / NKV query heads. HS is a multiple of 8, up to
 128; for 64 and 128 in bf16 the trainer uses tensor cores.
+
+A row of T tokens may hold several documents, one after the other. Then a query sees the keys of its own document alone, from its
+beginning on, which each token is told: a second border of the triangle of pairs, and tiles that lie beyond it are never loaded.
 */
 #define TESTING
 #include "../../train_gpt2.cu"
@@ -43,6 +46,7 @@ struct Tensors {
     float* scratch;               // attention_scratch(B, T, NH, NKV, HS)
     Grad dbias;                   // ((NH + 2 NKV)*HS)
     floatX* p;                    // (B, NH, T, T), of version 1
+    const int* document;          // (B, T) where each token's document begins; null: all at 0. Versions 1 and 2 do without
 };
 
 // ---- version 1: the formulas, one kernel for each
@@ -193,17 +197,17 @@ bool tensor_cores(Way way, int HS) { return way == TRAINER && !kFP32 && (HS == 6
 void forward(Way way, const Tensors& x, const Shape& s) {
     if (way == ONE) return attention_forward_1(x, s);
     if (way == TWO) return attention_forward_2(x, s);
-    if (way == TRAINER) return attention_forward(x.out, x.lse, x.qkv, s.B, s.T, s.NH, s.NKV, s.HS, 0);
+    if (way == TRAINER) return attention_forward(x.out, x.lse, x.qkv, x.document, s.B, s.T, s.NH, s.NKV, s.HS, 0);
     auto run = s.HS <= 32 ? attention_forward_launch<1> : s.HS <= 64 ? attention_forward_launch<2> : attention_forward_launch<4>;
-    run(x.out, x.lse, x.qkv, s.B, s.device(), 0);
+    run(x.out, x.lse, x.qkv, s.B, s.device(), {x.document}, 0);
 }
 void backward(Way way, const Tensors& x, bool accumulate, const Shape& s) {
     if (way == TWO) return attention_backward_2(x, accumulate, s);
     if (way == TRAINER)
-        return attention_backward(x.dqkv, x.dbias, x.delta, x.scratch, x.dout, x.qkv, x.out, x.lse, accumulate, s.B, s.T, s.NH,
-                                  s.NKV, s.HS, 0);
+        return attention_backward(x.dqkv, x.dbias, x.delta, x.scratch, x.dout, x.qkv, x.out, x.lse, x.document, accumulate, s.B,
+                                  s.T, s.NH, s.NKV, s.HS, 0);
     auto run = s.HS <= 32 ? attention_backward_launch<1> : s.HS <= 64 ? attention_backward_launch<2> : attention_backward_launch<4>;
-    run(x.dqkv, x.dbias, x.delta, x.scratch, x.dout, x.qkv, x.out, x.lse, accumulate, s.B, s.device(), 0);
+    run(x.dqkv, x.dbias, x.delta, x.scratch, x.dout, x.qkv, x.out, x.lse, accumulate, s.B, s.device(), {x.document}, 0);
 }
 struct Buffers {
     Buffer<floatX> qkv, dout, out, dqkv, p;
@@ -212,7 +216,7 @@ struct Buffers {
     Buffers(const Shape& s, bool version_1, DType grad_type = F32)
         : qkv(s.qkv()), dout(s.out()), out(s.out()), dqkv(s.qkv()), p(version_1 ? s.rows() * s.T : 1), lse(s.rows()),
           delta(s.rows()), scratch(s.scratch()), dbias(s.stride(), grad_type) {}
-    Tensors tensors() const { return {out.p, dqkv.p, qkv.p, dout.p, lse.p, delta.p, scratch.p, dbias.grad(), p.p}; }
+    Tensors tensors() const { return {out.p, dqkv.p, qkv.p, dout.p, lse.p, delta.p, scratch.p, dbias.grad(), p.p, nullptr}; }
 };
 
 // Random numbers; or, with best keys: each query has one key whose score is about 1e4 and more than 104 above all others, so that p
@@ -222,6 +226,8 @@ struct Problem {
     std::vector<floatX> qkv, dout;
     std::vector<float> before;   // the gradient of the bias that is added to
     std::vector<int> best;       // (B, T)
+    std::vector<int> document;   // (B, T); empty: none
+    int first_key(int b, int t) const { return document.empty() ? 0 : document[b * shape.T + t]; }
 
     Problem(uint64_t seed, Shape s, bool best_keys = false) : shape(s) {
         Random random(seed, ((((uint64_t)s.B * 2000 + s.T) * 200 + s.HS) * 100 + s.NH * 10 + s.NKV) * 2 + best_keys);
@@ -254,8 +260,10 @@ Result compute(const Problem& p, Way way, DType grad_type = F32, bool accumulate
     b.qkv.write(p.qkv);
     b.dout.write(p.dout);
     if (accumulate) b.dbias.write(p.before);
-    forward(way, b.tensors(), p.shape);
+    Buffer<int> document(p.document);
     Tensors x = b.tensors();
+    if (!p.document.empty()) x.document = document.p;
+    forward(way, x, p.shape);
     if (!bias) x.dbias = {}, x.scratch = nullptr;
     if (way != ONE) backward(way, x, accumulate, p.shape);
     b.p.read(), b.scratch.read(), b.delta.read();   // for their guards
@@ -293,22 +301,22 @@ Expected reference(const Problem& problem, Way way) {
     for (int b = 0; b < z.B; b++)
         for (int h = 0; h < z.NH; h++)
             for (int i = 0; i < T; i++) {
-                const int kv = h / z.group();
+                const int kv = h / z.group(), first = problem.first_key(b, i);
                 const double *q = &x[z.q_at(b, i, h)], *di = &d[z.out_at(b, i, h)];
                 double *out = &e.out[z.out_at(b, i, h)], *out_terms = &e.out_terms[z.out_at(b, i, h)];
                 double max = -INFINITY, sum = 0, mean_size = 0, delta = 0, delta_terms = 0;
-                for (int j = 0; j <= i; j++) {
+                for (int j = first; j <= i; j++) {
                     dots(q, &x[z.k_at(b, j, kv)], HS, &s[j], &s_size[j]);
                     s[j] *= scale, s_size[j] *= scale;
                     max = std::max(max, s[j]);
                 }
-                for (int j = 0; j <= i; j++) sum += p[j] = exp(s[j] - max);
-                for (int j = 0; j <= i; j++)
+                for (int j = first; j <= i; j++) sum += p[j] = exp(s[j] - max);
+                for (int j = first; j <= i; j++)
                     if ((p[j] /= sum) > 0) mean_size += p[j] * s_size[j];
                 auto weight = [&](int j) { return (1 + s_size[j] + mean_size) * of_stored + of_operand; };   // of p[j]
                 e.lse[z.lse_at(b, i, h)] = max + log(sum);
                 e.lse_terms[z.lse_at(b, i, h)] = 1 + fabs(max + log(sum)) + mean_size * of_stored;
-                for (int j = 0; j <= i; j++)
+                for (int j = first; j <= i; j++)
                     if (p[j] > 0) add_row(out, out_terms, &x[z.v_at(b, j, kv)], p[j], p[j] * weight(j), HS);
                 if (way == ONE) continue;
                 for (int c = 0; c < HS; c++) {
@@ -316,7 +324,7 @@ Expected reference(const Problem& problem, Way way) {
                     delta_terms += fabs(di[c]) * (tolerance(out[c], out_terms[c]) / ROUNDINGS + fabs(out[c]));
                 }
                 double *dq = &e.dqkv[z.q_at(b, i, h)], *dq_terms = &e.dqkv_terms[z.q_at(b, i, h)];
-                for (int j = 0; j <= i; j++) {
+                for (int j = first; j <= i; j++) {
                     if (p[j] == 0) continue;   // a score of -inf: a key that is not there
                     const size_t k = z.k_at(b, j, kv), v = z.v_at(b, j, kv);
                     double dp, dp_size;
@@ -364,7 +372,8 @@ struct Statements {   // of each version
             dbias.close(c, ours.dbias[c], before + e.dbias[c], e.dbias_terms[c] + fabs(before), store_of(type));
         }
     }
-    void print() {
+    void print(const char* title = nullptr) {
+        if (title) printf("%s\n", title);
         for (auto& [out, dqkv, dbias] : of)
             if (dqkv.compared) report({&out, &dqkv, &dbias});
             else if (out.compared) report({&out});
@@ -416,6 +425,55 @@ void test_random(uint64_t seed, bool large) {
     statements.print();
     if (!SANITIZED) report({&again});
     report({&no_bias});
+}
+
+// Rows of documents. A document's tokens have in fp32, and in bf16 by plain arithmetic, the bits that they have alone, wherever in
+// the row it begins and whatever stands beside it: sums go key by key. On tensor cores they go by tiles of 64, so that is so where
+// it begins with one.
+void test_documents(uint64_t seed) {
+    Statements statements;
+    Property alone("a document has the bits that it has alone (tensor cores: if it begins at a multiple of 64)"),
+        whole("rows of one document each have the bits that they have without");
+    const std::vector<int> several = {64, 1, 1, 62, 32, 3, 60, 64, 33}, single(40, 1), one = {70};   // lengths
+    for (int HS : {24, 64, 128})
+        for (Way way : {TRAINER, THREE})
+            for (const std::vector<int>& lengths : {several, single, one}) {
+                const int T = lengths == several ? 160 : lengths == single ? 40 : 70;
+                const Shape s = {lengths == several ? 2 : 1, T, 2, 1, HS};
+                const bool tc = tensor_cores(way, HS);
+                if (way == THREE && (!tensor_cores(TRAINER, HS) || lengths != several)) continue;
+                if (SANITIZED && (HS != 64 || lengths == single)) continue;
+                set_case("%s, %zu documents", describe(s, way), lengths.size());
+                Problem p(seed, s);
+                std::vector<int> begin;   // of each, in (B, T)
+                for (int length : lengths) {
+                    begin.push_back((int)p.document.size());
+                    p.document.insert(p.document.end(), length, begin.back() % T);
+                }
+                const Result ours = compute(p, way, F32, true);
+                statements.compare(p, way, ours, F32, true);
+                for (size_t i = 0; i < lengths.size(); i += 1 + i / 4) {
+                    if (tc && begin[i] % T % 64 != 0) continue;
+                    const int first = begin[i], length = lengths[i], b = first / T, t = first % T;
+                    Problem part(seed, {1, length, s.NH, s.NKV, HS});
+                    auto rows = [&](const std::vector<floatX>& v, size_t columns) {
+                        return std::vector<floatX>(v.begin() + first * columns, v.begin() + (first + length) * columns);
+                    };
+                    part.qkv = rows(p.qkv, s.stride()), part.dout = rows(p.dout, s.NH * HS);
+                    const Result r = compute(part, way);
+                    std::vector<float> lse;
+                    for (int h = 0; h < s.NH; h++) lse.insert(lse.end(), &ours.lse[s.lse_at(b, t, h)], &ours.lse[s.lse_at(b, t, h)] + length);
+                    alone.is(same_bits(r.out, rows(ours.out, s.NH * HS)) && same_bits(r.lse, lse), "out and lse of document " + std::to_string(i));
+                    alone.is(same_bits(r.dqkv, rows(ours.dqkv, s.stride())), "dq, dk, dv of document " + std::to_string(i));
+                }
+                if (lengths != one) continue;
+                p.document.clear();
+                const Result r = compute(p, way, F32, true);
+                whole.is(same_bits(r.out, ours.out) && same_bits(r.lse, ours.lse) && same_bits(r.dqkv, ours.dqkv) &&
+                             same_bits(r.dbias, ours.dbias), "other bits");
+            }
+    statements.print("documents");
+    report({&alone, &whole});
 }
 
 // Scores so large that p is 1 for one key and 0 for all others.
@@ -531,7 +589,7 @@ void test_far(uint64_t seed) {
             p.is((int)blocks.size() == row_blocks, "the last head has more blocks or fewer");
             auto tensors = [&](bool far) -> Tensors {
                 return {out.p(far), dqkv.p(far), qkv.p(far), dout.p(far), lse.p(far), delta.p(far),
-                        far ? scratch.p : near_scratch.p, {far ? dbias.p : near_dbias.p, F32}, nullptr};
+                        far ? scratch.p : near_scratch.p, {far ? dbias.p : near_dbias.p, F32}, nullptr, nullptr};
             };
             auto run = [&](bool back) {
                 return [&, back](bool far) {
@@ -685,6 +743,7 @@ int main(int argc, char** argv) {
     test_misuse(o, refused);
     printf("attention, %s\n", dtype_name(FLOATX));
     test_random(o.seed, o.large || !on_cpu_backend());
+    test_documents(o.seed);
     test_scores(o.seed);
     test_nan(o.seed);
     test_far(o.seed);

@@ -8,7 +8,7 @@ A row of V logits x and a target t: loss = log sum exp(x) - x[t], and in trainin
 overflows beyond 88, so everything is taken relative to the row's maximum m: p = exp(x - m) / sum exp(x - m), loss = log sum exp(x -
 m) + m - x[t]. A row has Vp >= V columns, a multiple of 8. Whatever stands in columns V and up takes no part, and its gradient is 0.
 A target of -1 says that the row has no loss: it is 0, and so is all of its gradient, whatever its logits are.
-sum_kernel adds up the losses of a micro-batch.
+sum_kernel adds up the losses of a micro-batch. In validation likeliest_kernel tells the rows whose target has the largest logit.
 */
 #define TESTING
 #include "../../train_gpt2.cu"
@@ -266,6 +266,32 @@ void test_special(uint64_t seed) {
     report({&nan, &minus});
 }
 
+// Logits of few different values, so that some are equal; whatever stands in the padding takes no part.
+void test_likeliest(uint64_t seed) {
+    Property p("the target is the likeliest: of equal ones the first; rows without a target, and all others, keep theirs", "every bit");
+    for (Shape s : shapes) {
+        const int rows = 12;
+        set_case("V %d, Vp %d", s.V, s.Vp);
+        Random random(seed, 4000000 + s.Vp);
+        std::vector<floatX> x((size_t)rows * s.Vp);
+        std::vector<int> targets(rows), expected(rows);
+        for (int r = 0; r < rows; r++) {
+            const int levels = 1 + r % 4, shift = (int)(random.bits() % s.V);   // of one level: the first is the likeliest
+            for (int c = 0; c < s.Vp; c++)
+                x[(size_t)r * s.Vp + c] = c < s.V ? (floatX)(float)((c + shift) % s.V * levels / s.V) : garbage(random);
+            const auto row = x.begin() + (size_t)r * s.Vp;
+            const int best = (int)(std::max_element(row, row + s.V, [](floatX a, floatX b) { return (float)a < (float)b; }) - row);
+            targets[r] = r % 3 == 0 ? best : r == 1 ? NO_TARGET : (int)(random.bits() % s.V);
+            expected[r] = targets[r] == best ? HIT : targets[r];
+        }
+        Buffer<floatX> logits(x);
+        Buffer<int> t(targets);
+        likeliest_kernel<<<rows, 256>>>(t.p, logits.p, s.V, s.Vp);
+        p.is(t.read() == expected, "other targets");
+    }
+    report({&p});
+}
+
 // A row's index times Vp, beyond 2^31: rows of GPT-2's width, the first three and the last three.
 void test_far(uint64_t seed) {
     Property p("loss and gradient of rows beyond 2^31 elements", "every bit of the same rows alone");
@@ -351,6 +377,7 @@ int main(int argc, char** argv) {
     printf("classifier, %s\n", dtype_name(FLOATX));
     test_classifier(o.seed);
     test_special(o.seed);
+    test_likeliest(o.seed);
     test_far(o.seed);
     test_loss_sum(o.seed);
     return finish(o);

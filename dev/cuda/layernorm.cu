@@ -15,6 +15,9 @@ rows of dout * z, and dbeta is that of dout.
 
 MS_LN: out is z itself, and the matmul has gamma and beta folded into its weight and bias.
 
+Backward makes the sums that somebody wants: all three, dbias alone, or none. Where gamma is folded into a weight that is trained,
+dgamma and dbeta come from that weight's gradient; frozen weights have no gradient, and frozen norms want none.
+
 rmsnorm.cu is this file once more with the norm of train_llama.cu, which knows neither mean nor beta: kRMSNorm is true there.
 
 C is a multiple of 8, and forward needs a row in 48 KB of shared memory: 24576 channels in bf16, 12288 in fp32.
@@ -345,18 +348,19 @@ struct Kept {   // of forward, for backward
 };
 struct Backward {
     std::vector<floatX> dx;
-    std::vector<float> sums[3];   // dbias, dbeta, dgamma; shared: the first alone; RMSNorm: no dbeta
+    std::vector<float> sums[3];   // dbias, dbeta, dgamma; RMSNorm: no dbeta
     bool operator==(const Backward& b) const {
         return same_bits(dx, b.dx) && std::equal(sums, sums + 3, b.sums, same_bits<float>);
     }
 };
-// The trainer's, in a second run, and without dbias.
-enum Version { ONE = 1, TRAINERS, AGAIN, NO_BIAS };
-bool has_sum(const Norm& h, int i) { return i == 0 || (!h.shared && (i == 2 || !h.rms)); }
+// The trainer's, in a second run, and where some of the sums are not wanted.
+enum Version { ONE = 1, TRAINERS, AGAIN, NO_BIAS, BIAS_ALONE, NO_SUM };
+bool has_sum(const Norm& h, int i) { return i != 1 || !h.rms; }
+bool wants(Version v, int i) { return v == NO_BIAS ? i > 0 : v == BIAS_ALONE ? i == 0 : v != NO_SUM; }
 // around: whether the stream has a gradient there already, or NaN, and is written. before: what the sums are added to.
 Backward backward(const Norm& h, const Problem& p, const Kept& k, Version version, bool around, DType type,
                   const std::vector<float>* before, Property& only_read) {
-    const int rows = p.rows, C = p.C, sums = has_sum(h, 0) + has_sum(h, 1) + has_sum(h, 2);
+    const int rows = p.rows, C = p.C, sums = version == NO_SUM ? 0 : version == BIAS_ALONE ? 1 : h.rms ? 2 : 3;
     const bool accumulate = before != nullptr;
     Buffer<floatX> dout(p.dout), kept(k.kept), gamma(p.gamma), dx(p.n);
     Buffer<float> mean(k.mean), rstd(k.rstd), scratch((size_t)sums * norm_slices(rows) * C);   // no more than is used
@@ -372,14 +376,14 @@ Backward backward(const Norm& h, const Problem& p, const Kept& k, Version versio
         b.dx = dinp.read();
         only_read.is(same_bits(b.dx, dadd.read()) && same_bits(dx.read(), p.around), "dadd is not dinp, or around has changed");
     } else {
-        h.backward(dx.p, version == NO_BIAS ? Grad{} : dbias.grad(), has_sum(h, 2) ? dgamma.grad() : Grad{},
-                   has_sum(h, 1) ? dbeta.grad() : Grad{}, scratch.p, dout.p, kept.p, h.shared || h.rms ? nullptr : mean.p, rstd.p,
-                   gamma.p, around, accumulate, rows, C, 0);
+        auto grad = [&](int i, const GradBuffer& g) { return has_sum(h, i) && wants(version, i) ? g.grad() : Grad{}; };
+        h.backward(dx.p, grad(0, dbias), grad(2, dgamma), grad(1, dbeta), sums ? scratch.p : nullptr, dout.p, kept.p,
+                   h.shared || h.rms ? nullptr : mean.p, rstd.p, gamma.p, around, accumulate, rows, C, 0);
         b.dx = dx.read();
     }
     b.sums[0] = dbias.read();
     if (has_sum(h, 1)) b.sums[1] = dbeta.read();
-    if (has_sum(h, 2)) b.sums[2] = dgamma.read();
+    b.sums[2] = dgamma.read();
     only_read.is(same_bits(dout.read(), p.dout) && same_bits(kept.read(), k.kept), "dout or what was kept has changed");
     return b;
 }
@@ -387,8 +391,8 @@ Backward backward(const Norm& h, const Problem& p, const Kept& k, Version versio
 // Both versions get the same mean and rstd, the reference's in fp32, and have to make of them what the formulas say.
 void test_backward(const Norm& h, uint64_t seed) {
     Property dx[ROW_KINDS] = {{"dx"}, {"dx of rows around 1e4"}, {"dx of rows of equal values"}},
-        sums32(h.shared ? "dbias in fp32" : "dbias, dbeta and dgamma in fp32"), sums16("the same in bf16"),
-        again("the same bits in a second run"), unwanted("the same bits of the rest where dbias is not wanted"),
+        sums32("dbias, dbeta and dgamma in fp32"), sums16("the same in bf16"), again("the same bits in a second run"),
+        unwanted("the same bits of the rest where some of these are not wanted"),
         only_read("what is only read has not changed"), simple("version 1: dx and the sums");
     for (Shape shape : shapes())
         for (RowKind kind : {PLAIN, OFFSET, EQUAL}) {
@@ -418,20 +422,21 @@ void test_backward(const Norm& h, uint64_t seed) {
                     const bool around = accumulate == (type == F32);   // both kinds of dx with both kinds of gradients
                     if (!around && (kind != PLAIN || in_part(h, shape))) continue;
                     Backward first;
-                    for (Version version : {TRAINERS, AGAIN, NO_BIAS, ONE}) {
+                    for (Version version : {TRAINERS, AGAIN, NO_BIAS, BIAS_ALONE, NO_SUM, ONE}) {
                         const bool one = version == ONE;
-                        if (one && (h.shared || !around)) continue;
+                        if ((one && (h.shared || !around)) || version == (type == F32 ? NO_SUM : BIAS_ALONE)) continue;
                         set_case("C %d, rows %d, %s, %s gradients %s, dx %s, version %d", C, rows, KIND_NAMES[kind],
                                  dtype_name(type), accumulate ? "added to" : "written", around ? "added" : "written", version);
                         Backward b = backward(h, p, k, version, around, type, accumulate ? before : nullptr, only_read);
                         if (version == TRAINERS) first = b;
                         if (version == AGAIN) again.is(b == first, "other bits");
-                        if (version == NO_BIAS) {
-                            for (int c = 0; c < C; c++) unwanted.equal(c, b.sums[0][c], accumulate ? before[0][c] : NAN);
-                            b.sums[0] = first.sums[0];
-                            unwanted.is(b == first, "other bits");
+                        for (int i = 0; i < 3; i++) {
+                            if (!has_sum(h, i) || wants(version, i)) continue;
+                            for (int c = 0; c < C; c++) unwanted.equal(c, b.sums[i][c], accumulate ? before[i][c] : NAN);
+                            b.sums[i] = first.sums[i];
                         }
-                        if (version == AGAIN || version == NO_BIAS) continue;
+                        if (version > AGAIN) unwanted.is(b == first, "other bits");
+                        if (version >= AGAIN) continue;
                         const double deep = one_by_one(one, C), deep_columns = one_by_one(one, rows);
                         Doubles sum[3] = {Doubles(C, 0), Doubles(C, 0), Doubles(C, 0)}, terms[3] = {sum[0], sum[0], sum[0]};
                         for (int r = 0; r < rows; r++)
@@ -510,7 +515,7 @@ void test_special(const Norm& h, uint64_t seed) {
 // has 512 blocks at most, each with a long way to go; here it has one block per row, so that the partial sums are beyond 2^31 too.
 template <bool MS_LN> void test_far(uint64_t seed) {
     constexpr int C = 520, rows = (1 << 22) + 5, NEAR = 4, threads = (C + 32 * VEC - 1) / (32 * VEC) * 32;
-    constexpr size_t n = (size_t)rows * C;
+    constexpr size_t n = (size_t)rows * C, sums = kRMSNorm ? 2 : 3;
     static_assert(n > (size_t)1 << 31, "");
     Property forth("forward in place, out in add, beyond 2^31 elements, first and last block", "every bit"),
         back("backward in place beyond 2^31 elements, first and last block", "every bit");
@@ -519,7 +524,6 @@ template <bool MS_LN> void test_far(uint64_t seed) {
     Buffer<floatX> gamma(p.gamma), beta(p.beta);
     Far<floatX> x(n, p.inp, C, C), y(n, p.add, C, C);   // forward: inp and x, add and out; backward: dresidual, dout and kept
     Far<float> mean(rows, std::vector<float>(NEAR, 0.25f), 1, 1), rstd(rows, std::vector<float>(NEAR, 0.75f), 1, 1);
-    const size_t sums = MS_LN ? 1 : kRMSNorm ? 2 : 3;
     Far<float> partial(sums * n, sums * NEAR * C, C, C, sums, n);
     auto move = [&](int row, int seen) {
         x.at = y.at = partial.at = (size_t)row * C, mean.at = rstd.at = row;
@@ -536,8 +540,8 @@ template <bool MS_LN> void test_far(uint64_t seed) {
         move(row, 1);
         check_far(back, {&x, &y, &mean, &rstd, &partial}, {row}, [&](bool far) {
             const int blocks = far ? rows : NEAR;
-            add_norm_backward_kernel<MS_LN, kRMSNorm><<<blocks, threads>>>(x.p(far), partial.p(far), y.p(far), y.p(far),
-                                                                           mean.p(far), rstd.p(far), gamma.p, true, blocks, C);
+            add_norm_backward_kernel<MS_LN, kRMSNorm, ALL_SUMS><<<blocks, threads>>>(
+                x.p(far), partial.p(far), y.p(far), y.p(far), mean.p(far), rstd.p(far), gamma.p, true, blocks, C);
         });
     }
     report({&forth, &back});
@@ -564,16 +568,17 @@ struct Folded {
                same_bits(dbeta, f.dbeta);
     }
 };
-Folded fold(const FoldInput& p, DType type, bool rms = false) {   // rms: without beta and b, whose results stay NaN
+enum Has { BETA_AND_B, NEITHER, BETA };   // NEITHER: b' and dbeta stay NaN; BETA: an adapter, which has no b of its own
+Folded fold(const FoldInput& p, DType type, Has has = BETA_AND_B) {
     Buffer<floatX> W(p.W), b(p.b), gamma(p.gamma), beta(p.beta), folded(p.W.size()), folded_b(p.OC);
     GradBuffer dW(p.W.size(), type), db(p.OC, type), dgamma(p.C, type), dbeta(p.C, type);
     Buffer<float> scratch((size_t)2 * colsum_slices(p.OC) * p.C);   // no more than is used
     dW.write(p.G), db.write(p.db);
-    if (rms) {
-        norm_fold(folded.p, nullptr, W.p, nullptr, gamma.p, nullptr, p.OC, p.C, 0);
+    if (has == NEITHER) {
+        norm_fold(folded.p, nullptr, PlainWeight{W.p}, nullptr, gamma.p, nullptr, p.OC, p.C, 0);
         norm_unfold(dW.grad(), dgamma.grad(), {}, scratch.p, {}, W.p, gamma.p, nullptr, p.OC, p.C, 0);
     } else {
-        norm_fold(folded.p, folded_b.p, W.p, b.p, gamma.p, beta.p, p.OC, p.C, 0);
+        norm_fold(folded.p, folded_b.p, PlainWeight{W.p}, has == BETA ? nullptr : b.p, gamma.p, beta.p, p.OC, p.C, 0);
         norm_unfold(dW.grad(), dgamma.grad(), dbeta.grad(), scratch.p, db.grad(), W.p, gamma.p, beta.p, p.OC, p.C, 0);
     }
     return {folded.read(), folded_b.read(), dW.read(), dgamma.read(), dbeta.read()};
@@ -590,14 +595,16 @@ void test_fold(uint64_t seed) {
         for (int OC : {1, 7, 13, 40, 264}) shapes.push_back({OC, C});
     for (auto [OC, C] : shapes)
         for (DType type : {F32, BF16})
-            for (bool rms : {false, true}) {
-                set_case("C %d, OC %d, %s gradients, %s", C, OC, dtype_name(type), rms ? "without beta and b" : "with both");
+            for (Has has : {BETA_AND_B, NEITHER, BETA}) {
+                const char* const names[] = {"beta and b", "neither beta nor b", "beta"};
+                const bool rms = has == NEITHER;
+                set_case("C %d, OC %d, %s gradients, %s", C, OC, dtype_name(type), names[has]);
                 const FoldInput p(seed, OC, C);
-                const Folded f = fold(p, type, rms);
-                again.is(f == fold(p, type, rms), "other bits");
+                const Folded f = fold(p, type, has);
+                again.is(f == fold(p, type, has), "other bits");
                 Doubles gamma(C, 0), gamma_terms(C, 0), beta(C, 0), beta_terms(C, 0);
                 for (int o = 0; o < OC; o++) {
-                    double sum = (float)p.b[o], terms = fabs(sum);
+                    double sum = has == BETA ? 0 : (float)p.b[o], terms = fabs(sum);
                     for (int c = 0; c < C; c++) {
                         const size_t i = (size_t)o * C + c;
                         const double w = (float)p.W[i], g = (float)p.gamma[c], be = rms ? 0 : (float)p.beta[c], db = p.db[o];
@@ -665,7 +672,8 @@ void test_far_fold(uint64_t seed) {
     for (int block : {0, (OC - 1) / 8}) {
         const int rows = move(block * 8, std::min(OC - block * 8, 8));
         check_far(fold, {&weight, &folded, &bias, &folded_bias}, {block}, [&](bool far) {
-            norm_fold(folded.p(far), folded_bias.p(far), weight.p(far), bias.p(far), gamma.p, beta.p, far ? OC : rows, C, 0);
+            norm_fold(folded.p(far), folded_bias.p(far), PlainWeight{weight.p(far)}, bias.p(far), gamma.p, beta.p, far ? OC : rows, C,
+                      0);
         });
     }
     for (int slice : {0, slices - 1}) {
@@ -703,8 +711,10 @@ void bench(const char* model, int rows, int C) {
     auto forward = [&](auto layer) {
         return [&, layer] { layer(dx.p, out.p, mean.p, rstd.p, x.p, add.p, gamma.p, beta.p, (float)EPSILON, rows, C, 0); };
     };
-    auto backward = [&](auto layer) {
-        return [&, layer] { layer(dx.p, db, dg, de, scratch.p, dout.p, x.p, mean.p, rstd.p, gamma.p, true, false, rows, C, 0); };
+    auto backward = [&](auto layer, Grad dg, Grad de) {
+        return [=, &dx, &scratch, &dout, &x, &mean, &rstd, &gamma] {
+            layer(dx.p, db, dg, de, scratch.p, dout.p, x.p, mean.p, rstd.p, gamma.p, true, false, rows, C, 0);
+        };
     };
     const double less = kRMSNorm ? X : 0;   // version 1 does not read x for a mean, nor dout for dbeta
     t.row("forward, version 1: one kernel per step", 7 * X - less, forward(layernorm_forward_1));
@@ -714,12 +724,12 @@ void bench(const char* model, int rows, int C) {
         layernorm_backward_1(out.p, dadd.p, db, dg, de, through.p, means.p, dx.p, dout.p, x.p, mean.p, rstd.p, gamma.p, false,
                              rows, C);
     });
-    t.row("backward, version 2: the trainer's, one pass", 4 * X, backward(add_norm_backward<false>));
-    t.row("backward, version 2, shared: the bias alone", 4 * X, backward(add_norm_backward<true>));
+    t.row("backward, version 2: the trainer's, one pass", 4 * X, backward(add_norm_backward<false>, dg, de));
+    t.row("backward, version 2, shared: the bias alone", 4 * X, backward(add_norm_backward<true>, {}, {}));
 
     BenchTable u((size_t)OC * C, BenchTable::BYTES, "%s: the matmul's weight, %d x %d, gradients in fp32", model, OC, C);
     u.row("fold, the trainer's (once per micro-batch)", 2 * X,
-          [&] { norm_fold(folded.p, folded_bias.p, weight.p, bias.p, gamma.p, beta.p, OC, C, 0); });
+          [&] { norm_fold(folded.p, folded_bias.p, PlainWeight{weight.p}, bias.p, gamma.p, beta.p, OC, C, 0); });
     u.row("unfold, the trainer's (once per step)", 8 + X,
           [&] { norm_unfold(dW, dg, de, scratch.p, db, weight.p, gamma.p, beta.p, OC, C, 0); });
 }
@@ -733,7 +743,7 @@ int main(int argc, char** argv) {
         add_norm_backward<true>(none, {}, {}, {}, nullptr, none, none, nullptr, nullptr, none, false, false, 1, 12, 0);
     };
     test_misuse(o, {refuses_12("add_norm_forward: C", [=] { forward(12); }), refuses_12("add_norm_backward: C", backward),
-                    refuses_12("norm_fold: C", [=] { norm_fold(none, none, none, none, none, none, 8, 12, 0); }),
+                    refuses_12("norm_fold: C", [=] { norm_fold(none, none, PlainWeight{none}, none, none, none, 8, 12, 0); }),
                     refuses_12("norm_unfold: C", [=] { norm_unfold({}, {}, {}, nullptr, {}, none, none, none, 8, 12, 0); }),
                     {"a row beyond 48 KB", "because a row must fit 48 KB", [=] { forward(48 * 1024 / sizeof(floatX) + 8); }}});
     printf("%s, %s\n", norms[0].name, dtype_name(FLOATX));

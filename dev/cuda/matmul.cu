@@ -233,6 +233,54 @@ void test_matmul(uint64_t seed) {
     report({&versions[TRAINERS], &versions[3], &versions[2], &versions[1], &again});
 }
 
+// Some columns of wider tensors, times a factor, as adapters need them: of t the columns of one target, of out its rows of the weight.
+void test_columns(uint64_t seed) {
+    Property value("columns of wider tensors, times a factor"), beside("the columns beside them keep their bits, and are not read");
+    int number = 0;
+    struct Shape { int rows, m, columns; };
+    for (auto [rows, m, columns] : {Shape{1, 8, 8}, {7, 24, 8}, {33, 8, 136}, {130, 72, 40}})
+        for (int way = 0; way < 3; way++)       // t B^T, dout B, and dout^T t; these are (transposed A, transposed B)
+            for (long gap : {0, 8, 40})         // columns beside
+                for (DType type : {FLOATX, F32})
+                    for (bool accumulate : {false, true}) {
+                        const bool trans_a = way == 0, trans_b = way == 2;
+                        const int n = trans_b ? columns : rows, k = trans_b ? rows : columns;
+                        const float alpha = number++ % 3 == 0 ? 1 : number % 3 == 1 ? 0.375f : -2.5f;
+                        set_case("n %d, m %d, k %d, way %d, %ld columns beside, %s, alpha %g", n, m, k, way, gap, dtype_name(type), alpha);
+                        Random random(seed, 90000 + number);
+                        auto wide = [&](int rows, int columns) {   // with NaN beside
+                            std::vector<floatX> v((size_t)rows * (columns + gap), (floatX)NAN);
+                            for (size_t i = 0; i < v.size(); i++)
+                                if ((int)(i % (columns + gap)) < columns) v[i] = (floatX)random.normal();
+                            return v;
+                        };
+                        const int a_columns = trans_a ? k : m, b_columns = trans_b ? n : k;
+                        const std::vector<floatX> a = wide(trans_a ? m : k, a_columns), b = wide(trans_b ? k : n, b_columns);
+                        const std::vector<float> before = random.grads((size_t)n * (m + gap));
+                        Buffer<floatX> A(a), B(b);
+                        GradBuffer D(before.size(), type);
+                        D.write(before);
+                        const MatmulShape shape = {m, n, k, trans_a, trans_b, gap ? a_columns + gap : 0, gap ? b_columns + gap : 0,
+                                                   gap ? m + gap : 0};
+                        matmul(D.grad().p, type, A.p, B.p, shape, accumulate, 0, CUBLASLT_EPILOGUE_DEFAULT, nullptr, nullptr, alpha);
+                        const std::vector<float> d = D.read();
+                        for (int i = 0; i < n; i++)
+                            for (int j = 0; j < m + gap; j++) {
+                                const size_t at = i * (m + gap) + j;
+                                double sum = 0, terms = 0;
+                                for (int l = 0; j < m && l < k; l++) {
+                                    const double x = (double)alpha * (float)a[(trans_a ? j : l) * (a_columns + gap) + (trans_a ? l : j)] *
+                                                     (float)b[(trans_b ? l : i) * (b_columns + gap) + (trans_b ? i : l)];
+                                    sum += x, terms += fabs(x);
+                                }
+                                const double was = accumulate ? before[at] : 0;
+                                if (j >= m) beside.equal(at, d[at], before[at]);
+                                else value.close(at, d[at], sum + was, terms + fabs(was), store_of(type));
+                            }
+                    }
+    report({&value, &beside});
+}
+
 void test_special(uint64_t seed) {
     Property p("a NaN or an infinity reaches its row or its column, and only that");
     const Layer clean(seed, 37, 40, 136);
@@ -393,6 +441,7 @@ int main(int argc, char** argv) {
     MatmulSession cublas;
     printf("matmul, %s\n", dtype_name(FLOATX));
     test_matmul(o.seed);
+    test_columns(o.seed);
     test_special(o.seed);
     test_bias(o.seed);
     test_bias_far(o.seed);

@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SMALL = {
     "tokens": "one index per position", "positions": "one index per row of dout", "bucket_token": "one index per block",
     "bucket_start": "two indices per block", "targets": "one index per row", "mean": "one float per row", "rstd": "one float per row",
+    "document": "one index per token", "documents": "one index per token", "shape": "of RoPE, one index per token",
     "lse": "one float per row and head", "delta": "one float per row and head", "losses": "neighbouring lanes, neighbouring floats",
     "partial": "neighbouring lanes, neighbouring floats", "sum": "one float", "verdict": "what to do with a step, 16 bytes in all",
     "s": "the step's state, read by one thread"}
@@ -29,7 +30,10 @@ ANY = 999
 ONE_BY_ONE = {
     ("embedding_backward_wte_kernel", "dwte"): (ANY, False, "sums over warps: lane i adds to element i"),
     ("colsum_finish_kernel", "out"): (ANY, False, "one sum per lane, in neighbouring elements"),
-    ("norm_fold_kernel", "bias"): (1, False, "one per row of the weight"),
+    **{(f"norm_fold_kernel<{weight}>", "bias"): (1, False, "one per row of the weight") for weight in ("PlainWeight", "Nf4")},
+    ("norm_fold_kernel<Nf4>", "weight"): (ANY, False, "4 bytes of codes for 8 elements, and their absmax"),
+    ("adapter_unfold_kernel", "dt_sum"): (1, False, "one per row of the adapter"),
+    ("likeliest_kernel", "logits"): (ANY, False, "in validation alone: neighbouring lanes, neighbouring logits"),
     ("norm_unfold_kernel", "dbias"): (2, False, "one per row of the weight, in bf16 or fp32"),
     ("classifier_kernel", "logits"): (1, True, "the target's logit"),
     **{(f"act_backward_kernel<{bits}>", "kept"): (1, False, EIGHT_CODES) for bits in (1, 2, 3, 4)},
@@ -59,10 +63,15 @@ def parameters(source):
     return found
 
 def template(mangled):
-    """A kernel's name, and its template's numbers: <64, 2>"""
+    """A kernel's name, and its template's numbers and types: <64, 2>, <Nf4>"""
     name = re.search(r"[a-z]\w*?_kernel", mangled)[0]
-    numbers = re.match(r"(?:I(?:L[a-z]n?\d+E)+E)?", mangled[mangled.index(name) + len(name):])[0]
-    return name, f"<{', '.join(re.findall(r'L[a-z](n?[0-9]+)E', numbers))}>" if numbers else ""
+    rest, found = mangled[mangled.index(name) + len(name):], []
+    while rest[:1] in ("I", "L") or (found and rest[:1].isdigit()):
+        literal, length, rest = re.match(r"I?(L?)(?:[a-z]|(\d*))(.*)", rest).groups()   # of a type: its letter, or length and name
+        word, rest = rest[:int(length or 0)], rest[int(length or 0):]
+        value, rest = re.match(r"(n?\d+)E(.*)", rest).groups() if literal else (word, rest)
+        found.append(value)
+    return name, f"<{', '.join(found)}>" if found else ""
 
 def kernels(ptx):
     """[(a kernel's name, its template's numbers, its body)]"""

@@ -112,6 +112,7 @@ BYTES = {"layernorm": {"forward, version 1": 14, "forward, version 2: the": 8, "
                        "AdamW, version 2 with a master copy, gradients": 30},
          "gelu": {"forward, version 1": 8, "forward, version 2": 4, "2 bits: forward, version 2": 4.25, "backward, version 1": 8,
                   "backward, version 2": 6, "2 bits: backward, version 2": 4.25},
+         "nf4": {"version 1": 8.562, "version 2: the": 2.562, "version 2, double": 2.516, "dropout, version 1": 6, "dropout, version 2: the": 4},
          "rmsnorm": {"forward, version 1": 12, "forward, version 2: the": 8, "backward, version 1": 24, "backward, version 2: the": 8},
          "rope": {"version 2": 4},
          "swiglu": {"forward, version 1": 10, "forward, version 2": 6, "2 bits: forward, version 2": 8.25, "backward, version 1": 18,

@@ -36,7 +36,8 @@ TEMPLATES = {
               "{{ content }}{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}",
     "llama2": "{% if messages[0]['role'] == 'system' %}{% set turns = messages[1:] %}{% set system = messages[0]['content'] %}{% else %}"
               "{% set turns = messages %}{% set system = false %}{% endif %}{% for message in turns %}"
-              "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('Conversation roles must alternate') }}{% endif %}{% if loop.index0 == 0 and system != false %}"
+              "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('Conversation roles must alternate') }}{% endif %}"
+              "{% if loop.index0 == 0 and system != false %}"
               "{% set content = '<<SYS>>\n' + system + '\n<</SYS>>\n\n' + message['content'] %}{% else %}{% set content = message['content'] %}{% endif %}"
               "{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}{% elif message['role'] == 'assistant' %}"
               "{{ ' ' + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}",
@@ -150,7 +151,7 @@ def test_the_whole_language_of_templates(tmp_path):
         chat.model_template(None, str(tmp_path / "none"))
     (tmp_path / "t").write_text("{% if %}")
     with pytest.raises(binfmt.Error, match="t: expected a chat template .Jinja., found something else: Expected an expression"):
-        chat.model_template(None, str(tmp_path / "t"))
+        chat.model_template(None, str(tmp_path / "t")).render("a", [])
 
 # ---- masks -----------------------------------------------------------------------------------------
 
@@ -392,7 +393,7 @@ def test_masks_survive_packing(tmp_path):
                             ("rows of 100", len(rows))):
             assert table[name][column] == f"{value:,}", name
     assert re.search(r"^cut at 100 tokens: \d+, by [\d,]+ tokens in all, [\d,]+ of them trained$", said, re.M)
-    assert re.search(r"^dropped: \d+ no trained token among the first 100$", said, re.M)
+    assert re.search(r"^dropped: \d+ without a trained token among the first 100$", said, re.M)
     assert said.endswith("rows have 100 tokens, so the trainer's -t is 100, no other\nto train a small model on it:\n./train_gpt2 -e gpt2:L4,H4,C128,T100,V269 "
                          f"-i {tmp_path}/out/train.bin -j {tmp_path}/out/val.bin -b 4 -t 100\n")
     before = (tmp_path / "out/train.bin").read_bytes()
@@ -438,17 +439,17 @@ def test_nothing_is_cut_silently(tmp_path):
     said = prepare(path, folder, tmp_path / "out", "-t", 200, "--val-fraction", 0)
     lost = len(encoder(folder)("a", {"messages": [USER, {**FINE, "content": "x" * 500}]})) - 200
     assert (f"\ncut at 200 tokens: 1, by {lost} tokens in all, {lost - 1} of them trained\n"
-            "dropped: 1 no trained token among the first 200, 1 no trained token, 1 empty\n") in said
+            "dropped: 1 without a trained token among the first 200, 1 without a trained token, 1 empty\n") in said
     assert sorted(len(ids) for row in rows_of(tmp_path / "out/train.bin", 200) for ids in row)[-1] == 200
     said = prepare(path, folder, tmp_path / "out", "-t", 200, "--val-fraction", 0, "--too-long", "drop")
-    assert "cut at 200 tokens: none\ndropped: 2 longer than 200 tokens, 1 no trained token, 1 empty\n" in said
+    assert "cut at 200 tokens: none\ndropped: 2 longer than 200 tokens, 1 without a trained token, 1 empty\n" in said
     assert [len(row) for row in rows_of(tmp_path / "out/train.bin", 200)] == [1]
 
 def test_all_masked_is_an_error(tmp_path):
     library("jinja2")
     path = lines_of(tmp_path / "a.jsonl", [{"messages": [USER]}] * 3 + [{"input_ids": [1, 2], "labels": [-100, -100]}])
     said = prepare(path, model(tmp_path / "m", CHATML), tmp_path / "out", status=1)
-    assert said == ("text.py: no example has a token to train on, so nothing is written (dropped: 4 no trained token); --show 3 shows the first three")
+    assert said == ("text.py: no example has a token to train on, so nothing is written (dropped: 4 without a trained token); --show 3 shows the first three")
     assert names(tmp_path / "out") == []
 
 def test_examples_of_validation_that_are_trained_on_are_said(tmp_path):
@@ -470,7 +471,7 @@ def test_show(tmp_path):
     assert said.startswith(f"---- {path}: line 1: 65 tokens, 6 trained, 1 of them cut\n"
                            "<|im_start|>user\n\\x1b[31m\\x07\\x85\\u202e\\u2028{+ \u00e9\U0001f600<|im_end|>\n"
                            "<|im_start|>assistant\n{+Fine.<|im_end|>+}\n<|im_start|>user\nHi there<|im_end|>[-\n-]\n"
-                           f"---- {path}: line 2: 16 tokens, 0 trained; dropped: no trained token\n")
+                           f"---- {path}: line 2: 16 tokens, 0 trained; dropped: without a trained token\n")
     assert said.endswith("... and 941 characters-]\n") and not re.search("[^\n -~\u00a1-\U0001ffff]|[\u2028\u202e]", said)
     encode = encoder(folder)
     ids = encode("a", {"messages": [USER, FINE]})
@@ -486,7 +487,7 @@ def test_show(tmp_path):
     b'{"text": "a"}\n{"text": "b"}'], ids=range(4))
 def test_lines_and_lists(tmp_path, content, monkeypatch):
     expected = [[(i | (3 << 30 if k == 0 else 0)) for k, i in enumerate((256, c, 256))] for c in b"ab"]
-    for name, more in ((".jsonl", []), (".txt", ["--format", "text"]), (".json", ["--format", "text"]), *([(".json", [])] if b"[" in content else [])):
+    for name, more in ((".jsonl", []), (".txt", ["--format", "text"]), (".json", ["--format", "auto"]), *([(".json", [])] if b"[" in content else [])):
         path = tmp_path / f"a{name}"
         path.write_bytes(content)
         prepare(path, "bytes", tmp_path / "out", "--val-fraction", 0, "-t", 4, *more)
@@ -530,8 +531,8 @@ def test_what_a_conversation_needs(tmp_path, monkeypatch):
     for tokenizer in (folder, folder / "tokenizer.json"):
         prepare(path, tokenizer, tmp_path / "out", "--template", tmp_path / "t")
     monkeypatch.setitem(sys.modules, "jinja2", None)
-    with pytest.raises(binfmt.Error, match="a chat template needs the jinja2 library: .*pip install jinja2"):
-        chat.model_template(None, str(tmp_path / "t"))
+    assert "a chat template needs the jinja2 library: " in prepare(path, model(tmp_path / "m", CHATML), tmp_path / "out", status=1)
+    prepare(lines_of(path, [{"prompt": "a", "completion": "b"}] * 3), folder, tmp_path / "out")  # which has a template, but does not need it
 
 def test_other_tokenizers(tmp_path):
     """What needs no template goes with bytes, and with GPT-2's."""
