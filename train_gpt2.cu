@@ -5592,7 +5592,9 @@ void check_name(const char* name, const std::string& path) {
     const bool checkpoint = fnmatch(&CHECKPOINTS[1], base.substr(0, 13).c_str(), 0) == 0;
     if (!out.empty() && folder == real(out) && (checkpoint || base == ".lock"))
         fail_option(name, "that name in --out is a checkpoint's or the lock's; expected another");
-    if (is_folder(model.c_str()) && folder == real(model)) fail_option(name, "expected a name outside the directory of the model");
+    for (const char* part : {"model", "config.json", "generation_config", "tokenizer", "pytorch_model", "adapter_"})   // what readers look for
+        if (is_folder(model.c_str()) && folder == real(model) && base.compare(0, strlen(part), part) == 0)
+            fail_option(name, "that name in the directory of the model would make it another; expected another name, or another folder");
     for (const char* other : {"log", "dump-gradients", "write-bin"})
         for (const Option& o : options)
             if (strcmp(o.name, other) == 0 && strcmp(name, other) != 0 && *(std::string*)o.value == path)
