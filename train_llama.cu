@@ -1614,11 +1614,11 @@ const float NF4_VALUES[16] = {
 std::vector<float> nf4_tables() {
     std::vector<float> tables(NF4_VALUES, NF4_VALUES + 16), map = {0, 1};
     for (int decade = 0; decade < 7; decade++) {
-        const int n = (1 << decade) + 1;   // from 0.1 to 1, of which neighbours' means count, as torch.linspace makes them in fp32
-        const float step = 0.9f / (n - 1);
-        auto point = [&](int i) { return i < n / 2 ? 0.1f + step * i : 1.0f - step * (n - 1 - i); };
+        const int n = (1 << decade) + 1;   // from 0.1 to 1, of which neighbours' means count, as torch.linspace makes them in fp32:
+        const float step = (1.0f - 0.1f) / (n - 1);   // from the nearer end, rounded once
+        auto point = [&](int i) { return i < n / 2 ? fmaf(step, (float)i, 0.1f) : fmaf(-step, (float)(n - 1 - i), 1.0f); };
         for (int i = 0; i + 1 < n; i++) {
-            const float value = (float)(pow(10.0, decade - 6) * (double)((point(i) + point(i + 1)) / 2.0f));
+            const float value = (float)pow(10.0, decade - 6) * ((point(i) + point(i + 1)) / 2.0f);
             map.push_back(value), map.push_back(-value);
         }
     }
