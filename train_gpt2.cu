@@ -1439,11 +1439,11 @@ const float NF4_VALUES[16] = {
 std::vector<float> nf4_tables() {
     std::vector<float> tables(NF4_VALUES, NF4_VALUES + 16), map = {0, 1};
     for (int decade = 0; decade < 7; decade++) {
-        const int n = (1 << decade) + 1;   // from 0.1 to 1, of which neighbours' means count, as torch.linspace makes them in fp32
-        const float step = 0.9f / (n - 1);
-        auto point = [&](int i) { return i < n / 2 ? 0.1f + step * i : 1.0f - step * (n - 1 - i); };
+        const int n = (1 << decade) + 1;   // from 0.1 to 1, of which neighbours' means count, as torch.linspace makes them in fp32:
+        const float step = (1.0f - 0.1f) / (n - 1);   // from the nearer end, rounded once
+        auto point = [&](int i) { return i < n / 2 ? fmaf(step, (float)i, 0.1f) : fmaf(-step, (float)(n - 1 - i), 1.0f); };
         for (int i = 0; i + 1 < n; i++) {
-            const float value = (float)(pow(10.0, decade - 6) * (double)((point(i) + point(i + 1)) / 2.0f));
+            const float value = (float)pow(10.0, decade - 6) * ((point(i) + point(i + 1)) / 2.0f);
             map.push_back(value), map.push_back(-value);
         }
     }
@@ -4440,7 +4440,27 @@ void bnb_load(const HfModel& m, const HfPiece& piece, const Nf4& to) {
         matrix.nested = bnb_floats(m, piece.name + ".nested_absmax");
         matrix.nested.insert(matrix.nested.begin(), strtof(state["nested_offset"].text.c_str(), nullptr));
     }
+    for (const std::vector<float>* scales : {&matrix.absmax, &matrix.nested})
+        for (float x : *scales)
+            if (!std::isfinite(x)) fail("%s: the scales of %s hold %g; expected finite numbers", m.folder.c_str(), piece.name.c_str(), x);
     nf4_put(to, matrix);
+}
+// The values that a file's own codes stand for: one table for all its matrices.
+std::vector<float> bnb_tables(const Config& c, const HfModel& m) {
+    std::vector<float> tables;
+    std::string first;
+    hf_walk(c, [&](int p, size_t, const HfPiece& piece) {
+        if (linear_index(p) == 4) return;
+        std::vector<float> found = bnb_floats(m, piece.name + ".quant_map"), map = nf4_tables();
+        map.erase(map.begin(), map.begin() + 16);
+        if (c.lora.quantized == 2) map = bnb_floats(m, piece.name + ".nested_quant_map");
+        found.insert(found.end(), map.begin(), map.end());
+        if (tables.empty()) tables = found, first = piece.name;
+        if (found != tables)
+            fail("%s: tensor %s: its quant_map or nested_quant_map is another than that of %s; expected one for all", m.folder.c_str(),
+                 piece.name.c_str(), first.c_str());
+    });
+    return tables;
 }
 // The headers of a directory's files, against its config: each weight must be there, once, in its shape, and nothing else that holds
 // weights. Completes the names.
@@ -4496,6 +4516,8 @@ Source hf_load(Model& model, const std::string& folder) {
     HfModel m = hf_open(folder);
     hf_check(model.config, m);
     Source source = hf_source(m);
+    if (model.config.lora.quantized)
+        cudaCheck(cudaMemcpy(model.nf4_tables, bnb_tables(model.config, m).data(), NF4_TABLES * sizeof(float), cudaMemcpyHostToDevice));
     for (int p = 0; p < LORA_A; p++) {   // for the rows that pad the vocabulary
         const size_t n = param_shape(model.config, p).elements();
         if (model.param[p] == nullptr) continue;
