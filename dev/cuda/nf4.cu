@@ -163,6 +163,13 @@ void test_tables() {
         }
     }
     borders.equal(16, nf4_nearest(NAN, tables.data(), 16), 0);
+    uint64_t hash = 0;   // of the 256 values as bitsandbytes has published them
+    for (int i = 16; i < NF4_TABLES; i++) {
+        uint32_t bits;
+        memcpy(&bits, &tables[i], 4);
+        hash = (hash ^ bits) * 0x9e3779b97f4a7c15ull + 1;
+    }
+    map.is(hash == 0xc390db0b9e3a69e0, "other bits than bitsandbytes'");
     map.is(tables.size() == NF4_TABLES && tables[16 + 127] == 0 && tables[16 + 255] == 1, "0 or 1 is not in its place");
     for (int decade = 0, i = 16 + 128; decade < 7; decade++)
         for (int j = 0; j < 1 << decade; j++, i++) {
