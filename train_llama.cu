@@ -4942,6 +4942,24 @@ AdapterFile adapter_open(Config& c, const std::string& folder) {
     for (const char* name : {"pissa", "olora", "corda", "loftq", "lora_ga"})
         if (config["init_lora_weights"].text.compare(0, strlen(name), name) == 0)
             refuse("init_lora_weights", "'" + config["init_lora_weights"].text + "', which changes the base model", "true");
+    for (const char* name : {"rank_pattern", "alpha_pattern"}) {
+        const Json& map = config[name];
+        if (map.type > Json::JSON_NULL && map.type != Json::OBJECT) refuse(name, "no object", "names of modules with numbers");
+        for (const Json& value : map.values)
+            if (value.type != Json::NUMBER) refuse(name, "'" + value.text + "'", "names of modules with numbers");
+    }
+    if (config["use_rslora"].type > Json::JSON_NULL && config["use_rslora"].type != Json::BOOLEAN)
+        refuse("use_rslora", "'" + config["use_rslora"].text + "'", "true or false");
+    if (strtod(config["lora_dropout"].text.c_str(), nullptr) > 0.9) refuse("lora_dropout", config["lora_dropout"].text, "0 to 0.9");
+    for (const Json& module : config["modules_to_save"].values) {
+        bool norm = false;
+        hf_walk(c, [&](int p, size_t, const HfPiece& piece) {
+            const std::string name = piece.name.substr(0, piece.name.rfind('.'));
+            norm |= is_norm(p) && name.size() >= module.text.size() &&
+                    name.compare(name.size() - module.text.size(), module.text.size(), module.text) == 0;
+        });
+        if (!norm) refuse("modules_to_save", "'" + module.text + "'", "norms");
+    }
     if (config["r"].type != Json::NUMBER || config["lora_alpha"].type != Json::NUMBER) refuse("r or lora_alpha", "missing", "numbers");
     a.tensors.tensors = safetensors_open(file);
     std::sort(a.tensors.tensors.begin(), a.tensors.tensors.end(), [](auto& x, auto& y) { return x.name < y.name; });
@@ -5145,14 +5163,30 @@ std::string adapter_save(const Model& model, const std::string& folder, const So
     const std::string written = write_json(folder + "/adapter_config.json", source.adapter);
     return written.empty() ? write_files(folder, source) : written;
 }
+// modules_to_save: PEFT looks for ends of names, and drops what none of them names.
+Json adapter_norms(const Model& model) {
+    const Config& c = model.config;
+    Json saved;
+    saved.type = Json::ARRAY;
+    hf_walk(c, [&](int p, size_t first, const HfPiece& piece) {
+        const std::string module = piece.name.substr(0, piece.name.rfind('.'));
+        const std::string name = param_shape(c, p).in_layer ? module.substr(module.rfind('.') + 1) : module;
+        if (!is_norm(p) || !model.plan.trains(p) || first > 0) return;
+        for (const Json& known : saved.values)
+            if (known.text == name) return;
+        saved.values.push_back(json_string(name));
+    });
+    if (saved.values.empty()) saved.type = Json::JSON_NULL;
+    return saved;
+}
 // adapter_config.json of a new one: what every version of PEFT, and what reads its files, wants to find.
 Json adapter_new_config(const Model& model, const std::string& base, double alpha, double dropout) {
     const Config& c = model.config;
     const std::vector<LoraTarget> targets = lora_targets(c);
     int rank = 0;
     for (const LoraModule& module : model.lora) rank = std::max(rank, module.rank);
-    Json j = json_object(), modules, ranks = json_object(), alphas = json_object(), saved;
-    modules.type = saved.type = Json::ARRAY;
+    Json j = json_object(), modules, ranks = json_object(), alphas = json_object();
+    modules.type = Json::ARRAY;
     int most = 0;
     for (const LoraMatrix& m : lora_matrices(c, model.lora)) {
         if (m.layer > 0 || m.rank() == 0) continue;
@@ -5166,14 +5200,6 @@ Json adapter_new_config(const Model& model, const std::string& base, double alph
         }
     }
     if (modules.values.size() == 1) ranks = alphas = json_object(), alpha *= (double)most / rank, rank = most;
-    hf_walk(c, [&](int p, size_t first, const HfPiece& piece) {
-        const std::string module = piece.name.substr(0, piece.name.rfind('.'));
-        const std::string name = param_shape(c, p).in_layer ? module.substr(module.rfind('.') + 1) : module;   // PEFT looks for ends of names
-        if (!is_norm(p) || !model.plan.trains(p) || first > 0) return;
-        for (const Json& known : saved.values)
-            if (known.text == name) return;
-        saved.values.push_back(json_string(name));
-    });
     Json none;
     none.type = Json::JSON_NULL;
     j.set("peft_type", json_string("LORA")), j.set("task_type", json_string("CAUSAL_LM"));
@@ -5182,7 +5208,7 @@ Json adapter_new_config(const Model& model, const std::string& base, double alph
     j.set("lora_dropout", json_number_value((float)dropout)), j.set("target_modules", modules);
     j.set("bias", json_string("none")), j.set("fan_in_fan_out", json_bool(hf_pieces(c, QKVW, 0)[0].transposed));
     j.set("inference_mode", json_bool(true)), j.set("init_lora_weights", json_bool(true)), j.set("use_rslora", json_bool(false));
-    j.set("use_dora", json_bool(false)), j.set("modules_to_save", saved.values.empty() ? none : saved);
+    j.set("use_dora", json_bool(false)), j.set("modules_to_save", adapter_norms(model));
     j.set("layers_to_transform", none), j.set("layers_pattern", none);
     j.set("rank_pattern", ranks), j.set("alpha_pattern", alphas);
     return j;
@@ -6148,6 +6174,13 @@ int parse_targets(const Config& c, const std::string& text) {
     if (parts && ((bits & parts) == parts || (bits & 1))) bits = (bits & ~parts) | 1;   // all parts are the whole
     return (int)bits;
 }
+std::string target_names(const Model& model) {
+    const std::vector<LoraTarget> targets = lora_targets(model.config);
+    std::string names;
+    for (size_t i = 0; i < targets.size(); i++)
+        if (model.config.lora.targets >> i & 1) names += (names.empty() ? "" : ",") + std::string(targets[i].name);
+    return names;
+}
 // Adapters: a new one, or one from a directory, and what of the model stays as it is.
 void pick_adapter(Run& run) {
     Settings& s = run.s;
@@ -6169,6 +6202,9 @@ void pick_adapter(Run& run) {
         run.model.lora = run.adapter.lora;
         if (continues && s.lora > 0 && s.lora != run.rank())
             bad_option("lora", "the run to resume has adapters of rank %d; leave it out, or begin anew in another --out", run.rank());
+        if (continues && given("lora-targets") && parse_targets(c, s.lora_targets) != c.lora.targets)
+            bad_option("lora-targets", "the run to resume has adapters on %s; leave it out, or begin anew in another --out",
+                       target_names(run.model).c_str());
         const Json &alpha = run.adapter.config["lora_alpha"], &dropout = run.adapter.config["lora_dropout"];
         s.lora_alpha = strtod(alpha.text.c_str(), nullptr);
         for (const LoraModule& module : run.model.lora)   // a part of a module has its share
@@ -6824,13 +6860,6 @@ int run_loop(Run& run) {   // returns the exit status
     }
 }
 
-std::string target_names(const Model& model) {
-    const std::vector<LoraTarget> targets = lora_targets(model.config);
-    std::string names;
-    for (size_t i = 0; i < targets.size(); i++)
-        if (model.config.lora.targets >> i & 1) names += (names.empty() ? "" : ",") + std::string(targets[i].name);
-    return names;
-}
 // What the run takes: all of it, as for --estimate, or at its start, without the parameters and what training keeps for each.
 void print_plan(Run& run, bool all) {
     const Config& c = run.model.config;
@@ -6884,6 +6913,7 @@ void make_model(Run& run) {
         } else {
             adapter_load(model, run.adapter, run.source);
             run.source.adapter.set("inference_mode", json_bool(true));
+            if (run.s.train_norms && run.s.trains()) run.source.adapter.set("modules_to_save", adapter_norms(model));
         }
         free(path);
     }
