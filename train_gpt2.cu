@@ -1451,12 +1451,26 @@ std::vector<float> nf4_tables() {
     tables.insert(tables.end(), map.begin(), map.end());
     return tables;
 }
-// The index of the nearest of `count` ascending values: how many of the points halfway between two of them x is above. NaN: 0.
-inline int nf4_nearest(float x, const float* values, int count) {
-    int low = 0, high = count - 1;
+// The borders between neighbours: of the 16 values bitsandbytes' own constants, which are halfway in decimal digits, at some not where
+// fp32 rounds it to; of the 256 halfway in fp32, which belongs to the even index.
+const float NF4_BORDERS[15] = {
+    -0.8480964004993439f, -0.6106329262256622f, -0.4599952697753906f, -0.33967943489551544f, -0.23460740596055984f, -0.13791173323988914f,
+    -0.045525018125772476f, 0.03979014977812767f, 0.1202552504837513f, 0.2035212516784668f, 0.2920137718319893f, 0.3893125355243683f,
+    0.5016634166240692f, 0.6427869200706482f, 0.8614784181118011f};
+std::vector<float> nf4_borders(const float* map) {
+    std::vector<float> borders(255);
+    for (int i = 0; i < 255; i++) {
+        const float middle = (map[i] + map[i + 1]) * 0.5f;
+        borders[i] = i % 2 ? nextafterf(middle, -2) : middle;
+    }
+    return borders;
+}
+// The index of the nearest value: how many of the ascending borders x is above. NaN: 0.
+inline int nf4_nearest(float x, const float* borders, int count) {
+    int low = 0, high = count;
     while (low < high) {
         const int middle = (low + high) / 2;
-        if (x > (values[middle] + values[middle + 1]) * 0.5f) low = middle + 1;
+        if (x > borders[middle]) low = middle + 1;
         else high = middle;
     }
     return low;
@@ -1474,12 +1488,13 @@ struct Nf4Host {
             absmax.push_back(most);
             for (size_t i = first; i < end; i += 2)
                 codes.push_back(
-                    (uint8_t)(nf4_nearest(w[i] * scale, NF4_VALUES, 16) << 4 | nf4_nearest(w[i + 1] * scale, NF4_VALUES, 16)));
+                    (uint8_t)(nf4_nearest(w[i] * scale, NF4_BORDERS, 15) << 4 | nf4_nearest(w[i + 1] * scale, NF4_BORDERS, 15)));
         }
     }
     void finish(bool twice, const float* tables) {   // twice: double quantization
         if (!twice) return;
         const float mean = (float)(std::accumulate(absmax.begin(), absmax.end(), 0.0) / absmax.size());
+        const std::vector<float> borders = nf4_borders(tables + 16);
         nested = {mean};
         for (size_t first = 0; first < absmax.size(); first += NF4_NESTED) {
             const size_t end = std::min(absmax.size(), first + NF4_NESTED);
@@ -1487,7 +1502,7 @@ struct Nf4Host {
             for (size_t i = first; i < end; i++) most = std::max(most, fabsf(absmax[i] - mean));
             const float scale = 1.0f / most;
             nested.push_back(most);
-            for (size_t i = first; i < end; i++) absmax8.push_back((uint8_t)nf4_nearest((absmax[i] - mean) * scale, tables + 16, 256));
+            for (size_t i = first; i < end; i++) absmax8.push_back((uint8_t)nf4_nearest((absmax[i] - mean) * scale, borders.data(), 255));
         }
     }
 };

@@ -144,7 +144,7 @@ float made_again(const Nf4Host& h, const std::vector<float>& tables, size_t i) {
 
 void test_tables() {
     Property values("16 values: quantiles of a normal distribution, 8 parts above 0 and 7 below", "bitsandbytes rounded some on the way"),
-        borders("borders: bitsandbytes' own; NaN has index 0", "but for 2 units in the last place"),
+        borders("borders: bitsandbytes' own; at one the lower index, of the 256 values' the even one; NaN has index 0", "every bit"),
         map("256 values: in 7 decades the middles of 1, 2, 4 ... 64 parts, of both signs; 0 and 1", "3 roundings");
     const std::vector<float> tables = nf4_tables();
     set_case("tables");
@@ -155,14 +155,19 @@ void test_tables() {
     std::sort(parts.begin(), parts.end());
     for (int i = 0; i < 16; i++) {
         values.within(i, tables[i], parts[i] / parts[15], 5e-7 * fabs(tables[i]));
-        borders.equal(i, nf4_nearest(tables[i], tables.data(), 16), i);
+        borders.equal(i, nf4_nearest(tables[i], NF4_BORDERS, 15), i);
         if (i == 15) break;
-        for (bool above : {false, true}) {
-            const float side = above ? 2 : -2, x = nextafterf(nextafterf(BORDERS[i], side), side);
-            borders.equal(i, nf4_nearest(x, tables.data(), 16), i + above);
-        }
+        borders.equal(i, nf4_nearest(BORDERS[i], NF4_BORDERS, 15), i);
+        borders.equal(i, nf4_nearest(nextafterf(BORDERS[i], 2), NF4_BORDERS, 15), i + 1);
     }
-    borders.equal(16, nf4_nearest(NAN, tables.data(), 16), 0);
+    borders.equal(16, nf4_nearest(NAN, NF4_BORDERS, 15), 0);
+    const std::vector<float> inner = nf4_borders(&tables[16]);
+    for (int i = 0; i < 255; i++) {
+        const float middle = (tables[16 + i] + tables[17 + i]) * 0.5f;
+        borders.equal(i, nf4_nearest(middle, inner.data(), 255), (i + 1) / 2 * 2);
+        borders.equal(i, nf4_nearest(nextafterf(middle, -2), inner.data(), 255), i);
+        borders.equal(i, nf4_nearest(nextafterf(middle, 2), inner.data(), 255), i + 1);
+    }
     uint64_t hash = 0;   // of the 256 values as bitsandbytes has published them
     for (int i = 16; i < NF4_TABLES; i++) {
         uint32_t bits;
