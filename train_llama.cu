@@ -855,11 +855,14 @@ struct AttDocuments {
     __device__ int first_key(const AttShape& shape, int b, int t) const {
         return first != nullptr ? first[(size_t)b * shape.T + min(t, shape.T - 1)] : 0;
     }
-    // Behind the last query that sees a key up to `key`, in steps of `step` rows from `from` on
-    __device__ int last_query(const AttShape& shape, int b, int from, int key, int step) const {
-        int end = first != nullptr ? from : shape.T;
-        while (end < shape.T && first[(size_t)b * shape.T + end] <= key) end += step;
-        return min(end, shape.T);
+    __device__ int last_query(const AttShape& shape, int b, int key) const {   // behind the last query that sees a key up to `key`
+        int low = first != nullptr ? min(key, shape.T) : shape.T;
+        for (int high = shape.T; low < high;) {
+            const int middle = (low + high) / 2;
+            if (first[(size_t)b * shape.T + middle] <= key) low = middle + 1;
+            else high = middle;
+        }
+        return low;
     }
 };
 // The head and the rows of a block. Blocks start in the order of their numbers. All blocks of a head read its keys (or queries), so
@@ -1001,7 +1004,7 @@ attention_backward_kernel(floatX* dqkv, float* delta, const floatX* dout, const 
     const int first =
         KEYS ? block.first : documents.first_key(shape, block.b, block.first) / ATT_TILE * ATT_TILE;   // rows of the other side
     const int last =
-        KEYS ? documents.last_query(shape, block.b, block.first, block.first + ATT_ROWS - 1, ATT_TILE) : min(block.first + ATT_ROWS, T);
+        KEYS ? documents.last_query(shape, block.b, block.first + ATT_ROWS - 1) : min(block.first + ATT_ROWS, T);
     for (int h = block.h * heads; h < (block.h + 1) * heads; h++) {
         const floatX* x = qkv + shape.qkv_at(block.b, 0, KEYS ? h : shape.k_head(h));
         const floatX* y = KEYS ? dout + shape.out_at(block.b, 0, h) : qkv + shape.qkv_at(block.b, 0, shape.v_head(h));
@@ -2172,7 +2175,7 @@ attention_backward_dkv_tc_kernel(bf16* dqkv, float* partial, const bf16* dout, c
     else for (int m = 0; m < M; m++) tc_load_tile<HS>(v_tile + m * TC_TILE<HS>, k_head + to_v, stride, block.first + 64 * m, T);
     load_stage(stage, first_head, block.first);
     if constexpr (DOCS) {
-        head_end = documents.last_query(shape, block.b, block.first, block.first + TC_BLOCK<HS> - 1, TC_ROWS);
+        head_end = documents.last_query(shape, block.b, block.first + TC_BLOCK<HS> - 1);
         __syncthreads();
     }
     auto end = [&] { return DOCS ? head_end : T; };
