@@ -323,9 +323,9 @@ BAD = {
     "another map": (changed(".quant_map", lambda v: v.__setitem__(3, -0.5)), [NAME + ".quant_map"]), "a short map": (put(".quant_map", f32(NF4[:15])), [NAME + ".quant_map"]),
     "a short nested map": (put(".nested_quant_map", f32(DYNAMIC[:255])), [NAME + ".nested_quant_map"]),
     "NaN in the nested map": (changed(".nested_quant_map", lambda v: v.__setitem__(9, np.nan)), [NAME + ".nested_quant_map"]),
-    "NaN in the nested absmax": (changed(".nested_absmax", lambda v: v.__setitem__(0, np.nan)), [NAME + ".nested_absmax"]),
-    "infinity in the nested absmax": (changed(".nested_absmax", lambda v: v.__setitem__(0, np.inf)), [NAME + ".nested_absmax"]),
-    "another nested map": (changed(".nested_quant_map", lambda v: v.__setitem__(126, -4e-7)), [NAME + ".nested_quant_map"]),
+    "NaN in the nested absmax": (changed(".nested_absmax", lambda v: v.__setitem__(0, np.nan)), [NAME, "nan"]),
+    "infinity in the nested absmax": (changed(".nested_absmax", lambda v: v.__setitem__(0, np.inf)), [NAME, "inf"]),
+    "another nested map": (changed(".nested_quant_map", lambda v: v.__setitem__(126, -4e-7)), [NAME, "nested_quant_map"]),
     "a weight of int8": (lambda t: t.update({NAME.replace("weight", "SCB"): f32(np.ones(88))}), ["SCB"]),
 }
 
@@ -351,6 +351,16 @@ def test_bad_tensors(made, name):
     tensors = of_bnb(lab)
     change(tensors)
     write(lab.path("bad"), lab.config, tensors, quantization_config=BNB)
+    refused(lab, "bad", *parts)
+
+@pytest.mark.parametrize("change, parts", [
+    (lambda t: t.pop(NAME + ".absmax"), [NAME + ".absmax"]), (changed(".absmax", lambda v: v.__setitem__(54, np.nan)), [NAME, "nan"]),
+    (put(".absmax", f32(np.ones(56))), [NAME + ".absmax"]), (lambda t: t.update(Quantized(np.ones((88, 40)), 1).tensors(NAME)), [NAME + ".absmax"])])
+def test_bad_tensors_without_double_quantization(made, change, parts):
+    lab = made("llama")
+    tensors = of_bnb(lab, 0)
+    change(tensors)
+    write(lab.path("bad"), lab.config, tensors, quantization_config={**BNB, "bnb_4bit_use_double_quant": False})
     refused(lab, "bad", *parts)
 
 @pytest.mark.parametrize("change, parts", [
