@@ -6174,6 +6174,13 @@ int parse_targets(const Config& c, const std::string& text) {
     if (parts && ((bits & parts) == parts || (bits & 1))) bits = (bits & ~parts) | 1;   // all parts are the whole
     return (int)bits;
 }
+std::string target_names(const Model& model) {
+    const std::vector<LoraTarget> targets = lora_targets(model.config);
+    std::string names;
+    for (size_t i = 0; i < targets.size(); i++)
+        if (model.config.lora.targets >> i & 1) names += (names.empty() ? "" : ",") + std::string(targets[i].name);
+    return names;
+}
 // Adapters: a new one, or one from a directory, and what of the model stays as it is.
 void pick_adapter(Run& run) {
     Settings& s = run.s;
@@ -6195,6 +6202,9 @@ void pick_adapter(Run& run) {
         run.model.lora = run.adapter.lora;
         if (continues && s.lora > 0 && s.lora != run.rank())
             bad_option("lora", "the run to resume has adapters of rank %d; leave it out, or begin anew in another --out", run.rank());
+        if (continues && given("lora-targets") && parse_targets(c, s.lora_targets) != c.lora.targets)
+            bad_option("lora-targets", "the run to resume has adapters on %s; leave it out, or begin anew in another --out",
+                       target_names(run.model).c_str());
         const Json &alpha = run.adapter.config["lora_alpha"], &dropout = run.adapter.config["lora_dropout"];
         s.lora_alpha = strtod(alpha.text.c_str(), nullptr);
         for (const LoraModule& module : run.model.lora)   // a part of a module has its share
@@ -6850,13 +6860,6 @@ int run_loop(Run& run) {   // returns the exit status
     }
 }
 
-std::string target_names(const Model& model) {
-    const std::vector<LoraTarget> targets = lora_targets(model.config);
-    std::string names;
-    for (size_t i = 0; i < targets.size(); i++)
-        if (model.config.lora.targets >> i & 1) names += (names.empty() ? "" : ",") + std::string(targets[i].name);
-    return names;
-}
 // What the run takes: all of it, as for --estimate, or at its start, without the parameters and what training keeps for each.
 void print_plan(Run& run, bool all) {
     const Config& c = run.model.config;
