@@ -258,6 +258,15 @@ def test_memory(made):
         saved = kept[1] - kept[0]
         assert weights * (4 - most) * 0.99 < saved <= weights * (4 - most) * 1.01
 
+def test_the_embedding_stays_on_the_host(made):
+    """By default, where the head is another matrix: of it the device has a batch's rows."""
+    def kept(case, *given):
+        lab = made(case)
+        table = json.loads(lab.run("--estimate=json", "-e", "in", "-b", 1, "-t", 16, "--lora", 8, "--base", "nf4", *given, variant="cpu-fp32", **lab.how).out)
+        return table["total_bytes"]
+    assert kept("wide") == kept("wide", "--embedding-on", "host") < kept("wide", "--embedding-on", "device") - 100 * 96 * 4
+    assert kept("tied") == kept("tied", "--embedding-on", "device")
+
 def test_training_on_it(made):
     """Losses fall; the base is not written, and resumes to the bit from what bitsandbytes wrote."""
     lab = made("llama")
