@@ -604,6 +604,19 @@ def test_merge(bench, case, dtype):
         shutil.rmtree(lab.path("in"), ignore_errors=True)
         shutil.move(lab.path("wide"), lab.path("in"))
 
+def test_merging_norms_and_parts_of_c_attn(bench):
+    """What a run has trained, with its norms, of q and v alone: the merged model has its loss."""
+    for case, given in (("q,v", ["--lora-train-norms", 1]), ("c_attn", ["--lora-targets", "q,v", "--lora-train-norms", 1])):
+        lab, losses = bench(case)[0], []
+        for name in ("out", "merged"):
+            shutil.rmtree(lab.path(name), ignore_errors=True)
+        train(lab, "--lora", 3, *given, "-l", 1e-2, "-o", "out", variant="cpu-fp32")
+        lab.run("-e", "in", "--adapter", f"out/step_{STEPS:08d}", "--merge", "merged", variant="cpu-fp32", **lab.how)
+        for model_ in (["--adapter", f"out/step_{STEPS:08d}"], ["-e", "merged"], []):
+            train(lab, *model_, "-x", 0, "--dump-gradients", "g.safetensors", variant="cpu-fp32")
+            losses.append(float(arrays(lab.path("g.safetensors"))["loss"]))
+        assert close(losses[0], losses[1], 1e-5) and not close(losses[1], losses[2], 1e-2)
+
 def test_merging_shards(bench):
     """The model is the same, whatever it came in; one that has no directory is none to merge with."""
     lab = bench("all")[0]
@@ -709,6 +722,23 @@ def test_bad_config(room, name):
     write_adapter(room.path("adapter"), adapters(model("llama:L2,H2,C16,F24,T32,V257")[0], GIVEN), **change)
     refused(room, "--adapter", "adapter", parts=["adapter", *parts])
 
+REGEXES = [r".*\.(q|v)_proj", r"model\.layers\.\d+\.self_attn\.[qk]_proj", r".*layers\.(1|2|11)\.mlp\.(up|down)_proj", r".*(?:q|v)_proj", r".*\.\w+_proj", r".*?q_proj",
+           r".*q_proj|.*v_proj", r".*\.[0-9]{2}\.mlp\..*", r"^model\..*k_proj$", r"[\w\.]+q_proj", "All-Linear", r".*layers.1.mlp.*",
+           r"(?:.*?(?:language|text).*?(?:self_attn|attn|mlp).*?(?:q_proj|k_proj).*?)|(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|mlp)\.(?:(?:q_proj|up_proj)))"]  # Unsloth's
+
+@pytest.mark.parametrize("regex", REGEXES)
+def test_regular_expressions(room, regex):
+    """Of target_modules mean what they mean to Python: 12 layers, of whose matrices an adapter has those that match and no other."""
+    config = reference().LlamaConfig.parse("L12,H2,K1,C16,F24,T32,V257", "llama", 1e4, None, 1e-5, False)
+    if not room.path("deep").exists():
+        write_base(room.path("deep"), config, reference().llama_model(config, 1))
+    hit = [m for m in modules(config) if regex == "All-Linear" or re.fullmatch(regex, m)]
+    for some in (hit, hit[1:]):   # all of them, or one is missing
+        write_adapter(room.path("adapter"), {m: (np.ones((3, modules(config)[m][1])), np.ones((modules(config)[m][0], 3)), 2) for m in some},
+                      target_modules=regex, layers_to_transform=None)
+        done = room.run(*options("-e", "deep", "--adapter", "adapter", "-x", 0), status=0 if some is hit else 1, trainer="train_llama")
+        assert some is hit or hit[0] in done.err
+
 BAD_ADAPTERS = {
     "no B": (lambda t: t.pop(V1 + "B.weight"), ["layers.1.self_attn.v_proj", "no lora_B"]), "no A": (lambda t: t.pop(Q0 + "A.weight"), ["layers.0.self_attn.q_proj", "no lora_A"]),
     "no q in a layer": (lambda t: [t.pop(Q0 + f"{which}.weight") for which in "AB"], ["layers.0.self_attn.q_proj"]), "nothing": (lambda t: t.clear(), ["adapter_model.safetensors"]),
@@ -789,19 +819,30 @@ def test_what_contradicts(room, trainer, base, given, parts):
     write_adapter(room.path("of_gpt2"), adapters(model("gpt2:L2,H2,C16,T32,V257")[0], {"attn.c_attn": 3}))
     refused(room, *given, parts=parts, trainer=trainer, base=base)
 
-def test_resume_asks_for_what_it_was(room):
+@pytest.mark.parametrize("out, given, parts", [
+    ("lora", ["--lora", 4], ["--lora 4"]), ("lora", ["--lora", 3, "--lora-targets", "q"], ["--lora-targets"]), ("lora", ["--lora-alpha", 9], ["--lora-alpha"]),
+    ("lora", ["--lora-freeze-a", 1], ["--lora-freeze-a"]), ("lora", ["--lora-train-norms", 1], ["--lora-train-norms"]), ("lora", ["-e", "wider"], ["lora_A"]),
+    ("full", ["--lora", 3], ["lora"])], ids=str)
+def test_resume_asks_for_what_it_was(room, out, given, parts):
     """Another rank, other targets, full training, another base: said, and nothing of the folder changes."""
-    for name in ("lora", "full"):
+    if not room.path("wider").exists():
+        write_base(room.path("wider"), *model("llama:L2,H2,C32,F24,T32,V257"))
+        for name in ("lora", "full"):
+            room.train("-e", "in", *(["--lora", 3] if name == "lora" else []), "-x", 2, "-o", name, trainer="train_llama")
+    shutil.rmtree(room.path("again"), ignore_errors=True)
+    shutil.copytree(room.path(out), room.path("again"))
+    done = room.run(*options("-e", "in", *given, "-x", 4, "-o", "again", "-y", 1), status=None, trainer="train_llama")
+    assert done.status in (1, 2) and room.files("again") == room.files(out), done.out[-300:]
+    says(done.err, *parts)
+
+def test_resume_names_another_base(room):
+    """Which may be the same one elsewhere."""
+    for name in ("started", "elsewhere"):
         shutil.rmtree(room.path(name), ignore_errors=True)
-        room.train("-e", "in", *(["--lora", 3] if name == "lora" else []), "-x", 2, "-o", name, trainer="train_llama")
-    write_base(room.path("wider"), *model("llama:L2,H2,C32,F24,T32,V257"))
-    before = room.files("lora"), room.files("full")
-    for out, given, parts in (("lora", ["-e", "in", "--lora", 4], ["--lora 4"]), ("lora", ["-e", "in", "--lora", 3, "--lora-targets", "q"], ["--lora-targets"]),
-                              ("lora", ["-e", "wider", "--lora", 3], ["lora_A"]), ("full", ["-e", "in", "--lora", 3], ["lora"])):
-        done = room.run(*options(*given, "-x", 4, "-o", out, "-y", 1), status=None, trainer="train_llama")
-        assert done.status in (1, 2), (out, given, done.out[-800:])
-        says(done.err, *parts)
-    assert before == (room.files("lora"), room.files("full"))
+    room.train("-e", "in", "--lora", 3, "-x", 1, "-o", "started", trainer="train_llama")
+    shutil.copytree(room.path("in"), room.path("elsewhere"))
+    said = room.train("-e", "elsewhere", "-x", 2, "-o", "started", "-y", 1, trainer="train_llama").out
+    assert any(line.startswith("note: ") and "elsewhere" in line for line in said.splitlines()), said[-800:]
 
 def test_no_adapter_that_is_not_finite(room):
     """Steps that explode change nothing and write nothing; a folder that is there holds numbers."""

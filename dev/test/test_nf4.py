@@ -258,6 +258,15 @@ def test_memory(made):
         saved = kept[1] - kept[0]
         assert weights * (4 - most) * 0.99 < saved <= weights * (4 - most) * 1.01
 
+def test_the_embedding_stays_on_the_host(made):
+    """By default, where the head is another matrix: of it the device has a batch's rows."""
+    def kept(case, *given):
+        lab = made(case)
+        table = json.loads(lab.run("--estimate=json", "-e", "in", "-b", 1, "-t", 16, "--lora", 8, "--base", "nf4", *given, variant="cpu-fp32", **lab.how).out)
+        return table["total_bytes"]
+    assert kept("wide") == kept("wide", "--embedding-on", "host") < kept("wide", "--embedding-on", "device") - 100 * 96 * 4
+    assert kept("tied") == kept("tied", "--embedding-on", "device")
+
 def test_training_on_it(made):
     """Losses fall; the base is not written, and resumes to the bit from what bitsandbytes wrote."""
     lab = made("llama")
@@ -323,9 +332,9 @@ BAD = {
     "another map": (changed(".quant_map", lambda v: v.__setitem__(3, -0.5)), [NAME + ".quant_map"]), "a short map": (put(".quant_map", f32(NF4[:15])), [NAME + ".quant_map"]),
     "a short nested map": (put(".nested_quant_map", f32(DYNAMIC[:255])), [NAME + ".nested_quant_map"]),
     "NaN in the nested map": (changed(".nested_quant_map", lambda v: v.__setitem__(9, np.nan)), [NAME + ".nested_quant_map"]),
-    "NaN in the nested absmax": (changed(".nested_absmax", lambda v: v.__setitem__(0, np.nan)), [NAME + ".nested_absmax"]),
-    "infinity in the nested absmax": (changed(".nested_absmax", lambda v: v.__setitem__(0, np.inf)), [NAME + ".nested_absmax"]),
-    "another nested map": (changed(".nested_quant_map", lambda v: v.__setitem__(126, -4e-7)), [NAME + ".nested_quant_map"]),
+    "NaN in the nested absmax": (changed(".nested_absmax", lambda v: v.__setitem__(0, np.nan)), [NAME, "nan"]),
+    "infinity in the nested absmax": (changed(".nested_absmax", lambda v: v.__setitem__(0, np.inf)), [NAME, "inf"]),
+    "another nested map": (changed(".nested_quant_map", lambda v: v.__setitem__(126, -4e-7)), [NAME, "nested_quant_map"]),
     "a weight of int8": (lambda t: t.update({NAME.replace("weight", "SCB"): f32(np.ones(88))}), ["SCB"]),
 }
 
@@ -351,6 +360,16 @@ def test_bad_tensors(made, name):
     tensors = of_bnb(lab)
     change(tensors)
     write(lab.path("bad"), lab.config, tensors, quantization_config=BNB)
+    refused(lab, "bad", *parts)
+
+@pytest.mark.parametrize("change, parts", [
+    (lambda t: t.pop(NAME + ".absmax"), [NAME + ".absmax"]), (changed(".absmax", lambda v: v.__setitem__(54, np.nan)), [NAME, "nan"]),
+    (put(".absmax", f32(np.ones(56))), [NAME + ".absmax"]), (lambda t: t.update(Quantized(np.ones((88, 40)), 1).tensors(NAME)), [NAME + ".absmax"])])
+def test_bad_tensors_without_double_quantization(made, change, parts):
+    lab = made("llama")
+    tensors = of_bnb(lab, 0)
+    change(tensors)
+    write(lab.path("bad"), lab.config, tensors, quantization_config={**BNB, "bnb_4bit_use_double_quant": False})
     refused(lab, "bad", *parts)
 
 @pytest.mark.parametrize("change, parts", [
