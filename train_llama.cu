@@ -1614,11 +1614,11 @@ const float NF4_VALUES[16] = {
 std::vector<float> nf4_tables() {
     std::vector<float> tables(NF4_VALUES, NF4_VALUES + 16), map = {0, 1};
     for (int decade = 0; decade < 7; decade++) {
-        const int n = (1 << decade) + 1;   // from 0.1 to 1, of which neighbours' means count, as torch.linspace makes them in fp32
-        const float step = 0.9f / (n - 1);
-        auto point = [&](int i) { return i < n / 2 ? 0.1f + step * i : 1.0f - step * (n - 1 - i); };
+        const int n = (1 << decade) + 1;   // from 0.1 to 1, of which neighbours' means count, as torch.linspace makes them in fp32:
+        const float step = (1.0f - 0.1f) / (n - 1);   // from the nearer end, rounded once
+        auto point = [&](int i) { return i < n / 2 ? fmaf(step, (float)i, 0.1f) : fmaf(-step, (float)(n - 1 - i), 1.0f); };
         for (int i = 0; i + 1 < n; i++) {
-            const float value = (float)(pow(10.0, decade - 6) * (double)((point(i) + point(i + 1)) / 2.0f));
+            const float value = (float)pow(10.0, decade - 6) * ((point(i) + point(i + 1)) / 2.0f);
             map.push_back(value), map.push_back(-value);
         }
     }
@@ -4621,7 +4621,27 @@ void bnb_load(const HfModel& m, const HfPiece& piece, const Nf4& to) {
         matrix.nested = bnb_floats(m, piece.name + ".nested_absmax");
         matrix.nested.insert(matrix.nested.begin(), strtof(state["nested_offset"].text.c_str(), nullptr));
     }
+    for (const std::vector<float>* scales : {&matrix.absmax, &matrix.nested})
+        for (float x : *scales)
+            if (!std::isfinite(x)) fail("%s: the scales of %s hold %g; expected finite numbers", m.folder.c_str(), piece.name.c_str(), x);
     nf4_put(to, matrix);
+}
+// The values that a file's own codes stand for: one table for all its matrices.
+std::vector<float> bnb_tables(const Config& c, const HfModel& m) {
+    std::vector<float> tables;
+    std::string first;
+    hf_walk(c, [&](int p, size_t, const HfPiece& piece) {
+        if (linear_index(p) == 4) return;
+        std::vector<float> found = bnb_floats(m, piece.name + ".quant_map"), map = nf4_tables();
+        map.erase(map.begin(), map.begin() + 16);
+        if (c.lora.quantized == 2) map = bnb_floats(m, piece.name + ".nested_quant_map");
+        found.insert(found.end(), map.begin(), map.end());
+        if (tables.empty()) tables = found, first = piece.name;
+        if (found != tables)
+            fail("%s: tensor %s: its quant_map or nested_quant_map is another than that of %s; expected one for all", m.folder.c_str(),
+                 piece.name.c_str(), first.c_str());
+    });
+    return tables;
 }
 // The headers of a directory's files, against its config: each weight must be there, once, in its shape, and nothing else that holds
 // weights. Completes the names.
@@ -4677,6 +4697,8 @@ Source hf_load(Model& model, const std::string& folder) {
     HfModel m = hf_open(folder);
     hf_check(model.config, m);
     Source source = hf_source(m);
+    if (model.config.lora.quantized)
+        cudaCheck(cudaMemcpy(model.nf4_tables, bnb_tables(model.config, m).data(), NF4_TABLES * sizeof(float), cudaMemcpyHostToDevice));
     for (int p = 0; p < LORA_A; p++) {   // for the rows that pad the vocabulary
         const size_t n = param_shape(model.config, p).elements();
         if (model.param[p] == nullptr) continue;
@@ -4920,6 +4942,24 @@ AdapterFile adapter_open(Config& c, const std::string& folder) {
     for (const char* name : {"pissa", "olora", "corda", "loftq", "lora_ga"})
         if (config["init_lora_weights"].text.compare(0, strlen(name), name) == 0)
             refuse("init_lora_weights", "'" + config["init_lora_weights"].text + "', which changes the base model", "true");
+    for (const char* name : {"rank_pattern", "alpha_pattern"}) {
+        const Json& map = config[name];
+        if (map.type > Json::JSON_NULL && map.type != Json::OBJECT) refuse(name, "no object", "names of modules with numbers");
+        for (const Json& value : map.values)
+            if (value.type != Json::NUMBER) refuse(name, "'" + value.text + "'", "names of modules with numbers");
+    }
+    if (config["use_rslora"].type > Json::JSON_NULL && config["use_rslora"].type != Json::BOOLEAN)
+        refuse("use_rslora", "'" + config["use_rslora"].text + "'", "true or false");
+    if (strtod(config["lora_dropout"].text.c_str(), nullptr) > 0.9) refuse("lora_dropout", config["lora_dropout"].text, "0 to 0.9");
+    for (const Json& module : config["modules_to_save"].values) {
+        bool norm = false;
+        hf_walk(c, [&](int p, size_t, const HfPiece& piece) {
+            const std::string name = piece.name.substr(0, piece.name.rfind('.'));
+            norm |= is_norm(p) && name.size() >= module.text.size() &&
+                    name.compare(name.size() - module.text.size(), module.text.size(), module.text) == 0;
+        });
+        if (!norm) refuse("modules_to_save", "'" + module.text + "'", "norms");
+    }
     if (config["r"].type != Json::NUMBER || config["lora_alpha"].type != Json::NUMBER) refuse("r or lora_alpha", "missing", "numbers");
     a.tensors.tensors = safetensors_open(file);
     std::sort(a.tensors.tensors.begin(), a.tensors.tensors.end(), [](auto& x, auto& y) { return x.name < y.name; });
@@ -5123,14 +5163,30 @@ std::string adapter_save(const Model& model, const std::string& folder, const So
     const std::string written = write_json(folder + "/adapter_config.json", source.adapter);
     return written.empty() ? write_files(folder, source) : written;
 }
+// modules_to_save: PEFT looks for ends of names, and drops what none of them names.
+Json adapter_norms(const Model& model) {
+    const Config& c = model.config;
+    Json saved;
+    saved.type = Json::ARRAY;
+    hf_walk(c, [&](int p, size_t first, const HfPiece& piece) {
+        const std::string module = piece.name.substr(0, piece.name.rfind('.'));
+        const std::string name = param_shape(c, p).in_layer ? module.substr(module.rfind('.') + 1) : module;
+        if (!is_norm(p) || !model.plan.trains(p) || first > 0) return;
+        for (const Json& known : saved.values)
+            if (known.text == name) return;
+        saved.values.push_back(json_string(name));
+    });
+    if (saved.values.empty()) saved.type = Json::JSON_NULL;
+    return saved;
+}
 // adapter_config.json of a new one: what every version of PEFT, and what reads its files, wants to find.
 Json adapter_new_config(const Model& model, const std::string& base, double alpha, double dropout) {
     const Config& c = model.config;
     const std::vector<LoraTarget> targets = lora_targets(c);
     int rank = 0;
     for (const LoraModule& module : model.lora) rank = std::max(rank, module.rank);
-    Json j = json_object(), modules, ranks = json_object(), alphas = json_object(), saved;
-    modules.type = saved.type = Json::ARRAY;
+    Json j = json_object(), modules, ranks = json_object(), alphas = json_object();
+    modules.type = Json::ARRAY;
     int most = 0;
     for (const LoraMatrix& m : lora_matrices(c, model.lora)) {
         if (m.layer > 0 || m.rank() == 0) continue;
@@ -5144,14 +5200,6 @@ Json adapter_new_config(const Model& model, const std::string& base, double alph
         }
     }
     if (modules.values.size() == 1) ranks = alphas = json_object(), alpha *= (double)most / rank, rank = most;
-    hf_walk(c, [&](int p, size_t first, const HfPiece& piece) {
-        const std::string module = piece.name.substr(0, piece.name.rfind('.'));
-        const std::string name = param_shape(c, p).in_layer ? module.substr(module.rfind('.') + 1) : module;   // PEFT looks for ends of names
-        if (!is_norm(p) || !model.plan.trains(p) || first > 0) return;
-        for (const Json& known : saved.values)
-            if (known.text == name) return;
-        saved.values.push_back(json_string(name));
-    });
     Json none;
     none.type = Json::JSON_NULL;
     j.set("peft_type", json_string("LORA")), j.set("task_type", json_string("CAUSAL_LM"));
@@ -5160,7 +5208,7 @@ Json adapter_new_config(const Model& model, const std::string& base, double alph
     j.set("lora_dropout", json_number_value((float)dropout)), j.set("target_modules", modules);
     j.set("bias", json_string("none")), j.set("fan_in_fan_out", json_bool(hf_pieces(c, QKVW, 0)[0].transposed));
     j.set("inference_mode", json_bool(true)), j.set("init_lora_weights", json_bool(true)), j.set("use_rslora", json_bool(false));
-    j.set("use_dora", json_bool(false)), j.set("modules_to_save", saved.values.empty() ? none : saved);
+    j.set("use_dora", json_bool(false)), j.set("modules_to_save", adapter_norms(model));
     j.set("layers_to_transform", none), j.set("layers_pattern", none);
     j.set("rank_pattern", ranks), j.set("alpha_pattern", alphas);
     return j;
@@ -5803,7 +5851,9 @@ void check_name(const char* name, const std::string& path) {
     const bool checkpoint = fnmatch(&CHECKPOINTS[1], base.substr(0, 13).c_str(), 0) == 0;
     if (!out.empty() && folder == real(out) && (checkpoint || base == ".lock"))
         fail_option(name, "that name in --out is a checkpoint's or the lock's; expected another");
-    if (is_folder(model.c_str()) && folder == real(model)) fail_option(name, "expected a name outside the directory of the model");
+    for (const char* part : {"model", "config.json", "generation_config", "tokenizer", "pytorch_model", "adapter_"})   // what readers look for
+        if (is_folder(model.c_str()) && folder == real(model) && base.compare(0, strlen(part), part) == 0)
+            fail_option(name, "that name in the directory of the model would make it another; expected another name, or another folder");
     for (const char* other : {"log", "dump-gradients", "write-bin"})
         for (const Option& o : options)
             if (strcmp(o.name, other) == 0 && strcmp(name, other) != 0 && *(std::string*)o.value == path)
@@ -6064,7 +6114,7 @@ struct Run {
     int half = 0;
     bool ready = false;         // the next step's tokens are in `half`
     std::vector<int> buckets;   // (micro_batches)
-    int without_loss = 0;       // steps that had none, and changed nothing
+    int without_loss = 0, without_loss_in_row = 0;   // steps of whose tokens none had a loss
     double with_loss = 0;       // targets that have one in the next step; without marks, over all ranks
     size_t BT() const { return (size_t)model.plan.B * model.plan.T; }
     size_t step_tokens() const { return BT() * model.plan.micro_batches * world.size; }
@@ -6124,6 +6174,13 @@ int parse_targets(const Config& c, const std::string& text) {
     if (parts && ((bits & parts) == parts || (bits & 1))) bits = (bits & ~parts) | 1;   // all parts are the whole
     return (int)bits;
 }
+std::string target_names(const Model& model) {
+    const std::vector<LoraTarget> targets = lora_targets(model.config);
+    std::string names;
+    for (size_t i = 0; i < targets.size(); i++)
+        if (model.config.lora.targets >> i & 1) names += (names.empty() ? "" : ",") + std::string(targets[i].name);
+    return names;
+}
 // Adapters: a new one, or one from a directory, and what of the model stays as it is.
 void pick_adapter(Run& run) {
     Settings& s = run.s;
@@ -6145,6 +6202,9 @@ void pick_adapter(Run& run) {
         run.model.lora = run.adapter.lora;
         if (continues && s.lora > 0 && s.lora != run.rank())
             bad_option("lora", "the run to resume has adapters of rank %d; leave it out, or begin anew in another --out", run.rank());
+        if (continues && given("lora-targets") && parse_targets(c, s.lora_targets) != c.lora.targets)
+            bad_option("lora-targets", "the run to resume has adapters on %s; leave it out, or begin anew in another --out",
+                       target_names(run.model).c_str());
         const Json &alpha = run.adapter.config["lora_alpha"], &dropout = run.adapter.config["lora_dropout"];
         s.lora_alpha = strtod(alpha.text.c_str(), nullptr);
         for (const LoraModule& module : run.model.lora)   // a part of a module has its share
@@ -6641,10 +6701,10 @@ void next_tokens(Run& run) {   // after a step
     run.half = !run.half;
     if (another) load_tokens(run);
 }
-Verdict skip_step(Run& run) {   // one whose tokens have no loss
-    run.without_loss++;
+constexpr int NO_LOSS_AT_ALL = 2;   // Verdict::skip of a step whose tokens have none
+Verdict skip_step(Run& run) {
     next_tokens(run);
-    return {0, 0, NAN, NAN, 1, 1};
+    return {0, 0, NAN, NAN, 1, NO_LOSS_AT_ALL};
 }
 Verdict run_step(Run& run, const Hyper& h) {
     Model& model = run.model;
@@ -6669,6 +6729,10 @@ void report_step(Run& run, float lr, const Verdict& v, double took) {   // on th
     const double mfu = model_flops_per_token(run.model, run.model.plan.T) * speed / (run.peak_flops * world.size);
     const bool known = run.timed > 0 || run.on_cpu();   // a GPU's first step prepares its matmuls; a CPU's is like all others
     const bool terminal = isatty(STDOUT_FILENO);
+    if (v.skip == NO_LOSS_AT_ALL) {
+        printf("step %5d/%d | skipped: none of its tokens has a loss (%d such steps so far)\n", step, run.steps, run.without_loss);
+        return log_line(run.log, "{\"step\": %d, \"train_loss\": null}", step);
+    }
     printf("step %5d/%d | loss %.4f | norm %.4f | lr %.2e | %.1f ms | %.0f tok/s | ", step, run.steps, fabsf(v.loss), fabsf(v.grad_norm),
            lr, took * 1e3, speed);   // fabs: neither is negative, but a NaN may be
     if (run.peak_flops > 0) printf("MFU %.1f%%", 100 * mfu);
@@ -6679,8 +6743,6 @@ void report_step(Run& run, float lr, const Verdict& v, double took) {   // on th
         printf("  %d steps of about %.1f s are to come: %s\n", to_come, each, duration(rest).c_str());
     if (run.state.not_finite_in_row > 0)
         printf("  the loss or the gradient is not finite: this step changed nothing (%d in a row)\n", run.state.not_finite_in_row);
-    else if (v.skip && v.grad_norm == 0 && v.loss == 0)
-        printf("  skipped: none of this step's tokens has a loss (%d such steps)\n", run.without_loss);
     else if (v.skip)
         printf("  skipped: loss %.1f, gradient norm %.1f deviations above the last %d steps\n", v.loss_z, v.grad_z, HISTORY);
     log_line(run.log, "{\"step\": %d, \"train_loss\": %s, \"grad_norm\": %s, \"lr\": %s, \"ms\": %.3f, \"tokens_per_s\": %.1f, \"mfu\": "
@@ -6702,6 +6764,8 @@ void train_step(Run& run) {
     const bool finite = std::isfinite(v.loss) && std::isfinite(v.grad_norm);
     at.not_finite_in_row = finite ? 0 : at.not_finite_in_row + 1;
     if (finite && run.first_loss == 0) run.first_loss = v.loss;
+    run.without_loss_in_row = v.skip == NO_LOSS_AT_ALL ? run.without_loss_in_row + 1 : 0;
+    run.without_loss += run.without_loss_in_row > 0;
     if (world.rank == 0) report_step(run, lr, v, took);
 }
 
@@ -6783,6 +6847,11 @@ int run_loop(Run& run) {   // returns the exit status
         if (writes) save(run);
         if (finished || stop) return end_loop(run, finished, stop && (!finished || s.val_every > 0 || s.sample_every > 0), writes);
         train_step(run);
+        if (run.without_loss_in_row >= 10) {
+            warn("none of the tokens of 10 steps in a row, up to step %d, has a loss: all of them are masked, so there is nothing to learn; "
+                 "prepro/text.py --show 3 shows what is trained on", at.step);
+            return 3;
+        }
         if (at.not_finite_in_row >= 10) {
             warn("the loss or the gradient was not finite for 10 steps in a row, up to step %d. The weights are those of before. Lower "
                  "the rate (--lr), lengthen --warmup, or resume from a checkpoint (--resume 1)", at.step);
@@ -6791,13 +6860,6 @@ int run_loop(Run& run) {   // returns the exit status
     }
 }
 
-std::string target_names(const Model& model) {
-    const std::vector<LoraTarget> targets = lora_targets(model.config);
-    std::string names;
-    for (size_t i = 0; i < targets.size(); i++)
-        if (model.config.lora.targets >> i & 1) names += (names.empty() ? "" : ",") + std::string(targets[i].name);
-    return names;
-}
 // What the run takes: all of it, as for --estimate, or at its start, without the parameters and what training keeps for each.
 void print_plan(Run& run, bool all) {
     const Config& c = run.model.config;
@@ -6851,6 +6913,7 @@ void make_model(Run& run) {
         } else {
             adapter_load(model, run.adapter, run.source);
             run.source.adapter.set("inference_mode", json_bool(true));
+            if (run.s.train_norms && run.s.trains()) run.source.adapter.set("modules_to_save", adapter_norms(model));
         }
         free(path);
     }

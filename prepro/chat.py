@@ -158,7 +158,7 @@ class Template:
         try:  # what template.generate() does, which takes longer to copy the globals than most templates take to render
             for part in self.template.root_render_func(self.template.new_context(variables, shared=True)):
                 self.env.written.append(part)
-        except (KeyboardInterrupt, MemoryError, Error):
+        except MemoryError:
             raise
         except Exception as e:  # the template's own raise_exception(), or any error of what it computes
             raise Error(f"{where}: the chat template of {self.path} refuses it: {printable(str(e))[:300]}") from None
@@ -204,7 +204,6 @@ class Encoder:
             with_more, bare = (tok.encode("a", add_special_tokens=more).ids for more in (True, False))
             at = next((i for i in range(len(with_more)) if with_more[i:i + len(bare)] == bare), 0)
             self.front = with_more[:at]  # the BOS, for those that have one; what may stand behind is no part of a beginning
-            tok.post_processor = hf.library("tokenizers", "a tokenizer.json").processors.ByteLevel(trim_offsets=False)  # offsets with their blanks
             special = {i: token.content for i, token in tok.get_added_tokens_decoder().items() if token.special}
             self.special.update(special)
             self.names = re.compile("|".join(map(re.escape, special.values()))) if special else None
@@ -319,7 +318,7 @@ class Encoder:
         if self.train_on == "all":
             return ids, True
         trained = np.zeros(len(ids), bool)
-        places = ids, [start for start, _ in offsets], [end if end > start else start + 1 for start, end in offsets]
+        places = ids, [start for start, _ in offsets], [end for _, end in offsets]
         answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
         chosen = [i for i in answers[-1:] if wanted[i]] if self.train_on == "last" else [i for i in answers if wanted[i]]
         if not self.template.generation:
@@ -353,10 +352,9 @@ class Encoder:
                             "there is no telling what to train; --train-on all trains every token")
             self.note(where, "an answer does not begin as the chat template's prompt for one ends; trained from the end of the turn before")
         begin, content = len(prompt), messages[i]["content"].strip()
-        at = BLANKS.match(text, begin).end()
-        if text.startswith(content, at):  # as nearly always; what follows is to be the end of the turn
-            at = BLANKS.match(text, at + len(content)).end()
-            stop = bisect.bisect_left(starts, at)
+        at = re.compile(r"\s*").match(text, begin).end()
+        if text.startswith(content, at):  # as nearly always, with the end of the turn after it
+            stop = bisect.bisect_left(starts, at + len(content))
             if stop < len(ids) and ids[stop] in self.special:
                 return bisect.bisect_right(ends, begin), stop + 1
         whole = text if i == len(messages) - 1 else self.template.render(where, messages[:i + 1])
@@ -372,7 +370,6 @@ class Encoder:
             return first, last
         return first, (stops[0] if at >= 0 else stops[-1]) + 1
 
-BLANKS = re.compile(r"\s*")
 NO_END = "the chat template puts no special token after an answer, so a model will not learn where to stop"
 
 def tokens_of(begin, end, starts, ends):

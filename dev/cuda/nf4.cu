@@ -163,6 +163,13 @@ void test_tables() {
         }
     }
     borders.equal(16, nf4_nearest(NAN, tables.data(), 16), 0);
+    uint64_t hash = 0;   // of the 256 values as bitsandbytes has published them
+    for (int i = 16; i < NF4_TABLES; i++) {
+        uint32_t bits;
+        memcpy(&bits, &tables[i], 4);
+        hash = (hash ^ bits) * 0x9e3779b97f4a7c15ull + 1;
+    }
+    map.is(hash == 0xc390db0b9e3a69e0, "other bits than bitsandbytes'");
     map.is(tables.size() == NF4_TABLES && tables[16 + 127] == 0 && tables[16 + 255] == 1, "0 or 1 is not in its place");
     for (int decade = 0, i = 16 + 128; decade < 7; decade++)
         for (int j = 0; j < 1 << decade; j++, i++) {
@@ -353,8 +360,9 @@ void test_dropout(uint64_t seed) {
     Property value("which are 0, and the others times 1 / (1 - p)", "one rounding"), norm("with gamma, with gamma and beta: of their sum"),
         add("added to what is there"), share("a share of p, and of the rest a mean as before", "5 standard deviations"),
         again("the same bits in a second run; others with another seed or stream"), simple("version 1, with a mask", "every bit");
-    for (auto [rows, C] : {std::pair{1, 8}, {3, 40}, {31, 264}, {130, 1000}})
+    for (const auto& shape : {std::pair{1, 8}, {3, 40}, {31, 264}, {130, 1000}})
         for (float p : {1e-6f, 0.1f, 0.5f, 0.9f}) {   // of the first 16 bits make 0. The trainer does not call it with 0
+            const int rows = shape.first, C = shape.second;
             set_case("rows %d, C %d, p %g", rows, C, p);
             const size_t n = (size_t)rows * C;
             const Dropout drop = {p, seed, 77};
@@ -407,10 +415,11 @@ void test_dropout(uint64_t seed) {
 // dA (+)= G * gamma + dt_sum beta^T
 void test_unfold(uint64_t seed) {
     Property value("an adapter's gradient: G * gamma + dt_sum beta^T"), again("the same bits in a second run");
-    for (auto [rows, C] : {std::pair{8, 8}, {16, 40}, {24, 264}, {8, 1000}})
+    for (const auto& shape : {std::pair{8, 8}, {16, 40}, {24, 264}, {8, 1000}})
         for (DType type : {F32, BF16})
             for (bool with_beta : {false, true})
                 for (bool accumulate : {false, true}) {
+                    const int rows = shape.first, C = shape.second;
                     set_case("%d rows of %d, %s, %s, %s", rows, C, dtype_name(type), with_beta ? "with beta" : "without",
                              accumulate ? "added to" : "written");
                     Random random(seed, 900000 + rows * C);

@@ -329,7 +329,7 @@ def test_what_is_refused_leaves_no_folder(lab):
     assert not lab.path("out").exists()
 
 @pytest.mark.parametrize("given, parts", [
-    (["--dump-gradients", "in/g.safetensors"], ["outside the directory of the model"]), (["--log", "in/log"], ["outside the directory"]),
+    (["--dump-gradients", "in/model-9.safetensors"], ["would make it another"]), (["--log", "in/tokenizer.txt"], ["would make it another"]),
     (["--log", "x", "--dump-gradients", "x"], ["--log as well"]), (["-o", "out", "--dump-gradients", "out/.lock"], ["the lock's"]),
     (["--dump-gradients", "g"], ["g.tmp", "written first"])])
 def test_outputs_that_collide(lab, given, parts):

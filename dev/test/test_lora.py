@@ -1,6 +1,7 @@
 """LoRA in both trainers: gradients and memory against prepro/reference.py and PEFT; adapters that come in, go on, go out and are merged."""
 import json
 import re
+import resource
 import shutil
 import warnings
 
@@ -10,7 +11,7 @@ import pytest
 from finetune import (PEFT, PLAIN, adapters, arrays, batch, check_gradients, distance, model, modules, peft_config,
                       peft_tensors, reference, trainer_of, write_adapter, write_base)
 from helpers import (Lab, Tensor, close, execute, learned, library, mpirun, options, pack, program, read_log, read_safetensors,
-                     says, unpack, words, write_tokens)
+                     safetensors_bytes, says, unpack, words, write_tokens)
 
 B, T, STEPS = 2, 19, 5
 
@@ -168,7 +169,7 @@ def load_adapter(base, folder):
     peft = library("peft")
     from peft.utils import get_peft_model_state_dict
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)   # what PEFT finds missing or unknown
         made = peft.PeftModel.from_pretrained(base, str(folder))
     there, file = get_peft_model_state_dict(made), arrays(folder / "adapter_model.safetensors")
     assert set(there) == set(file)
@@ -244,7 +245,8 @@ def test_the_reference_is_peft(theirs, name):
     check_gradients({"loss": np.float64(case.loss.item()), **case.gradients}, loss, gradients, 1e-6, 1e-5)
 
 def merged(lab, *given, **how):
-    return lab.run("-e", "in", "--adapter", "adapter", "--merge", "merged", *given, **{**lab.how, **how})
+    base = [] if "-e" in given else ["-e", "in"]
+    return lab.run(*base, "--adapter", "adapter", "--merge", "merged", *given, **{**lab.how, **how})
 
 @pytest.mark.parametrize("name", THEIRS)
 def test_against_peft(theirs, name):
@@ -293,13 +295,16 @@ def test_trained_norms_go_along(theirs):
     for name in ("q,v", "c_attn"):
         case = theirs(name)
         lab = case.lab
-        lab.train("-e", "in", "--adapter", "adapter", "--lora-train-norms", 1, "-i", "batch.bin", "-b", B, "-t", T, "-x", 3, "-l", 1e-2, *PLAIN, "-o", "norms",
-                  variant="cpu-fp32", **lab.how)
-        made = load_adapter(transformers_model(case.kind), lab.path("norms/step_00000003"))
-        lab.train("-e", "in", "--adapter", "norms/step_00000003", "--lora-train-norms", 1, "-i", "batch.bin", "-b", B, "-t", T, "-x", 0, "--dump-gradients",
-                  "g.safetensors", "-f", 0, variant="cpu-fp32", **lab.how)
-        assert close(float(arrays(lab.path("g.safetensors"))["loss"]), logits_and_loss(made, case.ids)[1].item(), 1e-5)
-        assert sum("norm" in n or "ln_" in n for n in arrays(lab.path("norms/step_00000003/adapter_model.safetensors"))) >= 4
+        for i, given in enumerate((["--lora", 3], ["--adapter", "adapter"])):
+            lab.train("-e", "in", *given, "--lora-train-norms", 1, "-i", "batch.bin", "-b", B, "-t", T, "-x", 3, "-l", 1e-2, *PLAIN, "-o", f"norms{i}",
+                      variant="cpu-fp32", **lab.how)
+            folder = f"norms{i}/step_00000003"
+            made = load_adapter(transformers_model(case.kind), lab.path(folder))
+            assert sum("norm" in n or "ln_" in n for n in arrays(lab.path(f"{folder}/adapter_model.safetensors"))) >= 4
+            for more in ([], ["--lora-train-norms", 1]):   # they are the adapter's, whether they are trained on or not
+                lab.train("-e", "in", "--adapter", folder, *more, "-i", "batch.bin", "-b", B, "-t", T, "-x", 0, "--dump-gradients", "g.safetensors", "-f", 0,
+                          variant="cpu-fp32", **lab.how)
+                assert close(float(arrays(lab.path("g.safetensors"))["loss"]), logits_and_loss(made, case.ids)[1].item(), 1e-5)
 
 # ---- a new adapter ------------------------------------------------------------------------------------
 
@@ -382,7 +387,7 @@ def estimate(lab, *given, variant="cpu-bf16", trainer="train_gpt2"):
 def units(table, L, rows, C):
     """A layer's share of what is saved, in units of B*T*C elements, without and with statistics and what has the rank's width."""
     saved = [row for row in table["rows"] if row["kind"] == "saved" and row["scope"] == "layer"]
-    wide = [row for row in saved if row["dtype"] != "f32" and (row["shape"][-1] >= C or "code" in row["name"])]
+    wide = [row for row in saved if row["dtype"] != "fp32" and (row["shape"][-1] >= C or "code" in row["name"])]
     return [sum(row["bytes"] for row in some) / (L * rows * C * 2) for some in (wide, saved)]
 
 GPT2_UNITS = [("cpu-bf16", ["--lora-targets", "q,v"], 2, 10), ("cpu-approxbp-bf16", ["--lora-targets", "q,v"], 1, 6.5),
@@ -598,6 +603,38 @@ def test_merge(bench, case, dtype):
     finally:
         shutil.rmtree(lab.path("in"), ignore_errors=True)
         shutil.move(lab.path("wide"), lab.path("in"))
+
+def test_merging_shards(bench):
+    """The model is the same, whatever it came in; one that has no directory is none to merge with."""
+    lab = bench("all")[0]
+    tensors = read_safetensors(lab.path("in/model.safetensors"))
+    for name in ("merged", "shards", "bin"):
+        shutil.rmtree(lab.path(name), ignore_errors=True)
+    merged(lab)
+    whole = read_safetensors(lab.path("merged/model.safetensors"))
+    shutil.copytree(lab.path("in"), lab.path("shards"), ignore=lambda *_: ["model.safetensors"])
+    weight_map = {name: f"model-{i % 3 + 1:05d}-of-00003.safetensors" for i, name in enumerate(tensors)}
+    for file in set(weight_map.values()):
+        lab.path(f"shards/{file}").write_bytes(safetensors_bytes({name: t for name, t in tensors.items() if weight_map[name] == file}))
+    lab.path("shards/model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    shutil.rmtree(lab.path("merged"))
+    merged(lab, "-e", "shards")
+    found = {name: t for path in lab.path("merged").glob("*.safetensors") for name, t in read_safetensors(path).items()}
+    assert found == whole
+    says(lab.run("-e", GQA.replace("HS", "D"), "--adapter", "adapter", "--merge", "merged", status=2, **lab.how).err, "--merge merged", "expected -e DIR")
+
+def test_a_merge_that_fails_leaves_nothing(bench):
+    """A limit on a file's size stands in for a full disk. And what is there stays."""
+    lab = bench("all")[0]
+    shutil.rmtree(lab.path("merged"), ignore_errors=True)
+    before = set(lab.files("."))
+    merged(lab, status=1, before=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000)))
+    assert set(lab.files(".")) == before
+    lab.path("merged").mkdir()
+    lab.path("merged/mine").write_text("mine")
+    done = merged(lab, status=None)
+    assert done.status in (1, 2) and lab.files("merged") == {"mine": b"mine"}
+    says(done.err, "--merge merged")
 
 def test_merging_needs_no_device(bench):
     """Tensor by tensor on the host."""

@@ -185,7 +185,7 @@ THINKS = ("{% for m in messages %}{% set content = m.content %}{% if m.role == '
 def test_a_template_that_changes_earlier_turns(tmp_path):
     """As Qwen3's, which drops earlier thoughts, and puts an empty one into the last turn."""
     thinks = THINKS.replace("m.role + '\n' +", "m.role + '\n' + ('<think></think>' if loop.last and m.role == 'assistant' else '') +")
-    empty = encoder(model(tmp_path / "e", thinks))
+    empty = encoder(model(tmp_path / "e", thinks + "{% if not add_generation_prompt %}</s>{% endif %}"))
     assert trained(empty, empty("a", {"messages": TALK})) == [HELLO["content"] + "<|im_end|>", "<think></think>Fine.<|im_end|>"]
     encode = encoder(model(tmp_path / "m", THINKS))
     thought = {"role": "assistant", "content": "<think>so</think>Yes"}
@@ -195,6 +195,9 @@ def test_a_template_that_changes_earlier_turns(tmp_path):
         encode("a: line 7", {"messages": [USER, thought, MORE, FINE]})
     encode.train_on = "last"
     assert trained(encode, encode("a", {"messages": [USER, thought, MORE, FINE]})) == ["Fine.<|im_end|>"]
+    prompts = encoder(model(tmp_path / "p", THINKS.replace("assistant\n{%", "assistant\n<think>{%")))
+    with pytest.raises(binfmt.Error, match="message 2: the chat template writes this answer in another way"):
+        prompts("a", {"messages": [USER, {**thought, "content": "So</think>Yes"}, MORE, FINE]})
     counts = encoder(model(tmp_path / "n", "{{ messages | length }}" + CHATML))
     with pytest.raises(binfmt.Error, match="message 2: the chat template writes the messages before this answer in another way"):
         counts("a", {"messages": TALK[:2]})
@@ -203,7 +206,7 @@ def test_odd_templates_are_said(tmp_path):
     """A generation prompt that is not what an answer begins with; none; no end of a turn; a message that is left out; names in a message."""
     notes = []
     encode = encoder(model(tmp_path / "a", CHATML.replace("assistant\n' }}{% endif", "assistant\n<think>\n' }}{% endif")), notes)
-    assert trained(encode, encode("a", {"messages": TALK[2:]})) == ["<|im_start|>assistant\nFine.<|im_end|>"]
+    assert trained(encode, encode("a", {"messages": [{**USER, "content": "Fine."}, FINE]})) == ["<|im_start|>assistant\nFine.<|im_end|>"]
     assert notes.pop().startswith("an answer does not begin as the chat template's prompt") and not notes
     encode = encoder(model(tmp_path / "b", CHATML.split("{% if")[0]), notes)
     assert trained(encode, encode("a", {"messages": TALK[2:]})) == ["<|im_start|>assistant\nFine.<|im_end|>"] and not notes
@@ -230,6 +233,11 @@ def test_blanks_and_seams_of_tokens(tmp_path):
     encode = encoder(model(tmp_path / "m", template, tok))
     answer = {"role": "assistant", "content": "Fine \n\n \u00e9\U0001f600 \n\n"}
     assert trained(encode, encode("a", {"messages": [USER, answer, USER, FINE]})) == [" " + answer["content"] + "</s>", " Fine.</s>"]
+    plain = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    encode = encoder(model(tmp_path / "p", plain, tok))
+    assert trained(encode, encode("a", {"messages": [USER, FINE, USER]})) == [" Fine.\n"]
+    encode = encoder(model(tmp_path / "n", CHATML, tok))
+    assert trained(encode, encode("a", {"messages": [USER, answer, USER, FINE]})) == [answer["content"] + "<|im_end|>", "Fine.<|im_end|>"]
 
 def test_a_tokenizer_of_sentencepiece(tmp_path):
     """As Llama 2's: a blank in front, blanks as \u2581, bytes of what is not in the vocabulary."""
@@ -453,7 +461,7 @@ def test_all_masked_is_an_error(tmp_path):
     assert names(tmp_path / "out") == []
 
 def test_examples_of_validation_that_are_trained_on_are_said(tmp_path):
-    path = lines_of(tmp_path / "a.jsonl", [{"prompt": str(i % 17), "completion": "x"} for i in range(20)])
+    path = lines_of(tmp_path / "a.jsonl", [{"prompt": str(i), "completion": "x"} for i in [*range(16), 0, 0, 1, 99]])
     said = prepare(path, "bytes", tmp_path / "out", "-t", 16, "--val-fraction", 0.2)
     assert "\nin training and validation alike, token for token: 3 of validation's 4 examples" in said
     assert "alike" not in prepare(lines_of(path, [{"prompt": str(i), "completion": "x"} for i in range(20)]), "bytes", tmp_path / "out", "-t", 16)
