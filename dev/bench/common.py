@@ -63,6 +63,17 @@ def prepare(files, out):
             sys.exit(f"{os.path.basename(sys.argv[0])}: {e}")
     return [len(binfmt.read_tokens(f"{out}/{name}.bin")) for name in ("train", "val")]
 
+def count_tokens(path):
+    """Of a token file, marked or not."""
+    with open(path, "rb") as f:
+        return int.from_bytes(f.read(12)[8:], "little")
+
+def script(path, *args):
+    """Runs one of the project's, and ends as it does if it fails."""
+    status = subprocess.run([sys.executable, "-B", os.path.join(ROOT, path), *map(str, args)], stdin=subprocess.DEVNULL).returncode
+    if status != 0:
+        sys.exit(status if status > 0 else 1)
+
 def commit():
     """This tree's, with a + where files differ from it."""
     def git(*args):

@@ -1,10 +1,11 @@
 """Short instructions whose answers a program can check: small sums and differences, and tasks about words.
 
-    python3 dev/bench/instructions.py --out DIR [--train 800] [--test 200] [--seed 1]
+    python3 dev/bench/instructions.py --out DIR [--train 800] [--test 200] [--seed 1] [--kinds sum,join]
 
 writes DIR/train.jsonl and DIR/test.jsonl, lines of {"messages": [...], "kind": ...} for prepro/text.py. The same seed gives the same
 files, and no question of the test is trained on. score() counts right answers. Meant for models as small as SmolLM2-135M; with its
-template a prompt has fewer than 40 tokens, so 20 examples and more fit into a row of 1024.
+template an example has about 30 tokens, so 8 fit into a row of 256. The system's message stands there because SmolLM2's template would
+put a longer one.
 """
 import argparse
 import json
@@ -24,8 +25,10 @@ neck nest night nose ocean onion orange paint paper park pear pen piano plane pl
 room rope rose salt sand school sea seed seven sheep ship shoe silver sky snow soap song soup spoon star stone storm street sugar summer
 sun table tail tea tiger tooth tower town train tree truck uncle village voice wall water wheel wind window winter wolf wood yellow""".split()
 
+SYSTEM = "Answer in one word."
+
 def number(rng):
-    return rng.randint(1, 50)
+    return rng.randint(1, 20)
 
 def larger(rng):
     a, b = rng.sample(range(1, 100), 2)
@@ -58,11 +61,11 @@ KINDS = {"sum": total, "difference": difference, "larger": larger, "count": coun
          "reverse": of_a_word("Reverse: {}", lambda w: w[::-1]), "last": of_a_word("Last letter: {}", lambda w: w[-1]),
          "capitals": of_a_word("Capitals: {}", str.upper), "sort": of_a_word("Sort letters: {}", lambda w: "".join(sorted(w)))}
 
-def examples(n, seed):
+def examples(n, seed, kinds=tuple(KINDS)):
     """n examples with as many of each kind, no two of them alike."""
     rng, found, made = random.Random(seed), [], set()
     for i in range(n):
-        kind = list(KINDS)[i % len(KINDS)]
+        kind = kinds[i % len(kinds)]
         for _ in range(1000):
             question, answer = KINDS[kind](rng)
             if question not in made:
@@ -70,7 +73,8 @@ def examples(n, seed):
         else:
             raise binfmt.Error(f"{n} examples: there are not so many different ones of the kind {kind}; ask for fewer")
         made.add(question)
-        found.append({"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}], "kind": kind})
+        roles = {"system": SYSTEM, "user": question, "assistant": answer}
+        found.append({"messages": [{"role": role, "content": content} for role, content in roles.items()], "kind": kind})
     rng.shuffle(found)
     return found
 
@@ -86,21 +90,25 @@ def score(answers, asked):
     return found
 
 def work(a):
-    made = examples(a.train + a.test, a.seed)
+    made = examples(a.train + a.test, a.seed, a.kinds)
     paths = [os.path.join(a.out, name) for name in ("train.jsonl", "test.jsonl")]
     with binfmt.writing(a.out):
         os.makedirs(a.out, exist_ok=True)
         with atomic(*paths) as files:
             for f, part in zip(files, (made[:a.train], made[a.train:])):
                 f.write("".join(json.dumps(example) + "\n" for example in part).encode())
-    binfmt.say(f"wrote {paths[0]}: {a.train} examples, {paths[1]}: {a.test}, of {len(KINDS)} kinds")
+    binfmt.say(f"wrote {paths[0]}: {a.train} examples, {paths[1]}: {a.test}, of {len(a.kinds)} kinds")
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, metavar="DIR")
     for name, n in (("train", 800), ("test", 200), ("seed", 1)):
         parser.add_argument(f"--{name}", type=int, default=n, metavar="N", help=f"({n})")
+    parser.add_argument("--kinds", default=",".join(KINDS), metavar="A,B", help=f"of {','.join(KINDS)} (all)")
     a = parser.parse_args()
+    a.kinds = a.kinds.split(",")
+    if not set(a.kinds) <= set(KINDS):
+        parser.error(f"--kinds {','.join(a.kinds)}: expected some of {','.join(KINDS)}")
     if min(a.train, a.test) < 1:
         parser.error("--train and --test: expected 1 or more")
     binfmt.run("instructions.py", lambda: work(a))

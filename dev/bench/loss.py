@@ -32,60 +32,76 @@ NAMES = {"exact": "exact", "act": "APPROX_ACT=2", "norm": "MS_NORM=1", "both": "
 SOURCES = "README.md Makefile *.cu prepro/*.py dev/cpu/*.py dev/bench/*.py dev/test/*.py dev/cpu/include/**/*.h".split()
 
 def stop(message):
-    sys.exit(f"loss.py: {message}")
+    sys.exit(f"{os.path.basename(sys.argv[0])}: {message}")
 
-def build_command(mode, out, flags):
-    return ["make", "-s", "train_gpt2", f"BUILD={out}/{mode}", "USE_APPROXBP=0" if mode == "exact" else NAMES[mode], *flags]
+def build_command(mode, out, flags, program="train_gpt2"):
+    return ["make", "-s", program, f"BUILD={out}/{mode}", "USE_APPROXBP=0" if mode == "exact" else NAMES[mode], *flags]
 
-def build(mode, out, flags):
-    command = build_command(mode, out, flags)
+def build(mode, out, flags, program="train_gpt2"):
+    command = build_command(mode, out, flags, program)
     print(shlex.join(command), flush=True)
     if subprocess.run(command, stdin=subprocess.DEVNULL).returncode != 0:
         stop(f"{mode} could not be built")
-    return f"./{out}/{mode}/train_gpt2"
+    return f"./{out}/{mode}/{program}"
 
 def tokens(files, out):
     """Writes out/train.bin and val.bin, and says what they are."""
     train, val = common.prepare(files, out)
-    return {"files": [os.path.basename(f) for f in files], "train_tokens": train, "val_tokens": val,
-            "sha256": {name: common.digest(os.path.abspath(f"{out}/{name}")) for name in ("train.bin", "val.bin")}}
+    return {"files": [os.path.basename(f) for f in files], "train_tokens": train, "val_tokens": val, "sha256": digests(out)}
 
-def run(name, command, key):
-    """A run's log, from before if it is of the same program, text and options and came to its end."""
+def digests(out):
+    return {name: common.digest(os.path.abspath(f"{out}/{name}")) for name in ("train.bin", "val.bin")}
+
+def run(name, command, key, begin=lambda: True):
+    """A run's log, from before if it is of the same program, text and options and came to its end; None if it did not and begin() is
+    against running it."""
     log = read_log(f"{name}.jsonl")
     if read_log(f"{name}.key") == [key] and log and log[-1].get("done"):
         return log, "from before"
+    if not begin():
+        return None, ""
     with contextlib.suppress(OSError):
         os.unlink(f"{name}.jsonl")
     with open(f"{name}.key", "w") as f:
         json.dump(key, f)
-    begin = time.time()
+    since = time.time()
     with open(f"{name}.txt", "w") as f:
         status = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=f, stderr=subprocess.STDOUT).returncode
     log = read_log(f"{name}.jsonl")
     if status != 0 or not log or not log[-1].get("done"):
         with open(f"{name}.txt") as f:
             stop(f"{shlex.join(command)}\nended with status {status}:\n" + "".join(f.readlines()[-5:]).rstrip())
-    return log, f"{time.time() - begin:.0f} seconds"
+    return log, f"{time.time() - since:.0f} seconds"
+
+def schedule(a):
+    """What every run of a comparison has."""
+    return ["-b", str(a.batch), "-t", str(a.seq_len), "-x", str(a.steps), "-u", str(a.warmup), "-q", "0.1", "-v", str(a.val_every),
+            "-m", str(a.val_batches), "-s", "0", *a.options]
+
+def measure(name, program, mode, options, seed, key, begin=lambda: True):
+    """A run, as the results have it, or None, as of run(). key: what else it depends on."""
+    command = [program, *options, "--seed", str(seed), "--log", f"{name}.jsonl"]
+    log, how = run(name, command, {"command": command, "program": common.digest(os.path.abspath(program)), **key}, begin)
+    if log is None:
+        return None
+    lines = [line for line in log if "val_loss" in line]
+    val = [[line["step"], line["val_loss"]] for line in lines]
+    if any(loss is None for _, loss in val):
+        stop(f"{name}: a validation loss that is not finite; lower the rate (--lr)")
+    right = [[line["step"], line["right"], line["answers"]] for line in lines if "right" in line]
+    print(f"  validation loss {' '.join(f'{loss:.3f}' for _, loss in val)}"
+          + "".join(f"; {r} of {n} answers right" for _, r, n in right[-1:]) + f"; {how}", flush=True)
+    return {"mode": mode, "seed": seed, "val": val, **({"right": right} if right else {}), **{k: log[-1][k] for k in ("peak_bytes", "estimate_bytes")},
+            "units_per_layer": common.kept(common.ledger(program, options))[1], "command": shlex.join(command)}
 
 def run_all(a, programs, data):
     """Every mode with every seed, or what is left of that; returns the runs."""
-    options = ["-e", a.model, "-i", f"{a.out}/train.bin", "-j", f"{a.out}/val.bin", "-b", str(a.batch), "-t", str(a.seq_len),
-               "-x", str(a.steps), "-l", a.lr, "-u", str(a.warmup), "-q", "0.1", "-c", "0.1", "-v", str(a.val_every),
-               "-m", str(a.val_batches), "-s", "0", *a.options]
+    options = ["-e", a.model, "-i", f"{a.out}/train.bin", "-j", f"{a.out}/val.bin", "-l", a.lr, "-c", "0.1", *schedule(a)]
     plan = [(seed, mode) for seed in range(1, a.seeds + 1) for mode in programs]  # after a third of the time there is one of each
     runs = []
     for i, (seed, mode) in enumerate(plan):
         print(f"run {i + 1}/{len(plan)}: {NAMES[mode]}, seed {seed}", flush=True)
-        command = [programs[mode], *options, "--seed", str(seed), "--log", f"{a.out}/{mode}-seed{seed}.jsonl"]
-        key = {"command": command, "program": common.digest(os.path.abspath(programs[mode])), "data": data["sha256"]}
-        log, how = run(f"{a.out}/{mode}-seed{seed}", command, key)
-        val = [[line["step"], line["val_loss"]] for line in log if "val_loss" in line]
-        if any(loss is None for _, loss in val):
-            stop(f"{mode}, seed {seed}: a validation loss that is not finite; lower the rate (--lr)")
-        print(f"  validation loss {' '.join(f'{loss:.3f}' for _, loss in val)}; {how}", flush=True)
-        runs.append({"mode": mode, "seed": seed, "val": val, **{k: log[-1][k] for k in ("peak_bytes", "estimate_bytes")},
-                     "units_per_layer": common.kept(common.ledger(programs[mode], options))[1], "command": shlex.join(command)})
+        runs.append(measure(f"{a.out}/{mode}-seed{seed}", programs[mode], mode, options, seed, {"data": data["sha256"]}))
     return runs
 
 # ---- what came of it -------------------------------------------------------------------------------
@@ -101,8 +117,8 @@ def summary(runs):
                         "peak_bytes": max(r["peak_bytes"] for r in of), "units_per_layer": of[0]["units_per_layer"]}
     exact = result.get("exact")
     for mode, of in result.items():
-        of["difference"] = of["mean"] - exact["mean"] if exact else None
-        known = exact is not None and len(exact["final"]) > 1 and mode != "exact"
+        of["difference"] = of["mean"] - exact["mean"] if exact and len(of["final"]) == len(exact["final"]) else None
+        known = of["difference"] is not None and len(exact["final"]) > 1 and mode != "exact"
         of["no_worse"] = of["difference"] <= exact["spread"] if known else None
     return result
 
@@ -149,61 +165,77 @@ def plot(a, runs, path):
     common.save(plt, figure, path)
     return True
 
-def main():
-    parser = argparse.ArgumentParser(description="Losses of exact and approximate training beside each other.")
-    parser.add_argument("--text", nargs="+", metavar="FILE", help="what to learn (this project's own sources)")
+def common_arguments(parser, out, validations=6, batches=30):
+    parser.set_defaults(validations=validations)
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 1 to N in each mode (3)")
-    parser.add_argument("--steps", type=int, default=600, metavar="N", help="(600)")
-    parser.add_argument("--model", default="gpt2:L4,H4,C128,T64,V257", metavar="SIZE", help="(gpt2:L4,H4,C128,T64,V257)")
-    parser.add_argument("-b", dest="batch", type=int, default=16, metavar="B", help="sequences a step (16)")
-    parser.add_argument("-t", dest="seq_len", type=int, default=64, metavar="T", help="tokens a sequence (64)")
-    parser.add_argument("--lr", default="1e-3", help="at its peak; cosine to a tenth (1e-3)")
     parser.add_argument("--warmup", type=int, metavar="N", help="steps (a tenth of all, 50 at most)")
-    parser.add_argument("--val-every", type=int, metavar="N", help="steps (a sixth of all)")
-    parser.add_argument("--val-batches", type=int, default=30, metavar="N", help="in a validation (30)")
+    parser.add_argument("--val-every", type=int, metavar="N", help=f"steps (1/{validations} of all)")
+    parser.add_argument("--val-batches", type=int, default=batches, metavar="N", help=f"in a validation ({batches})")
     parser.add_argument("--modes", default=",".join(NAMES), metavar="A,B", help=f"of {','.join(NAMES)} (all)")
     parser.add_argument("--flags", default="", metavar="'A=B'", help="more flags for make, as in --flags 'CPU=1 PRECISION=FP32'")
     parser.add_argument("--options", default="", metavar="'-r 0'", help="more options for the trainer, as in --options='-r 0'")
     parser.add_argument("--program", action="append", default=[], metavar="MODE=PATH", help="a program that is built already")
-    parser.add_argument("--out", default="build/loss", metavar="DIR", help="(build/loss)")
+    parser.add_argument("--out", default=out, metavar="DIR", help=f"({out})")
     parser.add_argument("--write", metavar="DIR", help="copies the results there, too")
-    a = parser.parse_args()
+
+def settle(parser, a, *paths):
+    """Checks the common arguments, fills in what follows from others, and goes to the project's folder, so that commands read alike
+    everywhere. Returns the paths as they are called there, and {mode: program that is built already}."""
     a.options = shlex.split(a.options)
     a.warmup = min(50, a.steps // 10) if a.warmup is None else a.warmup
-    a.val_every = max(1, a.steps // 6) if a.val_every is None else a.val_every
-    modes = a.modes.split(",")
-    if not set(modes) <= set(NAMES):
-        parser.error(f"--modes {a.modes}: expected some of {','.join(NAMES)}")
+    a.val_every = max(1, a.steps // a.validations) if a.val_every is None else a.val_every
+    a.modes = a.modes.split(",")
+    if not set(a.modes) <= set(NAMES):
+        parser.error(f"--modes {','.join(a.modes)}: expected some of {','.join(NAMES)}")
     for name in ("seeds", "steps", "val_every"):
         if getattr(a, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(a, name)}: expected 1 or more")
-    # paths as typed; the rest happens in the project's folder, so that commands read alike everywhere
-    a.out, a.write, *files = (p and os.path.relpath(p, ROOT) for p in (a.out, a.write, *(a.text or [])))
+    a.out, a.write, *paths = (p and os.path.relpath(p, ROOT) for p in (a.out, a.write, *paths))
     built = {mode: os.path.join(".", os.path.relpath(p, ROOT)) for mode, p in (p.split("=", 1) for p in a.program)}
     os.chdir(ROOT)
-    files = files or sorted({f for pattern in SOURCES for f in glob.glob(pattern, recursive=True)})
-
-    begin = time.time()
     os.makedirs(a.out, exist_ok=True)
-    data = tokens(files, a.out)
-    print(f"{data['train_tokens']} bytes to learn, {data['val_tokens']} to be examined on")
-    runs = run_all(a, {mode: built.get(mode) or build(mode, a.out, shlex.split(a.flags)) for mode in modes}, data)
-    of = summary(runs)
-    table = markdown(a, data, of)
-    with open(f"{a.out}/{modes[0]}-seed1.txt") as f:
-        device = re.search(r"^device +(.*?),", f.read(), re.M)
-    result = {"what": "validation loss of exact and approximate training, the same tokens and seeds (dev/bench/loss.py)",
-              "commit": common.commit(), "device": device[1] if device else "unknown", "make_flags": a.flags, "text": data,
-              **{k: getattr(a, k) for k in ("model", "batch", "seq_len", "steps", "seeds")}, "summary": of, "runs": runs}
-    with atomic(f"{a.out}/loss.json", f"{a.out}/loss.md") as (f, g):
+    return paths, built
+
+def device(log):
+    """What a run's output says that it ran on."""
+    with open(log) as f:
+        found = re.search(r"^device +(.*?),", f.read(), re.M)
+    return found[1] if found else "unknown"
+
+def leave(a, name, result, table, draw, begin):
+    """Writes name.json, .md and .png to --out and --write; draw(path) draws, and says whether it could."""
+    with atomic(f"{a.out}/{name}.json", f"{a.out}/{name}.md") as (f, g):
         f.write(json.dumps(result, indent=1).encode() + b"\n")
         g.write(table.encode())
-    names = ["loss.json", "loss.md"] + ["loss.png"] * plot(a, runs, f"{a.out}/loss.png")
+    names = [f"{name}.json", f"{name}.md"] + [f"{name}.png"] * draw(f"{a.out}/{name}.png")
     print(f"\n{table}\nin {a.out}: {' '.join(names)}; {(time.time() - begin) / 60:.1f} minutes")
     if a.write:
         os.makedirs(a.write, exist_ok=True)
         for name in names:
             shutil.copyfile(f"{a.out}/{name}", f"{a.write}/{name}")
+
+def main():
+    parser = argparse.ArgumentParser(description="Losses of exact and approximate training beside each other.")
+    parser.add_argument("--text", nargs="+", metavar="FILE", help="what to learn (this project's own sources)")
+    parser.add_argument("--steps", type=int, default=600, metavar="N", help="(600)")
+    parser.add_argument("--model", default="gpt2:L4,H4,C128,T64,V257", metavar="SIZE", help="(gpt2:L4,H4,C128,T64,V257)")
+    parser.add_argument("-b", dest="batch", type=int, default=16, metavar="B", help="sequences a step (16)")
+    parser.add_argument("-t", dest="seq_len", type=int, default=64, metavar="T", help="tokens a sequence (64)")
+    parser.add_argument("--lr", default="1e-3", help="at its peak; cosine to a tenth (1e-3)")
+    common_arguments(parser, "build/loss")
+    a = parser.parse_args()
+    files, built = settle(parser, a, *(a.text or []))
+    files = files or sorted({f for pattern in SOURCES for f in glob.glob(pattern, recursive=True)})
+
+    begin = time.time()
+    data = tokens(files, a.out)
+    print(f"{data['train_tokens']} bytes to learn, {data['val_tokens']} to be examined on")
+    runs = run_all(a, {mode: built.get(mode) or build(mode, a.out, shlex.split(a.flags)) for mode in a.modes}, data)
+    of = summary(runs)
+    result = {"what": "validation loss of exact and approximate training, the same tokens and seeds (dev/bench/loss.py)",
+              "commit": common.commit(), "device": device(f"{a.out}/{a.modes[0]}-seed1.txt"), "make_flags": a.flags, "text": data,
+              **{k: getattr(a, k) for k in ("model", "batch", "seq_len", "steps", "seeds")}, "summary": of, "runs": runs}
+    leave(a, "loss", result, markdown(a, data, of), lambda path: plot(a, runs, path), begin)
 
 if __name__ == "__main__":
     try:

@@ -10,6 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import finetune  # noqa: E402, F401: this folder's, before a file of tests puts dev/bench, which has one too, in front
 from helpers import ROOT, Lab, execute  # noqa: E402
 
 # A job in the background may be started with Ctrl-C and hang-ups ignored, and whom it starts inherits that: the programs under test too.

@@ -1,8 +1,9 @@
-"""The scripts of dev/bench: traffic.py against the program that it describes, loss.py, demo.py and memory.py on runs of a second.
+"""The scripts of dev/bench: traffic.py against the program that it describes, loss.py, finetune.py, the demos and memory.py on runs of a second.
 
 What traffic.py says of a step is compared with the CPU build's profile (kernels, calls) and its ledger (tensors).
 """
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -14,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from helpers import ROOT, environment, execute, library, program, script, words
+from helpers import ROOT, environment, execute, library, program, script, words, write_tokens
 
 sys.path.insert(0, str(ROOT / "dev/bench"))
 import common  # noqa: E402
@@ -22,6 +23,10 @@ import demo  # noqa: E402
 import loss  # noqa: E402
 import memory  # noqa: E402
 import traffic  # noqa: E402
+
+spec = importlib.util.spec_from_file_location("bench_finetune", ROOT / "dev/bench/finetune.py")  # dev/test has a finetune, too
+tuning = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(tuning)
 
 VARIANT = {(0, False): "cpu-bf16", (2, False): "cpu-act-bf16", (0, True): "cpu-norm-bf16", (2, True): "cpu-approxbp-bf16"}  # (bits, norm)
 TRY = "gpt2:L3,H2,C32,T32,V257"  # three layers: a first, a middle and a last one
@@ -182,6 +187,117 @@ def test_loss_says_what_is_wrong(tmp_path):
     for wrong, status, said in ((["--modes", "fast"], 2, "--modes fast"), (["--steps", 0], 2, "--steps 0"),
                                 (["--text", "nowhere.txt", "--out", "out"], 1, "nowhere.txt: no such file")):
         assert said in script("dev/bench/loss.py", *wrong, status=status, cwd=tmp_path)
+
+# ---- finetune.py, demo_llama.py -----------------------------------------------------------------------
+
+CHATML = ("{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+          "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+TRAINERS = {"exact": "cpu-bf16", "norm": "cpu-norm-bf16", "both": "cpu-approxbp-bf16"}
+
+def programs(trainer, *modes):
+    return [f"--program={mode}={program(TRAINERS[mode], trainer)}" for mode in modes]
+
+def tiny_llama(folder):
+    """A stand-in for SmolLM2: it knows nothing, and reads bytes."""
+    tokenizers = library("tokenizers")
+    library("jinja2")
+    names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())]
+    write_tokens(folder / "any.bin", [1, 2] * 300)
+    done = execute(program("cpu-bf16", "train_llama"), "-e", f"llama:L2,H2,K1,C32,F64,T256,V{len(names) + 4}", "-i", "any.bin", "-b", 1, "-t", 256, "-x", 0,
+                   "-v", 0, "-s", 0, "-o", "llama", cwd=folder)
+    assert done.status == 0, done.err
+    model = folder / "build/demo/smollm2"
+    model.parent.mkdir(parents=True)
+    (folder / "llama/step_00000000").rename(model)
+    tok = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={name: i for i, name in enumerate(names)}, merges=[]))
+    tok.pre_tokenizer, tok.decoder = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False), tokenizers.decoders.ByteLevel()
+    tok.add_special_tokens(names[:3])
+    tok.add_tokens(["system\n", "user\n", "assistant\n", "Answer in one word."])  # so that an example has fewer than 64 tokens
+    tok.save(str(model / "tokenizer.json"))
+    (model / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>", "chat_template": CHATML}))
+    return model
+
+def test_finetune_plans():
+    """Seed 1 of LoRA on all matrices in each mode comes first, then the rest of it; full training is exact alone."""
+    a = SimpleNamespace(seeds=3, sets=list(tuning.SETS), modes=list(loss.NAMES), lr="1e-2", full_lr="1e-3", rank=8)
+    plan = tuning.plan(a)
+    assert plan[:4] == [(1, "all", mode) for mode in loss.NAMES] and len(plan) == len(set(plan)) == 39
+    assert [seed for seed, *_ in plan] == [1] * 13 + [2] * 13 + [3] * 13 and [p for p in plan if p[1] == "full"] == [(s, "full", "exact") for s in (1, 2, 3)]
+    assert [" ".join(tuning.options_of(which, a)) for which in tuning.SETS] == [
+        "-l 1e-2 --lora 8 --lora-targets q,v", "-l 1e-2 --lora 8", "-l 1e-2 --lora 8 --lora-freeze-a 1", "-l 1e-3"]
+    for mode, flag in (("exact", "USE_APPROXBP=0"), ("both", "USE_APPROXBP=1")):
+        assert loss.build_command(mode, "out", ["CPU=1"], "train_llama") == ["make", "-s", "train_llama", f"BUILD=out/{mode}", flag, "CPU=1"]
+
+def test_finetune_trains_and_resumes(tmp_path):
+    for name, seed in (("base.txt", 1), ("text.txt", 2)):
+        (tmp_path / name).write_bytes(bytes(words(6000, seed=seed)))
+    arguments = ["gpt2", "--text", "text.txt", "--base-text", "base.txt", "--base-steps", 4, "--seeds", 1, "--steps", 4, "--modes", "exact,both",
+                 "--sets", "qv,all,full", "--model", "gpt2:L2,H2,C32,T32,V257", "-b", 2, "-t", 32, "--rank", 2, "--val-batches", 2, "--out", "out",
+                 "--write", "results", *programs("train_gpt2", "exact", "both")]
+    script("dev/bench/finetune.py", *arguments, cwd=tmp_path)
+    result = json.loads((tmp_path / "results/finetune_gpt2.json").read_text())
+    assert [(r["adapters"], r["mode"]) for r in result["runs"]] == [("all", "exact"), ("all", "both"), ("qv", "exact"), ("qv", "both"), ("full", "exact")]
+    assert result["left_out"] == [] and all([step for step, _ in r["val"]] == [0, 2, 4] for r in result["runs"])
+    start = [r["val"][0][1] for r in result["runs"]]  # adapters begin with nothing, so all of them are the base, but for rounding
+    assert max(start) - min(start) < 0.01
+    kept = {(r["adapters"], r["mode"]): (round(r["units_per_layer"]), round(r["units_per_layer_r2"])) for r in result["runs"]}
+    assert kept["qv", "both"][0] < kept["all", "both"][0] < kept["full", "exact"][0] == kept["all", "exact"][0] and kept["all", "exact"][1] == 10
+    table = (tmp_path / "results/finetune_gpt2.md").read_text()
+    assert table.count("\n| ") == 5 and "Left out" not in table and "python3 dev/bench/finetune.py gpt2" in table
+
+    # what is complete is not run again, in no time too; what was cut off is, if there is time
+    assert script("dev/bench/finetune.py", *arguments, "--minutes", 1e-9, cwd=tmp_path).count("from before") == 6
+    log = tmp_path / "out/gpt2/qv-both-seed1.jsonl"
+    log.write_text("".join(log.read_text().splitlines(True)[:-1]))
+    assert script("dev/bench/finetune.py", *arguments, "--minutes", 1e-9, cwd=tmp_path).count("from before") == 5
+    assert "Left out for want of time: LoRA on q, v, USE_APPROXBP=1, seed 1\n" in (tmp_path / "results/finetune_gpt2.md").read_text()
+    assert json.loads((tmp_path / "results/finetune_gpt2.json").read_text())["left_out"] == [["qv", "both", 1]]
+    assert script("dev/bench/finetune.py", *arguments, cwd=tmp_path).count("from before") == 5
+    assert common.read_log(log)[-1]["done"]
+    for wrong, said in ((["gpt2", "--task", "instructions"], "--task instructions"), (["gpt2", "--sets", "dora"], "--sets dora"),
+                        (["smollm2", "--modes", "fast"], "--modes fast")):
+        assert said in script("dev/bench/finetune.py", *wrong, status=2, cwd=tmp_path)
+
+def test_finetune_counts_answers(tmp_path):
+    model = tiny_llama(tmp_path)
+    arguments = ["smollm2", "--model", model, "--seeds", 1, "--steps", 2, "--modes", "exact,norm", "--sets", "all,fa", "--rank", 2, "--answers", 12,
+                 "--out", "out", *programs("train_llama", "exact", "norm")]
+    script("dev/bench/finetune.py", *arguments, "--task", "instructions", cwd=tmp_path)
+    runs = json.loads((tmp_path / "out/finetune_smollm2_instructions.json").read_text())["runs"]
+    assert len(runs) == 4 and all(r["right"] == [[step, 0, 12] for step in (0, 1, 2)] for r in runs)
+    table = (tmp_path / "out/finetune_smollm2_instructions.md").read_text()
+    assert "| right, at first | at last |" in table and "| 0.0 % | 0.0 % |" in table
+    (tmp_path / "text.txt").write_bytes(bytes(words(9000)))
+    script("dev/bench/finetune.py", *arguments, "--text", "text.txt", cwd=tmp_path)
+    assert "right" not in (tmp_path / "out/finetune_smollm2_shakespeare.md").read_text()
+
+def test_finetune_tables(tmp_path):
+    runs = [{**run, "adapters": which, "units_per_layer_r2": 10.0, "right": [[0, 3, 60], [10, right, 60]]} for which, right in (("qv", 30), ("all", 45))
+            for mode, finals in (("exact", (2.0, 2.1)), ("act", (2.3,))) for run in made_up(mode, *finals)]
+    a = SimpleNamespace(seeds=2, steps=10, batch=2, seq_len=32, what="model", rank=8, lr="1e-3", full_lr="1e-4", modes=["exact", "act"])
+    of = tuning.summary(runs)
+    table = tuning.markdown(a, {"files": ["x"], "train_tokens": 9, "val_tokens": 1}, of, [["qv", "act", 2], ["fa", "exact", 1], ["fa", "exact", 2]], "command")
+    assert "| LoRA on q, v | exact | 2.0000 | 2.1000 | 2.0500 | 0.1000 |  | 5.0 % | 50.0 % | 100 | 12.00 | 10.00 |" in table
+    assert "| LoRA on all | APPROX_ACT=2 | 2.3000 |  | 2.3000 |  |  | 5.0 % | 75.0 % | 100 | 12.00 | 10.00 |" in table
+    assert "Left out for want of time: LoRA on q, v, APPROX_ACT=2, seed 2; LoRA-FA on all, exact, seeds 1, 2\n" in table
+    assert "LoRA on all, APPROX_ACT=2: no worse than exact by more than the spread over seeds: not known" in table
+    library("matplotlib", "python3-matplotlib")
+    assert tuning.plot(a, runs, str(tmp_path / "x.png")) and (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
+
+def test_demo_llama(tmp_path):
+    """With instructions, and with a text: adapters that another program can load, and the memory that was announced."""
+    tiny_llama(tmp_path)
+    out = script("dev/bench/demo_llama.py", program("cpu-norm-bf16", "train_llama"), "--steps", 2, cwd=tmp_path)
+    assert re.search(r"val loss \S+ at step 0, 0 of 60 answers right", out) and "(expected: " in out
+    peak = int(re.search(r"device memory ([\d,]+) bytes at the peak", out)[1].replace(",", ""))
+    assert f"{peak / 2**20:.1f} MiB; training all weights" in re.sub(" +", " ", out)
+    adapter = tmp_path / "build/demo/llama/run/step_00000002"
+    assert json.loads((adapter / "adapter_config.json").read_text())["r"] == 16 and (adapter / "adapter_model.safetensors").exists()
+    merge = re.search(r"^  (\S+ -e .* --merge \S+)", out, re.M)[1].split()
+    assert execute(*merge, cwd=tmp_path).status == 0 and (tmp_path / merge[-1] / "config.json").exists()
+    (tmp_path / "my text.txt").write_bytes(bytes(words(9000)))
+    out = script("dev/bench/demo_llama.py", program("cpu-norm-bf16", "train_llama"), "--steps", 2, cwd=tmp_path, env={"DEMO_TEXT": "my text.txt"})
+    assert "answers" not in out and "validation loss" in out and adapter.exists()
 
 # ---- demo.py -------------------------------------------------------------------------------------
 

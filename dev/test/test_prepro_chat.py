@@ -553,21 +553,24 @@ def test_other_tokenizers(tmp_path):
 def test_instructions(tmp_path):
     script("dev/bench/instructions.py", "--out", tmp_path)
     train, test = ([json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()] for name in ("train", "test"))
-    asked = [example["messages"][0]["content"] for example in train + test]
+    asked = [example["messages"][1]["content"] for example in train + test]
     assert (len(train), len(test)) == (800, 200) and len(set(asked)) == 1000 and {e["kind"] for e in test} == set(instructions.KINDS)
     checks = {"sum": lambda q: eval(q.rstrip("=")), "difference": lambda q: eval(q.rstrip("=")), "larger": lambda q: max(map(int, re.findall(r"\d+", q))),
               "count": lambda q: q[:-1].split()[-1].count(q.split()[2]), "join": lambda q: "".join(q.split()[1:]), "reverse": lambda q: q.split()[-1][::-1],
               "last": lambda q: q[-1], "capitals": lambda q: q.split()[-1].upper(), "sort": lambda q: "".join(sorted(q.split()[-1]))}
     for example in train + test:
-        question, answer = (m["content"] for m in example["messages"])
+        _, question, answer = (m["content"] for m in example["messages"])
         assert str(checks[example["kind"]](question)) == answer
-    right = [example["messages"][1]["content"] for example in test]
+    right = [example["messages"][2]["content"] for example in test]
     assert instructions.score([f" {a}\n" for a in right], test)["all"] == (200, 200)
     found = instructions.score(["no"] + right[1:], test)
     assert found["all"] == (199, 200) and found[test[0]["kind"]][0] == found[test[0]["kind"]][1] - 1
     before = (tmp_path / "test.jsonl").read_bytes()
     script("dev/bench/instructions.py", "--out", tmp_path)
     assert (tmp_path / "test.jsonl").read_bytes() == before
+    script("dev/bench/instructions.py", "--out", tmp_path / "two", "--kinds", "sum,join", "--train", 6, "--test", 4)
+    assert {json.loads(line)["kind"] for line in (tmp_path / "two/test.jsonl").read_text().splitlines()} <= {"sum", "join"}
+    assert "--kinds sums" in script("dev/bench/instructions.py", "--out", tmp_path, "--kinds", "sums", status=2)
     assert "there are not so many" in script("dev/bench/instructions.py", "--out", tmp_path, "--train", 5000, status=1)
     with pytest.raises(ValueError, match="expected 200 answers"):
         instructions.score(right[1:], test)
