@@ -289,7 +289,8 @@ __device__ inline void grad_store_vec(Grad grad, size_t i, const Floats& value) 
 }
 
 // Random numbers without a state: a hash of (seed, stream, index) gives the same bits in whatever order the threads run, and
-// after a resume. The mixing steps are those of splitmix64 (Steele et al., OOPSLA 2014).
+// after a resume. The mixing steps are those of splitmix64 (Steele et al., OOPSLA 2014). Streams: initialisation and
+// rounding count from 0, everything else from 2^40, 2^41, ... on.
 __host__ __device__ inline uint64_t hash64(uint64_t seed, uint64_t stream, uint64_t index) {
     uint64_t z =
         seed * 0x9e3779b97f4a7c15ull + stream * 0xbf58476d1ce4e5b9ull + index * 0xd1342543de82ef95ull + 0x632be59bd9b4e019ull;
@@ -850,14 +851,9 @@ struct AttDocuments {
     __device__ int first_key(const AttShape& shape, int b, int t) const {
         return first != nullptr ? first[(size_t)b * shape.T + min(t, shape.T - 1)] : 0;
     }
-    __device__ int last_query(const AttShape& shape, int b, int key) const {   // behind the last query that sees a key up to `key`
-        int low = first != nullptr ? min(key, shape.T) : shape.T;
-        for (int high = shape.T; low < high;) {
-            const int middle = (low + high) / 2;
-            if (first[(size_t)b * shape.T + middle] <= key) low = middle + 1;
-            else high = middle;
-        }
-        return low;
+    // Whether a query, or one behind it, sees a key before `end`
+    __device__ bool reaches(const AttShape& shape, int b, int query, int end) const {
+        return query < shape.T && first_key(shape, b, query) < end;
     }
 };
 // The head and the rows of a block. Blocks start in the order of their numbers. All blocks of a head read its keys (or queries), so
@@ -998,13 +994,14 @@ attention_backward_kernel(floatX* dqkv, float* delta, const floatX* dout, const 
     const int first_key = KEYS ? 0 : documents.first_key(shape, block.b, row);
     const int first =
         KEYS ? block.first : documents.first_key(shape, block.b, block.first) / ATT_TILE * ATT_TILE;   // rows of the other side
-    const int last =
-        KEYS ? documents.last_query(shape, block.b, block.first + ATT_ROWS - 1) : min(block.first + ATT_ROWS, T);
+    auto more = [&](int t) {
+        return KEYS ? documents.reaches(shape, block.b, t, block.first + ATT_ROWS) : t < min(block.first + ATT_ROWS, T);
+    };
     for (int h = block.h * heads; h < (block.h + 1) * heads; h++) {
         const floatX* x = qkv + shape.qkv_at(block.b, 0, KEYS ? h : shape.k_head(h));
         const floatX* y = KEYS ? dout + shape.out_at(block.b, 0, h) : qkv + shape.qkv_at(block.b, 0, shape.v_head(h));
         const size_t y_stride = KEYS ? (size_t)shape.NH * HS : shape.stride(), head_lse = shape.lse_at(block.b, h, 0);
-        for (int t0 = first, end = last; t0 < end; t0 += ATT_TILE) {
+        for (int t0 = first; more(t0); t0 += ATT_TILE) {
             att_load_tiles<SHARES>(x_tile, x, shape.stride(), y_tile, y, y_stride, t0, shape);
             if (!__any_sync(ALL_LANES, KEYS ? row < t0 + ATT_TILE : t0 <= row)) continue;
 #pragma unroll KEYS ? 1 : 2   // two at a time would take more registers than there are
@@ -1215,7 +1212,7 @@ __global__ void likeliest_kernel(int* targets, const floatX* logits, int V, int 
     const floatX* x = logits + (size_t)blockIdx.x * Vp;
     float larger = 0;   // tokens that come first
     for (int c = threadIdx.x; target >= 0 && c < V; c += 256)
-        larger += (float)x[c] > (float)x[target] || ((float)x[c] == (float)x[target] && c < target) ? 1.0f : 0.0f;
+        larger += (float)x[c] < (float)x[target] || ((float)x[c] == (float)x[target] && c >= target) ? 0.0f : 1.0f;   // NaN: 1
     larger = block_sum_256(larger, shared);
     if (threadIdx.x == 0 && target >= 0 && larger == 0) targets[blockIdx.x] = HIT;
 }
@@ -1402,7 +1399,7 @@ void norm_unfold(Grad dweight,                               // (OC, C) in: G, o
 // row of memory the largest |w| is kept as absmax, and each w / absmax as the nearest of 16 values, which divide a normal distribution
 // into equal parts. The 64 elements -0.02, 0.05, 0.1, 0.004, ... with absmax 0.1:
 //     w / absmax          -0.2     0.5     1.0    0.04
-//     nearest value     -0.185   0.441       1       0 (0.04 is above 0.0398, halfway to 0.0796: so 0.0796)
+//     nearest value     -0.185   0.441       1  0.0796 (0.04 is above 0.0398, which is halfway from 0)
 //     index                  5      12      15       8        two to a byte, the first one high: 0x5c 0xf8
 // That is 4 bits and a float for 64 elements, 4.5 in all. With --double-quant 1 absmax is kept in 8 bits too: less their mean, in
 // blocks of 256 with a scale of their own, as the nearest of 256 values: 4.127 bits. All of it is bitsandbytes' format, bit for bit.
@@ -1973,7 +1970,7 @@ attention_backward_dkv_tc_kernel(bf16* dqkv, float* partial, const bf16* dout, c
                                  const float* delta, AttShape shape, AttDocuments documents) {
     extern __shared__ __align__(128) bf16 tc_tiles[];      // two stages of a tile of q and one of dout; v
     __shared__ float2 row_statistics[2][2][TC_ROWS / 2];   // of each stage: lse and delta of its queries, by twos
-    __shared__ int row_documents[2][TC_ROWS], head_end;    // DOCS: the first key that each sees; behind the last query that sees one
+    __shared__ int row_documents[2][TC_ROWS];              // DOCS: the first key that each sees
     constexpr int M = TC_M<HS>;
     const uint32_t tiles = shared_address(tc_tiles), v_tile = tiles + 4 * TC_TILE<HS>;
     const TileReader<HS> read;
@@ -1999,15 +1996,11 @@ attention_backward_dkv_tc_kernel(bf16* dqkv, float* partial, const bf16* dout, c
     if constexpr (!TC_V_SHARED<HS, DOCS>) tc_load_rows<HS>(v, k_head + to_v, stride, first_key(), T);
     else for (int m = 0; m < M; m++) tc_load_tile<HS>(v_tile + m * TC_TILE<HS>, k_head + to_v, stride, block.first + 64 * m, T);
     load_stage(stage, first_head, block.first);
-    if constexpr (DOCS) {
-        head_end = documents.last_query(shape, block.b, block.first + TC_BLOCK<HS> - 1);
-        __syncthreads();
-    }
-    auto end = [&] { return DOCS ? head_end : T; };
+    auto more = [&](int t) { return DOCS ? documents.reaches(shape, opaque(block.b), t, block.first + TC_BLOCK<HS>) : t < T; };
     for (int h = first_head; h <= last_head; h++)
-        for (int t0 = block.first; t0 < end(); t0 += TC_ROWS, stage ^= 1) {   // other queries see none of these keys
+        for (int t0 = block.first; more(t0); t0 += TC_ROWS, stage ^= 1) {   // other queries see none of these keys
             const uint32_t q_tile = tiles + stage * 2 * TC_TILE<HS>, dout_tile = q_tile + TC_TILE<HS>;
-            const bool last = t0 + TC_ROWS >= end();   // of the head
+            const bool last = !more(t0 + TC_ROWS);   // of the head
             cp_async_wait_all();
             __syncthreads();
             if (!last || h < last_head) load_stage(stage ^ 1, h + last, last ? block.first : t0 + TC_ROWS);
@@ -3104,7 +3097,7 @@ Linear model_linear(const Model& model, int weight, int l, int norm = -1) {   //
     if (model.kept_t[index])
         linear.t = model.kept_t[index] + (size_t)l * model.plan.B * model.plan.T * param_shape(model.config, LORA_A + index).rows;
     const float dropout = model.micro_batch > 0 ? model.plan.dropout : 0;
-    linear.dropout = {dropout, model.seed, model.micro_batch * model.config.L * 4 + l * 4 + index};
+    linear.dropout = {dropout, model.seed, (1ull << 44) + (model.micro_batch * model.config.L + l) * 4 + index};
     const std::vector<LoraTarget> targets = lora_targets(model.config);
     for (size_t i = 0; i < targets.size(); i++)
         if (targets[i].weight == weight && (model.config.lora.targets >> i & 1))
@@ -4819,8 +4812,10 @@ AdapterFile adapter_open(Config& c, const std::string& folder) {
         if (A == nullptr || B == nullptr)
             fail("%s: %s has lora_%s and no lora_%s", file.c_str(), m.name.c_str(), A ? "A" : "B", A ? "B" : "A");
         if (!named)
-            fail("%s: holds tensors of %s, which target_modules in adapter_config.json does not name; PEFT would drop them, and say nothing",
-                 file.c_str(), m.name.c_str());
+            fail(
+                "%s: holds tensors of %s, which target_modules in adapter_config.json does not name; PEFT would drop them, and say "
+                "nothing",
+                file.c_str(), m.name.c_str());
         const double asked = lora_number(config, "rank_pattern", "r", m.name, path),
                      alpha = lora_number(config, "alpha_pattern", "lora_alpha", m.name, path);
         for (const SafeTensor* t : {A, B}) {
@@ -6635,8 +6630,11 @@ int run_loop(Run& run) {   // returns the exit status
         if (finished || stop) return end_loop(run, finished, stop && (!finished || s.val_every > 0 || s.sample_every > 0), writes);
         train_step(run);
         if (run.without_loss_in_row >= 10) {
-            warn("none of the tokens of 10 steps in a row, up to step %d, has a loss: all of them are masked, so there is nothing to learn; "
-                 "prepro/text.py --show 3 shows what is trained on", at.step);
+            warn(
+                "none of the tokens of 10 steps in a row, up to step %d, has a loss: all of them are masked, so there is nothing to "
+                "learn; "
+                "prepro/text.py --show 3 shows what is trained on",
+                at.step);
             return 3;
         }
         if (at.not_finite_in_row >= 10) {
