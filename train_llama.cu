@@ -3617,6 +3617,12 @@ bool is_folder(const char* path) {
     struct stat s;
     return stat(path, &s) == 0 && S_ISDIR(s.st_mode);
 }
+std::string real_path(const std::string& path) {   // without links and dots, where there is such a file
+    char* found = realpath(path.c_str(), nullptr);
+    const std::string text = found ? found : path;
+    free(found);
+    return text;
+}
 bool file_exists(const std::string& path) { return access(path.c_str(), F_OK) == 0; }
 std::string folder_of(const std::string& path) {
     const size_t slash = path.rfind('/');
@@ -4855,22 +4861,32 @@ void lora_exchange(const Config& c, const LoraMatrix& m, bool A, bool put, std::
 // Python's regular expressions, as far as they are used for names of modules, against all of a name.
 bool matches(const std::string& pattern, const std::string& name, const std::string& where) {
     std::string posix;
+    bool set = false, known = true;   // set: within [ ], where POSIX has no escapes
     for (size_t i = 0; i < pattern.size(); i++) {
-        if (pattern.compare(i, 3, "(?:") == 0) posix += '(', i += 2;
-        else if (pattern.compare(i, 2, "\\d") == 0) posix += "[0-9]", i++;
-        else if (pattern[i] == '\\' && i + 1 < pattern.size()) posix += pattern.substr(i++, 2);
-        else if (pattern[i] == '?' && i > 0 && strchr("*+?}", pattern[i - 1])) continue;   // the shortest or the longest: both match all
-        else posix += pattern[i];
+        const char c = pattern[i], next = i + 1 < pattern.size() ? pattern[i + 1] : '\0';
+        if (c == '\\') {
+            i++;
+            if (next == 'd') posix += set ? "0-9" : "[0-9]";
+            else if (set && next == 'w') posix += "_[:alnum:]";
+            else if (set) known &= strchr("]^-\\", next) == nullptr && !isalnum(next), posix += next;
+            else posix += {c, next};
+        } else if (set) {
+            set = c != ']', posix += c;
+        } else if (pattern.compare(i, 3, "(?:") == 0) {
+            posix += '(', i += 2;
+        } else if (c != '?' || i == 0 || !strchr("*+?}", pattern[i - 1])) {   // the shortest or the longest: both match all of a name
+            set = c == '[', known &= c != '(' || next != '?', posix += c;
+        }
     }
     regex_t compiled;
-    if (posix.find("(?") != std::string::npos || regcomp(&compiled, ("^(" + posix + ")$").c_str(), REG_EXTENDED | REG_NOSUB) != 0)
+    if (!known || regcomp(&compiled, ("^(" + posix + ")$").c_str(), REG_EXTENDED | REG_NOSUB) != 0)
         fail("%s: '%s' is no regular expression that %s understands", where.c_str(), pattern.c_str(), program_name);
     const bool found = regexec(&compiled, name.c_str(), 0, nullptr, 0) == 0;
     regfree(&compiled);
     return found;
 }
 bool named_by(const Json& list, const std::string& name, const std::string& where) {   // target_modules and the like
-    if (list.type == Json::STRING) return list.text == "all-linear" || matches(list.text, name, where);
+    if (list.type == Json::STRING) return strcasecmp(list.text.c_str(), "all-linear") == 0 || matches(list.text, name, where);
     for (const Json& j : list.values) {
         const std::string ending = "." + j.text;
         if (name == j.text || (name.size() > ending.size() && name.compare(name.size() - ending.size(), ending.size(), ending) == 0))
@@ -4980,6 +4996,12 @@ AdapterFile adapter_open(Config& c, const std::string& folder) {
     a.lora.assign(c.L * targets.size(), {0, 0});
     std::vector<LoraMatrix> whole = lora_matrices(c, {});   // no targets yet: names alone
     std::string missing;
+    for (const std::string& name : {std::string("lm_head.weight"), hf_pieces(c, WTE, -1)[0].name}) {
+        const std::string module = name.substr(0, name.rfind('.'));
+        if (strcasecmp(config["target_modules"].text.c_str(), "all-linear") != 0 && named_by(config["target_modules"], module, path) &&
+            !named_by(config["exclude_modules"], module, path))
+            refuse("target_modules", "such that it names " + module, "matrices of layers");
+    }
     for (const LoraMatrix& m : whole) {
         const std::string first = "base_model.model." + m.name;
         const SafeTensor *A = a.tensors.find(first + ".lora_A.weight"), *B = a.tensors.find(first + ".lora_B.weight");
@@ -5638,6 +5660,11 @@ RunState state_load(Model& model, Loader& train, const std::string& folder, int 
     fclose(f);
     return {step, 0, at, {was.setting, was.setting + was.settings}};
 }
+std::vector<double> state_settings(const std::string& folder) {   // what the run that wrote it was told
+    StateHeader h;
+    fclose(open_with_header(state_path(folder, 0).c_str(), &h, STATE_MAGIC, "the state of a run", STATE_REMEDY));
+    return {h.setting, h.setting + std::clamp(h.settings, 0, (int)std::size(h.setting))};
+}
 constexpr const char* CHECKPOINTS = "/step_[0-9][0-9][0-9][0-9][0-9][0-9][0-9][0-9]";   // in a folder, as a pattern
 // Steps of the checkpoints in a folder, ascending.
 std::vector<int> checkpoints_in(const std::string& out) {
@@ -5758,6 +5785,7 @@ void catch_signals() {
 
 // ---- the command line: one table for parsing, for messages, for --help, and for what a state file keeps of it
 enum ValueType { INTEGER, REAL, TEXT, ESTIMATE, HELP, BUILD };   // BUILD: a flag of the build, which is in the table to be kept
+constexpr int LORA_SLOT = 18;   // the first slot of an option about adapters
 struct Option {
     const char *name, *alias;   // long; llm.c's, or ""
     ValueType type;
@@ -5768,6 +5796,7 @@ struct Option {
     std::vector<const char*> words = {};   // what stands for the numbers 0, 1, ...
     std::string typed = "";     // the spelling on the command line; empty if it was not there
     double number() const { return type == REAL ? *(double*)value : (double)*(int64_t*)value; }
+    void set(double x) { type == REAL ? *(double*)value = x : *(int64_t*)value = (int64_t)x; }
     std::string text(double x) const {
         char digits[32];
         snprintf(digits, sizeof digits, "%.10g", x);
@@ -5854,18 +5883,12 @@ void options_parse(int argc, char** argv) {
 // Files that the run will write besides its checkpoints: found out now whether it can.
 void check_name(const char* name, const std::string& path) {
     const std::string out = *(std::string*)option("out").value, base = path.substr(path.rfind('/') + 1);
-    auto real = [](const std::string& p) {
-        char* found = realpath(p.c_str(), nullptr);
-        const std::string text = found ? found : p;
-        free(found);
-        return text;
-    };
-    const std::string model = *(std::string*)option("model").value, folder = real(folder_of(path));
+    const std::string model = *(std::string*)option("model").value, folder = real_path(folder_of(path));
     const bool checkpoint = fnmatch(&CHECKPOINTS[1], base.substr(0, 13).c_str(), 0) == 0;
-    if (!out.empty() && folder == real(out) && (checkpoint || base == ".lock"))
+    if (!out.empty() && folder == real_path(out) && (checkpoint || base == ".lock"))
         fail_option(name, "that name in --out is a checkpoint's or the lock's; expected another");
     for (const char* part : {"model", "config.json", "generation_config", "tokenizer", "pytorch_model", "adapter_"})   // what readers look for
-        if (is_folder(model.c_str()) && folder == real(model) && base.compare(0, strlen(part), part) == 0)
+        if (is_folder(model.c_str()) && folder == real_path(model) && base.compare(0, strlen(part), part) == 0)
             fail_option(name, "that name in the directory of the model would make it another; expected another name, or another folder");
     for (const char* other : {"log", "dump-gradients", "write-bin"})
         for (const Option& o : options)
@@ -6055,7 +6078,7 @@ std::vector<Option> settings_options(Settings& s) {
         {"loss-chunks", "", INTEGER, &s.loss_chunks, 1, BIG, "auto", "parts of the logits; auto: 1 GiB, or 256 MiB, each", 11, {"auto"}},
         {"workspace", "", INTEGER, &s.workspace, 1, 1 << 20, "auto", "MiB for cuBLASLt; auto: what it can use, up to 64", -1, {"auto"}},
         {"lora", "", INTEGER, &s.lora, 0, 1024, "0", "rank of adapters that are trained in place of the weights; 0: none", 18},
-        {"lora-alpha", "", REAL, &s.lora_alpha, 0, 1e6, "twice the rank", "adapters count alpha / rank times", 19},
+        {"lora-alpha", "", REAL, &s.lora_alpha, 1e-6, 1e6, "twice the rank", "adapters count alpha / rank times", 19},
         {"lora-targets", "", TEXT, &s.lora_targets, 0, 0, "all", LORA_HELP},
         {"lora-dropout", "", REAL, &s.lora_dropout, 0, 0.9, "0", "share of an adapter's input that is left out in training", 20},
         {"lora-freeze-a", "", INTEGER, &s.freeze_a, 0, 1, "0", "1: train B alone (LoRA-FA)", 21},
@@ -6210,11 +6233,17 @@ void pick_adapter(Run& run) {
         if (!s.adapter.empty() && given(name)) bad_option(name, "%s brings its own; expected one of the two", quoted("adapter").c_str());
     for (const char* name : {"lora-alpha", "lora-targets", "lora-dropout", "lora-freeze-a", "lora-train-norms", "merge"})
         if (given(name) && s.lora == 0 && folder.empty()) bad_option(name, "expected --lora R or --adapter DIR with it");
+    const std::vector<double> was = continues ? state_settings(run.resumed) : std::vector<double>();
+    for (Option& o : options) {   // the run to resume goes on as it was, but for what an adapter can be trained with
+        if (o.slot < LORA_SLOT || o.slot >= (int)was.size()) continue;
+        const bool stays = o.value != &s.lora_dropout && o.value != &s.base && o.value != &s.double_quant;
+        if (!given(o.name)) o.set(was[o.slot]);
+        else if (stays && o.number() != was[o.slot])
+            bad_option(o.name, "the run to resume has %s; leave it out, or begin anew in another --out", o.text(was[o.slot]).c_str());
+    }
     if (!folder.empty()) {
         run.adapter = adapter_open(c, folder);
         run.model.lora = run.adapter.lora;
-        if (continues && s.lora > 0 && s.lora != run.rank())
-            bad_option("lora", "the run to resume has adapters of rank %d; leave it out, or begin anew in another --out", run.rank());
         if (continues && given("lora-targets") && parse_targets(c, s.lora_targets) != c.lora.targets)
             bad_option("lora-targets", "the run to resume has adapters on %s; leave it out, or begin anew in another --out",
                        target_names(run.model).c_str());
@@ -6222,7 +6251,7 @@ void pick_adapter(Run& run) {
         s.lora_alpha = strtod(alpha.text.c_str(), nullptr);
         for (const LoraModule& module : run.model.lora)   // a part of a module has its share
             if (module.rank == run.rank() && run.adapter.config["use_rslora"].text != "true") s.lora_alpha = module.scale * module.rank;
-        if (!given("lora-dropout") && dropout.type == Json::NUMBER) s.lora_dropout = strtod(dropout.text.c_str(), nullptr);
+        if (was.empty() && !given("lora-dropout") && dropout.type == Json::NUMBER) s.lora_dropout = strtod(dropout.text.c_str(), nullptr);
         s.train_norms |= run.adapter.norms;
     } else if (s.lora > 0) {
         c.lora.targets = parse_targets(c, s.lora_targets);
@@ -6921,17 +6950,15 @@ void make_model(Run& run) {
     if (run.model_file.empty()) model_init(model);
     else run.source = model_load(model, run.model_file);
     if (model.config.lora.rank > 0) {   // what is written is the adapter
-        char* path = realpath(run.model_file.c_str(), nullptr);
         run.source.dtypes.clear(), run.source.dtype = F32;
         if (run.adapter.folder.empty()) {
             adapter_init(model);
-            run.source.adapter = adapter_new_config(model, path ? path : run.s.model, run.s.lora_alpha, run.s.lora_dropout);
+            run.source.adapter = adapter_new_config(model, real_path(run.model_name()), run.s.lora_alpha, run.s.lora_dropout);
         } else {
             adapter_load(model, run.adapter, run.source);
             run.source.adapter.set("inference_mode", json_bool(true));
             if (run.s.train_norms && run.s.trains()) run.source.adapter.set("modules_to_save", adapter_norms(model));
         }
-        free(path);
     }
     if (run.s.save_dtype > 0) run.source.dtype = std::vector<DType>{F32, BF16, F16}[run.s.save_dtype - 1], run.source.dtypes.clear();
     model.weights_in_state = false;
@@ -6959,6 +6986,9 @@ void begin_or_go_on(Run& run) {
             if (o.slot == (int)slot && was[slot] != kept[slot])
                 printf("note: %s%s was %s, is %s\n", o.type == BUILD ? "" : "--", o.name, o.text(was[slot]).c_str(),
                        o.text(kept[slot]).c_str());
+    const std::string& base = run.adapter.config["base_model_name_or_path"].text;
+    if (resumes && !run.adapter.folder.empty() && real_path(run.model_name()) != base)
+        printf("note: the model under the adapters was %s, is %s\n", base.c_str(), real_path(run.model_name()).c_str());
     if (resumes && given("seed") && (uint64_t)run.s.seed != run.model.seed)
         printf("note: the run goes on with its own --seed, %llu\n", (unsigned long long)run.model.seed);
 }

@@ -8,7 +8,7 @@ seed: a seed is the same adapters at the start and the same order of the same to
 train_gpt2.cu, byte by byte, is tuned on two of Shakespeare's plays, also in full (exact) to compare with. smollm2: SmolLM2-135M on the
 same plays, or on instructions.py's, where validation counts the answers that greedy decoding gets right.
 
-Runs go one after the other, the most telling first: seed 1 of LoRA on all in each mode, then the others of seed 1, then the next seed.
+Runs go one after the other, the most telling first: LoRA on all in each mode with every seed, then seed 1 of the others, and so on.
 As in loss.py a complete one is not run again. --minutes begins no run that would not be done by then, and says what is left out; the
 same command goes on with that. Leaves finetune_gpt2.json, .md, .png (finetune_smollm2_TASK...) in build/finetune, and in --write.
 """
@@ -40,8 +40,9 @@ def options_of(which, a):
 
 def plan(a):
     """(seed, adapters, mode) of every run, in their order. Full training is there to compare with: exact alone."""
-    return [(seed, which, mode) for seed in range(1, a.seeds + 1) for which in ORDER if which in a.sets for mode in a.modes
+    runs = [(seed, which, mode) for seed in range(1, a.seeds + 1) for which in ORDER if which in a.sets for mode in a.modes
             if which != "full" or mode == a.modes[0]]
+    return sorted(runs, key=lambda run: run[1] != ORDER[0])
 
 def gpt2_base(a, program):
     """A small GPT-2 that has learnt train_gpt2.cu, from before if it is still that; returns its directory."""

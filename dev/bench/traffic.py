@@ -157,7 +157,9 @@ backward | layer  | colsum_finish             | qkv, bias            | sums_3c >
 backward | layer  | add_norm_forward         | ln1, again           | stream affine > ln1 ln1_mean ln1_rstd | r == 2 and not norm
 backward | layer  | [matmul]                  | qkv, weight          | dqkv ln1 > + d_qkvw
 backward | layer  | [matmul]                  | qkv, input           | dqkv qkvw > scratch_c
-backward | layer  | add_norm_backward        | ln1                  | scratch_c stream ln1_mean ln1_rstd gamma dresid > dresid sums_norm
+backward | next   | add_norm_backward        | ln1                  | scratch_c stream ln1_mean ln1_rstd gamma dresid > dresid sums_norm
+backward | micro  | add_norm_backward        | ln1, layer 0         | scratch_c stream ln1_mean ln1_rstd gamma dresid > dresid sums_affine | not norm
+backward | micro  | add_norm_backward        | ln1, layer 0         | scratch_c stream ln1_mean ln1_rstd gamma dresid > dresid | norm
 backward | next   | colsum_finish             | ln1                  | sums_norm > + d_ln1 d_fcprojb
 backward | micro  | colsum_finish             | ln1, layer 0         | sums_affine > + d_ln1 | not norm
 backward | unfold | norm_unfold               | ln1 + qkv            | d_qkvw d_qkvb qkvw ln1w ln1b > d_qkvw sums_qkvw | norm

@@ -218,11 +218,11 @@ def tiny_llama(folder):
     return model
 
 def test_finetune_plans():
-    """Seed 1 of LoRA on all matrices in each mode comes first, then the rest of it; full training is exact alone."""
+    """LoRA on all matrices comes first, in each mode with every seed, then seed 1 of the others; full training is exact alone."""
     a = SimpleNamespace(seeds=3, sets=list(tuning.SETS), modes=list(loss.NAMES), lr="1e-2", full_lr="1e-3", rank=8)
     plan = tuning.plan(a)
-    assert plan[:4] == [(1, "all", mode) for mode in loss.NAMES] and len(plan) == len(set(plan)) == 39
-    assert [seed for seed, *_ in plan] == [1] * 13 + [2] * 13 + [3] * 13 and [p for p in plan if p[1] == "full"] == [(s, "full", "exact") for s in (1, 2, 3)]
+    assert plan[:12] == [(seed, "all", mode) for seed in (1, 2, 3) for mode in loss.NAMES] and len(plan) == len(set(plan)) == 39
+    assert [seed for seed, *_ in plan[12:]] == [1] * 9 + [2] * 9 + [3] * 9 and [p for p in plan if p[1] == "full"] == [(s, "full", "exact") for s in (1, 2, 3)]
     assert [" ".join(tuning.options_of(which, a)) for which in tuning.SETS] == [
         "-l 1e-2 --lora 8 --lora-targets q,v", "-l 1e-2 --lora 8", "-l 1e-2 --lora 8 --lora-freeze-a 1", "-l 1e-3"]
     for mode, flag in (("exact", "USE_APPROXBP=0"), ("both", "USE_APPROXBP=1")):
