@@ -2500,7 +2500,7 @@ void table_print_json(const Table& table) {
 
 // ---- parameters, by a table: param_shape
 // The initial values of a tensor. The projections that add to the residual stream start smaller by sqrt(2L), because 2L of them add up.
-enum Init { ZEROS, ONES, NORMAL, NORMAL_RESIDUAL, UNIFORM };   // UNIFORM: below 1 / sqrt(cols), as PEFT's A
+enum Init { ZEROS, ONES, NORMAL, NORMAL_RESIDUAL };
 struct ParamShape {
     const char* name;
     bool in_layer;       // each layer has one
@@ -2584,7 +2584,7 @@ std::vector<LoraTarget> lora_targets(const Config& c) {   // q, k and v together
 ParamShape param_shape(const Config& c, int p) {
     if (p < LORA_A) return base_shape(c, p);
     const ParamShape w = base_shape(c, LINEAR[(p - LORA_A) % 4]);
-    ParamShape s = {LORA_NAMES[p - LORA_A], true, 0, p < LORA_B ? w.cols : c.lora.rank, p < LORA_B ? UNIFORM : ZEROS, true, w.layers};
+    ParamShape s = {LORA_NAMES[p - LORA_A], true, 0, p < LORA_B ? w.cols : c.lora.rank, ZEROS, true, w.layers};
     const std::vector<LoraTarget> targets = lora_targets(c);
     for (size_t i = 0; i < targets.size(); i++)
         if ((c.lora.targets >> i & 1) && targets[i].weight == LINEAR[(p - LORA_A) % 4])
@@ -3575,6 +3575,7 @@ struct Loader {
     bool shuffle = false;
     uint64_t seed = 0, checksum = 0;   // checksum: of all tokens in their order, whatever the files are called
     size_t tokens = 0;                 // in all shards
+    double inside = 0;                 // sequences that begin within a document
     Position position;
     size_t current = 0;                // the shard at this position, as an index into shards; and its file
     FILE* file = nullptr;
@@ -3627,12 +3628,14 @@ uint64_t loader_check_ids(Loader& d, size_t shard, int V) {
         if (!loader_read(d, i, std::min(CHUNK, s.tokens - i))) fail("%s; %s", d.error.c_str(), TOKENS_REMEDY);
         for (const uint32_t& raw : d.ids) {
             const uint32_t id = s.marks ? raw & ID : raw;
+            const size_t at = i + (&raw - d.ids.data());
+            d.inside += s.marks && !(raw & BEGINS) && at % d.T == 0 && at / d.T < d.windows(s);
             sum = (sum + raw) * 0x9e3779b97f4a7c15ull;
             d.largest_id = std::max(d.largest_id, (int)id);
             if (id >= (uint32_t)V)
                 fail("%s: token %zu has id %u, but the model's vocabulary is %d (expected ids 0 to %d); make the tokens with the "
                      "model's tokenizer (prepro/text.py --tokenizer), or take a model with V%u or more (-e)",
-                     s.path.c_str(), i + (&raw - d.ids.data()), id, V, V - 1, id + 1);
+                     s.path.c_str(), at, id, V, V - 1, id + 1);
         }
     }
     return sum;
@@ -3703,6 +3706,7 @@ void loader_open(Loader& d, const char* option, const char* pattern, int T, int 
     progress("", d.shards.size(), d.shards.size(), begin);
     d.checksum = (uint64_t)world_sum(sum);
     d.largest_id = -(int)world_min(-d.largest_id);
+    d.inside = world_sum(d.inside);
 }
 // The largest batch per GPU that every shard can fill; at least 1, because loader_set_batch refuses what fills none.
 size_t loader_largest_batch(const Loader& d) {
@@ -4074,7 +4078,8 @@ bool json_size(const Json& j, size_t& n) {   // a whole number below 2^53
     return digits && n < (size_t)1 << 53;
 }
 // The tensors of a file, from its header and the bytes after it. Returns what is wrong, or an empty text.
-std::string safetensors_parse(std::vector<SafeTensor>& tensors, const char* header, size_t bytes, size_t data_bytes) {
+std::string safetensors_parse(std::vector<SafeTensor>& tensors, const char* header, size_t bytes, size_t data_bytes,
+                              Json* metadata = nullptr) {
     static const struct { const char* name; size_t size; DType dtype; } types[] = {
         {"F32", 4, F32}, {"BF16", 2, BF16}, {"F16", 2, F16}, {"F64", 8, BYTE}, {"I64", 8, BYTE}, {"U64", 8, BYTE}, {"I32", 4, BYTE},
         {"U32", 4, BYTE}, {"I16", 2, BYTE}, {"U16", 2, BYTE}, {"I8", 1, BYTE}, {"U8", 1, BYTE}, {"BOOL", 1, BYTE},
@@ -4085,7 +4090,10 @@ std::string safetensors_parse(std::vector<SafeTensor>& tensors, const char* head
     if (root.type != Json::OBJECT) return "its header is no JSON object";
     for (size_t i = 0; i < root.names.size(); i++) {
         const Json& j = root.values[i];
-        if (root.names[i] == "__metadata__") continue;
+        if (root.names[i] == "__metadata__") {
+            if (metadata != nullptr) *metadata = j;
+            continue;
+        }
         const std::string tensor = "tensor " + root.names[i];
         SafeTensor t = {root.names[i], "", j["dtype"].text, BYTE, {}, 0, 0};
         const auto type = std::find_if(std::begin(types), std::end(types), [&](auto& known) { return known.name == j["dtype"].text; });
@@ -4184,7 +4192,7 @@ Json read_json(const std::string& path) {
     return j;
 }
 // The header of a file of tensors.
-std::vector<SafeTensor> safetensors_open(const std::string& path) {
+std::vector<SafeTensor> safetensors_open(const std::string& path, Json* metadata = nullptr) {
     const int fd = open(path.c_str(), O_RDONLY | O_NONBLOCK | O_CLOEXEC);
     struct stat s;
     if (fd < 0 || fstat(fd, &s) != 0) fail("cannot open %s: %s; %s", path.c_str(), strerror(errno), HF_REMEDY);
@@ -4198,7 +4206,7 @@ std::vector<SafeTensor> safetensors_open(const std::string& path) {
     if (pread(fd, &header[0], bytes, 8) != (ssize_t)bytes) fail("%s: its header could not be read", path.c_str());
     close(fd);
     std::vector<SafeTensor> tensors;
-    const std::string error = safetensors_parse(tensors, header.data(), bytes, size - 8 - bytes);
+    const std::string error = safetensors_parse(tensors, header.data(), bytes, size - 8 - bytes, metadata);
     if (!error.empty()) fail("%s: %s", path.c_str(), error.c_str());
     for (SafeTensor& t : tensors) t.file = path;
     return tensors;
@@ -4571,9 +4579,10 @@ struct HfPart {   // a piece, where it begins in its parameter, and the type tha
 };
 // Writes a file of tensors on rank 0. get(part, i, n, values) has all ranks find elements [i, i + n) of a part. Returns what went wrong.
 std::string safetensors_write(const std::string& path, const std::vector<HfPart>& parts,
-                              const std::function<void(const HfPart& part, size_t i, size_t n, float* values)>& get) {
+                              const std::function<void(const HfPart& part, size_t i, size_t n, float* values)>& get,
+                              Json metadata = json_object()) {
     Json header = json_object();
-    header.set("__metadata__", json_object()).set("format", json_string("pt"));
+    header.set("__metadata__", std::move(metadata)).set("format", json_string("pt"));
     size_t at = 0;
     for (const HfPart& part : parts) {
         const size_t end = at + part.bytes();
@@ -4623,6 +4632,7 @@ struct LoraMatrix {
     std::string name;      // model.layers.0.self_attn.q_proj
     int layer, weight;
     size_t rows, cols;
+    int whole;             // the target that is all of it
     std::vector<LoraPart> parts;
     int rank() const {
         int n = 0;
@@ -4638,9 +4648,10 @@ std::vector<LoraMatrix> lora_matrices(const Config& c, const std::vector<LoraMod
         for (int weight : LINEAR) {
             size_t row = 0;
             for (const HfPiece& piece : hf_pieces(c, weight, layer)) {
-                LoraMatrix m = {piece.name.substr(0, piece.name.rfind('.')), layer, weight, piece.rows, piece.cols, {}};
+                LoraMatrix m = {piece.name.substr(0, piece.name.rfind('.')), layer, weight, piece.rows, piece.cols, -1, {}};
                 for (int i = 0, slot = 0; i < (int)targets.size(); i++) {
                     const LoraTarget& t = targets[i];
+                    if (t.weight == weight && t.first == row && t.rows == piece.rows) m.whole = i;
                     if (t.weight != weight || !(c.lora.targets >> i & 1)) continue;
                     if (t.first >= row && t.first + t.rows <= row + piece.rows)
                         m.parts.push_back({i, slot, t.first - row, lora.empty() ? 0 : lora[layer * targets.size() + i].rank});
@@ -4688,11 +4699,12 @@ bool matches(const std::string& pattern, const std::string& name, const std::str
             if (next == 'd') posix += set ? "0-9" : "[0-9]";
             else if (set && next == 'w') posix += "_[:alnum:]";
             else if (set) known &= strchr("]^-\\", next) == nullptr && !isalnum(next), posix += next;
-            else posix += {c, next};
+            else if (next == 'A' || next == 'Z') posix += next == 'A' ? '^' : '$';
+            else known &= !isalnum(next) || strchr("bBwWsS", next), posix += {c, next};
         } else if (set) {
             set = c != ']', posix += c;
-        } else if (pattern.compare(i, 3, "(?:") == 0) {
-            posix += '(', i += 2;
+        } else if (pattern.compare(i, 3, "(?:") == 0 || pattern.compare(i, 4, "(?P<") == 0) {
+            posix += '(', i = pattern[i + 2] == ':' ? i + 2 : std::min(pattern.find('>', i), pattern.size());
         } else if (c != '?' || i == 0 || !strchr("*+?}", pattern[i - 1])) {   // the shortest or the longest: both match all of a name
             set = c == '[', known &= c != '(' || next != '?', posix += c;
         }
@@ -4704,14 +4716,12 @@ bool matches(const std::string& pattern, const std::string& name, const std::str
     regfree(&compiled);
     return found;
 }
+bool ends_with(const std::string& text, const std::string& end) {
+    return text.size() >= end.size() && text.compare(text.size() - end.size(), end.size(), end) == 0;
+}
 bool named_by(const Json& list, const std::string& name, const std::string& where) {   // target_modules and the like
     if (list.type == Json::STRING) return strcasecmp(list.text.c_str(), "all-linear") == 0 || matches(list.text, name, where);
-    for (const Json& j : list.values) {
-        const std::string ending = "." + j.text;
-        if (name == j.text || (name.size() > ending.size() && name.compare(name.size() - ending.size(), ending.size(), ending) == 0))
-            return true;
-    }
-    return false;
+    return std::any_of(list.values.begin(), list.values.end(), [&](auto& j) { return name == j.text || ends_with(name, "." + j.text); });
 }
 // An adapter's number for a module: by the first pattern that matches its name's end, or the usual one.
 double lora_number(const Json& config, const char* patterns, const char* usual, const std::string& name, const std::string& where) {
@@ -4720,47 +4730,26 @@ double lora_number(const Json& config, const char* patterns, const char* usual, 
         if (matches("(.*\\.)?(" + map.names[i] + ")", name, where)) return strtod(map.values[i].text.c_str(), nullptr);
     return strtod(config[usual].text.c_str(), nullptr);
 }
+// A norm's tensor in an adapter's file: modules_to_save.
+std::string saved_name(const HfPiece& piece) { return "base_model.model." + piece.name; }
 struct AdapterFile {
     std::string folder;
     Json config;
     HfModel tensors;                // its tensors alone
     std::vector<LoraModule> lora;   // (L, targets)
-    bool norms = false;             // holds norms too (--lora-train-norms)
+    unsigned norms = 0;             // the parameters, as bits, that it holds besides: norms
 };
+std::string target_names(const Config& c) {   // as --lora-targets has them
+    const std::vector<LoraTarget> targets = lora_targets(c);
+    std::string names;
+    for (size_t i = 0; i < targets.size(); i++)
+        if (c.lora.targets >> i & 1) names += (names.empty() ? "" : ",") + std::string(targets[i].name);
+    return names;
+}
 bool is_norm(int p) {   // a norm's gamma or beta, those that stand before matmuls and the last one
     for (auto [gamma, weight] : FOLDED)
         if (p == gamma || p == beta_of(gamma)) return true;
     return p == LNFW || p == beta_of(LNFW);
-}
-// GPT-2's q, k and v have one module. If B has zeros where an adapter on only some of them would have, it is one, and trained as one.
-unsigned lora_find_parts(const Config& c, const HfModel& tensors) {
-    const std::vector<LoraTarget> targets = lora_targets(c);
-    unsigned all = 0;
-    for (size_t i = 0; i < targets.size(); i++) all |= targets[i].part ? 1u << i : 0;
-    for (unsigned some = all; all != 0 && (some = (some - 1) & all) != 0;) {   // all subsets but all of them
-        bool fits = true, zeros = true;
-        const int count = __builtin_popcount(some);
-        for (const LoraMatrix& m : lora_matrices(c, {})) {
-            const SafeTensor* t = m.weight == QKVW ? tensors.find("base_model.model." + m.name + ".lora_B.weight") : nullptr;
-            if (t == nullptr || !fits) continue;
-            const size_t rank = t->shape[1];
-            std::vector<float> B(m.rows * rank);
-            safetensors_read(*t, 0, B.size(), B.data());
-            fits = rank % count == 0;
-            for (size_t r = 0; fits && r < m.rows; r++)
-                for (size_t k = 0, part = 0; k < rank; k++) {
-                    part = k / (rank / count);
-                    size_t i = 0, nth = 0;   // the target that has this column
-                    for (; i < targets.size(); i++)
-                        if ((some >> i & 1) && nth++ == part) break;
-                    const bool inside = r >= targets[i].first && r < targets[i].first + targets[i].rows;
-                    zeros &= B[r * rank + k] == 0;
-                    fits &= inside || B[r * rank + k] == 0;
-                }
-        }
-        if (fits && !zeros) return some;
-    }
-    return 0;
 }
 // Reads an adapter's config and headers, and sets what it is in `c`. Whatever it asks for and we do not do is refused.
 AdapterFile adapter_open(Config& c, const std::string& folder) {
@@ -4778,12 +4767,14 @@ AdapterFile adapter_open(Config& c, const std::string& folder) {
     };
     const Json& config = a.config;
     if (config["peft_type"].text != "LORA") refuse("peft_type", "'" + config["peft_type"].text + "'", "LORA");
-    for (const char* name : {"use_dora", "lora_bias", "use_qalora", "use_bdlora"})
+    for (const char* name : {"use_dora", "lora_bias", "use_qalora"})
         if (config[name].text == "true") refuse(name, "true", "false");
     if (config["bias"].type == Json::STRING && config["bias"].text != "none") refuse("bias", "'" + config["bias"].text + "'", "none");
     for (const char* name :
-         {"trainable_token_indices", "layer_replication", "target_parameters", "megatron_config", "alora_invocation_tokens"})
-        if (config[name].type > Json::JSON_NULL && !(config[name].type >= Json::ARRAY && config[name].values.empty()))
+         {"trainable_token_indices", "layer_replication", "target_parameters", "megatron_config", "alora_invocation_tokens", "use_bdlora",
+          "kasa_config", "arrow_config", "velora_config", "monteclora_config"})
+        if (config[name].type > Json::JSON_NULL && !(config[name].type >= Json::ARRAY && config[name].values.empty()) &&
+            config[name].text != "false")
             refuse(name, "there", "none");
     for (const char* name : {"pissa", "olora", "corda", "loftq", "lora_ga"})
         if (config["init_lora_weights"].text.compare(0, strlen(name), name) == 0)
@@ -4796,18 +4787,18 @@ AdapterFile adapter_open(Config& c, const std::string& folder) {
     }
     if (config["use_rslora"].type > Json::JSON_NULL && config["use_rslora"].type != Json::BOOLEAN)
         refuse("use_rslora", "'" + config["use_rslora"].text + "'", "true or false");
-    if (strtod(config["lora_dropout"].text.c_str(), nullptr) > 0.9) refuse("lora_dropout", config["lora_dropout"].text, "0 to 0.9");
+    const double dropout = strtod(config["lora_dropout"].text.c_str(), nullptr);
+    if (!(dropout >= 0 && dropout <= 0.9)) refuse("lora_dropout", config["lora_dropout"].text, "0 to 0.9");
     for (const Json& module : config["modules_to_save"].values) {
-        bool norm = false;
+        bool norm = false, other = false;
         hf_walk(c, [&](int p, size_t, const HfPiece& piece) {
-            const std::string name = piece.name.substr(0, piece.name.rfind('.'));
-            norm |= is_norm(p) && name.size() >= module.text.size() &&
-                    name.compare(name.size() - module.text.size(), module.text.size(), module.text) == 0;
+            (is_norm(p) ? norm : other) |= ends_with(piece.name.substr(0, piece.name.rfind('.')), module.text);
         });
-        if (!norm) refuse("modules_to_save", "'" + module.text + "'", "norms");
+        if (!norm || other) refuse("modules_to_save", "'" + module.text + "'", "norms");
     }
     if (config["r"].type != Json::NUMBER || config["lora_alpha"].type != Json::NUMBER) refuse("r or lora_alpha", "missing", "numbers");
-    a.tensors.tensors = safetensors_open(file);
+    Json metadata;
+    a.tensors.tensors = safetensors_open(file, &metadata);
     std::sort(a.tensors.tensors.begin(), a.tensors.tensors.end(), [](auto& x, auto& y) { return x.name < y.name; });
     std::map<std::string, bool> known;
     const std::vector<LoraTarget> targets = lora_targets(c);
@@ -4840,11 +4831,14 @@ AdapterFile adapter_open(Config& c, const std::string& folder) {
                 file.c_str(), m.name.c_str());
         const double asked = lora_number(config, "rank_pattern", "r", m.name, path),
                      alpha = lora_number(config, "alpha_pattern", "lora_alpha", m.name, path);
+        if (!(asked >= 1 && asked <= 4096 && asked == (int)asked) || !(fabs(alpha) < 1e9))
+            fail("%s: r %g and lora_alpha %g of %s; expected a rank from 1 to 4096 and a number below 10^9", path.c_str(), asked, alpha,
+                 m.name.c_str());
         for (const SafeTensor* t : {A, B}) {
             const size_t rank = t->shape.size() == 2 ? t->shape[t == A ? 0 : 1] : 0;
             const std::vector<size_t> expected =
                 t == A ? std::vector<size_t>{(size_t)asked, m.cols} : std::vector<size_t>{m.rows, (size_t)asked};
-            if (rank < 1 || t->shape != expected || asked > 4096)
+            if (rank < 1 || t->shape != expected)
                 fail("%s: tensor %s: expected the shape %s by adapter_config.json and the model, found %s", file.c_str(), t->name.c_str(),
                      shape_text(expected).c_str(), shape_text(t->shape).c_str());
             if (t->dtype == BYTE)
@@ -4852,44 +4846,49 @@ AdapterFile adapter_open(Config& c, const std::string& folder) {
                      t->type.c_str());
             known[t->name] = true;
         }
-        size_t row = 0;
-        for (const HfPiece& piece : hf_pieces(c, m.weight, m.layer)) {   // which target is it?
-            if (piece.name.compare(0, m.name.size() + 1, m.name + ".") == 0) break;
-            row += piece.rows;
-        }
-        for (size_t i = 0; i < targets.size(); i++)
-            if (targets[i].weight == m.weight && targets[i].first == row && targets[i].rows == m.rows && !targets[i].part) {
-                c.lora.targets |= 1 << i;
-                const bool rooted = config["use_rslora"].text == "true";
-                a.lora[m.layer * targets.size() + i] = {(int)asked, (float)(alpha / (rooted ? sqrt(asked) : asked))};
-                c.lora.rank = std::max(c.lora.rank, (int)asked);
-            }
+        c.lora.targets |= 1 << m.whole;
+        const bool rooted = config["use_rslora"].text == "true";
+        a.lora[m.layer * targets.size() + m.whole] = {(int)asked, (float)(alpha / (rooted ? sqrt(asked) : asked))};
+        c.lora.rank = std::max(c.lora.rank, (int)asked);
     }
     if (c.lora.targets == 0)
         fail("%s: holds no lora_A and lora_B of this model (such as base_model.model.%s.lora_A.weight)", file.c_str(),
              whole[0].name.c_str());
     if (!missing.empty()) fail("%s: target_modules names %s, but %s holds no lora_A of it", path.c_str(), missing.c_str(), file.c_str());
-    if (const unsigned some = lora_find_parts(c, a.tensors)) {   // parts in place of the whole
-        const int count = __builtin_popcount(some);
-        c.lora.rank = 0;
-        for (int l = 0; l < c.L; l++) {
-            LoraModule* module = &a.lora[l * targets.size()];
-            for (size_t i = 0; i < targets.size(); i++)
-                if (some >> i & 1) module[i] = {module[0].rank / count, module[0].scale};
-            module[0] = {};
-        }
+    unsigned some = 0;   // GPT-2's q, k and v have one module. Which of them its columns are for, adapter_save has left there.
+    for (size_t i = 0; i < targets.size(); i++)
+        if (targets[i].part &&
+            ("," + metadata["lora_targets"].text + ",").find(std::string(",") + targets[i].name + ",") != std::string::npos)
+            some |= 1u << i;
+    const int count = __builtin_popcount(some);
+    bool apart = count > 0;
+    for (int l = 0; l < c.L; l++) apart &= a.lora[l * targets.size()].rank % std::max(count, 1) == 0;
+    if (apart) {
         c.lora.targets = (c.lora.targets & ~1) | some;
-        for (size_t i = 0; i < a.lora.size(); i++)
-            if (c.lora.targets >> i % targets.size() & 1) c.lora.rank = std::max(c.lora.rank, a.lora[i].rank);
+        c.lora.rank = 0;
+        for (size_t i = 0; i < a.lora.size(); i++) {
+            const LoraModule& whole = a.lora[i / targets.size() * targets.size()];
+            if (some >> i % targets.size() & 1) a.lora[i] = {whole.rank / count, whole.scale};
+            if (i % targets.size() > 0) c.lora.rank = std::max(c.lora.rank, a.lora[i].rank);
+        }
+        for (int l = 0; l < c.L; l++) a.lora[l * targets.size()] = {};
     }
     c.lora.rank = ceil_div(c.lora.rank, 8) * 8;
     hf_walk(c, [&](int p, size_t, const HfPiece& piece) {
-        const SafeTensor* t = a.tensors.find("base_model.model." + piece.name);
-        if (t == nullptr || !is_norm(p)) return;
+        if (!is_norm(p)) return;
+        const std::string module = piece.name.substr(0, piece.name.rfind('.'));
+        const std::vector<Json>& saved = config["modules_to_save"].values;
+        const bool named = std::any_of(saved.begin(), saved.end(), [&](auto& j) { return ends_with(module, j.text); });
+        const SafeTensor* t = a.tensors.find(saved_name(piece));
+        if (named != (t != nullptr))
+            fail("%s: modules_to_save %s %s, and %s %s its tensor; PEFT would %s, and say nothing", path.c_str(),
+                 named ? "names" : "does not name", module.c_str(), file.c_str(), named ? "does not hold" : "holds",
+                 named ? "leave it as it is in the base" : "drop it");
+        if (t == nullptr) return;
         if (t->shape != piece.shape() || t->dtype == BYTE)
             fail("%s: tensor %s: expected the shape %s, found %s of type %s", file.c_str(), t->name.c_str(),
                  shape_text(piece.shape()).c_str(), shape_text(t->shape).c_str(), t->type.c_str());
-        known[t->name] = a.norms = true;
+        known[t->name] = true, a.norms |= 1u << p;
     });
     for (const SafeTensor& t : a.tensors.tensors)
         if (!known.count(t.name))
@@ -4897,30 +4896,28 @@ AdapterFile adapter_open(Config& c, const std::string& folder) {
                  t.name.c_str(), program_name);
     return a;
 }
-// A norm's tensor in an adapter's file: modules_to_save.
-std::string saved_name(const HfPiece& piece) { return "base_model.model." + piece.name; }
+std::vector<float> adapter_read(const AdapterFile& a, const std::string& name) {   // a whole tensor
+    const SafeTensor& t = *a.tensors.find(name);
+    std::vector<float> values(1);
+    for (size_t size : t.shape) values.resize(values.size() * size);
+    safetensors_read(t, 0, values.size(), values.data());
+    for (float x : values)
+        if (!std::isfinite(x)) fail("%s: tensor %s holds %g; expected an adapter of finite numbers", t.file.c_str(), name.c_str(), x);
+    return values;
+}
 // Into the model, which has been allocated.
 void adapter_load(Model& model, const AdapterFile& a, Source& source) {
     source.adapter = a.config, source.dtypes.clear(), source.dtype = F32;
-    auto read = [&](const std::string& name) {
-        const SafeTensor& t = *a.tensors.find(name);
-        std::vector<float> values(1);
-        for (size_t size : t.shape) values.resize(values.size() * size);
-        safetensors_read(t, 0, values.size(), values.data());
-        for (float x : values)
-            if (!std::isfinite(x)) fail("%s: tensor %s holds %g; expected an adapter of finite numbers", t.file.c_str(), name.c_str(), x);
-        source.dtypes[name] = t.dtype;
-        return values;
-    };
+    for (const SafeTensor& t : a.tensors.tensors) source.dtypes[t.name] = t.dtype;
     for (const LoraMatrix& m : lora_matrices(model.config, model.lora))
         for (bool A : {true, false}) {
             if (m.rank() == 0) continue;
-            std::vector<float> values = read("base_model.model." + m.name + (A ? ".lora_A.weight" : ".lora_B.weight"));
+            std::vector<float> values = adapter_read(a, "base_model.model." + m.name + (A ? ".lora_A.weight" : ".lora_B.weight"));
             lora_exchange(model.config, m, A, true, values,
                           [&](int p, size_t first, size_t n, float* x) { model_put(model, p, first, n, x); });
         }
     hf_walk(model.config, [&](int p, size_t first, const HfPiece& piece) {
-        if (a.norms && is_norm(p)) model_put(model, p, first, piece.elements(), read(saved_name(piece)).data());
+        if (a.norms >> p & 1) model_put(model, p, first, piece.elements(), adapter_read(a, saved_name(piece)).data());
     });
 }
 // A new one: A uniform, B zeros, as PEFT has it.
@@ -4992,6 +4989,9 @@ std::string write_files(const std::string& folder, const Source& source) {
 }
 // Writes an adapter's directory. All ranks call it, rank 0 writes. Returns what went wrong, or an empty text.
 std::string adapter_save(const Model& model, const std::string& folder, const Source& source) {
+    Json metadata = json_object();
+    for (const LoraMatrix& m : lora_matrices(model.config, model.lora))   // parts of a module
+        if (m.rank() > 0 && m.parts[0].index != m.whole) metadata.set("lora_targets", json_string(target_names(model.config)));
     const std::vector<AdapterPart> adapter = adapter_parts(model, source);
     std::vector<HfPart> parts;
     for (const AdapterPart& a : adapter) parts.push_back(a.part);
@@ -5011,7 +5011,7 @@ std::string adapter_save(const Model& model, const std::string& folder, const So
             for (size_t k = 0; k < n && bad.empty(); k++)
                 if (!std::isfinite(values[k]))
                     bad = "the adapter is not finite: tensor " + part.piece.name + " holds " + std::to_string(values[k]);
-        });
+        }, metadata);
     if (world.rank > 0) return "";
     if (!bad.empty() || !error.empty()) return bad.empty() ? error : bad;
     const std::string written = write_json(folder + "/adapter_config.json", source.adapter);
@@ -5114,14 +5114,10 @@ std::string hf_merge(const Config& c, const std::string& base, const AdapterFile
     const size_t targets = lora_targets(c).size();
     std::string loaded;   // the matrix whose A and B are here
     std::vector<float> A, B, turned;
-    auto read = [&](const std::string& name, std::vector<float>& values) {
-        const SafeTensor& t = *a.tensors.find(name);
-        values.resize(t.shape[0] * t.shape[1]);
-        safetensors_read(t, 0, values.size(), values.data());
-    };
-    return hf_save(c, folder, source, [&](const HfPart& part, size_t i, size_t n, float* values) {
+    std::string beyond;   // what the sum's type cannot hold
+    const std::string error = hf_save(c, folder, source, [&](const HfPart& part, size_t i, size_t n, float* values) {
         const HfPiece& piece = part.piece;
-        const SafeTensor* t = a.norms && is_norm(part.p) ? a.tensors.find(saved_name(piece)) : m.find(piece.name);
+        const SafeTensor* t = a.norms >> part.p & 1 ? a.tensors.find(saved_name(piece)) : m.find(piece.name);
         safetensors_read(*t, i, n, values);
         if (piece.transposed) turned.assign(values, values + n), transpose(values, turned.data(), piece.cols, piece.rows);
         const auto found = adapted.find(piece.name);
@@ -5129,8 +5125,8 @@ std::string hf_merge(const Config& c, const std::string& base, const AdapterFile
         const LoraMatrix& matrix = found->second;
         if (loaded != matrix.name) {
             loaded = matrix.name;
-            read("base_model.model." + loaded + ".lora_A.weight", A);
-            read("base_model.model." + loaded + ".lora_B.weight", B);
+            A = adapter_read(a, "base_model.model." + loaded + ".lora_A.weight");
+            B = adapter_read(a, "base_model.model." + loaded + ".lora_B.weight");
         }
         const float scale = a.lora[matrix.layer * targets + matrix.parts[0].index].scale;
         const size_t rank = A.size() / piece.cols;
@@ -5143,7 +5139,10 @@ std::string hf_merge(const Config& c, const std::string& base, const AdapterFile
             }
             at += count;
         }
+        if (std::any_of(values, values + n, [](float x) { return !(fabsf(x) < 3.3e38f); }))   // bf16's largest is 3.39e38
+            beyond = piece.name + ": the sum of base and adapter is not finite";
     });
+    return error.empty() ? beyond : error;
 }
 // The model as a run writes it: all of it, or the adapter.
 std::string model_save(const Model& model, const std::string& folder, const Source& source) {
@@ -5395,12 +5394,16 @@ std::string state_path(const std::string& folder, int rank = world.rank) {
 }
 
 // What a run chose by the memory that was free, and keeps when it is resumed: otherwise sums would have another order.
-Plan state_plan(const std::string& folder) {
+StateHeader state_peek(const std::string& folder) {   // of rank 0, which there always is
     StateHeader h;
-    const std::string path = state_path(folder, 0);   // rank 0's, which there always is
-    fclose(open_with_header(path.c_str(), &h, STATE_MAGIC, "the state of a run", STATE_REMEDY));
+    fclose(open_with_header(state_path(folder, 0).c_str(), &h, STATE_MAGIC, "the state of a run", STATE_REMEDY));
+    return h;
+}
+Plan state_plan(const std::string& folder) {
+    const StateHeader h = state_peek(folder);
     if (h.ranks != world.size)
-        fail("%s: was written by a run on %d GPUs, this one has %d; resume with as many GPUs", path.c_str(), h.ranks, world.size);
+        fail("%s: was written by a run on %d GPUs, this one has %d; resume with as many GPUs", state_path(folder, 0).c_str(), h.ranks,
+             world.size);
     Plan was = {};
     was.B = std::max(h.B, 0), was.chunk_rows = std::max(h.chunk_rows, 0);
     return was;
@@ -5448,11 +5451,6 @@ RunState state_load(Model& model, Loader& train, const std::string& folder, int 
     model.weights_in_state = weights;
     fclose(f);
     return {step, 0, at, {was.setting, was.setting + was.settings}};
-}
-std::vector<double> state_settings(const std::string& folder) {   // what the run that wrote it was told
-    StateHeader h;
-    fclose(open_with_header(state_path(folder, 0).c_str(), &h, STATE_MAGIC, "the state of a run", STATE_REMEDY));
-    return {h.setting, h.setting + std::clamp(h.settings, 0, (int)std::size(h.setting))};
 }
 constexpr const char* CHECKPOINTS = "/step_[0-9][0-9][0-9][0-9][0-9][0-9][0-9][0-9]";   // in a folder, as a pattern
 // Steps of the checkpoints in a folder, ascending.
@@ -5793,8 +5791,6 @@ void model_check_options() {
     for (const char* name : {"lora", "adapter"})
         if (given(name) && gelu_fusion > 0)
             bad_option("gelu-fusion", "an adapter adds to what GELU takes; expected 0 with %s", typed(name).c_str());
-    if (given("lora") + given("adapter") > 0 && !write_bin.empty())
-        bad_option("write-bin", "llm.c's format has no adapters; --merge makes a whole model");
     matmul_state.gelu_fusion = (int)gelu_fusion;
     check_output("write-bin", write_bin, 0, std::string((const char*)&BIN_MAGIC, sizeof BIN_MAGIC));
     const std::string& model = *(std::string*)option("model").value;
@@ -5979,13 +5975,6 @@ int parse_targets(const Config& c, const std::string& text) {
     if (parts && ((bits & parts) == parts || (bits & 1))) bits = (bits & ~parts) | 1;   // all parts are the whole
     return (int)bits;
 }
-std::string target_names(const Model& model) {
-    const std::vector<LoraTarget> targets = lora_targets(model.config);
-    std::string names;
-    for (size_t i = 0; i < targets.size(); i++)
-        if (model.config.lora.targets >> i & 1) names += (names.empty() ? "" : ",") + std::string(targets[i].name);
-    return names;
-}
 // Adapters: a new one, or one from a directory, and what of the model stays as it is.
 void pick_adapter(Run& run) {
     Settings& s = run.s;
@@ -6002,26 +5991,27 @@ void pick_adapter(Run& run) {
         if (!s.adapter.empty() && given(name)) bad_option(name, "%s brings its own; expected one of the two", quoted("adapter").c_str());
     for (const char* name : {"lora-alpha", "lora-targets", "lora-dropout", "lora-freeze-a", "lora-train-norms", "merge"})
         if (given(name) && s.lora == 0 && folder.empty()) bad_option(name, "expected --lora R or --adapter DIR with it");
-    const std::vector<double> was = continues ? state_settings(run.resumed) : std::vector<double>();
+    const StateHeader was = continues ? state_peek(run.resumed) : StateHeader{};
+    run.model.seed = continues ? was.seed : s.seed;   // from which a model that stands in no file is drawn again
     for (Option& o : options) {   // the run to resume goes on as it was, but for what an adapter can be trained with
-        if (o.slot < LORA_SLOT || o.slot >= (int)was.size()) continue;
+        if (o.slot < LORA_SLOT || o.slot >= std::min(was.settings, (int)std::size(was.setting))) continue;
         const bool stays = o.value != &s.lora_dropout && o.value != &s.base && o.value != &s.double_quant;
-        if (!given(o.name)) o.set(was[o.slot]);
-        else if (stays && o.number() != was[o.slot])
-            bad_option(o.name, "the run to resume has %s; leave it out, or begin anew in another --out", o.text(was[o.slot]).c_str());
+        if (!given(o.name)) o.set(was.setting[o.slot]);
+        else if (stays && o.number() != was.setting[o.slot])
+            bad_option(o.name, "the run to resume has %s; leave it out, or begin anew in another --out",
+                       o.text(was.setting[o.slot]).c_str());
     }
     if (!folder.empty()) {
         run.adapter = adapter_open(c, folder);
         run.model.lora = run.adapter.lora;
         if (continues && given("lora-targets") && parse_targets(c, s.lora_targets) != c.lora.targets)
             bad_option("lora-targets", "the run to resume has adapters on %s; leave it out, or begin anew in another --out",
-                       target_names(run.model).c_str());
+                       target_names(run.model.config).c_str());
         const Json &alpha = run.adapter.config["lora_alpha"], &dropout = run.adapter.config["lora_dropout"];
         s.lora_alpha = strtod(alpha.text.c_str(), nullptr);
         for (const LoraModule& module : run.model.lora)   // a part of a module has its share
             if (module.rank == run.rank() && run.adapter.config["use_rslora"].text != "true") s.lora_alpha = module.scale * module.rank;
-        if (was.empty() && !given("lora-dropout") && dropout.type == Json::NUMBER) s.lora_dropout = strtod(dropout.text.c_str(), nullptr);
-        s.train_norms |= run.adapter.norms;
+        if (!continues && !given("lora-dropout") && dropout.type == Json::NUMBER) s.lora_dropout = strtod(dropout.text.c_str(), nullptr);
     } else if (s.lora > 0) {
         c.lora.targets = parse_targets(c, s.lora_targets);
         c.lora.rank = ceil_div(s.lora, 8) * 8;
@@ -6034,15 +6024,30 @@ void pick_adapter(Run& run) {
     const bool adapts = c.lora.rank > 0;
     if (adapts) matmul_state.gelu_fusion = 0;   // an adapter adds to what GELU takes, and to its gradient
     plan = {};
+    unsigned norms = 0;   // in training: those that the adapter has, or all
+    for (int p = 0; p < LORA_A; p++) norms |= is_norm(p) ? 1u << p : 0;
+    if (!folder.empty() && (continues || !given("lora-train-norms"))) norms = run.adapter.norms;
+    else if (!s.train_norms && run.adapter.norms)
+        bad_option("lora-train-norms", "the adapter in %s has norms, which would be lost; leave it out", folder.c_str());
+    else if (!s.train_norms) norms = 0;
+    s.train_norms = norms != 0;
     for (int p = 0; adapts && p < LORA_A; p++)
-        if (!(s.train_norms && is_norm(p))) plan.frozen |= 1u << p;
+        if (!(norms >> p & 1)) plan.frozen |= 1u << p;
     for (int i = 0; s.freeze_a && i < 4; i++) plan.frozen |= 1u << (LORA_A + i);
     plan.nf4 = s.base == 1 || c.lora.quantized;
     plan.nested = c.lora.quantized ? c.lora.quantized == 2 : s.double_quant != 0;
     plan.dropout = (float)s.lora_dropout;
+    for (const Option& o : options)
+        if ((adapts || plan.nf4) && strcmp(o.name, "write-bin") == 0 && !o.typed.empty())
+            bad_option(o.name, "llm.c's format has no adapters, and no weights in 4 bits; --merge makes a whole model");
+    if (given("double-quant") && (!plan.nf4 || (c.lora.quantized && s.double_quant != plan.nested)))
+        bad_option("double-quant", "%s; leave it out",
+                   plan.nf4 ? "the model's directory is quantized the other way" : "expected --base nf4 with it");
     if (plan.nf4 && !adapts && s.trains())
-        fail_usage("%s: weights in 4 bits cannot be trained; expected --lora R or --adapter DIR with it, or -x 0",
-                   c.lora.quantized ? run.model_name() : quoted("base").c_str());
+        fail_usage(
+            "%s: weights in 4 bits cannot be trained or written; expected --lora R or --adapter DIR with it, or -x 0 without --out "
+            "and --dump-gradients",
+            c.lora.quantized ? run.model_name() : quoted("base").c_str());
     if (given("base") && s.base == 0 && c.lora.quantized)
         bad_option("base", "%s is quantized; expected nf4, or the model in 16 bits", run.model_name());
     const bool can = adapts && head_param(c) != WTE;   // the head multiplies by it, and must have it on the device
@@ -6062,6 +6067,7 @@ void pick_model(Run& run) {
     const std::string config = run.resumed + "/adapter_config.json";
     const bool adapter = !run.resumed.empty() && file_exists(config);   // then the model is still that of -e
     if (adapter && !given("model")) s.model = read_json(config)["base_model_name_or_path"].text;
+    if (s.model.empty()) bad_option("resume", "%s does not name the model that it belongs to; expected -e DIR with it", config.c_str());
     const bool size = model_parse_size(s.model, c), resumes = !run.resumed.empty();
     if (s.resume && s.steps == 0 && !resumes)
         fail_option("resume", "%s holds no checkpoint, so there is nothing to evaluate; expected step_* in it", s.out.c_str());
@@ -6087,7 +6093,6 @@ void pick_model(Run& run) {
     pick_adapter(run);
     if (!given("seq-len")) s.T = std::min<int64_t>(s.T, c.maxT);
     if (s.T > c.maxT) bad_option("seq-len", "the model's longest sequence is %d", c.maxT);
-    run.model.seed = s.seed;
 }
 
 // The device. --estimate can do without.
@@ -6128,6 +6133,9 @@ size_t open_data(Run& run) {
         fflush(stdout);   // reading them all may take long
         loader_open(d, typed(option).c_str(), name.c_str(), (int)s.T, c.V, shuffle, run.model.seed);
         batch = std::min(batch, loader_largest_batch(d));
+        if (d.inside > 0 && world.rank == 0)
+            warn("note: %s: %.0f sequences of %d tokens begin within a document, whose beginning they do not see; data that "
+                 "prepro/text.py has packed want its --seq-len as %s", name.c_str(), d.inside, (int)s.T, typed("seq-len").c_str());
     };
     if ((s.steps != 0 || !s.dump_gradients.empty()) && s.merge.empty()) open(run.train, "train-data", s.train_data, true);
     if (s.val_every > 0) open(run.val, "val-data", s.val_data, false);
@@ -6376,7 +6384,7 @@ bool validate(Run& run) {
         progress("validating", i, batches, begin);
         sum += model_batch_loss(run.model, host);
         trained += run.count_with_loss(host);
-        if (run.model.plan.marks) count_answers(run, host, answers);
+        if (run.val.marks()) count_answers(run, host, answers);
     }
     progress("", batches, batches, begin);
     trained = world_sum(trained);
@@ -6391,7 +6399,7 @@ bool validate(Run& run) {
     }
     run.val_loss = loss;
     char right[100] = "", logged[100] = "";
-    if (run.model.plan.marks) {
+    if (run.val.marks()) {
         snprintf(right, sizeof right, ", %.0f of %.0f answers right (%.1f %%)", answers[1], answers[0],
                  100 * answers[1] / std::max(1.0, answers[0]));
         snprintf(logged, sizeof logged, ", \"answers\": %.0f, \"right\": %.0f", answers[0], answers[1]);
@@ -6570,7 +6578,7 @@ void train_step(Run& run) {
     const double begin = now_seconds();
     const Verdict v = run_step(run, h);
     const double took = now_seconds() - begin;
-    if (++run.timed > 0) run.seconds += took;
+    if (v.skip != NO_LOSS_AT_ALL && ++run.timed > 0) run.seconds += took;
     at.step++;
     const bool finite = std::isfinite(v.loss) && std::isfinite(v.grad_norm);
     at.not_finite_in_row = finite ? 0 : at.not_finite_in_row + 1;
@@ -6625,7 +6633,9 @@ void dump_gradients(Run& run) {
     const int B = model.plan.B, T = model.plan.T, micro_batches = std::exchange(model.plan.micro_batches, 1);
     model_tokens(model, run.host_region(0), B * T, run.buckets[0]);
     model_forward(model, B, T);
-    const double with_loss = std::max(1.0, run.count_with_loss(run.host_region(0)));
+    const double with_loss = run.count_with_loss(run.host_region(0));
+    if (with_loss == 0)
+        fail_option("dump-gradients", "no token of the first micro-batch has a loss (prepro/text.py --show 3 shows which have)");
     model_loss(model, B, T, true, true, with_loss * world.size);
     model_backward(model, B, T, run.buckets[0], 0);
     float loss;
@@ -6658,12 +6668,9 @@ int run_loop(Run& run) {   // returns the exit status
         if (writes) save(run);
         if (finished || stop) return end_loop(run, finished, stop && (!finished || s.val_every > 0 || s.sample_every > 0), writes);
         train_step(run);
-        if (run.without_loss_in_row >= 10) {
-            warn(
-                "none of the tokens of 10 steps in a row, up to step %d, has a loss: all of them are masked, so there is nothing to "
-                "learn; "
-                "prepro/text.py --show 3 shows what is trained on",
-                at.step);
+        if (run.without_loss_in_row >= std::min(10, run.steps - std::max(run.resume_step, 0))) {
+            warn("none of the tokens of %d steps in a row, up to step %d, has a loss: all of them are masked, so there is nothing to "
+                 "learn; prepro/text.py --show 3 shows what is trained on", run.without_loss_in_row, at.step);
             return 3;
         }
         if (at.not_finite_in_row >= 10) {
@@ -6688,8 +6695,8 @@ void print_plan(Run& run, bool all) {
         if (c.lora.rank > 0) {
             double trained = 0;
             for (int p : model_trained(run.model)) trained += (double)param_shape(c, p).elements();
-            printf("adapters   rank %d on %s, alpha %g%s: %.2fM parameters in training%s\n", run.rank(), target_names(run.model).c_str(),
-                   run.s.lora_alpha, run.s.lora_dropout > 0 ? ", dropout" : "", trained / 1e6,
+            printf("adapters   rank %d on %s, alpha %g%s: %.2fM parameters in training%s\n", run.rank(),
+                   target_names(run.model.config).c_str(), run.s.lora_alpha, run.s.lora_dropout > 0 ? ", dropout" : "", trained / 1e6,
                    run.s.freeze_a ? ", B alone (LoRA-FA)" : "");
         }
         if (run.steps > 0)
@@ -6716,6 +6723,8 @@ void make_model(Run& run) {
     cudaCheck(cudaMallocHost((void**)&run.host_tokens, 2 * run.region_ints() * model.plan.micro_batches * sizeof(int)));
     if (world.rank == 0) printf("weights    %s%s\n", run.model_file.empty() ? "drawn from --seed" : "from ", run.model_file.c_str());
     fflush(stdout);
+    if (run.model_file.empty() && model.config.lora.rank > 0 && world.rank == 0)
+        printf("note: the weights under the adapters stand in no file; what PEFT loads belongs to a directory, -e DIR\n");
     if (run.model_file.empty()) model_init(model);
     else run.source = model_load(model, run.model_file);
     if (model.config.lora.rank > 0) {   // what is written is the adapter
@@ -6725,7 +6734,8 @@ void make_model(Run& run) {
             run.source.adapter = adapter_new_config(model, real_path(run.model_name()), run.s.lora_alpha, run.s.lora_dropout);
         } else {
             adapter_load(model, run.adapter, run.source);
-            run.source.adapter.set("inference_mode", json_bool(true));
+            run.source.adapter.set("base_model_name_or_path", json_string(real_path(run.model_name())));
+            run.source.adapter.set("task_type", json_string("CAUSAL_LM")), run.source.adapter.set("inference_mode", json_bool(true));
             if (run.s.train_norms && run.s.trains()) run.source.adapter.set("modules_to_save", adapter_norms(model));
         }
     }
@@ -6765,8 +6775,12 @@ void begin_or_go_on(Run& run) {
 // --merge, and where there are data to validate on the losses of base, base with adapter, and what was written, over one batch.
 void merge(Run& run) {
     Settings& s = run.s;
+    while (s.merge.size() > 1 && s.merge.back() == '/') s.merge.pop_back();
     const std::string folder = s.merge, unfinished = folder + ".tmp";
-    s.sample_every = 0;
+    s.sample_every = 0, s.val_every = 1;
+    for (const char* name : {"lora", "out", "resume", "steps", "dump-gradients", "log", "estimate"})
+        if (given(name))
+            bad_option("merge", "adds --adapter to the 16-bit model of -e, writes that, and exits; leave out %s", typed(name).c_str());
     if (world.size > 1) bad_option("merge", "one process is enough; start it without mpirun");
     if (run.adapter.folder.empty()) bad_option("merge", "expected --adapter DIR with it, whose weights are added to those of -e");
     if (!is_folder(run.model_file.c_str())) bad_option("merge", "expected -e DIR, the directory of the base model");
@@ -6785,7 +6799,10 @@ void merge(Run& run) {
         loader_seek(run.val, 0, 0, 0);
         int* host = run.host_free();
         if (!loader_next(run.val, host, host + run.BT(), run.documents(host))) fail("%s", run.val.error.c_str());
-        loss[which] = model_batch_loss(run.model, host) / std::max(1.0, run.count_with_loss(host));
+        const double with_loss = run.count_with_loss(host);
+        if (with_loss == 0)
+            fail_option("val-data", "no token of its first batch has a loss; leave it out, or see prepro/text.py --show 3");
+        loss[which] = model_batch_loss(run.model, host) / with_loss;
         table_free(run.model.table);
         cudaCheck(cudaFreeHost(run.host_tokens));
         run.model.config = with;
@@ -6797,6 +6814,8 @@ void merge(Run& run) {
         const std::string base = run.model_file;
         measure(1, base, true), measure(0, base, false);
     }
+    for (const SafeTensor& t : run.adapter.tensors.tensors) adapter_read(run.adapter, t.name);   // are they finite?
+    remove_folder(unfinished);   // a killed one may have left it
     if (mkdir(unfinished.c_str(), 0777) != 0) fail_option("merge", "cannot make %s: %s", unfinished.c_str(), strerror(errno));
     HfModel m = hf_open(run.model_file);
     Source source = hf_source(m);
@@ -6810,7 +6829,8 @@ void merge(Run& run) {
     printf("base and adapter, as one model, in %s\n", folder.c_str());
     if (!compare) return;
     measure(2, folder, false);
-    printf("loss of a batch: base %.6f, base with adapter %.6f, merged %.6f\n", loss[0], loss[1], loss[2]);
+    printf("loss of a batch: base %.6f, base with adapter %.6f, merged %.6f%s\n", loss[0], loss[1], loss[2],
+           run.model.plan.nf4 ? "; all three in 4 bits" : "");
 }
 
 int main(int argc, char** argv) {
@@ -6831,8 +6851,10 @@ int main(int argc, char** argv) {
     }
     pick_device(run);
     const bool estimating = !run.s.estimate.empty();
-    if (estimating && given("train-data"))   // marks take four bytes a token
-        for (const std::string& name : files_named(run.s.train_data)) run.model.plan.marks |= shard_check_header(name.c_str()).marks;
+    for (const char* data : {"train-data", "val-data"})   // marks take four bytes a token
+        for (const std::string& name :
+             estimating&& given(data) ? files_named(*(std::string*)option(data).value) : std::vector<std::string>())
+            run.model.plan.marks |= shard_check_header(name.c_str()).marks;
     choose_plan(run, estimating ? 1 << 16 : open_data(run));
     if (estimating && speaks) print_plan(run, true);
     if (estimating) leave(0);

@@ -213,7 +213,8 @@ def read_safetensors(path):
     data = Path(path).read_bytes()
     begin = 8 + struct.unpack("<Q", data[:8])[0]
     entries = json.loads(data[8:begin])
-    assert entries.pop("__metadata__") == {"format": "pt"} and begin % 8 == 0
+    metadata = entries.pop("__metadata__")
+    assert metadata.pop("format") == "pt" and set(metadata) <= {"lora_targets"} and begin % 8 == 0
     tensors, at = {}, begin
     for name, e in sorted(entries.items(), key=lambda entry: entry[1]["data_offsets"]):
         assert begin + e["data_offsets"][0] == at
