@@ -322,28 +322,28 @@ class Encoder:
         answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
         chosen = [i for i in answers[-1:] if wanted[i]] if self.train_on == "last" else [i for i in answers if wanted[i]]
         if not self.template.generation:
+            if chosen[:1] == [0]:
+                self.note(where, "begins with an answer, which is not trained on: a chat template does not tell where one without a question stands")
+                del chosen[0]
             ranges = [self.answer(where, messages, i, text, *places) for i in chosen]
         elif len(spans) == len(answers) or len(chosen) == len(answers):
-            ranges = [self.generated(where, span, *places) for i, span in itertools.zip_longest(answers, spans) if span and (i is None or i in chosen)]
+            ranges = [self.generated(where, span, text, *places) for i, span in itertools.zip_longest(answers, spans) if span and (i is None or i in chosen)]
         else:
             raise Error(f"{where}: found {len(spans)} {{% generation %}} blocks for {len(answers)} answers, so there is no telling which to leave out")
         for first, last in ranges:
             trained[first:last] = True
         return ids, trained
 
-    def generated(self, where, span, ids, starts, ends):
+    def generated(self, where, span, text, ids, starts, ends):
         """The tokens of a {% generation %} block."""
-        first, last = tokens_of(*span, starts, ends)
+        first, last = self.tokens_of(*span, text, ids, starts, ends)
         if not any(i in self.special for i in ids[first:last]):
             self.note(where, NO_END)
         return first, last
 
-    def answer(self, where, messages, i, text, ids, starts, ends):
+    def answer(self, where, messages, i, text, *places):
         """The tokens of message i: what the template adds for it after the prompt for an answer, to the end of its turn. Not the line
         end that many templates have there: it is no part of what a model has to say before it stops."""
-        if i == 0:
-            raise Error(f"{where}: the conversation begins with an answer, and a chat template does not tell where one without a question stands; "
-                        'remove it, or give it "weight": 0')
         prompt = self.template.render(where, messages[:i], prompt=True)
         if not text.startswith(prompt):
             prompt = self.template.render(where, messages[:i])
@@ -351,16 +351,16 @@ class Encoder:
                 raise Error(f"{where}: message {i + 1}: the chat template writes the messages before this answer in another way when it is there, so "
                             "there is no telling what to train; --train-on all trains every token")
             self.note(where, "an answer does not begin as the chat template's prompt for one ends; trained from the end of the turn before")
-        begin, content = len(prompt), messages[i]["content"].strip()
+        begin, content, (ids, starts, ends) = len(prompt), messages[i]["content"].strip(), places
         at = re.compile(r"\s*").match(text, begin).end()
-        if text.startswith(content, at):  # as nearly always, with the end of the turn after it
-            stop = bisect.bisect_left(starts, at + len(content))
+        if text.startswith(content, at) and (content or prompt != self.template.render(where, messages[:i])):  # nearly always; then its end
+            stop = bisect.bisect_right(ends, at + len(content))
             if stop < len(ids) and ids[stop] in self.special:
-                return bisect.bisect_right(ends, begin), stop + 1
+                return self.tokens_of(begin, ends[stop], text, *places)
         whole = text if i == len(messages) - 1 else self.template.render(where, messages[:i + 1])
         end = len(whole) if text.startswith(whole) else len(os.path.commonprefix([whole, text]))
-        first, last = tokens_of(begin, end, starts, ends)
-        at = text.find(content, begin, end)
+        first, last = self.tokens_of(begin, end, text, *places)
+        at = self.place(content, begin, end, text, *places)
         stops = [k for k in range(first, last) if ids[k] in self.special and starts[k] >= (begin if at < 0 else at + len(content))]
         if end < len(whole) and (at < 0 or not stops):
             raise Error(f"{where}: message {i + 1}: the chat template writes this answer in another way when messages follow it (some drop what was "
@@ -370,11 +370,26 @@ class Encoder:
             return first, last
         return first, (stops[0] if at >= 0 else stops[-1]) + 1
 
-NO_END = "the chat template puts no special token after an answer, so a model will not learn where to stop"
+    def place(self, content, begin, end, text, ids, starts, ends):
+        """Where an answer stands in text[begin:end], which may have its turn's header: the last place with a special token behind it, for
+        an answer may be a word of the header (or nothing at all). Else the first; -1: nowhere."""
+        at = text.rfind(content, begin, end)
+        while at >= 0:
+            stop = bisect.bisect_left(starts, at + len(content))
+            while stop < len(ids) and not text[starts[stop]:ends[stop]].strip():
+                stop += 1
+            if stop < len(ids) and starts[stop] < end and ids[stop] in self.special:
+                return at
+            at = text.rfind(content, begin, at + len(content) - 1) if at + len(content) > begin else -1
+        return text.find(content, begin, end)
 
-def tokens_of(begin, end, starts, ends):
-    """The tokens, from and to, that have a character of text[begin:end]."""
-    return bisect.bisect_right(ends, begin), bisect.bisect_left(starts, end)
+    def tokens_of(self, begin, end, text, ids, starts, ends):
+        """The tokens, from and to, that have a character of text[begin:end]; but not a special one before it that took the blanks after
+        its name (rstrip)."""
+        first, last = bisect.bisect_right(ends, begin), bisect.bisect_left(starts, end)
+        return first + (first < last and ids[first] in self.special and bool(text[starts[first]:begin].strip())), last
+
+NO_END = "the chat template puts no special token after an answer, so a model will not learn where to stop"
 
 # ---- all examples ----------------------------------------------------------------------------------
 

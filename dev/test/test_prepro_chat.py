@@ -141,7 +141,7 @@ def test_the_whole_language_of_templates(tmp_path):
     messages = [{"role": "tool", "content": "x"}, {"role": "user", "content": "<a> & '\u00e9'", "more": {"a": None}}]
     encode = encoder(folder, train_on="all")
     theirs = library("transformers").AutoTokenizer.from_pretrained(folder)
-    assert (encode("a", {"messages": messages}) & binfmt.ID).tolist() == theirs.apply_chat_template(messages)
+    assert (encode("a", {"messages": messages}) & binfmt.ID).tolist() == theirs.apply_chat_template(messages, return_dict=True)["input_ids"]
     (folder / "chat_template.jinja").write_text("beside</s>")
     (tmp_path / "t").write_text("given</s>")
     for file, expected in ((None, "beside</s>"), (str(tmp_path / "t"), "given</s>")):
@@ -220,10 +220,30 @@ def test_odd_templates_are_said(tmp_path):
     assert notes.pop() == "a message is left out or changed by the chat template" and not notes
     encode("a", {"messages": [{**USER, "content": "a </s> b"}, FINE]})
     assert notes.pop().startswith("a message has the name of a special token in it") and not notes
+    assert trained(encode, encode("a", {"messages": [HELLO, USER, FINE]})) == ["Fine.<|im_end|>"]
+    assert notes.pop().startswith("begins with an answer, which is not trained on") and not notes
     twice = encoder(model(tmp_path / "e", TEMPLATES["generation"].replace("{% generation %}", "{% generation %}.{% endgeneration %}{% generation %}")), notes)
     assert trained(twice, twice("a", {"messages": TALK[:2]})) == ["." + HELLO["content"] + "<|im_end|>"]
     with pytest.raises(binfmt.Error, match="found 4 {% generation %} blocks for 2 answers"):
         twice("a", {"messages": [USER, {**HELLO, "weight": 0}, MORE, FINE]})
+
+@pytest.mark.parametrize("answer", ["a", "assistant", "t", "t a", ""])
+def test_an_answer_that_stands_in_its_header_too(tmp_path, answer):
+    """Where a template has no prompt for an answer the turn's header is trained on as well, and is not taken for the answer."""
+    encode = encoder(model(tmp_path / "m", TEMPLATES["llama3"].split("{% if add_generation_prompt")[0]))
+    turn = "<|start_header_id|>assistant<|end_header_id|>\n\n" + answer + "<|eot_id|>"
+    assert trained(encode, encode("a", {"messages": [USER, {**FINE, "content": answer}, MORE, {**FINE, "content": answer}]})) == [turn] * 2
+
+@pytest.mark.parametrize("strip", ["rstrip", "lstrip"])
+def test_special_tokens_that_take_the_blanks_beside_them(tmp_path, strip):
+    """As Phi-3's <|assistant|>, whose token ends within an answer that begins with a line end: it is no part of the answer."""
+    tok = json.loads(tokenizer_of_bytes().to_str())
+    for token in tok["added_tokens"]:
+        token[strip] = True
+    encode = encoder(model(tmp_path / "m", TEMPLATES["phi3"], library("tokenizers").Tokenizer.from_str(json.dumps(tok))))
+    for content in ("\nFine.", "Fine.", " Fine.\n", ""):
+        found = trained(encode, encode("a", {"messages": [USER, {**FINE, "content": content}, MORE, {**FINE, "content": content}]}))
+        assert ["".join(run.split()) for run in found] == [content.strip() + "<|end|>"] * 2
 
 def test_blanks_and_seams_of_tokens(tmp_path):
     """Offsets without blanks (ByteLevel's trim_offsets), a token across the seam of prompt and answer, characters of several tokens."""
@@ -315,10 +335,9 @@ def test_tokens_that_are_given(tmp_path):
     ('{"messages": [], "tools": [1]}', "tools are not done"),
     ('{"messages": [{"role": "user", "content": "x", "weight": 2}]}', "weight: expected 0 or 1, found 2"),
     ('{"conversations": [{"from": "narrator", "value": "x"}]}', 'from: expected one of human, user, gpt, assistant, system, found "narrator"'),
-    ('{"messages": [{"role": "assistant", "content": "x"}]}', "the conversation begins with an answer"),
     ('{"prompt": "x", "completion": []}', "completion: expected a string, found a list"), ('{"text": 3}', "text: expected a string, found a number"),
     ('{"text": "\\ud83d"}', "half of a surrogate pair"), ('{"instruction": "a", "output": null}', "output: expected a string, found null"),
-    ("[" * 100000, "expected JSON"), ('{"text": "\xff"}', "expected UTF-8, found byte 0xff")], ids=range(23))
+    ("[" * 100000, "expected JSON"), ('{"text": "\xff"}', "expected UTF-8, found byte 0xff")], ids=range(22))
 def test_a_broken_line_is_named(tmp_path, line, what):
     library("jinja2")
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "fine"}\n\n' + line.encode("latin-1") + b'\n{"text": "fine"}\n')
