@@ -5,6 +5,7 @@ NO_LOSS on each token that is not trained, and on the first one BEGINS too.
 """
 import array
 import bisect
+import contextlib
 import datetime
 import hashlib
 import itertools
@@ -22,6 +23,9 @@ from binfmt import BEGINS, ID, NO_LOSS, Error, say
 # The keys by which an example is known, the first that fit: Alpaca's own file has a "text" beside its instruction.
 KINDS = {"input_ids": ["input_ids"], "messages": ["messages"], "conversations": ["conversations"], "prompt": ["prompt", "completion"],
          "instruction": ["instruction", "output"], "text": ["text"]}
+# Others' keys that change what a model is to see or to say.
+UNDONE = {**dict.fromkeys(("messages", "conversations", "prompt"), ["tools", "functions", "documents", "chat_template_kwargs"]),
+          "instruction": ["system", "history"]}
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}  # ShareGPT's "from"
 
 ALPACA = ("Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"
@@ -64,6 +68,12 @@ def is_list(path):
     with open(path, "rb") as f:
         return f.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
 
+def kind_of_line(path):
+    """The key by which the first line of a file is an example; None if it is none, or cannot be read."""
+    with contextlib.suppress(OSError, ValueError, RecursionError), open(path, "rb") as f:
+        record = json.loads(f.readline(1 << 20))
+        return next((kind for kind, keys in KINDS.items() if isinstance(record, dict) and all(key in record for key in keys)), None)
+
 def string(where, record, key):
     if not isinstance(record[key], str):
         raise Error(f"{where}: {key}: expected a string, found {kind_of_json(record[key])}")
@@ -84,7 +94,7 @@ def conversation(where, found):
             raise Error(f"{at}: expected an object, found {kind_of_json(m)}")
         if m.get("tool_calls") or m.get("function_call"):
             raise Error(f"{at}: calls of tools are not done here")
-        theirs = "role" not in m and "from" in m
+        theirs = m.get("role") is None and "from" in m
         role, content = (m["from"], m.get("value")) if theirs else (m.get("role"), m.get("content"))
         if not isinstance(role, str) or theirs and role not in ROLES:
             raise Error(f"{at}: {'from' if theirs else 'role'}: expected one of {', '.join(ROLES) if theirs else 'system, user, assistant'}, "
@@ -94,12 +104,12 @@ def conversation(where, found):
         if not isinstance(content, str):
             raise Error(f"{at}: {'value' if theirs else 'content'}: expected a string{'' if theirs else ', or a list of parts of type text'}, found "
                         f"{'parts of another type' if isinstance(content, list) else kind_of_json(content)}")
-        weight = m.get("weight", 1)
-        if weight not in (0, 1):
+        weight = m.get("weight")
+        if weight not in (None, 0, 1):
             raise Error(f"{at}: weight: expected 0 or 1, found {printable(json.dumps(weight))[:200]}")
         more = {key: value for key, value in m.items() if key not in ("weight", "from", "value")}
         messages.append({**more, "role": ROLES[role] if theirs else role, "content": content})
-        wanted.append(bool(weight))
+        wanted.append(weight is None or bool(weight))
     return messages, wanted
 
 # ---- chat templates --------------------------------------------------------------------------------
@@ -211,10 +221,14 @@ class Encoder:
     def __call__(self, where, record):
         if not isinstance(record, dict):
             raise Error(f"{where}: expected a JSON object, found {kind_of_json(record)}")
-        kind = next((kind for kind in (KINDS if self.kind == "auto" else [self.kind]) if all(key in record for key in KINDS[kind])), None)
+        kinds = [kind for kind in (KINDS if self.kind == "auto" else [self.kind]) if all(key in record for key in KINDS[kind])]
+        kind = next((kind for kind in kinds if all(record[key] is not None for key in KINDS[kind])), kinds[0] if kinds else None)
         if kind is None:
             expected = ", or ".join(" and ".join(keys) for kind, keys in KINDS.items() if self.kind in ("auto", kind))
             raise Error(f"{where}: expected {expected}; found {'the keys ' * bool(record)}{printable(', '.join(record))[:200] or 'an empty object'}")
+        for key in UNDONE.get(kind, ()):
+            if record.get(key) not in (None, False, "", "[]", [], {}):
+                raise Error(f"{where}: {key}: is not done here, and would be lost; remove it from the example if that is right")
         ids, trained = getattr(self, kind)(where, record)
         if len(ids) == 0:
             return np.zeros(0, np.uint32)
@@ -256,18 +270,23 @@ class Encoder:
         ids, V = record["input_ids"], len(self.tokenizer.tokens)
         if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < V for i in ids):
             raise Error(f"{where}: input_ids: expected a list of integers from 0 to {V - 1}, the vocabulary's last")
-        labels, mask = record.get("labels", ids), record.get("attention_mask", [1] * len(ids))
-        for key, values in (("labels", labels), ("attention_mask", mask)):
+        ones = [1] * len(ids)
+        given = {key: there if record.get(key) is None else record[key] for key, there in (
+            ("labels", ids), ("attention_mask", ones), ("completion_mask", ones), ("assistant_masks", ones))}
+        for key, values in given.items():
             if not isinstance(values, list) or len(values) != len(ids):
                 raise Error(f"{where}: {key}: expected a list of {len(ids)} numbers, one for each of input_ids")
-        for i, (token, label, there) in enumerate(zip(ids, labels, mask)):
+        labels, mask, *parts = given.values()
+        for i, (token, label, there, *trained) in enumerate(zip(ids, labels, mask, *parts)):
             if label not in (-100, token):
                 raise Error(f"{where}: labels: expected -100 or {token}, the token itself, at index {i}, found {printable(json.dumps(label))[:200]} "
                             "(labels are not shifted; the trainer does that)")
             if there not in (0, 1) or not there and label != -100 and labels is not ids:
                 raise Error(f"{where}: attention_mask: expected 1, or 0 where labels have -100, at index {i}")
+            if not all(part in (0, 1) for part in trained):
+                raise Error(f"{where}: completion_mask, assistant_masks: expected 0 or 1, at index {i}")
         kept = [i for i, there in enumerate(mask) if there]
-        return [ids[i] for i in kept], np.array([labels[i] != -100 for i in kept])
+        return [ids[i] for i in kept], np.array([labels[i] != -100 and all(part[i] for part in parts) for i in kept], bool)
 
     def instruction(self, where, record):
         more = string(where, record, "input") if record.get("input") is not None else ""
@@ -283,14 +302,12 @@ class Encoder:
         return self.pair(where, string(where, record, "prompt"), string(where, record, "completion"))
 
     def pair(self, where, prompt, completion):
-        """Tokenized apart, so that the prompt's tokens are those that a model will be given."""
-        ids = self.begun(self.tokenize(where, prompt)[0])
-        answer = self.ended(self.tokenize(where, completion)[0])
+        """Tokenized as one, or apart where a token would span the seam: the prompt's tokens are those that a model will be given."""
+        ids, whole = (self.begun(self.tokenize(where, text)[0]) for text in (prompt, prompt + completion))
+        answer = self.ended(whole[len(ids):] if whole[:len(ids)] == ids else self.tokenize(where, completion)[0])
         return [*ids, *answer], np.arange(len(ids) + len(answer)) >= len(ids)
 
     def messages(self, where, record):
-        if record.get("tools") or record.get("functions"):
-            raise Error(f"{where}: tools are not done here")
         return self.chat(where, *conversation(where, record["messages"]))
 
     def conversations(self, where, record):
