@@ -130,7 +130,7 @@ def environment():
 
         def span(self, caller):
             text, start = caller(), sum(map(len, self.environment.written))
-            self.environment.spans.append((start, start + len(text)))
+            self.environment.spans.append((start, text))
             return text
 
     def raise_exception(message):
@@ -325,7 +325,10 @@ class Encoder:
                         "tokenizer_config.json, or chat_template.jinja); give one with --template FILE, or write the examples as prompt and "
                         "completion or as instruction and output, which need none")
         text = self.template.render(where, messages)
-        spans = self.template.env.spans
+        spans = [(start, start + len(inside)) for start, inside in self.template.env.spans]
+        if any(text[slice(*span)] != inside for span, (_, inside) in zip(spans, self.template.env.spans)):
+            raise Error(f"{where}: a {{% generation %}} block of the chat template ({self.template.path}) is written elsewhere than it stands, as inside "
+                        "{% set %}, so there is no telling which tokens are its")
         for m in messages:
             if self.names and self.names.search(m["content"]):
                 self.note(where, "a message has the name of a special token in it, which becomes that token, as in transformers")

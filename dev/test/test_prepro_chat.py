@@ -226,6 +226,10 @@ def test_odd_templates_are_said(tmp_path):
     assert trained(twice, twice("a", {"messages": TALK[:2]})) == ["." + HELLO["content"] + "<|im_end|>"]
     with pytest.raises(binfmt.Error, match="found 4 {% generation %} blocks for 2 answers"):
         twice("a", {"messages": [USER, {**HELLO, "weight": 0}, MORE, FINE]})
+    held = "{% set x %}{% generation %}{{ messages[1].content }}</s>{% endgeneration %}{% endset %}{{ messages[0].content + x }}"
+    inside = encoder(model(tmp_path / "f", held), notes)
+    with pytest.raises(binfmt.Error, match="a {% generation %} block of the chat template .* is written elsewhere than it stands"):
+        inside("a", {"messages": TALK[:2]})
 
 @pytest.mark.parametrize("answer", ["a", "assistant", "t", "t a", ""])
 def test_an_answer_that_stands_in_its_header_too(tmp_path, answer):
