@@ -5,6 +5,7 @@ NO_LOSS on each token that is not trained, and on the first one BEGINS too.
 """
 import array
 import bisect
+import contextlib
 import datetime
 import hashlib
 import itertools
@@ -22,6 +23,9 @@ from binfmt import BEGINS, ID, NO_LOSS, Error, say
 # The keys by which an example is known, the first that fit: Alpaca's own file has a "text" beside its instruction.
 KINDS = {"input_ids": ["input_ids"], "messages": ["messages"], "conversations": ["conversations"], "prompt": ["prompt", "completion"],
          "instruction": ["instruction", "output"], "text": ["text"]}
+# Others' keys that change what a model is to see or to say.
+UNDONE = {**dict.fromkeys(("messages", "conversations", "prompt"), ["tools", "functions", "documents", "chat_template_kwargs"]),
+          "instruction": ["system", "history"]}
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}  # ShareGPT's "from"
 
 ALPACA = ("Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"
@@ -64,6 +68,12 @@ def is_list(path):
     with open(path, "rb") as f:
         return f.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
 
+def kind_of_line(path):
+    """The key by which the first line of a file is an example; None if it is none, or cannot be read."""
+    with contextlib.suppress(OSError, ValueError, RecursionError), open(path, "rb") as f:
+        record = json.loads(f.readline(1 << 20))
+        return next((kind for kind, keys in KINDS.items() if isinstance(record, dict) and all(key in record for key in keys)), None)
+
 def string(where, record, key):
     if not isinstance(record[key], str):
         raise Error(f"{where}: {key}: expected a string, found {kind_of_json(record[key])}")
@@ -84,7 +94,7 @@ def conversation(where, found):
             raise Error(f"{at}: expected an object, found {kind_of_json(m)}")
         if m.get("tool_calls") or m.get("function_call"):
             raise Error(f"{at}: calls of tools are not done here")
-        theirs = "role" not in m and "from" in m
+        theirs = m.get("role") is None and "from" in m
         role, content = (m["from"], m.get("value")) if theirs else (m.get("role"), m.get("content"))
         if not isinstance(role, str) or theirs and role not in ROLES:
             raise Error(f"{at}: {'from' if theirs else 'role'}: expected one of {', '.join(ROLES) if theirs else 'system, user, assistant'}, "
@@ -94,12 +104,12 @@ def conversation(where, found):
         if not isinstance(content, str):
             raise Error(f"{at}: {'value' if theirs else 'content'}: expected a string{'' if theirs else ', or a list of parts of type text'}, found "
                         f"{'parts of another type' if isinstance(content, list) else kind_of_json(content)}")
-        weight = m.get("weight", 1)
-        if weight not in (0, 1):
+        weight = m.get("weight")
+        if weight not in (None, 0, 1):
             raise Error(f"{at}: weight: expected 0 or 1, found {printable(json.dumps(weight))[:200]}")
         more = {key: value for key, value in m.items() if key not in ("weight", "from", "value")}
         messages.append({**more, "role": ROLES[role] if theirs else role, "content": content})
-        wanted.append(bool(weight))
+        wanted.append(weight is None or bool(weight))
     return messages, wanted
 
 # ---- chat templates --------------------------------------------------------------------------------
@@ -120,7 +130,7 @@ def environment():
 
         def span(self, caller):
             text, start = caller(), sum(map(len, self.environment.written))
-            self.environment.spans.append((start, start + len(text)))
+            self.environment.spans.append((start, text))
             return text
 
     def raise_exception(message):
@@ -211,10 +221,14 @@ class Encoder:
     def __call__(self, where, record):
         if not isinstance(record, dict):
             raise Error(f"{where}: expected a JSON object, found {kind_of_json(record)}")
-        kind = next((kind for kind in (KINDS if self.kind == "auto" else [self.kind]) if all(key in record for key in KINDS[kind])), None)
+        kinds = [kind for kind in (KINDS if self.kind == "auto" else [self.kind]) if all(key in record for key in KINDS[kind])]
+        kind = next((kind for kind in kinds if all(record[key] is not None for key in KINDS[kind])), kinds[0] if kinds else None)
         if kind is None:
             expected = ", or ".join(" and ".join(keys) for kind, keys in KINDS.items() if self.kind in ("auto", kind))
             raise Error(f"{where}: expected {expected}; found {'the keys ' * bool(record)}{printable(', '.join(record))[:200] or 'an empty object'}")
+        for key in UNDONE.get(kind, ()):
+            if record.get(key) not in (None, False, "", "[]", [], {}):
+                raise Error(f"{where}: {key}: is not done here, and would be lost; remove it from the example if that is right")
         ids, trained = getattr(self, kind)(where, record)
         if len(ids) == 0:
             return np.zeros(0, np.uint32)
@@ -256,18 +270,23 @@ class Encoder:
         ids, V = record["input_ids"], len(self.tokenizer.tokens)
         if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < V for i in ids):
             raise Error(f"{where}: input_ids: expected a list of integers from 0 to {V - 1}, the vocabulary's last")
-        labels, mask = record.get("labels", ids), record.get("attention_mask", [1] * len(ids))
-        for key, values in (("labels", labels), ("attention_mask", mask)):
+        ones = [1] * len(ids)
+        given = {key: there if record.get(key) is None else record[key] for key, there in (
+            ("labels", ids), ("attention_mask", ones), ("completion_mask", ones), ("assistant_masks", ones))}
+        for key, values in given.items():
             if not isinstance(values, list) or len(values) != len(ids):
                 raise Error(f"{where}: {key}: expected a list of {len(ids)} numbers, one for each of input_ids")
-        for i, (token, label, there) in enumerate(zip(ids, labels, mask)):
+        labels, mask, *parts = given.values()
+        for i, (token, label, there, *trained) in enumerate(zip(ids, labels, mask, *parts)):
             if label not in (-100, token):
                 raise Error(f"{where}: labels: expected -100 or {token}, the token itself, at index {i}, found {printable(json.dumps(label))[:200]} "
                             "(labels are not shifted; the trainer does that)")
             if there not in (0, 1) or not there and label != -100 and labels is not ids:
                 raise Error(f"{where}: attention_mask: expected 1, or 0 where labels have -100, at index {i}")
+            if not all(part in (0, 1) for part in trained):
+                raise Error(f"{where}: completion_mask, assistant_masks: expected 0 or 1, at index {i}")
         kept = [i for i, there in enumerate(mask) if there]
-        return [ids[i] for i in kept], np.array([labels[i] != -100 for i in kept])
+        return [ids[i] for i in kept], np.array([labels[i] != -100 and all(part[i] for part in parts) for i in kept], bool)
 
     def instruction(self, where, record):
         more = string(where, record, "input") if record.get("input") is not None else ""
@@ -283,14 +302,12 @@ class Encoder:
         return self.pair(where, string(where, record, "prompt"), string(where, record, "completion"))
 
     def pair(self, where, prompt, completion):
-        """Tokenized apart, so that the prompt's tokens are those that a model will be given."""
-        ids = self.begun(self.tokenize(where, prompt)[0])
-        answer = self.ended(self.tokenize(where, completion)[0])
+        """Tokenized as one, or apart where a token would span the seam: the prompt's tokens are those that a model will be given."""
+        ids, whole = (self.begun(self.tokenize(where, text)[0]) for text in (prompt, prompt + completion))
+        answer = self.ended(whole[len(ids):] if whole[:len(ids)] == ids else self.tokenize(where, completion)[0])
         return [*ids, *answer], np.arange(len(ids) + len(answer)) >= len(ids)
 
     def messages(self, where, record):
-        if record.get("tools") or record.get("functions"):
-            raise Error(f"{where}: tools are not done here")
         return self.chat(where, *conversation(where, record["messages"]))
 
     def conversations(self, where, record):
@@ -308,7 +325,10 @@ class Encoder:
                         "tokenizer_config.json, or chat_template.jinja); give one with --template FILE, or write the examples as prompt and "
                         "completion or as instruction and output, which need none")
         text = self.template.render(where, messages)
-        spans = self.template.env.spans
+        spans = [(start, start + len(inside)) for start, inside in self.template.env.spans]
+        if any(text[slice(*span)] != inside for span, (_, inside) in zip(spans, self.template.env.spans)):
+            raise Error(f"{where}: a {{% generation %}} block of the chat template ({self.template.path}) is written elsewhere than it stands, as inside "
+                        "{% set %}, so there is no telling which tokens are its")
         for m in messages:
             if self.names and self.names.search(m["content"]):
                 self.note(where, "a message has the name of a special token in it, which becomes that token, as in transformers")
@@ -322,28 +342,28 @@ class Encoder:
         answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
         chosen = [i for i in answers[-1:] if wanted[i]] if self.train_on == "last" else [i for i in answers if wanted[i]]
         if not self.template.generation:
+            if chosen[:1] == [0]:
+                self.note(where, "begins with an answer, which is not trained on: a chat template does not tell where one without a question stands")
+                del chosen[0]
             ranges = [self.answer(where, messages, i, text, *places) for i in chosen]
         elif len(spans) == len(answers) or len(chosen) == len(answers):
-            ranges = [self.generated(where, span, *places) for i, span in itertools.zip_longest(answers, spans) if span and (i is None or i in chosen)]
+            ranges = [self.generated(where, span, text, *places) for i, span in itertools.zip_longest(answers, spans) if span and (i is None or i in chosen)]
         else:
             raise Error(f"{where}: found {len(spans)} {{% generation %}} blocks for {len(answers)} answers, so there is no telling which to leave out")
         for first, last in ranges:
             trained[first:last] = True
         return ids, trained
 
-    def generated(self, where, span, ids, starts, ends):
+    def generated(self, where, span, text, ids, starts, ends):
         """The tokens of a {% generation %} block."""
-        first, last = tokens_of(*span, starts, ends)
+        first, last = self.tokens_of(*span, text, ids, starts, ends)
         if not any(i in self.special for i in ids[first:last]):
             self.note(where, NO_END)
         return first, last
 
-    def answer(self, where, messages, i, text, ids, starts, ends):
+    def answer(self, where, messages, i, text, *places):
         """The tokens of message i: what the template adds for it after the prompt for an answer, to the end of its turn. Not the line
         end that many templates have there: it is no part of what a model has to say before it stops."""
-        if i == 0:
-            raise Error(f"{where}: the conversation begins with an answer, and a chat template does not tell where one without a question stands; "
-                        'remove it, or give it "weight": 0')
         prompt = self.template.render(where, messages[:i], prompt=True)
         if not text.startswith(prompt):
             prompt = self.template.render(where, messages[:i])
@@ -351,16 +371,16 @@ class Encoder:
                 raise Error(f"{where}: message {i + 1}: the chat template writes the messages before this answer in another way when it is there, so "
                             "there is no telling what to train; --train-on all trains every token")
             self.note(where, "an answer does not begin as the chat template's prompt for one ends; trained from the end of the turn before")
-        begin, content = len(prompt), messages[i]["content"].strip()
+        begin, content, (ids, starts, ends) = len(prompt), messages[i]["content"].strip(), places
         at = re.compile(r"\s*").match(text, begin).end()
-        if text.startswith(content, at):  # as nearly always, with the end of the turn after it
-            stop = bisect.bisect_left(starts, at + len(content))
+        if text.startswith(content, at) and (content or prompt != self.template.render(where, messages[:i])):  # nearly always; then its end
+            stop = bisect.bisect_right(ends, at + len(content))
             if stop < len(ids) and ids[stop] in self.special:
-                return bisect.bisect_right(ends, begin), stop + 1
+                return self.tokens_of(begin, ends[stop], text, *places)
         whole = text if i == len(messages) - 1 else self.template.render(where, messages[:i + 1])
         end = len(whole) if text.startswith(whole) else len(os.path.commonprefix([whole, text]))
-        first, last = tokens_of(begin, end, starts, ends)
-        at = text.find(content, begin, end)
+        first, last = self.tokens_of(begin, end, text, *places)
+        at = self.place(content, begin, end, text, *places)
         stops = [k for k in range(first, last) if ids[k] in self.special and starts[k] >= (begin if at < 0 else at + len(content))]
         if end < len(whole) and (at < 0 or not stops):
             raise Error(f"{where}: message {i + 1}: the chat template writes this answer in another way when messages follow it (some drop what was "
@@ -370,11 +390,26 @@ class Encoder:
             return first, last
         return first, (stops[0] if at >= 0 else stops[-1]) + 1
 
-NO_END = "the chat template puts no special token after an answer, so a model will not learn where to stop"
+    def place(self, content, begin, end, text, ids, starts, ends):
+        """Where an answer stands in text[begin:end], which may have its turn's header: the last place with a special token behind it, for
+        an answer may be a word of the header (or nothing at all). Else the first; -1: nowhere."""
+        at = text.rfind(content, begin, end)
+        while at >= 0:
+            stop = bisect.bisect_left(starts, at + len(content))
+            while stop < len(ids) and not text[starts[stop]:ends[stop]].strip():
+                stop += 1
+            if stop < len(ids) and starts[stop] < end and ids[stop] in self.special:
+                return at
+            at = text.rfind(content, begin, at + len(content) - 1) if at + len(content) > begin else -1
+        return text.find(content, begin, end)
 
-def tokens_of(begin, end, starts, ends):
-    """The tokens, from and to, that have a character of text[begin:end]."""
-    return bisect.bisect_right(ends, begin), bisect.bisect_left(starts, end)
+    def tokens_of(self, begin, end, text, ids, starts, ends):
+        """The tokens, from and to, that have a character of text[begin:end]; but not a special one before it that took the blanks after
+        its name (rstrip)."""
+        first, last = bisect.bisect_right(ends, begin), bisect.bisect_left(starts, end)
+        return first + (first < last and ids[first] in self.special and bool(text[starts[first]:begin].strip())), last
+
+NO_END = "the chat template puts no special token after an answer, so a model will not learn where to stop"
 
 # ---- all examples ----------------------------------------------------------------------------------
 

@@ -26,7 +26,8 @@ Examples: a .jsonl has one on each line, a .json may be a list of them. Each is 
   prompt, completion   two strings, or two lists of messages
   instruction, input, output    Alpaca's, in Alpaca's words; the input may be missing
   text                 a document, trained on as a whole
-  input_ids, labels    tokens, with labels of -100 where there is no loss; attention_mask 0 leaves tokens out
+  input_ids, labels    tokens, with labels of -100 where there is no loss; attention_mask 0 leaves tokens out; completion_mask and
+                       assistant_masks 0, TRL's: no loss
 Messages become text by the model's own chat template (chat_template in tokenizer_config.json, or chat_template.jinja, through the
 jinja2 library). Trained on are answers alone, with the end of their turn: messages of the assistant, completions, outputs. An example
 that is left without a trained token is dropped. Whole examples are packed into rows of -t tokens, which is the trainer's -t, longest
@@ -566,6 +567,9 @@ def are_examples(paths, kind):
         text, examples = (next(path for path in paths if found[path] == which) for which in (False, True))
         raise Error(f"{text}: is a plain text, and {examples} holds examples (by its name); prepare them in two runs, or make the text a line "
                     '{"text": ...} of a .jsonl')
+    for path in paths:
+        if not found[path] and os.path.isfile(path) and (kind := chat.kind_of_line(path)):
+            say(f"{path}: is taken for a plain text, by its name, though its first line is an example with {kind}; --format auto takes it for examples")
     return any(found.values())
 
 def prepare_examples(paths, out, tok, tokenizer, val_fraction, shard_tokens, o):

@@ -141,7 +141,7 @@ def test_the_whole_language_of_templates(tmp_path):
     messages = [{"role": "tool", "content": "x"}, {"role": "user", "content": "<a> & '\u00e9'", "more": {"a": None}}]
     encode = encoder(folder, train_on="all")
     theirs = library("transformers").AutoTokenizer.from_pretrained(folder)
-    assert (encode("a", {"messages": messages}) & binfmt.ID).tolist() == theirs.apply_chat_template(messages)
+    assert (encode("a", {"messages": messages}) & binfmt.ID).tolist() == theirs.apply_chat_template(messages, return_dict=True)["input_ids"]
     (folder / "chat_template.jinja").write_text("beside</s>")
     (tmp_path / "t").write_text("given</s>")
     for file, expected in ((None, "beside</s>"), (str(tmp_path / "t"), "given</s>")):
@@ -220,10 +220,34 @@ def test_odd_templates_are_said(tmp_path):
     assert notes.pop() == "a message is left out or changed by the chat template" and not notes
     encode("a", {"messages": [{**USER, "content": "a </s> b"}, FINE]})
     assert notes.pop().startswith("a message has the name of a special token in it") and not notes
+    assert trained(encode, encode("a", {"messages": [HELLO, USER, FINE]})) == ["Fine.<|im_end|>"]
+    assert notes.pop().startswith("begins with an answer, which is not trained on") and not notes
     twice = encoder(model(tmp_path / "e", TEMPLATES["generation"].replace("{% generation %}", "{% generation %}.{% endgeneration %}{% generation %}")), notes)
     assert trained(twice, twice("a", {"messages": TALK[:2]})) == ["." + HELLO["content"] + "<|im_end|>"]
     with pytest.raises(binfmt.Error, match="found 4 {% generation %} blocks for 2 answers"):
         twice("a", {"messages": [USER, {**HELLO, "weight": 0}, MORE, FINE]})
+    held = "{% set x %}{% generation %}{{ messages[1].content }}</s>{% endgeneration %}{% endset %}{{ messages[0].content + x }}"
+    inside = encoder(model(tmp_path / "f", held), notes)
+    with pytest.raises(binfmt.Error, match="a {% generation %} block of the chat template .* is written elsewhere than it stands"):
+        inside("a", {"messages": TALK[:2]})
+
+@pytest.mark.parametrize("answer", ["a", "assistant", "t", "t a", ""])
+def test_an_answer_that_stands_in_its_header_too(tmp_path, answer):
+    """Where a template has no prompt for an answer the turn's header is trained on as well, and is not taken for the answer."""
+    encode = encoder(model(tmp_path / "m", TEMPLATES["llama3"].split("{% if add_generation_prompt")[0]))
+    turn = "<|start_header_id|>assistant<|end_header_id|>\n\n" + answer + "<|eot_id|>"
+    assert trained(encode, encode("a", {"messages": [USER, {**FINE, "content": answer}, MORE, {**FINE, "content": answer}]})) == [turn] * 2
+
+@pytest.mark.parametrize("strip", ["rstrip", "lstrip"])
+def test_special_tokens_that_take_the_blanks_beside_them(tmp_path, strip):
+    """As Phi-3's <|assistant|>, whose token ends within an answer that begins with a line end: it is no part of the answer."""
+    tok = json.loads(tokenizer_of_bytes().to_str())
+    for token in tok["added_tokens"]:
+        token[strip] = True
+    encode = encoder(model(tmp_path / "m", TEMPLATES["phi3"], library("tokenizers").Tokenizer.from_str(json.dumps(tok))))
+    for content in ("\nFine.", "Fine.", " Fine.\n", ""):
+        found = trained(encode, encode("a", {"messages": [USER, {**FINE, "content": content}, MORE, {**FINE, "content": content}]}))
+        assert ["".join(run.split()) for run in found] == [content.strip() + "<|end|>"] * 2
 
 def test_blanks_and_seams_of_tokens(tmp_path):
     """Offsets without blanks (ByteLevel's trim_offsets), a token across the seam of prompt and answer, characters of several tokens."""
@@ -251,7 +275,7 @@ def test_a_tokenizer_of_sentencepiece(tmp_path):
     encode = encoder(model(tmp_path / "m", TEMPLATES["llama2"], tok))
     ids = encode("a", {"messages": [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "a\u4e16 b"}] * 2})
     assert [run.strip() for run in trained(encode, ids)] == ["a\u4e16 b </s>"] * 2 and (ids & binfmt.ID).tolist().count(0) == 2
-    assert trained(encode, encode("a", {"prompt": "a", "completion": "b"})) == [" b</s>"]
+    assert trained(encode, encode("a", {"prompt": "a", "completion": "b"})) == ["b</s>"], "no blank between them"
 
 # ---- kinds that need no template -------------------------------------------------------------------
 
@@ -276,6 +300,27 @@ def test_beginnings_and_ends_are_there_once(tmp_path, processor, bos):
     has({"text": "<|im_start|>a"}, [*bos, 2, a, 1], range(1, n + 3))
     assert len(encode("a", {"text": ""})) == 0
 
+def test_prompts_and_completions_are_tokenized_as_one(tmp_path):
+    """As in TRL; but where a token would span the seam the prompt keeps the tokens that a model will be given."""
+    tokenizers = library("tokenizers")
+    tok = tokenizer_of_bytes([("b", "c")])
+    tok.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
+    encode = encoder(model(tmp_path / "m", None, tok))
+    for completion, expected in (("d", ["d</s>"]), (" d", [" d</s>"]), ("c", [" c</s>"]), ("", ["</s>"])):
+        ids = encode("a", {"prompt": "ab", "completion": completion})
+        assert trained(encode, ids) == expected and [encode.tokenizer.tokens[i & 2**30 - 1] for i in ids[:3].tolist()] == [b" ", b"a", b"b"]
+
+def test_keys_that_are_null_are_not_there(tmp_path):
+    """As exports of tables have them, in which every line has every key."""
+    encode = encoder(model(tmp_path / "m", CHATML))
+    null = dict.fromkeys(("input_ids", "labels", "attention_mask", "messages", "conversations", "prompt", "completion", "tools", "text", "completion_mask"))
+    more = {"weight": None, "tool_calls": None, "from": None, "value": None}
+    assert trained(encode, encode("a", {**null, "messages": [{**USER, **more}, {**FINE, **more}]})) == ["Fine.<|im_end|>"]
+    theirs = [{"role": None, "content": None, "from": who, "value": m["content"]} for who, m in (("human", USER), ("gpt", FINE))]
+    assert trained(encode, encode("a", {**null, "conversations": theirs})) == ["Fine.<|im_end|>"]
+    assert trained(encode, encode("a", {**null, "prompt": "a", "completion": "b"})) == ["b</s>"]
+    assert [i >> 31 for i in encode("a", {**null, "input_ids": [5, 6]}).tolist()] == [1, 0]
+
 def test_alpaca(tmp_path):
     encode = encoder(model(tmp_path / "m"))
     plain = ("Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -295,8 +340,11 @@ def test_tokens_that_are_given(tmp_path):
     assert targets({"labels": [-100, -100, 7, 8]}) == [-1, -1, 7, 8], "of the token itself, not shifted"
     assert targets({}) == [-1, 6, 7, 8] and targets({"labels": [5, 6, 7, -100], "attention_mask": [1, 1, 1, 0]}) == [-1, 6, 7]
     assert targets({"attention_mask": [0, 1, 1, 1]}) == [-1, 7, 8]
+    assert targets({"completion_mask": [0, 0, 1, 1]}) == [-1, -1, 7, 8] and targets({"assistant_masks": [1, 1, 1, 0]}) == [-1, 6, 7, -1]
+    assert targets({"labels": [5, 6, -100, 8], "completion_mask": [0, 1, 1, 0]}) == [-1, 6, -1, -1] and targets({"attention_mask": [0] * 4}) == []
     for record, what in (({"labels": [6, 7, 8, -100]}, "expected -100 or 5, the token itself, at index 0, found 6 .labels are not shifted"),
                          ({"labels": [-100] * 3}, "labels: expected a list of 4 numbers"), ({"attention_mask": "x"}, "attention_mask: expected a list"),
+                         ({"completion_mask": [1]}, "completion_mask: expected a list of 4"), ({"assistant_masks": [1, 1, 2, 1]}, "expected 0 or 1, at index 2"),
                          ({"attention_mask": [1, 1, 1, 2]}, "attention_mask: expected 1, or 0 where labels have -100, at index 3"),
                          ({"attention_mask": [1, 1, 1, 0], "labels": [5, 6, 7, 8]}, "at index 3"), ({"input_ids": [1, 999]}, "integers from 0 to 268"),
                          ({"input_ids": [True]}, "integers from 0"), ({"input_ids": 5}, "integers from 0")):
@@ -312,13 +360,14 @@ def test_tokens_that_are_given(tmp_path):
     ('{"messages": [{"role": "user", "content": null}]}', "content: expected a string, or a list of parts of type text, found null"),
     ('{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', "found parts of another type"),
     ('{"messages": [{"role": "assistant", "content": "", "tool_calls": [1]}]}', "calls of tools are not done"),
-    ('{"messages": [], "tools": [1]}', "tools are not done"),
+    ('{"messages": [], "tools": [1]}', "tools: is not done here, and would be lost"),
+    ('{"conversations": [], "tools": "[{}]"}', "tools: is not done here"),
+    ('{"instruction": "a", "output": "b", "history": [1]}', "history: is not done here"),
     ('{"messages": [{"role": "user", "content": "x", "weight": 2}]}', "weight: expected 0 or 1, found 2"),
     ('{"conversations": [{"from": "narrator", "value": "x"}]}', 'from: expected one of human, user, gpt, assistant, system, found "narrator"'),
-    ('{"messages": [{"role": "assistant", "content": "x"}]}', "the conversation begins with an answer"),
     ('{"prompt": "x", "completion": []}', "completion: expected a string, found a list"), ('{"text": 3}', "text: expected a string, found a number"),
     ('{"text": "\\ud83d"}', "half of a surrogate pair"), ('{"instruction": "a", "output": null}', "output: expected a string, found null"),
-    ("[" * 100000, "expected JSON"), ('{"text": "\xff"}', "expected UTF-8, found byte 0xff")], ids=range(23))
+    ("[" * 100000, "expected JSON"), ('{"text": "\xff"}', "expected UTF-8, found byte 0xff")], ids=range(24))
 def test_a_broken_line_is_named(tmp_path, line, what):
     library("jinja2")
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "fine"}\n\n' + line.encode("latin-1") + b'\n{"text": "fine"}\n')
@@ -521,7 +570,9 @@ def test_examples_and_texts_are_told_apart(tmp_path):
     fails("--newlines lf: is for plain texts", examples, "--newlines", "lf")
     for name, value in (("seq-len", 1), ("seed", -1), ("show", 0)):
         fails(f"--{name} {value}: expected", examples, f"--{name}", value)
-    run(json_text, "--out", out)
+    said = run(json_text, "--out", out)
+    assert f"{json_text}: is taken for a plain text, by its name, though its first line is an example with text; --format auto takes it" in said
+    assert "is taken for" not in run(plain, "--out", out)
     assert binfmt.read_tokens(out / "train.bin").dtype == np.uint16, "a .json that is no list is a text, as it always was"
     empty = tmp_path / "e.jsonl"
     for content in ("", "\n\n", "[]"):
