@@ -68,6 +68,14 @@ def count_tokens(path):
     with open(path, "rb") as f:
         return int.from_bytes(f.read(12)[8:], "little")
 
+def rows_of(files, T):
+    """What text.py is told of rows, where examples are among its files."""
+    import text  # prepro's; it wants NumPy
+    try:
+        return ["-t", T] if text.are_examples(files, None) else []
+    except text.Error:  # which it will say itself
+        return []
+
 def script(path, *args):
     """Runs one of the project's, and ends as it does if it fails."""
     status = subprocess.run([sys.executable, "-B", os.path.join(ROOT, path), *map(str, args)], stdin=subprocess.DEVNULL).returncode

@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 
-from common import read_log, script
+from common import read_log, rows_of, script
 from demo import check, find_texts, title, train
 
 DIR = "build/demo/llama"
@@ -74,7 +74,7 @@ def main():
     if files:
         title("The text, in the model's tokens")
         B, T, lr, sample, batches = 4 if a.gpu else 1, 256, "5e-4", ["-g", "48"], "4"
-        script("prepro/text.py", *files, "--tokenizer", MODEL, "--out", DIR)
+        script("prepro/text.py", *files, "--tokenizer", MODEL, "--out", DIR, *rows_of(files, T))
     else:
         title("Instructions, in the model's tokens: only answers are trained on")
         # Packing puts examples of one length, which are of one kind, into a row: of short rows a step has several kinds.

@@ -71,7 +71,7 @@ def data_of(a, files):
         demo_llama.instructions(a.model, out, a.seq_len, 600, a.answers)
         files = ["dev/bench/instructions.py"]
     else:
-        common.script("prepro/text.py", *files, "--tokenizer", a.model, "--out", out)
+        common.script("prepro/text.py", *files, "--tokenizer", a.model, "--out", out, *common.rows_of(files, a.seq_len))
     count = {f"{part}_tokens": common.count_tokens(f"{out}/{part}.bin") for part in ("train", "val")}
     return {"files": [os.path.basename(f) for f in files], **count, "sha256": loss.digests(out)}
 

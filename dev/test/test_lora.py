@@ -710,7 +710,9 @@ BAD_CONFIGS = {
     "one layer": (dict(layers_to_transform=[1]), ["layers.0.self_attn.q_proj"]),
     "not v": (dict(exclude_modules=["v_proj"]), ["v_proj"]),
     "another rank": (dict(r=4), ["lora_A", "[4, 16]", "[3, 16]"]), "another rank of v": (dict(rank_pattern={"v_proj": 5}), ["v_proj.lora_A", "[5, 16]", "[3, 16]"]),
-    "rank 0": (dict(r=0), ["r"]), "half a rank": (dict(r=2.5), ["r"]), "a rank in words": (dict(r="three"), ["r"]), "a rank of 2^40": (dict(r=2**40), ["r"]),
+    "rank 0": (dict(r=0), ["r"]), "a rank below 0": (dict(r=-3), ["r -3"]), "a rank of 1e300": (dict(r=1e300), ["r 1e+300"]),
+    "dropout below 0": (dict(lora_dropout=-0.1), ["lora_dropout"]), "BD-LoRA": (dict(use_bdlora={"nblocks": 2}), ["use_bdlora"]), "KaSA": (dict(kasa_config={"r": 1}), ["kasa_config"]),
+    "an embedding": (dict(target_modules=["q_proj", "v_proj", "embed_tokens"]), ["embed_tokens"]), "half a rank": (dict(r=2.5), ["r"]), "a rank in words": (dict(r="three"), ["r"]), "a rank of 2^40": (dict(r=2**40), ["r"]),
     "no alpha": (dict(lora_alpha="absent"), ["lora_alpha"]), "alpha in words": (dict(lora_alpha="six"), ["lora_alpha"]), "alpha 1e999": (dict(lora_alpha=float("inf")), ["adapter_config.json"]),
     "patterns that are a list": (dict(rank_pattern=[3]), ["rank_pattern"]), "alpha_pattern in words": (dict(alpha_pattern={"q_proj": "x"}), ["alpha_pattern"]),
     "dropout 1": (dict(lora_dropout=1.0), ["lora_dropout"]), "rslora in words": (dict(use_rslora="yes"), ["use_rslora"]),
@@ -723,7 +725,7 @@ def test_bad_config(room, name):
     refused(room, "--adapter", "adapter", parts=["adapter", *parts])
 
 REGEXES = [r".*\.(q|v)_proj", r"model\.layers\.\d+\.self_attn\.[qk]_proj", r".*layers\.(1|2|11)\.mlp\.(up|down)_proj", r".*(?:q|v)_proj", r".*\.\w+_proj", r".*?q_proj",
-           r".*q_proj|.*v_proj", r".*\.[0-9]{2}\.mlp\..*", r"^model\..*k_proj$", r"[\w\.]+q_proj", "All-Linear", r".*layers.1.mlp.*",
+           r".*q_proj|.*v_proj", r".*\.[0-9]{2}\.mlp\..*", r"^model\..*k_proj$", r"[\w\.]+q_proj", r"\A[a-z.]+[\d]+[\w.]+\.(?P<which>q|k)_proj\Z", "All-Linear", r".*layers.1.mlp.*",
            r"(?:.*?(?:language|text).*?(?:self_attn|attn|mlp).*?(?:q_proj|k_proj).*?)|(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|mlp)\.(?:(?:q_proj|up_proj)))"]  # Unsloth's
 
 @pytest.mark.parametrize("regex", REGEXES)
@@ -851,3 +853,136 @@ def test_no_adapter_that_is_not_finite(room):
     for path in room.path("boom").rglob("adapter_model.safetensors"):
         assert all(np.isfinite(t).all() for t in arrays(path).values()), path
     assert not room.path("boom/step_00000014").exists()
+
+# ---- norms that an adapter brings, merges, and what a run goes on with ------------------------------------
+
+NORMS = {"train_llama": ["input_layernorm", "post_attention_layernorm", "norm"], "train_gpt2": ["ln_1", "ln_2", "ln_f"]}
+
+@pytest.mark.parametrize("variant", ["cpu-fp32", "cpu-approxbp-fp32"])
+@pytest.mark.parametrize("case", ["all", "gpt2 all"])
+def test_some_norms_alone(bench, case, variant):
+    """An adapter that holds a part of the norms: these are trained, and the gradients are those of all that are; it goes on so, and merges."""
+    lab = bench(case)[0]
+    for name in ("out", "went", "merged", "some"):
+        shutil.rmtree(lab.path(name), ignore_errors=True)
+    train(lab, "--lora", 3, "--lora-train-norms", 1, "-l", 1e-2, "-o", "out", variant=variant)
+    file = read_safetensors(lab.path(f"out/step_{STEPS:08d}/adapter_model.safetensors"))
+    config = json.loads(lab.path(f"out/step_{STEPS:08d}/adapter_config.json").read_text())
+    first = NORMS[lab.how["trainer"]][0]
+    kept = {name: t for name, t in file.items() if ".lora_" in name or f".{first}." in name}
+    assert set(kept) < set(file) and any(f".{first}." in name for name in kept)
+    lab.path("some").mkdir()
+    lab.path("some/adapter_config.json").write_text(json.dumps({**config, "modules_to_save": [first]}))
+    lab.path("some/adapter_model.safetensors").write_bytes(safetensors_bytes(kept))
+    lab.run("-e", "in", "--adapter", "some", "--merge", "merged", variant=variant, **lab.how)
+    found = {}
+    for name, given in (("some", ["--adapter", "some", "-o", "went"]), ("all", ["--adapter", "some", "--lora-train-norms", 1, "-x", 0]), ("merged", ["-e", "merged", "-x", 0])):
+        ran = train(lab, *given, "--dump-gradients", "g.safetensors", variant=variant)
+        assert ran.done["peak_bytes"] == ran.done["estimate_bytes"]
+        found[name] = arrays(lab.path("g.safetensors"))
+    assert set(found["some"]) == {"loss", *kept}
+    for name in kept:
+        assert distance(found["some"][name], found["all"][name]) < 1e-6, name
+    assert close(float(found["merged"]["loss"]), float(found["some"]["loss"]), 1e-5)
+    went = f"went/step_{STEPS:08d}"
+    assert json.loads(lab.path(f"{went}/adapter_config.json").read_text())["modules_to_save"] == [first]
+    assert set(read_safetensors(lab.path(f"{went}/adapter_model.safetensors"))) == set(kept)
+    assert len(train(lab, "-x", STEPS + 1, "-o", "went", "-y", 1, variant=variant).losses) == 1
+    says(train(lab, "--adapter", "some", "--lora-train-norms", 0, status=2, variant=variant).err, "--lora-train-norms 0", "some")
+
+def test_norms_that_are_not_there(bench):
+    """modules_to_save names norms of which there is no tensor, or does not name one that is there."""
+    lab = bench("all")[0]
+    norm = {f"{PEFT}model.layers.{l}.input_layernorm.weight": Tensor("F32", [40], pack("F32", [1.0] * 40)) for l in (0, 1)}
+    for tensors, saved, parts in ((norm, None, ["does not name", "input_layernorm"]), ({}, ["input_layernorm"], ["does not hold", "input_layernorm"]),
+                                  (norm, ["input_layernorm", "norm"], ["does not hold", "model.norm"]), ({}, ["embed_tokens"], ["embed_tokens"])):
+        write_adapter(lab.path("odd"), lab.given, tensors={**peft_tensors(lab.given), **tensors}, modules_to_save=saved)
+        says(lab.run("-e", "in", "--adapter", "odd", "-i", "batch.bin", "-b", B, "-t", T, "-x", 0, "-v", 0, status=1, **lab.how).err, "odd/adapter_", *parts)
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_no_merge_with_what_is_not_finite(bench, value):
+    lab = bench("all")[0]
+    write_adapter(lab.path("odd"), lab.given)
+    tensors = read_safetensors(lab.path("odd/adapter_model.safetensors"))
+    name = sorted(tensors)[-1]
+    tensors[name] = Tensor("F32", tensors[name].shape, pack("F32", [float(value)] * int(np.prod(tensors[name].shape))))
+    lab.path("odd/adapter_model.safetensors").write_bytes(safetensors_bytes(tensors))
+    for given in ([], ["-j", "batch.bin", "-b", 1, "-t", T]):
+        shutil.rmtree(lab.path("merged"), ignore_errors=True)
+        says(lab.run("-e", "in", "--adapter", "odd", "--merge", "merged", *given, status=1, **lab.how).err, name, "finite")
+        assert not list(lab.folder.glob("merged*"))
+
+def test_what_merging_takes(bench):
+    """A slash at the end, what a killed one has left, -v 0; and options that have no place there are refused by name."""
+    lab = bench("all")[0]
+    for name in ("merged", "merged.tmp"):
+        shutil.rmtree(lab.path(name), ignore_errors=True)
+    lab.path("merged.tmp").mkdir()
+    lab.path("merged.tmp/half").write_text("half")
+    done = lab.run("-e", "in", "--adapter", "adapter", "--merge", "merged/", "-j", "batch.bin", "-b", 1, "-t", T, "-v", 0, **lab.how)
+    assert "loss of a batch" in done.out and not lab.path("merged.tmp").exists() and not lab.path("merged/half").exists()
+    for given in (["-o", "out2"], ["-x", 3], ["--estimate"], ["--dump-gradients", "g2"], ["--log", "l2"], ["-o", "out2", "-y", 1]):
+        says(lab.run("-e", "in", "--adapter", "adapter", "--merge", "m2", *given, status=2, **lab.how).err, "--merge m2", given[0])
+        assert not lab.path("m2").exists() and not lab.path("out2").exists()
+
+def test_a_base_that_is_drawn(room):
+    """Of a model by its size the seed makes the weights: a resumed run has them too, and says the same as one that went through."""
+    for name in ("through", "apart"):
+        shutil.rmtree(room.path(name), ignore_errors=True)
+    how = {"trainer": "train_llama", "variant": "cpu-fp32"}
+    base = ["-e", "llama:L2,H2,C16,F24,T32,V257", "--lora", 3]
+    whole = room.train(*base, "--seed", 7, "-x", 4, "-o", "through", **how)
+    room.train(*base, "--seed", 7, "-x", 2, "-k", "constant", "-o", "apart", **how)
+    room.train(*base, "--seed", 7, "-x", 4, "-k", "constant", "-o", "through2", **how)
+    assert "no file" in whole.out
+    for given in (["--seed", 7], [], ["--seed", 8]):
+        shutil.rmtree(room.path("again"), ignore_errors=True)
+        shutil.copytree(room.path("apart"), room.path("again"))
+        room.train(*base, *given, "-x", 4, "-k", "constant", "-o", "again", "-y", 1, **how)
+        assert room.files("again/step_00000004")["adapter_model.safetensors"] == room.files("through2/step_00000004")["adapter_model.safetensors"], given
+
+def test_the_base_is_named(room):
+    """As it was loaded, whatever the adapter's config said; a config that names none asks for it."""
+    for name in ("named", "elsewhere2"):
+        shutil.rmtree(room.path(name), ignore_errors=True)
+    write_adapter(room.path("adapter"), adapters(model("llama:L2,H2,C16,F24,T32,V257")[0], GIVEN), base_model_name_or_path=None, task_type=None)
+    room.train("-e", "in", "--adapter", "adapter", "-x", 1, "-o", "named", trainer="train_llama")
+    path = room.path("named/step_00000001/adapter_config.json")
+    config = json.loads(path.read_text())
+    assert config["base_model_name_or_path"] == str(room.path("in").resolve()) and config["task_type"] == "CAUSAL_LM"
+    path.write_text(json.dumps({**config, "base_model_name_or_path": None}))
+    says(room.run("-i", "train.bin", "-j", "val.bin", "-b", 2, "-t", 32, "-x", 2, "-o", "named", "-y", 1, trainer="train_llama", status=2).err,
+         "expected -e DIR")
+
+def test_a_resumed_run_keeps_what_it_was(room):
+    """Without the options that its first part had: A stays frozen, norms in training, weights in 4 bits."""
+    for name in ("kept", "typed"):
+        shutil.rmtree(room.path(name), ignore_errors=True)
+    given = ["--lora-freeze-a", 1, "--lora-train-norms", 1, "--base", "nf4", "--double-quant", 0, "--lora-dropout", 0.25]
+    room.train("-e", "in", "--lora", 3, *given, "-x", 2, "-o", "kept", trainer="train_llama")
+    shutil.copytree(room.path("kept"), room.path("typed"))
+    room.train("-e", "in", "-x", 4, "-o", "kept", "-y", 1, trainer="train_llama")
+    room.train("-e", "in", "--lora", 3, *given, "-x", 4, "-o", "typed", "-y", 1, trainer="train_llama")
+    assert room.files("kept/step_00000004") == room.files("typed/step_00000004")
+
+def test_parts_of_c_attn_stay_parts(room):
+    """While B is still zero, too; and an adapter of c_attn as a whole stays whole."""
+    for targets in ("q,v", "k", "qkv"):
+        for name in ("parts", "parts2"):
+            shutil.rmtree(room.path(name), ignore_errors=True)
+        room.train("-e", "gpt2", "--lora", 4, "--lora-targets", targets, "-x", 1, "-l", 0, "-o", "parts")
+        for given in (["-x", 2, "-o", "parts", "-y", 1], ["--adapter", "parts/step_00000001", "-x", 1, "-o", "parts2"]):
+            assert f"rank 4 on {targets}," in room.train("-e", "gpt2", *given).out
+        found = read_safetensors(room.path("parts2/step_00000001/adapter_model.safetensors"))
+        assert found["base_model.model.transformer.h.0.attn.c_attn.lora_A.weight"].shape[0] == 4 * len(targets.split(","))
+
+def test_write_bin_has_no_adapters(room):
+    shutil.rmtree(room.path("bin"), ignore_errors=True)
+    room.train("-e", "gpt2", "--lora", 4, "-x", 1, "-o", "bin")
+    for given in (["-e", "gpt2", "-x", 2, "-o", "bin", "-y", 1], ["-e", "gpt2", "--lora", 4], ["-e", "gpt2", "--base", "nf4", "-x", 0]):
+        says(room.run(*options(*given, "--write-bin", "w.bin"), status=2).err, "--write-bin w.bin", "adapters")
+        assert not room.path("w.bin").exists()
+
+@pytest.mark.parametrize("given, parts", [(["--double-quant", 0], ["--double-quant 0", "--base nf4"]), (["--lora", 3, "--double-quant", 1], ["--double-quant 1"])], ids=str)
+def test_double_quant_of_nothing(room, given, parts):
+    refused(room, *given, parts=parts)

@@ -226,6 +226,44 @@ def test_nothing_to_train_at_all(bench):
     assert set(ran.losses) == {None} and "loss 0.0" not in ran.out
     says(lab.train("-e", "in", "-j", "silent.bin", "-b", 2, "-t", 24, "-x", 1, "-v", 1, status=1, **lab.how).err, "silent.bin", "nothing to validate")
 
+@pytest.mark.parametrize("steps", [1, 5])
+def test_nothing_to_train_in_a_short_run(bench, steps):
+    """Is a failure as well, and writes no adapter that has learnt nothing; nor is a loss of 0 dumped, or compared in a merge."""
+    lab = bench(LLAMA.format(8))
+    write_marked(lab.path("silent.bin"), ids_of(8 * 24 + 1), untrained=range(8 * 24 + 1))
+    for name in ("out", "merged"):
+        shutil.rmtree(lab.path(name), ignore_errors=True)
+    how = ["-e", "in", "--lora", 3, "-i", "silent.bin", "-b", 1, "-t", 24, "-x", steps]
+    ran = lab.train(*how, "-o", "out", status=3, **lab.how)
+    says(ran.err, f"none of the tokens of {steps} steps in a row")
+    assert not list(lab.path("out").glob("step_*")) and "steps after the first" not in ran.out
+    says(lab.run(*options(*how, "--dump-gradients", "g0.safetensors"), status=1, **lab.how).err, "--dump-gradients g0.safetensors", "has a loss")
+    done = lab.run("-e", "in", "--adapter", "adapter", "--merge", "merged", "-j", "silent.bin", "-b", 1, "-t", 24, status=1, **lab.how)
+    says(done.err, "silent.bin", "has a loss")
+    assert "loss of a batch" not in done.out and not lab.path("g0.safetensors").exists() and not lab.path("merged").exists()
+
+def test_rows_of_another_length(bench):
+    """Data packed into rows of 24 and read in sequences of 16: said, with how many begin within a document. Not where they fit."""
+    lab = bench(LLAMA.format(8))
+    n = 8 * 24 + 1
+    write_marked(lab.path("rows.bin"), ids_of(n), [i for i in range(n) if i % 24 in (0, 9)])
+    for T, inside in ((24, 0), (16, 8), (8, 16)):
+        for data in (["-i", "rows.bin"], ["-i", "plain.bin", "-j", "rows.bin", "-v", 1]):
+            write_tokens(lab.path("plain.bin"), ids_of(n))
+            err = lab.train("-e", "in", *data, "-b", 1, "-t", T, "-x", 1, "-s", 0, **lab.how).err
+            assert ("begin within a document" in err) == (inside > 0), (T, err)
+            if inside:
+                says(err, f"rows.bin: {inside} sequences of {T} tokens", "--seq-len")
+
+def test_answers_are_counted_where_there_are_some(bench):
+    """Not of plain validation data beside marked ones to train on."""
+    lab = bench(LLAMA.format(8))
+    write_marked(lab.path("rows.bin"), ids_of(8 * 24 + 1), range(0, 8 * 24, 24), some(8 * 24 + 1, 1))
+    write_tokens(lab.path("plain.bin"), ids_of(8 * 24 + 1))
+    for val, counted in (("plain.bin", False), ("rows.bin", True)):
+        ran = lab.train("-e", "in", "-i", "rows.bin", "-j", val, "-b", 2, "-t", 24, "-x", 1, "-v", 1, **lab.how)
+        assert ("answers right" in ran.out) == counted == any("answers" in line for line in ran.log)
+
 def test_validation(bench):
     """The mean over trained targets of all its batches; positions and attention as in training."""
     for sizes in (LLAMA.format(8), GPT2):
