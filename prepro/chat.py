@@ -419,18 +419,28 @@ class Examples:
     def __init__(self):
         self.lengths, self.trained, self.hashes = array.array("i"), array.array("i"), array.array("Q")
         self.files = []  # how many come from each
-        self.cut = self.cut_tokens = self.cut_trained = 0
+        self.cut = self.cut_tokens = self.cut_trained = self.parted = 0
         self.dropped = {}  # why: how many
+
+    def drop(self, why):
+        self.dropped[why] = self.dropped.get(why, 0) + 1
+        return None, why
 
     def keep(self, ids, T, too_long):
         """What is to be written of an example; or None, and the reason."""
         kept = ids[:T]
         targets, more = count_trained(kept), len(ids) - len(kept)
+        if more and too_long == "split":
+            self.parted += 1
+            parts = [ids[i:i + T].copy() for i in range(0, len(ids), T)]
+            for part in parts:
+                part[0] |= NO_LOSS | BEGINS
+            kept = [part for part, _ in (self.keep(part, T, too_long) for part in parts) if part is not None]
+            return (np.concatenate(kept), None) if kept else (None, "without a trained token")
         why = ("empty" if len(ids) == 0 else f"longer than {T} tokens" if more and too_long == "drop" else None if targets else
                f"without a trained token among the first {T}" if count_trained(ids) else "without a trained token")
         if why:
-            self.dropped[why] = self.dropped.get(why, 0) + 1
-            return None, why
+            return self.drop(why)
         if more:
             self.cut, self.cut_tokens, self.cut_trained = self.cut + 1, self.cut_tokens + more, self.cut_trained + count_trained(ids) - targets
         self.lengths.append(len(kept)), self.trained.append(targets)
@@ -440,7 +450,9 @@ class Examples:
 def count_trained(ids):
     return np.count_nonzero(ids < BEGINS)
 
-def encode_examples(sources, encode, spool, T, too_long, show):
+UNUSABLE, SAID = "that cannot be used", 5
+
+def encode_examples(sources, encode, spool, T, too_long, unusable, show):
     """Writes the examples of [(path, its bytes in parts)] to the spool, and prints the first few; without a spool it stops there."""
     examples, seen, paths = Examples(), 0, []
     colour = sys.stdout is not None and sys.stdout.isatty() and "NO_COLOR" not in os.environ
@@ -450,11 +462,21 @@ def encode_examples(sources, encode, spool, T, too_long, show):
         for where, record in records(path, parts):
             if spool is None and seen == show:
                 return examples
-            whole = encode(where, record)
+            try:
+                whole = encode(where, record)
+            except Error as e:
+                if unusable == "stop":
+                    raise Error(f"{e} (--unusable drop goes on without such examples)") from None
+                seen += 1
+                examples.drop(UNUSABLE)
+                if examples.dropped[UNUSABLE] <= SAID:
+                    say(f"dropped: {e}" + "; more of them are only counted" * (examples.dropped[UNUSABLE] == SAID))
+                continue
             ids, why = examples.keep(whole, T, too_long)
             if seen < show:
-                more = f", {len(whole) - T} of them cut" * (len(whole) > T) + f"; dropped: {why}" * (why is not None)
-                say(f"---- {where}: {len(whole)} tokens, {count_trained(whole)} trained{more}\n{shown(whole, T, encode.tokenizer.tokens, colour)}")
+                end = len(whole) if too_long == "split" else T
+                more = f", {len(whole) - end} of them cut" * (len(whole) > end) + f"; dropped: {why}" * (why is not None)
+                say(f"---- {where}: {len(whole)} tokens, {count_trained(whole)} trained{more}\n{shown(whole, end, encode.tokenizer.tokens, colour)}")
             seen += 1
             if spool and ids is not None:
                 spool.write(ids.tobytes())
@@ -567,6 +589,8 @@ def say_table(examples, parts, T):
         say(f"{name:16}" + "".join(f"{cell(part):>16}" for part in columns))
     say(f"cut at {T} tokens: " + (f"{examples.cut:,}, by {examples.cut_tokens:,} tokens in all, {examples.cut_trained:,} of them trained" if examples.cut
                                   else "none"))
+    if examples.parted:
+        say(f"split into examples of {T} tokens: {examples.parted:,}")
     say(f"dropped: {reasons(examples)}")
     leaked = np.count_nonzero(np.isin(val.hashes, train.hashes))
     if leaked:

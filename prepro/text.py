@@ -30,7 +30,7 @@ Examples: a .jsonl has one on each line, a .json may be a list of them. Each is 
                        assistant_masks 0, TRL's: no loss
 Messages become text by the model's own chat template (chat_template in tokenizer_config.json, or chat_template.jinja, through the
 jinja2 library). Trained on are answers alone, with the end of their turn: messages of the assistant, completions, outputs. An example
-that is left without a trained token is dropped. Whole examples are packed into rows of -t tokens, which is the trainer's -t, longest
+that is left without a trained token is dropped; one that is longer than a row is cut, or see --too-long. Whole examples are packed into rows of -t tokens, which is the trainer's -t, longest
 first, each into the fullest row that has room; the rest of a row is padding, which is never a target, and the rows are shuffled.
 Validation gets the last examples of each file. All that is cut, dropped or odd is counted in the end. --show N prints N examples with
 what is trained on, what is not, and what is cut; without --out it does no more than that. In memory are 16 bytes an example, 80 while
@@ -581,7 +581,7 @@ def prepare_examples(paths, out, tok, tokenizer, val_fraction, shard_tokens, o):
     def encode_to(spool):
         with Progress("read", total_bytes(paths)) as progress:
             sources = ((path, (block for block in blocks(path) if not progress.add(len(block)))) for path in paths)
-            examples = chat.encode_examples(sources, encode, spool, T, o["too_long"], o["show"])
+            examples = chat.encode_examples(sources, encode, spool, T, o["too_long"], o["unusable"], o["show"])
         notes.say()
         return examples
     if out is None:
@@ -683,13 +683,15 @@ def add_options(parser, out):
     parser.add_argument("--shard-tokens", type=int, metavar="N", help="several files, of at most N tokens each")
     parser.add_argument("--newlines", choices=["keep", "lf"], default="keep", help="keep line ends (default), or make LF of CR LF and CR")
 
-EXAMPLES = {"format": "auto", "template": None, "seq_len": 1024, "train_on": "answers", "too_long": "cut", "no_pack": False, "seed": 1337, "show": 0}
+EXAMPLES = {"format": "auto", "template": None, "seq_len": 1024, "train_on": "answers", "too_long": "cut", "unusable": "stop", "no_pack": False, "seed": 1337, "show": 0}
 
 def add_example_options(parser):
     group = parser.add_argument_group("for examples (.jsonl)")
     group.add_argument("-t", "--seq-len", type=int, metavar="T", help="tokens of a row; the trainer's -t (1024)")
     group.add_argument("--train-on", choices=["answers", "last", "all"], help="answers (default), the last answer of each conversation, or every token")
-    group.add_argument("--too-long", choices=["cut", "drop"], help="what becomes of an example longer than T (cut)")
+    group.add_argument("--too-long", choices=["cut", "drop", "split"],
+                       help="what becomes of an example longer than T (cut); split, into examples of T, is for texts")
+    group.add_argument("--unusable", choices=["stop", "drop"], help="at an example that the template refuses, or that is wrong in itself (stop)")
     group.add_argument("--no-pack", action="store_true", default=None, help="a row for each example")
     group.add_argument("--template", metavar="FILE", help="a chat template (Jinja), in place of the model's")
     group.add_argument("--format", choices=["auto", *chat.KINDS], metavar="KEY",

@@ -502,6 +502,37 @@ def test_nothing_is_cut_silently(tmp_path):
     assert "cut at 200 tokens: none\ndropped: 2 longer than 200 tokens, 1 without a trained token, 1 empty\n" in said
     assert [len(row) for row in rows_of(tmp_path / "out/train.bin", 200)] == [1]
 
+def test_long_texts_are_split(tmp_path):
+    """With --too-long split no token is lost: each part is a document of its own, and a part without a trained token is dropped."""
+    library("jinja2")
+    folder = model(tmp_path / "m", CHATML)
+    long = "".join(chr(97 + i % 26) for i in range(450))
+    path = lines_of(tmp_path / "a.jsonl", [{"text": long}, {"text": "short"}, {"messages": [{**USER, "content": "y" * 500}, FINE]}])
+    whole = [encoder(folder)("a", record) for record in ({"text": long}, {"text": "short"}, {"messages": [{**USER, "content": "y" * 500}, FINE]})]
+    said = prepare(path, folder, tmp_path / "out", "-t", 200, "--val-fraction", 0, "--too-long", "split")
+    assert "cut at 200 tokens: none\nsplit into examples of 200 tokens: 2\ndropped: 2 without a trained token\n" in said
+    found = [ids for row in rows_of(tmp_path / "out/train.bin", 200) for ids in row]
+    parts = [ids[i:i + 200] for ids in whole for i in range(0, len(ids), 200)]
+    kept = [part for part in parts if chat.count_trained(part)]
+    assert len(kept) == len(parts) - 2 == 5
+    assert sorted([i & chat.ID for i in ids] for ids in found) == sorted((part & chat.ID).tolist() for part in kept)
+    shown = prepare(path, folder, tmp_path / "out", "-t", 200, "--val-fraction", 0, "--too-long", "split", "--show", 1)
+    assert "cut;" not in shown and "[-" not in shown
+
+def test_unusable_examples_stop_or_are_counted(tmp_path):
+    """A template that refuses, a role that nobody knows, no content: the line is named; --unusable drop goes on, says the first, counts all."""
+    library("jinja2")
+    folder = model(tmp_path / "m", TEMPLATES["llama2"])
+    bad = [{"messages": [USER, USER, FINE]}, {"conversations": [{"from": "observation", "value": "x"}]}, {"messages": [{**USER, "content": None}, FINE]}]
+    path = lines_of(tmp_path / "a.jsonl", [{"messages": [USER, FINE]}, *bad * 3, {"messages": [USER, FINE]}])
+    said = prepare(path, folder, tmp_path / "out", "-t", 200, "--val-fraction", 0, status=1)
+    assert "a.jsonl: line 2" in said and "--unusable drop" in said and names(tmp_path / "out") == []
+    said = prepare(path, folder, tmp_path / "out", "-t", 200, "--val-fraction", 0, "--unusable", "drop")
+    assert "dropped: 9 that cannot be used\n" in said and said.count("dropped: ") == 6 and "more of them are only counted" in said
+    assert len([ids for row in rows_of(tmp_path / "out/train.bin", 200) for ids in row]) == 2
+    for line in (2, 3, 4):
+        assert f"a.jsonl: line {line}" in said
+
 def test_all_masked_is_an_error(tmp_path):
     library("jinja2")
     path = lines_of(tmp_path / "a.jsonl", [{"messages": [USER]}] * 3 + [{"input_ids": [1, 2], "labels": [-100, -100]}])
