@@ -6750,6 +6750,14 @@ void make_model(Run& run) {
     cudaCheck(cudaStreamSynchronize(model.stream));
 }
 
+void free_model(Run& run) {
+    table_free(run.model.table);
+    cudaCheck(cudaFreeHost(run.host_tokens));
+    for (auto& half : run.model.wte_rows)
+        if (half.rows) cudaCheck(cudaFreeHost(half.rows)), cudaCheck(cudaEventDestroy(half.copied)), half = {};
+    cudaCheck(cudaStreamDestroy(run.model.stream));
+}
+
 // Puts model, loader and counters where the checkpoint left them, and says what the run does otherwise than the one that wrote it.
 void begin_or_go_on(Run& run) {
     const std::vector<double> kept = settings_kept(run);
@@ -6803,8 +6811,7 @@ void merge(Run& run) {
         if (with_loss == 0)
             fail_option("val-data", "no token of its first batch has a loss; leave it out, or see prepro/text.py --show 3");
         loss[which] = model_batch_loss(run.model, host) / with_loss;
-        table_free(run.model.table);
-        cudaCheck(cudaFreeHost(run.host_tokens));
+        free_model(run);
         run.model.config = with;
     };
     if (compare) {
@@ -6877,12 +6884,8 @@ int main(int argc, char** argv) {
     if (!log_close(run.log) && status == 0) status = 1;
     loader_close(run.train);
     loader_close(run.val);
-    table_free(run.model.table);
-    cudaCheck(cudaFreeHost(run.host_tokens));
-    for (auto& half : run.model.wte_rows)
-        if (half.rows) cudaCheck(cudaFreeHost(half.rows)), cudaCheck(cudaEventDestroy(half.copied));
+    free_model(run);
     cublasCheck(cublasLtDestroy(matmul_state.handle));
-    cudaCheck(cudaStreamDestroy(run.model.stream));
     world_end();
     leave(status);
 }
