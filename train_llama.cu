@@ -1688,6 +1688,7 @@ struct Nf4Host {
 struct Dropout {
     float p;               // 0: none
     uint64_t seed, stream; // stream: of the micro-batch and the linear layer
+    size_t first;          // element of it that inp begins with
 };
 template <bool ADD>
 __global__ void dropout_kernel(floatX* out, const floatX* inp, const floatX* gamma, const floatX* beta, Dropout drop, size_t n, int C) {
@@ -1701,7 +1702,7 @@ __global__ void dropout_kernel(floatX* out, const floatX* inp, const floatX* gam
     const uint32_t limit = (uint32_t)(drop.p * 65536.0f);   // 16 random bits an element
     const float keep = 65536.0f / (65536 - limit);
     for (int half = 0; half < 2; half++) {
-        uint64_t random = hash64(drop.seed, drop.stream, i + half * 4);
+        uint64_t random = hash64(drop.seed, drop.stream, drop.first + i + half * 4);
         for (int k = half * 4; k < half * 4 + 4; k++, random >>= 16) x[k] = (random & 0xffff) < limit ? 0.0f : x[k] * keep;
     }
     x += old;
@@ -2812,12 +2813,15 @@ inline size_t plan_chunk_rows(const Plan& p) {
 }
 
 // ==== end twin
-// What --recompute recomputes: h always, and with MS-RMSNorm no norm, because z is kept.
+// What --recompute recomputes: h always, and with MS-RMSNorm no norm, because z is kept; gate and up; the block from its input.
 inline bool recomputes_act(const Plan& p) { return p.recompute >= 1; }
-inline bool recomputes_norm(const Plan& p) { return p.recompute >= 2 && !kMsNorm; }
+inline bool recomputes_norm(const Plan& p) { return p.recompute >= (kMsNorm ? 4 : 2); }
+inline bool recomputes_fc(const Plan& p) { return p.recompute >= 3; }
+inline bool recomputes_block(const Plan& p) { return p.recompute >= 4; }
 // Whether backward has a weight's input in any case: it is kept for another purpose, or computed again.
 bool has_input(const Plan& p, int weight) {
-    return weight == ATTPROJW || (weight == DOWNW ? recomputes_act(p) : kMsNorm || recomputes_norm(p));
+    return weight == ATTPROJW || (weight == DOWNW ? recomputes_act(p) : kMsNorm || recomputes_norm(p)) ||
+           (weight == GATEUPW && recomputes_fc(p));
 }
 
 // What forward keeps for backward, as in the figure at the top: in Model the tensors of all layers, from model_layer those of one.
@@ -2845,6 +2849,9 @@ struct BlockBuffers {
     floatX* scratch_f;     // (B, T, F or QKV)  h where it is not kept; gradients of h and qkv
     floatX* scratch_qkv;   // (B, T, QKV)       with norms of q and k: what attention reads
     floatX* scratch_ln;    // (B, T, C)         -r 2: a norm's output
+    floatX* scratch_gateup;    // (B, T, 2F)    -r 3: gate and up, and their codes
+    uint8_t* scratch_codes;    // (B, T, F)
+    floatX* scratch_mid;   // (B, T, C)         -r 4: the stream after attention
     float2* angles;        // (T, HS/2)         RoPE's cosines and sines
 };
 // ==== twin: model
@@ -3070,6 +3077,7 @@ void table_add_rest(Table& table, Model& model, size_t colsum) {
 // What is kept in a tensor of its own. Without a backward, one layer's tensors serve all, and are as large as scratch.
 bool keeps_norm(const Model& model, int weight) {   // the output of the norm before a weight
     const Plan& plan = model.plan;
+    if (plan.training && recomputes_block(plan)) return false;
     return kMsNorm || (!recomputes_norm(plan) && (!plan.training || needs_input(model, weight)));
 }
 bool keeps_act(const Model& model) {   // h
@@ -3080,12 +3088,14 @@ Table model_table(Model& model) {
     const Config& c = model.config;
     const Plan& plan = model.plan;
     const size_t B = plan.B, T = plan.T, C = c.C, QKV = c.QKV(), ATT = c.ATT(), F = c.F, NH = c.NH;
-    const size_t L = plan.training ? c.L : 1;   // without a backward, one layer's tensors serve them all
+    const bool blocks = plan.training && recomputes_block(plan);   // alone their inputs are kept
+    const size_t L = plan.training && !blocks ? c.L : 1;   // without a backward, one layer's tensors serve them all
     Table table;
     table_add_params(table, model);
     LayerTensors& kept = model.kept;
     auto keep = [&](const std::string& name, auto** where, DType dtype, std::vector<size_t> shape, const char* shrink) {
-        table_add(table, name, where, dtype, std::move(shape), plan.training ? SAVED : SCRATCH, LAYER, shrink);
+        if (blocks) shape.erase(shape.begin());
+        table_add(table, name, where, dtype, std::move(shape), plan.training && !blocks ? SAVED : SCRATCH, blocks ? MODEL : LAYER, shrink);
     };
     const char* norm_hint = kMsNorm || plan.recompute == 2 ? BATCH : "--recompute 2, or a build with MS_NORM=1";
     // Without a backward that wants them, outputs of norms and h are kept by nobody: scratch holds them.
@@ -3094,15 +3104,22 @@ Table model_table(Model& model) {
         keep(name + "_rstd", rstd, F32, {L, B, T}, BATCH);
     };
     keep_norm("ln1", &kept.ln1, &kept.ln1_rstd, QKVW);
-    keep("qkv", &kept.qkv, FLOATX, {L, B, T, QKV}, BATCH);
-    keep("atty", &kept.atty, FLOATX, {L, B, T, ATT}, BATCH);
+    keep("qkv", &kept.qkv, FLOATX, {L, B, T, QKV}, "--recompute 4");
+    keep("atty", &kept.atty, FLOATX, {L, B, T, ATT}, "--recompute 4");
     keep("lse", &kept.lse, F32, {L, B, NH, T}, BATCH);
-    if (!kMsNorm) keep("resid_mid", &kept.resid_mid, FLOATX, {L, B, T, C}, norm_hint);
+    if (!kMsNorm && !blocks) keep("resid_mid", &kept.resid_mid, FLOATX, {L, B, T, C}, norm_hint);
     keep_norm("ln2", &kept.ln2, &kept.ln2_rstd, GATEUPW);
-    keep("gateup", &kept.gateup, FLOATX, {L, B, T, 2 * F}, BATCH);
-    if (kActBits) keep("gate_codes", &kept.gate_codes, BYTE, {L, B, T, act_codes(F)}, "a build with APPROX_ACT=0");
+    if (!plan.training || !recomputes_fc(plan)) {
+        keep("gateup", &kept.gateup, FLOATX, {L, B, T, 2 * F}, "--recompute 3");
+        if (kActBits) keep("gate_codes", &kept.gate_codes, BYTE, {L, B, T, act_codes(F)}, "a build with APPROX_ACT=0");
+    } else {
+        table_add(table, "scratch_gateup", &model.scratch_gateup, FLOATX, {B, T, 2 * F}, SCRATCH, MODEL, BATCH);
+        if (kActBits) table_add(table, "scratch_codes", &model.scratch_codes, BYTE, {B, T, act_codes(F)}, SCRATCH, MODEL, BATCH);
+    }
     if (keeps_act(model)) keep("h", &kept.h, FLOATX, {L, B, T, F}, "--recompute 1");
-    if (!kMsNorm) keep("resid_out", &kept.resid_out, FLOATX, {L, B, T, C}, norm_hint);
+    if (blocks) table_add(table, "resid_out", &kept.resid_out, FLOATX, {(size_t)c.L, B, T, C}, SAVED, LAYER, BATCH);
+    else if (!kMsNorm) keep("resid_out", &kept.resid_out, FLOATX, {L, B, T, C}, norm_hint);
+    if (blocks) table_add(table, "scratch_mid", &model.scratch_mid, FLOATX, {B, T, C}, SCRATCH, MODEL, BATCH);
 
     const Kind kind = plan.training ? SAVED : SCRATCH;
     table_add(table, "resid_in", &model.resid_in, FLOATX, {B, T, C}, kind, MODEL, BATCH);
@@ -3263,7 +3280,9 @@ struct Linear {
     bool lowest;                   // nothing below it is trained
     int ranks() const { return slots * R; }
 };
-Linear model_linear(const Model& model, int weight, int l, int norm = -1) {   // parameters; norm: the gamma of the norm before it
+// Rows [first, first + count) of B*T: those that are worked on at a time. All of a block but attention works row by row.
+struct Rows { int first, count; };
+Linear model_linear(const Model& model, int weight, int l, Rows rows, int norm = -1) {   // norm: the gamma of the norm before it
     const ParamShape s = param_shape(model.config, weight);
     const int bias = bias_of(model.config, weight), index = linear_index(weight);
     Linear linear = {model_param(model, weight, l), model_param(model, bias, l), model_grad(model, weight, l),
@@ -3278,9 +3297,9 @@ Linear model_linear(const Model& model, int weight, int l, int norm = -1) {   //
     linear.B = model_param(model, LORA_B + index, l), linear.dB = model_grad(model, LORA_B + index, l);
     linear.R = model.config.lora.rank, linear.t = model.lora_t;
     if (model.kept_t[index])
-        linear.t = model.kept_t[index] + (size_t)l * model.plan.B * model.plan.T * param_shape(model.config, LORA_A + index).rows;
+        linear.t = model.kept_t[index] + ((size_t)l * model.plan.B * model.plan.T + rows.first) * param_shape(model.config, LORA_A + index).rows;
     const float dropout = model.micro_batch > 0 ? model.plan.dropout : 0;
-    linear.dropout = {dropout, model.seed, (1ull << 44) + (model.micro_batch * model.config.L + l) * 4 + index};
+    linear.dropout = {dropout, model.seed, (1ull << 44) + (model.micro_batch * model.config.L + l) * 4 + index, rows.first * s.cols};
     const std::vector<LoraTarget> targets = lora_targets(model.config);
     for (size_t i = 0; i < targets.size(); i++)
         if (targets[i].weight == weight && (model.config.lora.targets >> i & 1))
@@ -3380,20 +3399,22 @@ Grad norm_grad(const Model& model, int p, int weight, int l) {
 }
 // ==== end twin
 // ---- forward: the figure at the top of this file, from top to bottom
-// Without training, all layers share one slot; a tensor that is not kept is a buffer for all.
-LayerTensors model_layer(const Model& model, int l, int BT) {
+// Without training, and with -r 4, all layers share one slot but for the stream between them; a tensor that is not kept is a buffer for
+// all. Of what stands for all rows those from `row` on; a buffer begins with them.
+LayerTensors model_layer(const Model& model, int l, int BT, int row = 0) {
     const Config& c = model.config;
     const LayerTensors& kept = model.kept;
-    const size_t slot = model.plan.training ? l : 0, C = c.C;
-    auto at = [&](auto* base, size_t per_row, decltype(base) buffer) { return base ? base + slot * BT * per_row : buffer; };
-    floatX* resid = l == 0 || !kept.resid_out ? model.resid_in : kept.resid_out + (model.plan.training ? l - 1 : 0) * BT * C;
-    return {resid,
+    const size_t layer = model.plan.training ? l : 0, slot = recomputes_block(model.plan) ? 0 : layer, C = c.C, F = c.F;
+    auto at = [&](auto* base, size_t per_row, decltype(base) buffer) { return base ? base + (slot * BT + row) * per_row : buffer; };
+    floatX* running = model.resid_in + row * C;   // the stream, where it is not kept
+    auto stream = [&](size_t of) { return kept.resid_out ? kept.resid_out + (of * BT + row) * C : running; };
+    return {l == 0 ? running : stream(model.plan.training ? l - 1 : 0),
             at(kept.ln1, C, model.scratch_ln), at(kept.ln1_rstd, 1, nullptr),
             at(kept.qkv, c.QKV(), nullptr), at(kept.atty, c.ATT(), nullptr), at(kept.lse, c.NH, nullptr),
-            at(kept.resid_mid, C, model.resid_in),
+            at(kept.resid_mid, C, model.scratch_mid ? model.scratch_mid : running),
             at(kept.ln2, C, model.scratch_ln), at(kept.ln2_rstd, 1, nullptr),
-            at(kept.gateup, 2 * (size_t)c.F, nullptr), at(kept.gate_codes, act_codes(c.F), nullptr), at(kept.h, c.F, model.scratch_f),
-            at(kept.resid_out, C, model.resid_in)};
+            at(kept.gateup, 2 * F, model.scratch_gateup), at(kept.gate_codes, act_codes(F), model.scratch_codes),
+            at(kept.h, F, model.scratch_f), stream(layer)};
 }
 // What attention reads: qkv, with q and k turned by their positions; with norms of q and k, which are done first, it is a buffer.
 floatX* attention_input(const Model& model, const LayerTensors& t) { return model.config.qk_norm ? model.scratch_qkv : t.qkv; }
@@ -3402,14 +3423,34 @@ void model_turn(const Model& model, const LayerTensors& t, int l, int B, int T) 
     rope_forward(attention_input(model, t), t.qkv, model_param(model, QNORMW, l), model_param(model, KNORMW, l), model.angles, c.eps,
                  model_documents(model, B * T), B, T, c.NH, c.NKV, c.HS(), model.stream);
 }
+// The parts of a block. Before attention: from the output of its first norm to q, k and v.
+void block_qkv(const Model& model, const LayerTensors& t, int l, int B, int T, Rows rows) {
+    linear_forward(model, t.qkv, t.ln1, model_linear(model, QKVW, l, rows, LN1W), rows.count);
+    model_turn(model, t, l, B, T);
+}
+void block_attention(const Model& model, const LayerTensors& t, int B, int T) {
+    const Config& c = model.config;
+    attention_forward(t.atty, t.lse, attention_input(model, t), model_documents(model, B * T), B, T, c.NH, c.NKV, c.HS(), model.stream);
+}
+// After it, to the second norm's output; then to h.
+void block_mid(const Model& model, const LayerTensors& t, int l, Rows rows) {
+    const Config& c = model.config;
+    linear_forward(model, model.scratch_c, t.atty, model_linear(model, ATTPROJW, l, rows), rows.count);
+    add_norm_forward<kMsNorm>(t.resid_mid, t.ln2, nullptr, t.ln2_rstd, t.resid, model.scratch_c, model_param(model, LN2W, l), nullptr, c.eps,
+                              rows.count, c.C, model.stream);
+}
+void block_act(const Model& model, const LayerTensors& t, int l, Rows rows) {
+    linear_forward(model, t.gateup, t.ln2, model_linear(model, GATEUPW, l, rows, LN2W), rows.count);
+    swiglu_forward<kActBits>(t.h, t.gateup, t.gate_codes, rows.count, model.config.F, model.stream);
+}
 
 // From the inputs in model.tokens to the final norm's output, model.lnf. B and T may be smaller than the plan's.
 void model_forward(Model& model, int B, int T) {
     NvtxRange range("forward");
     const Config& c = model.config;
     const int C = c.C, L = c.L, BT = B * T;
+    const Rows rows = {0, BT};
     cudaStream_t stream = model.stream;
-    const int* document = model_documents(model, BT);
     auto W = [&](int p, int l) { return model_param(model, p, l); };
     if (!model.plan.host_wte)
         embedding_forward(model.resid_in, model.tokens, W(WTE, 0), nullptr, nullptr, B, T, C, stream);   // or model_tokens did
@@ -3418,15 +3459,11 @@ void model_forward(Model& model, int B, int T) {
 
     for (int l = 0; l < L; l++) {
         NvtxRange layer_range("forward layer " + std::to_string(l));
-        linear_forward(model, t.qkv, t.ln1, model_linear(model, QKVW, l, LN1W), BT);
-        model_turn(model, t, l, B, T);
-        attention_forward(t.atty, t.lse, attention_input(model, t), document, B, T, c.NH, c.NKV, c.HS(), stream);
-        linear_forward(model, model.scratch_c, t.atty, model_linear(model, ATTPROJW, l), BT);
-        add_norm_forward<kMsNorm>(t.resid_mid, t.ln2, nullptr, t.ln2_rstd, t.resid, model.scratch_c, W(LN2W, l), nullptr, c.eps, BT, C,
-                                  stream);
-        linear_forward(model, t.gateup, t.ln2, model_linear(model, GATEUPW, l, LN2W), BT);
-        swiglu_forward<kActBits>(t.h, t.gateup, t.gate_codes, BT, c.F, stream);
-        linear_forward(model, model.scratch_c, t.h, model_linear(model, DOWNW, l), BT);
+        block_qkv(model, t, l, B, T, rows);
+        block_attention(model, t, B, T);
+        block_mid(model, t, l, rows);
+        block_act(model, t, l, rows);
+        linear_forward(model, model.scratch_c, t.h, model_linear(model, DOWNW, l, rows), BT);
 
         // The second residual addition is part of the norm that comes next: ln1 of the next layer, or the final norm.
         if (l + 1 < L) {
@@ -3485,6 +3522,8 @@ void model_backward(Model& model, int B, int T, int buckets, int micro_batch) {
     NvtxRange range("backward");
     const Config& c = model.config;
     const int C = c.C, L = c.L, BT = B * T;
+    const Rows rows = {0, BT};
+    const Plan& plan = model.plan;
     const Pass pass = {micro_batch > 0, micro_batch == model.plan.micro_batches - 1};
     cudaStream_t stream = model.stream;
     const int* document = model_documents(model, BT);
@@ -3492,7 +3531,7 @@ void model_backward(Model& model, int B, int T, int buckets, int micro_batch) {
     auto W = [&](int p, int l) { return model_param(model, p, l); };
     auto G = [&](int p, int l) { return model_grad(model, p, l); };
     auto norm_again = [&](int gamma, floatX* out, float* rstd, const floatX* inp, int l) {
-        add_norm_forward<false>(nullptr, out, nullptr, rstd, inp, nullptr, W(gamma, l), nullptr, c.eps, BT, C, stream);
+        add_norm_forward<kMsNorm>(nullptr, out, nullptr, rstd, inp, nullptr, W(gamma, l), nullptr, c.eps, BT, C, stream);
     };
     add_norm_backward<false>(dresid, {}, G(LNFW, 0), {}, model.colsum, model.lnf, model_layer(model, L - 1, BT).resid_out, nullptr,
                              model.lnf_rstd, W(LNFW, 0), false, pass.add, BT, C, stream);
@@ -3504,23 +3543,31 @@ void model_backward(Model& model, int B, int T, int buckets, int micro_batch) {
         // the input's gradient takes its place. The gradients of gate and up take the place of gate and up.
         const bool h = needs_input(model, DOWNW), ln2 = needs_input(model, GATEUPW), atty = needs_input(model, ATTPROJW);
         const bool ln1 = needs_input(model, QKVW);
-        if (h && !keeps_act(model)) swiglu_forward<kActBits, true>(t.h, t.gateup, t.gate_codes, BT, c.F, stream);
-        if (!linear_backward(model, d_wide, dresid, h ? t.h : nullptr, model_linear(model, DOWNW, l), BT, pass)) return;
+        if (recomputes_block(plan)) {
+            norm_again(LN1W, t.ln1, t.ln1_rstd, t.resid, l);
+            block_qkv(model, t, l, B, T, rows);
+            block_attention(model, t, B, T);
+            block_mid(model, t, l, rows);
+        } else if ((ln2 || recomputes_fc(plan)) && !keeps_norm(model, GATEUPW)) {
+            norm_again(LN2W, t.ln2, t.ln2_rstd, t.resid_mid, l);
+        }
+        if (recomputes_fc(plan)) block_act(model, t, l, rows);
+        else if (h && !keeps_act(model)) swiglu_forward<kActBits, true>(t.h, t.gateup, t.gate_codes, BT, c.F, stream);
+        if (!linear_backward(model, d_wide, dresid, h ? t.h : nullptr, model_linear(model, DOWNW, l, rows), BT, pass)) return;
         swiglu_backward<kActBits>(t.gateup, d_wide, t.gate_codes, BT, c.F, stream);
-        if (ln2 && !keeps_norm(model, GATEUPW)) norm_again(LN2W, t.ln2, t.ln2_rstd, t.resid_mid, l);
-        if (!linear_backward(model, d, t.gateup, ln2 ? t.ln2 : nullptr, model_linear(model, GATEUPW, l, LN2W), BT, pass)) return;
+        if (!linear_backward(model, d, t.gateup, ln2 ? t.ln2 : nullptr, model_linear(model, GATEUPW, l, rows, LN2W), BT, pass)) return;
         add_norm_backward<kMsNorm>(dresid, {}, norm_grad(model, LN2W, GATEUPW, l), {}, model.colsum, d, kMsNorm ? t.ln2 : t.resid_mid,
                                    nullptr, t.ln2_rstd, W(LN2W, l), true, pass.add, BT, C, stream);
 
-        if (!linear_backward(model, d, dresid, atty ? t.atty : nullptr, model_linear(model, ATTPROJW, l), BT, pass)) return;
-        if (c.qk_norm) model_turn(model, t, l, B, T);
+        if (!linear_backward(model, d, dresid, atty ? t.atty : nullptr, model_linear(model, ATTPROJW, l, rows), BT, pass)) return;
+        if (c.qk_norm && !recomputes_block(plan)) model_turn(model, t, l, B, T);
         attention_backward(d_wide, {}, model.delta, model.colsum, d, attention_input(model, t), t.atty, t.lse, document, pass.add, B, T,
                            c.NH, c.NKV, c.HS(), stream);
         rope_backward(d_wide, G(QNORMW, l), G(KNORMW, l), model.colsum, t.qkv, W(QNORMW, l), W(KNORMW, l),
                       model.angles, c.eps, document, pass.add, B, T, c.NH, c.NKV, c.HS(), stream);
         bias_backward(G(QKVB, l), model.colsum, d_wide, pass.add, BT, c.QKV(), stream);
-        if (ln1 && !keeps_norm(model, QKVW)) norm_again(LN1W, t.ln1, t.ln1_rstd, t.resid, l);
-        if (!linear_backward(model, d, d_wide, ln1 ? t.ln1 : nullptr, model_linear(model, QKVW, l, LN1W), BT, pass)) return;
+        if ((ln1 || (kMsNorm && recomputes_block(plan))) && !keeps_norm(model, QKVW)) norm_again(LN1W, t.ln1, t.ln1_rstd, t.resid, l);
+        if (!linear_backward(model, d, d_wide, ln1 ? t.ln1 : nullptr, model_linear(model, QKVW, l, rows, LN1W), BT, pass)) return;
         add_norm_backward<kMsNorm>(dresid, {}, norm_grad(model, LN1W, QKVW, l), {}, model.colsum, d, kMsNorm ? t.ln1 : t.resid, nullptr,
                                    t.ln1_rstd, W(LN1W, l), true, pass.add, BT, C, stream);
     }
@@ -5937,8 +5984,8 @@ void parse_letters(const char* at, std::vector<SizeLetter> letters, const char* 
 const char *USUAL_MODEL = "smollm2-135m", *USUAL_TYPED = "smollm2-135m";
 const char* MODEL_HELP = "DIR of a model, llama3.2-1b, or a size like llama:L4,H4,K2,C128,F352,T128,V257";
 const char* LORA_HELP = "all, or some of q,k,v,o,gate,up,down";
-const char* RECOMPUTE_HELP = "keep less for backward: 1: SwiGLU's output, 2: and norms, are computed again";
-constexpr int RECOMPUTE_MOST = 2;
+const char* RECOMPUTE_HELP = "keep less for backward: computed again are 1: SwiGLU's output, 2: and norms, 3: gate and up, 4: whole blocks";
+constexpr int RECOMPUTE_MOST = 4;
 std::string model_example(int V) { return "llama:L4,H4,K2,C128,F352,T128,V" + std::to_string(V); }   // a small size, for messages
 std::string model_sizes(const Config& c) {
     char text[160];
