@@ -1513,6 +1513,7 @@ struct Nf4Host {
 struct Dropout {
     float p;               // 0: none
     uint64_t seed, stream; // stream: of the micro-batch and the linear layer
+    size_t first;          // element of it that inp begins with
 };
 template <bool ADD>
 __global__ void dropout_kernel(floatX* out, const floatX* inp, const floatX* gamma, const floatX* beta, Dropout drop, size_t n, int C) {
@@ -1526,7 +1527,7 @@ __global__ void dropout_kernel(floatX* out, const floatX* inp, const floatX* gam
     const uint32_t limit = (uint32_t)(drop.p * 65536.0f);   // 16 random bits an element
     const float keep = 65536.0f / (65536 - limit);
     for (int half = 0; half < 2; half++) {
-        uint64_t random = hash64(drop.seed, drop.stream, i + half * 4);
+        uint64_t random = hash64(drop.seed, drop.stream, drop.first + i + half * 4);
         for (int k = half * 4; k < half * 4 + 4; k++, random >>= 16) x[k] = (random & 0xffff) < limit ? 0.0f : x[k] * keep;
     }
     x += old;
@@ -2635,11 +2636,14 @@ inline size_t plan_chunk_rows(const Plan& p) {
 
 // ==== end twin
 // What --recompute still recomputes: with codes GELU's output is kept, and with MS-LN z is.
-inline bool recomputes_act(const Plan& p) { return p.recompute >= 1 && kActBits == 0; }
-inline bool recomputes_norm(const Plan& p) { return p.recompute >= 2 && !kMsNorm; }
+inline bool recomputes_act(const Plan& p) { return p.recompute >= (kActBits ? 3 : 1); }
+inline bool recomputes_norm(const Plan& p) { return p.recompute >= (kMsNorm ? 4 : 2); }
+inline bool recomputes_fc(const Plan& p) { return p.recompute >= 3; }
+inline bool recomputes_block(const Plan& p) { return p.recompute >= 4; }
 // Whether backward has a weight's input in any case: it is kept for another purpose, or computed again.
 bool has_input(const Plan& p, int weight) {
-    return weight == ATTPROJW || (weight == FCPROJW ? recomputes_act(p) : kMsNorm || recomputes_norm(p));
+    return weight == ATTPROJW || (weight == FCPROJW ? recomputes_act(p) : kMsNorm || recomputes_norm(p)) ||
+           (weight == FCW && recomputes_fc(p));
 }
 
 // What forward keeps for backward, as in the figure at the top: in Model the tensors of all layers, from model_layer those of one.
@@ -2666,6 +2670,8 @@ struct BlockBuffers {
     floatX* lnf;        // (B, T, C)      in scratch_c: the final norm's output, then, chunk by chunk, its gradient
     floatX* scratch_4c; // (B, T, 4C)     GELU's output where it is not kept; gradients of fch and qkv
     floatX* scratch_ln; // (B, T, C)      -r 2: a norm's output
+    ActKept<kActBits>* scratch_fch;   // (B, T, 4C)  -r 3: what backward wants of GELU's input
+    floatX* scratch_mid;              // (B, T, C)   -r 4: the stream after attention
 };
 // ==== twin: model
 struct LoraModule {
@@ -2890,6 +2896,7 @@ void table_add_rest(Table& table, Model& model, size_t colsum) {
 // What is kept in a tensor of its own. Without a backward, one layer's tensors serve all, and are as large as scratch.
 bool keeps_norm(const Model& model, int weight) {   // the output of the norm before a weight
     const Plan& plan = model.plan;
+    if (plan.training && recomputes_block(plan)) return false;
     return kMsNorm || (!recomputes_norm(plan) && (!plan.training || needs_input(model, weight)));
 }
 bool keeps_act(const Model& model) {   // GELU's output
@@ -2900,12 +2907,14 @@ Table model_table(Model& model) {
     const Config& c = model.config;
     const Plan& plan = model.plan;
     const size_t B = plan.B, T = plan.T, C = c.C, QKV = c.QKV(), FF = c.FF(), NH = c.NH;
-    const size_t L = plan.training ? c.L : 1;   // without a backward, one layer's tensors serve them all
+    const bool blocks = plan.training && recomputes_block(plan);   // alone their inputs are kept
+    const size_t L = plan.training && !blocks ? c.L : 1;   // without a backward, one layer's tensors serve them all
     Table table;
     table_add_params(table, model);
     LayerTensors& kept = model.kept;
     auto keep = [&](const std::string& name, auto** where, DType dtype, std::vector<size_t> shape, const char* shrink) {
-        table_add(table, name, where, dtype, std::move(shape), plan.training ? SAVED : SCRATCH, LAYER, shrink);
+        if (blocks) shape.erase(shape.begin());
+        table_add(table, name, where, dtype, std::move(shape), plan.training && !blocks ? SAVED : SCRATCH, blocks ? MODEL : LAYER, shrink);
     };
     const char* norm_hint = kMsNorm || plan.recompute == 2 ? BATCH : "--recompute 2, or a build with MS_NORM=1";
     // Outputs of norms and of GELU that no backward wants are kept by nobody: scratch holds them.
@@ -2915,15 +2924,19 @@ Table model_table(Model& model) {
         keep(name + "_rstd", rstd, F32, {L, B, T}, BATCH);
     };
     keep_norm("ln1", &kept.ln1, &kept.ln1_mean, &kept.ln1_rstd, QKVW);
-    keep("qkv", &kept.qkv, FLOATX, {L, B, T, QKV}, BATCH);
-    keep("atty", &kept.atty, FLOATX, {L, B, T, C}, BATCH);
+    keep("qkv", &kept.qkv, FLOATX, {L, B, T, QKV}, "--recompute 4");
+    keep("atty", &kept.atty, FLOATX, {L, B, T, C}, "--recompute 4");
     keep("lse", &kept.lse, F32, {L, B, NH, T}, BATCH);
-    if (!kMsNorm) keep("resid_mid", &kept.resid_mid, FLOATX, {L, B, T, C}, norm_hint);
+    if (!kMsNorm && !blocks) keep("resid_mid", &kept.resid_mid, FLOATX, {L, B, T, C}, norm_hint);
     keep_norm("ln2", &kept.ln2, &kept.ln2_mean, &kept.ln2_rstd, FCW);
-    if (kActBits) keep("fch_codes", &kept.fch, BYTE, {L, B, T, act_kept(FF)}, BATCH);
-    else keep("fch", &kept.fch, FLOATX, {L, B, T, FF}, "a build with APPROX_ACT=2");
+    const DType act_type = kActBits ? BYTE : FLOATX;
+    if (plan.training && recomputes_fc(plan))
+        table_add(table, "scratch_fch", &model.scratch_fch, act_type, {B, T, act_kept(FF)}, SCRATCH, MODEL, BATCH);
+    else keep(kActBits ? "fch_codes" : "fch", &kept.fch, act_type, {L, B, T, act_kept(FF)}, "--recompute 3");
     if (keeps_act(model)) keep("fch_gelu", &kept.fch_gelu, FLOATX, {L, B, T, FF}, kActBits ? BATCH : "--recompute 1");
-    if (!kMsNorm) keep("resid_out", &kept.resid_out, FLOATX, {L, B, T, C}, norm_hint);
+    if (blocks) table_add(table, "resid_out", &kept.resid_out, FLOATX, {(size_t)c.L, B, T, C}, SAVED, LAYER, BATCH);
+    else if (!kMsNorm) keep("resid_out", &kept.resid_out, FLOATX, {L, B, T, C}, norm_hint);
+    if (blocks) table_add(table, "scratch_mid", &model.scratch_mid, FLOATX, {B, T, C}, SCRATCH, MODEL, BATCH);
 
     const Kind kind = plan.training ? SAVED : SCRATCH;
     table_add(table, "resid_in", &model.resid_in, FLOATX, {B, T, C}, kind, MODEL, BATCH);
@@ -3080,7 +3093,9 @@ struct Linear {
     bool lowest;                   // nothing below it is trained
     int ranks() const { return slots * R; }
 };
-Linear model_linear(const Model& model, int weight, int l, int norm = -1) {   // parameters; norm: the gamma of the norm before it
+// Rows [first, first + count) of B*T: those that are worked on at a time. All of a block but attention works row by row.
+struct Rows { int first, count; };
+Linear model_linear(const Model& model, int weight, int l, Rows rows, int norm = -1) {   // norm: the gamma of the norm before it
     const ParamShape s = param_shape(model.config, weight);
     const int bias = bias_of(model.config, weight), index = linear_index(weight);
     Linear linear = {model_param(model, weight, l), model_param(model, bias, l), model_grad(model, weight, l),
@@ -3095,9 +3110,9 @@ Linear model_linear(const Model& model, int weight, int l, int norm = -1) {   //
     linear.B = model_param(model, LORA_B + index, l), linear.dB = model_grad(model, LORA_B + index, l);
     linear.R = model.config.lora.rank, linear.t = model.lora_t;
     if (model.kept_t[index])
-        linear.t = model.kept_t[index] + (size_t)l * model.plan.B * model.plan.T * param_shape(model.config, LORA_A + index).rows;
+        linear.t = model.kept_t[index] + ((size_t)l * model.plan.B * model.plan.T + rows.first) * param_shape(model.config, LORA_A + index).rows;
     const float dropout = model.micro_batch > 0 ? model.plan.dropout : 0;
-    linear.dropout = {dropout, model.seed, (1ull << 44) + (model.micro_batch * model.config.L + l) * 4 + index};
+    linear.dropout = {dropout, model.seed, (1ull << 44) + (model.micro_batch * model.config.L + l) * 4 + index, rows.first * s.cols};
     const std::vector<LoraTarget> targets = lora_targets(model.config);
     for (size_t i = 0; i < targets.size(); i++)
         if (targets[i].weight == weight && (model.config.lora.targets >> i & 1))
@@ -3197,20 +3212,21 @@ Grad norm_grad(const Model& model, int p, int weight, int l) {
 }
 // ==== end twin
 // ---- forward: the figure at the top of this file, from top to bottom
-// Without training, all layers share one slot; a tensor that is not kept is a buffer for all.
-LayerTensors model_layer(const Model& model, int l, int BT) {
+// Without training, and with -r 4, all layers share one slot but for the stream between them; a tensor that is not kept is a buffer for
+// all. Of what stands for all rows those from `row` on; a buffer begins with them.
+LayerTensors model_layer(const Model& model, int l, int BT, int row = 0) {
     const Config& c = model.config;
     const LayerTensors& kept = model.kept;
-    const size_t slot = model.plan.training ? l : 0, C = c.C;
-    auto at = [&](auto* base, size_t per_row, decltype(base) buffer) { return base ? base + slot * BT * per_row : buffer; };
-    floatX* resid = l == 0 || !kept.resid_out ? model.resid_in : kept.resid_out + (model.plan.training ? l - 1 : 0) * BT * C;
-    return {resid,
+    const size_t layer = model.plan.training ? l : 0, slot = recomputes_block(model.plan) ? 0 : layer, C = c.C, FF = c.FF();
+    auto at = [&](auto* base, size_t per_row, decltype(base) buffer) { return base ? base + (slot * BT + row) * per_row : buffer; };
+    floatX* running = model.resid_in + row * C;   // the stream, where it is not kept
+    auto stream = [&](size_t of) { return kept.resid_out ? kept.resid_out + (of * BT + row) * C : running; };
+    return {l == 0 ? running : stream(model.plan.training ? l - 1 : 0),
             at(kept.ln1, C, model.scratch_ln), at(kept.ln1_mean, 1, nullptr), at(kept.ln1_rstd, 1, nullptr),
             at(kept.qkv, c.QKV(), nullptr), at(kept.atty, C, nullptr), at(kept.lse, c.NH, nullptr),
-            at(kept.resid_mid, C, model.resid_in),
+            at(kept.resid_mid, C, model.scratch_mid ? model.scratch_mid : running),
             at(kept.ln2, C, model.scratch_ln), at(kept.ln2_mean, 1, nullptr), at(kept.ln2_rstd, 1, nullptr),
-            at(kept.fch, act_kept(c.FF()), nullptr), at(kept.fch_gelu, c.FF(), model.scratch_4c),
-            at(kept.resid_out, C, model.resid_in)};
+            at(kept.fch, act_kept(FF), model.scratch_fch), at(kept.fch_gelu, FF, model.scratch_4c), stream(layer)};
 }
 
 // GELU of a linear layer's output, and what backward wants of its input.
@@ -3224,27 +3240,44 @@ void linear_act_forward(const Model& model, floatX* out, ActKept<kActBits>* kept
     act_forward<kActBits>(out, kept, sum, nullptr, rows, linear.OC, model.stream);
 }
 
+// The parts of a block. Before attention: from the output of its first norm to q, k and v.
+void block_qkv(const Model& model, const LayerTensors& t, int l, Rows rows) {
+    linear_forward(model, t.qkv, t.ln1, model_linear(model, QKVW, l, rows, LN1W), rows.count);
+}
+void block_attention(const Model& model, const LayerTensors& t, int B, int T) {
+    const Config& c = model.config;
+    attention_forward(t.atty, t.lse, t.qkv, model_documents(model, B * T), B, T, c.NH, c.NH, c.HS(), model.stream);
+}
+// After it, to the second norm's output; then to GELU's.
+void block_mid(const Model& model, const LayerTensors& t, int l, Rows rows) {
+    const Config& c = model.config;
+    linear_forward(model, model.scratch_c, t.atty, model_linear(model, ATTPROJW, l, rows), rows.count);
+    add_norm_forward<kMsNorm>(t.resid_mid, t.ln2, t.ln2_mean, t.ln2_rstd, t.resid, model.scratch_c, model_param(model, LN2W, l),
+                              model_param(model, LN2B, l), c.eps, rows.count, c.C, model.stream);
+}
+void block_act(const Model& model, const LayerTensors& t, int l, Rows rows) {
+    linear_act_forward(model, t.fch_gelu, t.fch, t.ln2, model_linear(model, FCW, l, rows, LN2W), rows.count);
+}
+
 // From the inputs in model.tokens to the final norm's output, model.lnf. B and T may be smaller than the plan's.
 void model_forward(Model& model, int B, int T) {
     NvtxRange range("forward");
     const Config& c = model.config;
-    const int C = c.C, NH = c.NH, L = c.L, BT = B * T;
+    const int C = c.C, L = c.L, BT = B * T;
+    const Rows rows = {0, BT};
     cudaStream_t stream = model.stream;
-    const int* document = model_documents(model, BT);
     auto W = [&](int p, int l) { return model_param(model, p, l); };
-    embedding_forward(model.resid_in, model.tokens, model.param[WTE], model.param[WPE], document, B, T, C, stream);
+    embedding_forward(model.resid_in, model.tokens, model.param[WTE], model.param[WPE], model_documents(model, BT), B, T, C, stream);
     LayerTensors t = model_layer(model, 0, BT);
     add_norm_forward<kMsNorm>(nullptr, t.ln1, t.ln1_mean, t.ln1_rstd, t.resid, nullptr, W(LN1W, 0), W(LN1B, 0), c.eps, BT, C, stream);
 
     for (int l = 0; l < L; l++) {
         NvtxRange layer_range("forward layer " + std::to_string(l));
-        linear_forward(model, t.qkv, t.ln1, model_linear(model, QKVW, l, LN1W), BT);
-        attention_forward(t.atty, t.lse, t.qkv, document, B, T, NH, NH, c.HS(), stream);
-        linear_forward(model, model.scratch_c, t.atty, model_linear(model, ATTPROJW, l), BT);
-        add_norm_forward<kMsNorm>(t.resid_mid, t.ln2, t.ln2_mean, t.ln2_rstd, t.resid, model.scratch_c, W(LN2W, l), W(LN2B, l),
-                                  c.eps, BT, C, stream);
-        linear_act_forward(model, t.fch_gelu, t.fch, t.ln2, model_linear(model, FCW, l, LN2W), BT);
-        linear_forward(model, model.scratch_c, t.fch_gelu, model_linear(model, FCPROJW, l), BT);
+        block_qkv(model, t, l, rows);
+        block_attention(model, t, B, T);
+        block_mid(model, t, l, rows);
+        block_act(model, t, l, rows);
+        linear_forward(model, model.scratch_c, t.fch_gelu, model_linear(model, FCPROJW, l, rows), BT);
 
         // The second residual addition is part of the norm that comes next: ln1 of the next layer, or the final norm.
         if (l + 1 < L) {
@@ -3306,6 +3339,8 @@ void model_backward(Model& model, int B, int T, int buckets, int micro_batch) {
     NvtxRange range("backward");
     const Config& c = model.config;
     const int C = c.C, NH = c.NH, L = c.L, BT = B * T;
+    const Rows rows = {0, BT};
+    const Plan& plan = model.plan;
     const Pass pass = {micro_batch > 0, micro_batch == model.plan.micro_batches - 1};
     cudaStream_t stream = model.stream;
     const int* document = model_documents(model, BT);
@@ -3313,7 +3348,7 @@ void model_backward(Model& model, int B, int T, int buckets, int micro_batch) {
     auto W = [&](int p, int l) { return model_param(model, p, l); };
     auto G = [&](int p, int l) { return l >= 0 ? model_grad(model, p, l) : Grad{}; };
     auto norm_again = [&](int gamma, floatX* out, float* mean, float* rstd, const floatX* inp, int l) {
-        add_norm_forward<false>(nullptr, out, mean, rstd, inp, nullptr, W(gamma, l), W(beta_of(gamma), l), c.eps, BT, C,
+        add_norm_forward<kMsNorm>(nullptr, out, mean, rstd, inp, nullptr, W(gamma, l), W(beta_of(gamma), l), c.eps, BT, C,
                                 stream);
     };
     add_norm_backward<false>(dresid, G(FCPROJB, L - 1), G(LNFW, 0), G(LNFB, 0), model.colsum, model.lnf,
@@ -3328,20 +3363,28 @@ void model_backward(Model& model, int B, int T, int buckets, int micro_batch) {
         const bool act = needs_input(model, FCPROJW), ln2 = needs_input(model, FCW), atty = needs_input(model, ATTPROJW);
         const bool ln1 = needs_input(model, QKVW);
         auto norm = [&](int p, int weight) { return norm_grad(model, p, weight, l); };
-        if (act && !keeps_act(model)) act_forward<0>(t.fch_gelu, nullptr, (const floatX*)t.fch, nullptr, BT, c.FF(), stream);
-        if (!linear_backward(model, d_wide, dresid, act ? t.fch_gelu : nullptr, model_linear(model, FCPROJW, l), BT, pass,
+        if (recomputes_block(plan)) {
+            norm_again(LN1W, t.ln1, t.ln1_mean, t.ln1_rstd, t.resid, l);
+            block_qkv(model, t, l, rows);
+            block_attention(model, t, B, T);
+            block_mid(model, t, l, rows);
+        } else if ((ln2 || recomputes_fc(plan)) && !keeps_norm(model, FCW)) {
+            norm_again(LN2W, t.ln2, t.ln2_mean, t.ln2_rstd, t.resid_mid, l);
+        }
+        if (recomputes_fc(plan)) block_act(model, t, l, rows);
+        else if (act && !keeps_act(model)) act_forward<0>(t.fch_gelu, nullptr, (const floatX*)t.fch, nullptr, BT, c.FF(), stream);
+        if (!linear_backward(model, d_wide, dresid, act ? t.fch_gelu : nullptr, model_linear(model, FCPROJW, l, rows), BT, pass,
                              act_backward_is_fused<kActBits>() ? t.fch : nullptr)) return;
         act_backward<kActBits>(d_wide, G(FCB, l), model.colsum, t.fch, pass.add, BT, c.FF(), stream);
-        if (ln2 && !keeps_norm(model, FCW)) norm_again(LN2W, t.ln2, t.ln2_mean, t.ln2_rstd, t.resid_mid, l);
-        if (!linear_backward(model, d, d_wide, ln2 ? t.ln2 : nullptr, model_linear(model, FCW, l, LN2W), BT, pass)) return;
+        if (!linear_backward(model, d, d_wide, ln2 ? t.ln2 : nullptr, model_linear(model, FCW, l, rows, LN2W), BT, pass)) return;
         add_norm_backward<kMsNorm>(dresid, G(ATTPROJB, l), norm(LN2W, FCW), norm(LN2B, FCW), model.colsum, d,
                                    kMsNorm ? t.ln2 : t.resid_mid, t.ln2_mean, t.ln2_rstd, W(LN2W, l), true, pass.add, BT, C, stream);
 
-        if (!linear_backward(model, d, dresid, atty ? t.atty : nullptr, model_linear(model, ATTPROJW, l), BT, pass)) return;
+        if (!linear_backward(model, d, dresid, atty ? t.atty : nullptr, model_linear(model, ATTPROJW, l, rows), BT, pass)) return;
         attention_backward(d_wide, G(QKVB, l), model.delta, model.colsum, d, t.qkv, t.atty, t.lse, document, pass.add, B, T, NH, NH,
                            c.HS(), stream);
-        if (ln1 && !keeps_norm(model, QKVW)) norm_again(LN1W, t.ln1, t.ln1_mean, t.ln1_rstd, t.resid, l);
-        if (!linear_backward(model, d, d_wide, ln1 ? t.ln1 : nullptr, model_linear(model, QKVW, l, LN1W), BT, pass)) return;
+        if ((ln1 || (kMsNorm && recomputes_block(plan))) && !keeps_norm(model, QKVW)) norm_again(LN1W, t.ln1, t.ln1_mean, t.ln1_rstd, t.resid, l);
+        if (!linear_backward(model, d, d_wide, ln1 ? t.ln1 : nullptr, model_linear(model, QKVW, l, rows, LN1W), BT, pass)) return;
         add_norm_backward<kMsNorm>(dresid, G(FCPROJB, l - 1), norm(LN1W, QKVW), norm(LN1B, QKVW), model.colsum, d,
                                    kMsNorm ? t.ln1 : t.resid, t.ln1_mean, t.ln1_rstd, W(LN1W, l), true, pass.add, BT, C, stream);
     }
@@ -5726,8 +5769,8 @@ void parse_letters(const char* at, std::vector<SizeLetter> letters, const char* 
 const char *USUAL_MODEL = "gpt2:d12", *USUAL_TYPED = "d12";
 const char* MODEL_HELP = "DIR or FILE of a model, d12, gpt2-xl, or a size like gpt2:L4,H4,C128,T64,V257";
 const char* LORA_HELP = "all, or some of q,k,v,o,fc,proj; q,k,v together are PEFT's c_attn";
-const char* RECOMPUTE_HELP = "keep less for backward: 1: GELU, 2: and norms, are computed again";
-constexpr int RECOMPUTE_MOST = 2;
+const char* RECOMPUTE_HELP = "keep less for backward: computed again are 1: GELU, 2: and norms, 3: and what GELU takes, 4: whole blocks";
+constexpr int RECOMPUTE_MOST = 4;
 std::string model_example(int V) { return "gpt2:L4,H4,C128,T64,V" + std::to_string(V); }   // a small size, for messages
 std::string model_sizes(const Config& c) {
     char text[128];
