@@ -975,8 +975,8 @@ attention_forward_kernel(floatX* out, float* lse, const floatX* qkv, AttShape sh
 //     queries     q   dout    k   v        s = a x    dp = b y    dq = scale * sum ds x
 //     keys        k   v       q   dout                            dk = scale * sum ds x    dv = sum p y
 template <int SHARES, bool KEYS> __global__ void __launch_bounds__(ATT_ROWS * SHARES, 1)
-attention_backward_kernel(floatX* dqkv, float* delta, const floatX* dout, const floatX* qkv, const floatX* out, const float* lse,
-                          AttShape shape, AttDocuments documents) {
+attention_backward_kernel(floatX* d, int d_stride, float* delta, const floatX* dout, const floatX* qkv, const floatX* out,
+                          const float* lse, AttShape shape, AttDocuments documents) {
     __shared__ AttTile<SHARES> x_tile, y_tile;
     const AttBlock block = att_block(shape, KEYS ? shape.NKV : shape.NH, ATT_ROWS, !KEYS);   // block.h: of k and v, or of q
     const int T = shape.T, HS = shape.HS, row = block.first + threadIdx.x / SHARES, share = threadIdx.x % SHARES;
@@ -984,7 +984,7 @@ attention_backward_kernel(floatX* dqkv, float* delta, const floatX* dout, const 
     const size_t row_out = shape.out_at(block.b, row, block.h);
     Floats a[ATT_VECS], b[ATT_VECS], sum_x[ATT_VECS] = {}, sum_y[ATT_VECS] = {};
     att_load_row(b, KEYS ? qkv + row_v : dout + row_out, share, HS, row < T);
-    if constexpr (!KEYS) {
+    if (!KEYS && out != nullptr) {   // or delta is there
         att_load_row(a, out + row_out, share, HS, row < T);
         const float delta_row = att_dot<SHARES>(a, b);
         if (row < T && share == 0) delta[shape.lse_at(block.b, block.h, row)] = delta_row;
@@ -1017,8 +1017,9 @@ attention_backward_kernel(floatX* dqkv, float* delta, const floatX* dout, const 
         }
     }
     if (row >= T) return;
-    att_store_row(dqkv + row_a, sum_x, share, HS, shape.scale);
-    if constexpr (KEYS) att_store_row(dqkv + row_v, sum_y, share, HS, 1);
+    d += ((size_t)block.b * T + row) * d_stride + block.h * HS;
+    att_store_row(d, sum_x, share, HS, shape.scale);
+    if constexpr (KEYS) att_store_row(d + shape.NKV * HS, sum_y, share, HS, 1);
 }
 template <int SHARES>
 void attention_forward_launch(floatX* out, float* lse, const floatX* qkv, int B, AttShape shape, AttDocuments documents,
@@ -1027,19 +1028,24 @@ void attention_forward_launch(floatX* out, float* lse, const floatX* qkv, int B,
     attention_forward_kernel<SHARES><<<blocks, ATT_ROWS * SHARES, 0, stream>>>(out, lse, qkv, att_in_groups(shape, heads), documents);
     cudaCheck(cudaGetLastError());
 }
+// Gradients of queries make delta, which those of keys read; or delta is there (out is null), and queries may be overwritten at last.
+struct AttGradients {
+    floatX *dqkv, *dkv;   // (B, T, (NH + 2 NKV)*HS), where dq goes; from a row's dk, its dv being behind it, dkv_stride elements to the next
+    int dkv_stride;
+};
 template <int SHARES>
-void attention_backward_launch(floatX* dqkv, Grad dbias, float* delta, float* scratch, const floatX* dout, const floatX* qkv,
-                               const floatX* out, const float* lse, bool accumulate, int B, AttShape shape, AttDocuments documents,
-                               cudaStream_t stream) {
+void attention_backward_launch(AttGradients to, float* partial, float* delta, const floatX* dout, const floatX* qkv, const floatX* out,
+                               const float* lse, int B, AttShape shape, AttDocuments documents, cudaStream_t stream) {
     int row_blocks = ceil_div(shape.T, ATT_ROWS), heads = B * shape.NH, kv_heads = B * shape.NKV;
-    attention_backward_kernel<SHARES, false><<<heads * row_blocks, ATT_ROWS * SHARES, 0, stream>>>(
-        dqkv, delta, dout, qkv, out, lse, att_in_groups(shape, heads), documents);
-    cudaCheck(cudaGetLastError());
-    attention_backward_kernel<SHARES, true><<<kv_heads * row_blocks, ATT_ROWS * SHARES, 0, stream>>>(
-        dqkv, delta, dout, qkv, out, lse, att_in_groups(shape, kv_heads), documents);
-    cudaCheck(cudaGetLastError());
-    if (dbias.p == nullptr) return;
-    bias_backward(dbias, scratch, dqkv, accumulate, B * shape.T, (shape.NH + 2 * shape.NKV) * shape.HS, stream);
+    for (bool keys : {out == nullptr, out != nullptr}) {
+        if (keys)
+            attention_backward_kernel<SHARES, true><<<kv_heads * row_blocks, ATT_ROWS * SHARES, 0, stream>>>(
+                to.dkv, to.dkv_stride, delta, dout, qkv, out, lse, att_in_groups(shape, kv_heads), documents);
+        else
+            attention_backward_kernel<SHARES, false><<<heads * row_blocks, ATT_ROWS * SHARES, 0, stream>>>(
+                to.dqkv, (int)shape.stride(), delta, dout, qkv, out, lse, att_in_groups(shape, heads), documents);
+        cudaCheck(cudaGetLastError());
+    }
 }
 // ==== end twin
 // ---- activation: GELU
@@ -1915,10 +1921,17 @@ attention_backward_dq_tc_kernel(bf16* dqkv, float* partial, float* delta, const 
     TcRows<HS> q, dout_rows;
     TcSums<HS> dq = {};
     float lse_row[2 * M], delta_row[2 * M] = {};   // of the lane's rows
-    tc_load_rows<HS>(q, out + out_head, shape.NH * HS, first_query, T);   // out needs registers for a moment only: those of q
+    if (out != nullptr) tc_load_rows<HS>(q, out + out_head, shape.NH * HS, first_query, T);   // it needs registers for a moment only: those of q
     tc_load_rows<HS>(dout_rows, dout + out_head, shape.NH * HS, first_query, T);
 #pragma unroll
     for (int r = 0; r < 2 * M; r++) {
+        const int query = first_query + lane_row() + 8 * r;
+        const size_t at = shape.lse_at(block.b, block.h, query);
+        lse_row[r] = query < T ? lse[at] * LOG2E : 0;
+        if (out == nullptr) {
+            delta_row[r] = query < T ? delta[at] : 0;
+            continue;
+        }
 #pragma unroll
         for (int i = r % 2; i < HS / 4; i += 2) {
             const __nv_bfloat162 x = *(const __nv_bfloat162*)&q[i / 8][r / 2][i / 4 % 2][i % 4];
@@ -1926,9 +1939,6 @@ attention_backward_dq_tc_kernel(bf16* dqkv, float* partial, float* delta, const 
             delta_row[r] += (float)x.x * (float)y.x + (float)x.y * (float)y.y;
         }
         delta_row[r] = neighbours_sum<4>(delta_row[r]);
-        const int query = first_query + lane_row() + 8 * r;
-        const size_t at = shape.lse_at(block.b, block.h, query);
-        lse_row[r] = query < T ? lse[at] * LOG2E : 0;
         if (lane_col() == 0 && query < T) delta[at] = delta_row[r];   // for the kernel below
     }
     tc_load_rows<HS>(q, qkv + q_head, stride, first_query, T);
@@ -1967,7 +1977,7 @@ attention_backward_dq_tc_kernel(bf16* dqkv, float* partial, float* delta, const 
 
 // Backward by rows of keys: dk, dv and their sums over rows. All is transposed: s^T = k q^T, dv = p^T dout, dk = scale * ds^T q.
 template <int HS, bool DOCS> __global__ void __launch_bounds__(TC_THREADS, 2)
-attention_backward_dkv_tc_kernel(bf16* dqkv, float* partial, const bf16* dout, const bf16* qkv, const float* lse,
+attention_backward_dkv_tc_kernel(bf16* dkv, int dkv_stride, float* partial, const bf16* dout, const bf16* qkv, const float* lse,
                                  const float* delta, AttShape shape, AttDocuments documents) {
     extern __shared__ __align__(128) bf16 tc_tiles[];      // two stages of a tile of q and one of dout; v
     __shared__ float2 row_statistics[2][2][TC_ROWS / 2];   // of each stage: lse and delta of its queries, by twos
@@ -2035,9 +2045,9 @@ attention_backward_dkv_tc_kernel(bf16* dqkv, float* partial, const bf16* dout, c
                 tc_add<HS>(dk, ds, read, q_tile, j);
             }
         }
-    bf16* dk_head = dqkv + shape.qkv_at(block.b, 0, shape.NH + block.h);
-    tc_store<HS>(dk_head, stride, dk, first_key(), T, shape.scale);
-    tc_store<HS>(dk_head + to_v, stride, dv, first_key(), T, 1);
+    bf16* dk_head = dkv + (size_t)block.b * T * dkv_stride + block.h * HS;
+    tc_store<HS>(dk_head, dkv_stride, dk, first_key(), T, shape.scale);
+    tc_store<HS>(dk_head + to_v, dkv_stride, dv, first_key(), T, 1);
     if (partial == nullptr) return;
     partial += (size_t)(block.b * block.row_blocks + block.first / TC_BLOCK<HS>) * stride + (shape.NH + block.h) * HS;
     __syncthreads();   // no thread reads tiles any more
@@ -2059,21 +2069,20 @@ void attention_forward_tc(floatX* out, float* lse, const floatX* qkv, int B, Att
     cudaCheck(cudaGetLastError());
 }
 template <int HS, bool DOCS>
-void attention_backward_tc(floatX* dqkv, Grad dbias, float* delta, float* scratch, const floatX* dout, const floatX* qkv,
-                           const floatX* out, const float* lse, bool accumulate, int B, AttShape shape, AttDocuments documents,
-                           cudaStream_t stream) {
+void attention_backward_tc(AttGradients to, float* partial, float* delta, const floatX* dout, const floatX* qkv, const floatX* out,
+                           const float* lse, int B, AttShape shape, AttDocuments documents, cudaStream_t stream) {
     static int dq_bytes = tc_shared_bytes(attention_backward_dq_tc_kernel<HS, DOCS>, 4 * TC_TILE<HS>);
     static int dkv_bytes = tc_shared_bytes(attention_backward_dkv_tc_kernel<HS, DOCS>, (4 + TC_M<HS>) * TC_TILE<HS>);
     int row_blocks = ceil_div(shape.T, TC_BLOCK<HS>), heads = B * shape.NH, kv_heads = B * shape.NKV;
-    float* partial = dbias.p != nullptr ? scratch : nullptr;
-    attention_backward_dq_tc_kernel<HS, DOCS><<<heads * row_blocks, TC_THREADS, dq_bytes, stream>>>(
-        dqkv, partial, delta, dout, qkv, out, lse, att_in_groups(shape, heads), documents);
-    cudaCheck(cudaGetLastError());
-    attention_backward_dkv_tc_kernel<HS, DOCS><<<kv_heads * row_blocks, TC_THREADS, dkv_bytes, stream>>>(
-        dqkv, partial, dout, qkv, lse, delta, att_in_groups(shape, kv_heads), documents);
-    cudaCheck(cudaGetLastError());
-    if (partial == nullptr) return;
-    colsum_finish({dbias}, 1, partial, B * row_blocks, (shape.NH + 2 * shape.NKV) * shape.HS, accumulate, stream);
+    for (bool keys : {out == nullptr, out != nullptr}) {
+        if (keys)
+            attention_backward_dkv_tc_kernel<HS, DOCS><<<kv_heads * row_blocks, TC_THREADS, dkv_bytes, stream>>>(
+                to.dkv, to.dkv_stride, partial, dout, qkv, lse, delta, att_in_groups(shape, kv_heads), documents);
+        else
+            attention_backward_dq_tc_kernel<HS, DOCS><<<heads * row_blocks, TC_THREADS, dq_bytes, stream>>>(
+                to.dqkv, partial, delta, dout, qkv, out, lse, att_in_groups(shape, heads), documents);
+        cudaCheck(cudaGetLastError());
+    }
 }
 
 AttShape att_shape(int T, int NH, int NKV, int HS) {
@@ -2105,19 +2114,56 @@ void attention_forward(floatX* out,        // (B, T, NH*HS)
 inline size_t attention_scratch(size_t B, size_t T, size_t NH, size_t NKV, size_t HS) {   // floats that backward takes for dbias
     return std::max((size_t)COLSUM_SLICES, B * ceil_div(T, 64)) * (NH + 2 * NKV) * HS;
 }
-void attention_backward(floatX* dqkv,                               // (B, T, (NH + 2 NKV)*HS)
+// delta = row sums of dout * out, of each head; and dout takes the place of out.
+__global__ void attention_delta_kernel(floatX* out, float* delta, const floatX* dout, size_t first, size_t heads, int T, int NH, int HS, int lanes) {
+    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, head = i / lanes;
+    const int c = (int)(i % lanes) * VEC;
+    const bool exists = head < heads && c < HS;
+    float sum = 0;
+    if (exists) {
+        Floats x = load(out + head * HS + c);
+        const Floats d = load(dout + head * HS + c);
+        x *= d;
+        for (int k = 0; k < VEC; k++) sum += x[k];
+        store(out + head * HS + c, d);
+    }
+    for (int o = lanes / 2; o > 0; o /= 2) sum += __shfl_xor_sync(ALL_LANES, sum, o);
+    const size_t row = first + head / NH;
+    if (exists && c == 0) delta[(row / T * NH + head % NH) * T + row % T] = sum;
+}
+void attention_delta(floatX* out,          // (rows, NH*HS) in: attention's output, out: dout
+                     float* delta,         // (B, NH, T), of which those of these rows are written
+                     const floatX* dout,   // (rows, NH*HS)
+                     size_t first, int rows, int T, int NH, int HS, cudaStream_t stream) {   // first: these rows' number in B*T
+    int lanes = 1;
+    while (lanes * VEC < HS) lanes *= 2;
+    const size_t heads = (size_t)rows * NH;
+    attention_delta_kernel<<<ceil_div(heads * lanes, 256), 256, 0, stream>>>(out, delta, dout, first, heads, T, NH, HS, lanes);
+    cudaCheck(cudaGetLastError());
+}
+void attention_backward(floatX* dqkv,                               // (B, T, (NH + 2 NKV)*HS); may be qkv, if dkv is there
+                        floatX* dkv,                                // (B, T, 2 NKV*HS) on the way there, or null: not needed
                         Grad dbias,                                 // ((NH + 2 NKV)*HS) column sums of dqkv; null: not wanted
                         float* delta, float* scratch,               // (B, NH, T); for dbias attention_scratch(B, T, NH, NKV, HS) floats
                         const floatX* dout, const floatX* qkv,      // (B, T, NH*HS), as dqkv
-                        const floatX* out, const float* lse,        // (B, T, NH*HS), (B, NH, T)
+                        const floatX* out, const float* lse,        // (B, T, NH*HS) or null: attention_delta was called; (B, NH, T)
                         const int* document,                        // (B, T) as in AttDocuments, or null
                         bool accumulate, int B, int T, int NH, int NKV, int HS, cudaStream_t stream) {
     auto run = HS <= 32 ? attention_backward_launch<1> : HS <= 64 ? attention_backward_launch<2> : attention_backward_launch<4>;
+    int rows = 0;   // of the partial sums of dbias; 0: the kernel makes none
     if constexpr (!kFP32) {
-        if (HS == 64) run = document ? attention_backward_tc<64, true> : attention_backward_tc<64, false>;
-        if (HS == 128) run = document ? attention_backward_tc<128, true> : attention_backward_tc<128, false>;
+        if (HS == 64) run = document ? attention_backward_tc<64, true> : attention_backward_tc<64, false>, rows = TC_BLOCK<64>;
+        if (HS == 128) run = document ? attention_backward_tc<128, true> : attention_backward_tc<128, false>, rows = TC_BLOCK<128>;
     }
-    run(dqkv, dbias, delta, scratch, dout, qkv, out, lse, accumulate, B, att_shape(T, NH, NKV, HS), {document}, stream);
+    const int columns = (NH + 2 * NKV) * HS, keys = 2 * NKV * HS;
+    const AttGradients to = {dqkv, dkv ? dkv : dqkv + NH * HS, dkv ? keys : columns};
+    run(to, dbias.p && rows ? scratch : nullptr, delta, dout, qkv, out, lse, B, att_shape(T, NH, NKV, HS), {document}, stream);
+    if (dkv != nullptr)
+        cudaCheck(cudaMemcpy2DAsync(dqkv + NH * HS, columns * sizeof(floatX), dkv, keys * sizeof(floatX), keys * sizeof(floatX),
+                                    (size_t)B * T, cudaMemcpyDeviceToDevice, stream));
+    if (dbias.p == nullptr) return;
+    if (rows) colsum_finish({dbias}, 1, scratch, B * ceil_div(T, rows), columns, accumulate, stream);
+    else bias_backward(dbias, scratch, dqkv, accumulate, B * T, columns, stream);
 }
 
 // ==== 5. optimizer ===============================================================================================================
@@ -2609,6 +2655,7 @@ struct Plan {
     int recompute;        // 0: keep all; 1: compute GELU again in backward; 2: the norms as well
     bool master;          // fp32 copies of bf16 weights
     int chunk_rows;       // rows of logits that exist at a time; 0: all
+    int rows;             // of B*T that a block works on at a time; 0: all
     size_t workspace;     // bytes for cuBLASLt; 0: what this model can use
     unsigned frozen;      // bit p: parameter p is not trained, and has neither gradient nor optimizer state
     bool nf4, nested;     // the weights of the blocks are in 4 bits; their absmax in 8
@@ -2632,6 +2679,11 @@ inline int loss_auto_rows(size_t rows, int Vp, size_t bytes) {
 }
 inline size_t plan_chunk_rows(const Plan& p) {
     return std::min((size_t)p.B * p.T, p.chunk_rows ? (size_t)p.chunk_rows : SIZE_MAX);
+}
+inline bool in_chunks(const Plan& p) { return p.rows > 0 && (size_t)p.rows < (size_t)p.B * p.T; }
+// The shape of a buffer that holds rows of a chunk
+std::vector<size_t> chunk_shape(const Plan& p, size_t columns) {
+    return in_chunks(p) ? std::vector<size_t>{(size_t)p.rows, columns} : std::vector<size_t>{(size_t)p.B, (size_t)p.T, columns};
 }
 
 // ==== end twin
@@ -2779,7 +2831,7 @@ Nf4Sizes nf4_sizes(const Config& c, int p) {
             n.blocks += nf4_blocks(t.rows * param_shape(c, p).cols), n.nested += nf4_nested(t.rows * param_shape(c, p).cols);
     return n;
 }
-const char *SMALLER = "a smaller model (-e)", *BATCH = "--batch (halving it halves this; --total-batch keeps the step's size)";
+const char *SMALLER = "a smaller model (-e)", *CHUNKS = "--row-chunks", *BATCH = "--batch (halving it halves this; --total-batch keeps the step's size)";
 template <class X>
 void table_add(Table& table, const std::string& name, X** where, DType dtype, std::vector<size_t> shape, Kind kind, Scope scope,
                const char* shrink, const char* alias_of = "") {
@@ -2819,7 +2871,7 @@ void table_add_params(Table& table, Model& model) {
     if (plan.nf4) table_add(table, "nf4_tables", &model.nf4_tables, F32, {NF4_TABLES}, PARAM, MODEL, SMALLER);
     for (int p : model_trained(model)) {
         // the head's gradient is a sum over chunks of the loss in any case
-        model.grad[p].type = plan.micro_batches > 1 || p == head_param(c) ? F32 : FLOATX;
+        model.grad[p].type = plan.micro_batches > 1 || in_chunks(plan) || p == head_param(c) ? F32 : FLOATX;
         add("d_", p, &model.grad[p].p, model.grad[p].type, false, GRAD,
             plan.micro_batches > 1 ? "one micro-batch a step (--total-batch)" : SMALLER);
         add("m_", p, &model.m[p], F32, true, OPTIMIZER, "--zero 1 on several GPUs");
@@ -2849,8 +2901,8 @@ void table_add_adapters(Table& table, Model& model) {
             table_add(table, std::string(base_shape(c, LINEAR[i]).name) + "_t", &model.kept_t[i], FLOATX,
                       {(size_t)c.L, B, T, param_shape(c, LORA_A + i).rows}, SAVED, LAYER, "--lora");
     if (ranks == 0) return;
-    table_add(table, "lora_t", &model.lora_t, FLOATX, {B, T, ranks}, SCRATCH, MODEL, BATCH);
-    if (plan.training) table_add(table, "lora_dt", &model.lora_dt, FLOATX, {B, T, ranks}, SCRATCH, MODEL, BATCH);
+    table_add(table, "lora_t", &model.lora_t, FLOATX, chunk_shape(plan, ranks), SCRATCH, MODEL, BATCH);
+    if (plan.training) table_add(table, "lora_dt", &model.lora_dt, FLOATX, chunk_shape(plan, ranks), SCRATCH, MODEL, BATCH);
     if (kMsNorm && folded > 0) {
         const size_t C = c.C;
         table_add(table, "lora_fold", &model.lora_fold, FLOATX, {folded, C}, SCRATCH, MODEL, "--lora");
@@ -2861,7 +2913,7 @@ void table_add_adapters(Table& table, Model& model) {
         if (plan.training) table_add(table, "lora_G", &model.lora_G, F32, {folded, C}, SCRATCH, MODEL, "--lora");
     }
     if (plan.training && plan.dropout > 0)
-        table_add(table, "dropped", &model.dropped, FLOATX, {B, T, input}, SCRATCH, MODEL, "--lora-dropout 0");
+        table_add(table, "dropped", &model.dropped, FLOATX, chunk_shape(plan, input), SCRATCH, MODEL, "--lora-dropout 0");
 }
 // What every model needs besides its blocks. The workspace comes last: model_allocate counts on it.
 void table_add_rest(Table& table, Model& model, size_t colsum) {
@@ -3095,6 +3147,10 @@ struct Linear {
 };
 // Rows [first, first + count) of B*T: those that are worked on at a time. All of a block but attention works row by row.
 struct Rows { int first, count; };
+template <class F> void for_rows(const Plan& plan, int BT, const F& f) {
+    const int each = in_chunks(plan) ? plan.rows : BT;
+    for (int r = 0; r < BT; r += each) f(Rows{r, std::min(each, BT - r)});
+}
 Linear model_linear(const Model& model, int weight, int l, Rows rows, int norm = -1) {   // norm: the gamma of the norm before it
     const ParamShape s = param_shape(model.config, weight);
     const int bias = bias_of(model.config, weight), index = linear_index(weight);
@@ -5615,7 +5671,7 @@ void catch_signals() {
 
 // ---- the command line: one table for parsing, for messages, for --help, and for what a state file keeps of it
 enum ValueType { INTEGER, REAL, TEXT, ESTIMATE, HELP, BUILD };   // BUILD: a flag of the build, which is in the table to be kept
-constexpr int LORA_SLOT = 18;   // the first slot of an option about adapters
+constexpr int LORA_SLOT = 18, LORA_SLOTS = 7;   // slots of options about adapters
 struct Option {
     const char *name, *alias;   // long; llm.c's, or ""
     ValueType type;
@@ -5851,7 +5907,7 @@ struct Settings {
     int64_t lora = 0, freeze_a = 0, train_norms = 0, base = 0, double_quant = 1, embedding_on = -1;
     double lora_alpha = 0, lora_dropout = 0;
     int64_t B = 4, T = 1024, total_batch = 0, steps = -1, schedule = COSINE, warmup = 0, seed = 1337;
-    int64_t recompute = 1, master = 1, loss_chunks = 0, workspace = 0, tf32 = 1, zero = 0;
+    int64_t recompute = 1, row_chunks = 0, master = 1, loss_chunks = 0, workspace = 0, tf32 = 1, zero = 0;
     int64_t val_every = 20, val_batches = 20, sample_every = 20, sample_tokens = 64, top_k = 40, overfit = 0;
     int64_t checkpoint_every = -1, keep = 0, resume = 0, save_dtype = 0;   // -1: at the end alone
     int64_t act_bits = kActBits, ms_norm = kMsNorm, fp32 = kFP32;   // the build's
@@ -5882,6 +5938,8 @@ std::vector<Option> settings_options(Settings& s) {
         {"skip-grad-z", "-sg", REAL, &s.skip_grad_z, 0, 1e30, "0", "the same for the gradient's norm", 8},
         {"seed", "", INTEGER, &s.seed, 0, BIG, "1337", "of weights, data order, rounding and samples"},
         {"recompute", "-r", INTEGER, &s.recompute, 0, RECOMPUTE_MOST, "1", RECOMPUTE_HELP},
+        {"row-chunks", "", INTEGER, &s.row_chunks, 1, BIG, "auto", "parts of B*T that a block works on, but attention; auto: with -r 4, 256 MiB", 25,
+         {"auto"}},
         {"master-weights", "-w", INTEGER, &s.master, 0, 1, "1", "fp32 copies of bf16 weights; 0: stochastic rounding instead"},
         {"loss-chunks", "", INTEGER, &s.loss_chunks, 1, BIG, "auto", "parts of the logits; auto: 1 GiB, or 256 MiB, each", 11, {"auto"}},
         {"workspace", "", INTEGER, &s.workspace, 1, 1 << 20, "auto", "MiB for cuBLASLt; auto: what it can use, up to 64", -1, {"auto"}},
@@ -5985,10 +6043,11 @@ std::vector<double> settings_kept(Run& run) {
     run.s.B = run.model.plan.B;
     run.s.total_batch = run.step_tokens();
     run.s.loss_chunks = ceil_div(run.BT(), plan_chunk_rows(run.model.plan));
+    run.s.row_chunks = in_chunks(run.model.plan) ? ceil_div(run.BT(), run.model.plan.rows) : 1;
     run.s.tf32 = kFP32 && run.s.tf32;
     run.s.lora = run.model.config.lora.rank > 0 ? run.rank() : 0;
     run.s.base = run.model.plan.nf4, run.s.double_quant = !run.model.plan.nf4 || run.model.plan.nested;
-    std::vector<double> kept(25);
+    std::vector<double> kept(26);
     for (const Option& o : options)
         if (o.slot >= 0) kept[o.slot] = o.number();
     return kept;
@@ -6037,7 +6096,7 @@ void pick_adapter(Run& run) {
     const StateHeader was = continues ? state_peek(run.resumed) : StateHeader{};
     run.model.seed = continues ? was.seed : s.seed;   // from which a model that stands in no file is drawn again
     for (Option& o : options) {   // the run to resume goes on as it was, but for what an adapter can be trained with
-        if (o.slot < LORA_SLOT || o.slot >= std::min(was.settings, (int)std::size(was.setting))) continue;
+        if (o.slot < LORA_SLOT || o.slot >= std::min({was.settings, (int)std::size(was.setting), LORA_SLOT + LORA_SLOTS})) continue;
         const bool stays = o.value != &s.lora_dropout && o.value != &s.base && o.value != &s.double_quant;
         if (!given(o.name)) o.set(was.setting[o.slot]);
         else if (stays && o.number() != was.setting[o.slot])
@@ -6228,6 +6287,12 @@ void choose_plan(Run& run, size_t data_batch) {
         if (s.loss_chunks) plan.chunk_rows = loss_chunk_rows(rows, std::min<size_t>(rows, s.loss_chunks));
         else if (B == was.B && was.chunk_rows > 0) plan.chunk_rows = was.chunk_rows;
         else plan.chunk_rows = loss_auto_rows(rows, run.model.config.Vp, chunk_bytes);
+        plan.rows = s.row_chunks ? loss_chunk_rows(rows, std::min<size_t>(rows, s.row_chunks)) : 0;
+        if (!s.row_chunks && plan.training && recomputes_block(plan)) {   // auto
+            size_t scratch = 0;
+            for (const Row& r : model_table(run.model)) scratch += r.shrink == CHUNKS ? r.bytes() : 0;
+            plan.rows = loss_chunk_rows(rows, ceil_div(scratch, SMALL_CHUNK_BYTES));
+        }
         size_t need = 0;
         for (const Row& r : model_table(run.model)) need += r.bytes() < page / 2 ? r.bytes() : (r.bytes() + page - 1) / page * page;
         return run.free_bytes == 0 || need <= run.free_bytes - run.free_bytes / 32;   // libraries load kernels when first called
@@ -6249,6 +6314,7 @@ void choose_plan(Run& run, size_t data_batch) {
     if (micro_batches(B) == 0)
         bad_option("total-batch", "expected a multiple of batch * seq-len * GPUs = %lld * %lld * %d = %lld", (long long)B, (long long)s.T,
                    world.size, (long long)BT * world.size);
+    if (s.row_chunks > BT) bad_option("row-chunks", "a micro-batch has %lld rows, so expected at most that", (long long)BT);
     if (s.loss_chunks > BT) bad_option("loss-chunks", "a micro-batch has %lld rows, so expected at most that", (long long)BT);
     if (!fits(B, CHUNK_BYTES)) fits(B, SMALL_CHUNK_BYTES);
 }

@@ -980,8 +980,8 @@ attention_forward_kernel(floatX* out, float* lse, const floatX* qkv, AttShape sh
 //     queries     q   dout    k   v        s = a x    dp = b y    dq = scale * sum ds x
 //     keys        k   v       q   dout                            dk = scale * sum ds x    dv = sum p y
 template <int SHARES, bool KEYS> __global__ void __launch_bounds__(ATT_ROWS * SHARES, 1)
-attention_backward_kernel(floatX* dqkv, float* delta, const floatX* dout, const floatX* qkv, const floatX* out, const float* lse,
-                          AttShape shape, AttDocuments documents) {
+attention_backward_kernel(floatX* d, int d_stride, float* delta, const floatX* dout, const floatX* qkv, const floatX* out,
+                          const float* lse, AttShape shape, AttDocuments documents) {
     __shared__ AttTile<SHARES> x_tile, y_tile;
     const AttBlock block = att_block(shape, KEYS ? shape.NKV : shape.NH, ATT_ROWS, !KEYS);   // block.h: of k and v, or of q
     const int T = shape.T, HS = shape.HS, row = block.first + threadIdx.x / SHARES, share = threadIdx.x % SHARES;
@@ -989,7 +989,7 @@ attention_backward_kernel(floatX* dqkv, float* delta, const floatX* dout, const 
     const size_t row_out = shape.out_at(block.b, row, block.h);
     Floats a[ATT_VECS], b[ATT_VECS], sum_x[ATT_VECS] = {}, sum_y[ATT_VECS] = {};
     att_load_row(b, KEYS ? qkv + row_v : dout + row_out, share, HS, row < T);
-    if constexpr (!KEYS) {
+    if (!KEYS && out != nullptr) {   // or delta is there
         att_load_row(a, out + row_out, share, HS, row < T);
         const float delta_row = att_dot<SHARES>(a, b);
         if (row < T && share == 0) delta[shape.lse_at(block.b, block.h, row)] = delta_row;
@@ -1022,8 +1022,9 @@ attention_backward_kernel(floatX* dqkv, float* delta, const floatX* dout, const 
         }
     }
     if (row >= T) return;
-    att_store_row(dqkv + row_a, sum_x, share, HS, shape.scale);
-    if constexpr (KEYS) att_store_row(dqkv + row_v, sum_y, share, HS, 1);
+    d += ((size_t)block.b * T + row) * d_stride + block.h * HS;
+    att_store_row(d, sum_x, share, HS, shape.scale);
+    if constexpr (KEYS) att_store_row(d + shape.NKV * HS, sum_y, share, HS, 1);
 }
 template <int SHARES>
 void attention_forward_launch(floatX* out, float* lse, const floatX* qkv, int B, AttShape shape, AttDocuments documents,
@@ -1032,19 +1033,24 @@ void attention_forward_launch(floatX* out, float* lse, const floatX* qkv, int B,
     attention_forward_kernel<SHARES><<<blocks, ATT_ROWS * SHARES, 0, stream>>>(out, lse, qkv, att_in_groups(shape, heads), documents);
     cudaCheck(cudaGetLastError());
 }
+// Gradients of queries make delta, which those of keys read; or delta is there (out is null), and queries may be overwritten at last.
+struct AttGradients {
+    floatX *dqkv, *dkv;   // (B, T, (NH + 2 NKV)*HS), where dq goes; from a row's dk, its dv being behind it, dkv_stride elements to the next
+    int dkv_stride;
+};
 template <int SHARES>
-void attention_backward_launch(floatX* dqkv, Grad dbias, float* delta, float* scratch, const floatX* dout, const floatX* qkv,
-                               const floatX* out, const float* lse, bool accumulate, int B, AttShape shape, AttDocuments documents,
-                               cudaStream_t stream) {
+void attention_backward_launch(AttGradients to, float* partial, float* delta, const floatX* dout, const floatX* qkv, const floatX* out,
+                               const float* lse, int B, AttShape shape, AttDocuments documents, cudaStream_t stream) {
     int row_blocks = ceil_div(shape.T, ATT_ROWS), heads = B * shape.NH, kv_heads = B * shape.NKV;
-    attention_backward_kernel<SHARES, false><<<heads * row_blocks, ATT_ROWS * SHARES, 0, stream>>>(
-        dqkv, delta, dout, qkv, out, lse, att_in_groups(shape, heads), documents);
-    cudaCheck(cudaGetLastError());
-    attention_backward_kernel<SHARES, true><<<kv_heads * row_blocks, ATT_ROWS * SHARES, 0, stream>>>(
-        dqkv, delta, dout, qkv, out, lse, att_in_groups(shape, kv_heads), documents);
-    cudaCheck(cudaGetLastError());
-    if (dbias.p == nullptr) return;
-    bias_backward(dbias, scratch, dqkv, accumulate, B * shape.T, (shape.NH + 2 * shape.NKV) * shape.HS, stream);
+    for (bool keys : {out == nullptr, out != nullptr}) {
+        if (keys)
+            attention_backward_kernel<SHARES, true><<<kv_heads * row_blocks, ATT_ROWS * SHARES, 0, stream>>>(
+                to.dkv, to.dkv_stride, delta, dout, qkv, out, lse, att_in_groups(shape, kv_heads), documents);
+        else
+            attention_backward_kernel<SHARES, false><<<heads * row_blocks, ATT_ROWS * SHARES, 0, stream>>>(
+                to.dqkv, (int)shape.stride(), delta, dout, qkv, out, lse, att_in_groups(shape, heads), documents);
+        cudaCheck(cudaGetLastError());
+    }
 }
 // ==== end twin
 // ---- positions: RoPE, and Qwen3's norm of each head
@@ -1095,9 +1101,9 @@ std::vector<float2> rope_table(const Rope& r, int T, int HS) {
 template <int PAIRS> struct alignas(PAIRS * sizeof(floatX) < 16 ? PAIRS * sizeof(floatX) : 16) HalfHead { floatX x[PAIRS]; };
 template <int PAIRS> struct alignas(16) HalfAngles { float2 x[PAIRS]; };
 struct RopeShape {
-    int T, NH, NKV, HS, lanes;
+    int first, T, NH, NKV, HS, lanes;   // first: which of B*T the first row is
     const int* document;   // (B, T) where a row's document begins, and positions with it; null: at 0
-    __device__ size_t position(size_t row) const { return row % T - (document != nullptr ? document[row] : 0); }
+    __device__ size_t position(size_t row) const { return (first + row) % T - (document != nullptr ? document[first + row] : 0); }
     __host__ __device__ int stride() const { return (NH + 2 * NKV) * HS; }   // of a row of qkv
 };
 template <int PAIRS> struct Pairs {
@@ -1200,11 +1206,11 @@ __global__ void __launch_bounds__(256) qk_norm_rope_backward_kernel(floatX* d, f
     }
 }
 
-RopeShape rope_shape(const int* document, int T, int NH, int NKV, int HS) {
+RopeShape rope_shape(const int* document, int first, int T, int NH, int NKV, int HS) {
     if (HS < 8 || HS > 128 || HS % 8 != 0) fail("RoPE: a head has %d channels: expected a multiple of 8, up to 128", HS);
     int lanes = 1;
     while (lanes * (HS % 16 == 0 ? 8 : 4) < HS / 2) lanes *= 2;
-    return {T, NH, NKV, HS, lanes, document};
+    return {first, T, NH, NKV, HS, lanes, document};
 }
 template <int PAIRS>
 void rope_forward_launch(floatX* out, const floatX* qkv, const floatX* q_gamma, const floatX* k_gamma, const float2* angles, float eps,
@@ -1230,25 +1236,25 @@ void rope_backward_launch(floatX* d, const Grad (&dgamma)[2], float* scratch, co
     }
 }
 // What attention reads, from the matmul's output: heads of q and k turned, in place; or with norms of these, into another tensor.
-void rope_forward(floatX* out, const floatX* qkv,                   // (B, T, QKV) each: the same, or with norms not the same
+void rope_forward(floatX* out, const floatX* qkv,                   // (rows, QKV) each: the same, or with norms not the same
                   const floatX* q_gamma, const floatX* k_gamma,     // (HS) each, or null: no norms
                   const float2* angles, float eps,                  // (T, HS/2)
                   const int* document,                              // (B, T) as in RopeShape, or null
-                  int B, int T, int NH, int NKV, int HS, cudaStream_t stream) {
+                  int first, int rows, int T, int NH, int NKV, int HS, cudaStream_t stream) {   // first: of B*T
     if ((out == qkv) != (q_gamma == nullptr)) fail("rope_forward: without norms it works in place, with norms it does not");
-    const RopeShape shape = rope_shape(document, T, NH, NKV, HS);
+    const RopeShape shape = rope_shape(document, first, T, NH, NKV, HS);
     auto run = HS % 16 == 0 ? rope_forward_launch<8> : rope_forward_launch<4>;
-    run(out, qkv, q_gamma, k_gamma, angles, eps, (size_t)B * T, shape, stream);
+    run(out, qkv, q_gamma, k_gamma, angles, eps, rows, shape, stream);
 }
 // From the gradient of what attention has read to that of the matmul's output, in place.
-void rope_backward(floatX* d,                                       // (B, T, QKV)
+void rope_backward(floatX* d,                                       // (rows, QKV)
                    Grad dq_gamma, Grad dk_gamma, float* scratch,    // (HS) each or null; NORM_SLICES * HS floats
-                   const floatX* qkv,                               // (B, T, QKV), the matmul's output; not read without norms
+                   const floatX* qkv,                               // (rows, QKV), the matmul's output; not read without norms
                    const floatX* q_gamma, const floatX* k_gamma, const float2* angles, float eps, const int* document,
-                   bool accumulate, int B, int T, int NH, int NKV, int HS, cudaStream_t stream) {
-    const RopeShape shape = rope_shape(document, T, NH, NKV, HS);
+                   bool accumulate, int first, int rows, int T, int NH, int NKV, int HS, cudaStream_t stream) {
+    const RopeShape shape = rope_shape(document, first, T, NH, NKV, HS);
     auto run = HS % 16 == 0 ? rope_backward_launch<8> : rope_backward_launch<4>;
-    run(d, {dq_gamma, dk_gamma}, scratch, qkv, {q_gamma, k_gamma}, angles, eps, accumulate, (size_t)B * T, shape, stream);
+    run(d, {dq_gamma, dk_gamma}, scratch, qkv, {q_gamma, k_gamma}, angles, eps, accumulate, rows, shape, stream);
 }
 
 // ---- activation: SwiGLU
@@ -2090,10 +2096,17 @@ attention_backward_dq_tc_kernel(bf16* dqkv, float* partial, float* delta, const 
     TcRows<HS> q, dout_rows;
     TcSums<HS> dq = {};
     float lse_row[2 * M], delta_row[2 * M] = {};   // of the lane's rows
-    tc_load_rows<HS>(q, out + out_head, shape.NH * HS, first_query, T);   // out needs registers for a moment only: those of q
+    if (out != nullptr) tc_load_rows<HS>(q, out + out_head, shape.NH * HS, first_query, T);   // it needs registers for a moment only: those of q
     tc_load_rows<HS>(dout_rows, dout + out_head, shape.NH * HS, first_query, T);
 #pragma unroll
     for (int r = 0; r < 2 * M; r++) {
+        const int query = first_query + lane_row() + 8 * r;
+        const size_t at = shape.lse_at(block.b, block.h, query);
+        lse_row[r] = query < T ? lse[at] * LOG2E : 0;
+        if (out == nullptr) {
+            delta_row[r] = query < T ? delta[at] : 0;
+            continue;
+        }
 #pragma unroll
         for (int i = r % 2; i < HS / 4; i += 2) {
             const __nv_bfloat162 x = *(const __nv_bfloat162*)&q[i / 8][r / 2][i / 4 % 2][i % 4];
@@ -2101,9 +2114,6 @@ attention_backward_dq_tc_kernel(bf16* dqkv, float* partial, float* delta, const 
             delta_row[r] += (float)x.x * (float)y.x + (float)x.y * (float)y.y;
         }
         delta_row[r] = neighbours_sum<4>(delta_row[r]);
-        const int query = first_query + lane_row() + 8 * r;
-        const size_t at = shape.lse_at(block.b, block.h, query);
-        lse_row[r] = query < T ? lse[at] * LOG2E : 0;
         if (lane_col() == 0 && query < T) delta[at] = delta_row[r];   // for the kernel below
     }
     tc_load_rows<HS>(q, qkv + q_head, stride, first_query, T);
@@ -2142,7 +2152,7 @@ attention_backward_dq_tc_kernel(bf16* dqkv, float* partial, float* delta, const 
 
 // Backward by rows of keys: dk, dv and their sums over rows. All is transposed: s^T = k q^T, dv = p^T dout, dk = scale * ds^T q.
 template <int HS, bool DOCS> __global__ void __launch_bounds__(TC_THREADS, 2)
-attention_backward_dkv_tc_kernel(bf16* dqkv, float* partial, const bf16* dout, const bf16* qkv, const float* lse,
+attention_backward_dkv_tc_kernel(bf16* dkv, int dkv_stride, float* partial, const bf16* dout, const bf16* qkv, const float* lse,
                                  const float* delta, AttShape shape, AttDocuments documents) {
     extern __shared__ __align__(128) bf16 tc_tiles[];      // two stages of a tile of q and one of dout; v
     __shared__ float2 row_statistics[2][2][TC_ROWS / 2];   // of each stage: lse and delta of its queries, by twos
@@ -2210,9 +2220,9 @@ attention_backward_dkv_tc_kernel(bf16* dqkv, float* partial, const bf16* dout, c
                 tc_add<HS>(dk, ds, read, q_tile, j);
             }
         }
-    bf16* dk_head = dqkv + shape.qkv_at(block.b, 0, shape.NH + block.h);
-    tc_store<HS>(dk_head, stride, dk, first_key(), T, shape.scale);
-    tc_store<HS>(dk_head + to_v, stride, dv, first_key(), T, 1);
+    bf16* dk_head = dkv + (size_t)block.b * T * dkv_stride + block.h * HS;
+    tc_store<HS>(dk_head, dkv_stride, dk, first_key(), T, shape.scale);
+    tc_store<HS>(dk_head + to_v, dkv_stride, dv, first_key(), T, 1);
     if (partial == nullptr) return;
     partial += (size_t)(block.b * block.row_blocks + block.first / TC_BLOCK<HS>) * stride + (shape.NH + block.h) * HS;
     __syncthreads();   // no thread reads tiles any more
@@ -2234,21 +2244,20 @@ void attention_forward_tc(floatX* out, float* lse, const floatX* qkv, int B, Att
     cudaCheck(cudaGetLastError());
 }
 template <int HS, bool DOCS>
-void attention_backward_tc(floatX* dqkv, Grad dbias, float* delta, float* scratch, const floatX* dout, const floatX* qkv,
-                           const floatX* out, const float* lse, bool accumulate, int B, AttShape shape, AttDocuments documents,
-                           cudaStream_t stream) {
+void attention_backward_tc(AttGradients to, float* partial, float* delta, const floatX* dout, const floatX* qkv, const floatX* out,
+                           const float* lse, int B, AttShape shape, AttDocuments documents, cudaStream_t stream) {
     static int dq_bytes = tc_shared_bytes(attention_backward_dq_tc_kernel<HS, DOCS>, 4 * TC_TILE<HS>);
     static int dkv_bytes = tc_shared_bytes(attention_backward_dkv_tc_kernel<HS, DOCS>, (4 + TC_M<HS>) * TC_TILE<HS>);
     int row_blocks = ceil_div(shape.T, TC_BLOCK<HS>), heads = B * shape.NH, kv_heads = B * shape.NKV;
-    float* partial = dbias.p != nullptr ? scratch : nullptr;
-    attention_backward_dq_tc_kernel<HS, DOCS><<<heads * row_blocks, TC_THREADS, dq_bytes, stream>>>(
-        dqkv, partial, delta, dout, qkv, out, lse, att_in_groups(shape, heads), documents);
-    cudaCheck(cudaGetLastError());
-    attention_backward_dkv_tc_kernel<HS, DOCS><<<kv_heads * row_blocks, TC_THREADS, dkv_bytes, stream>>>(
-        dqkv, partial, dout, qkv, lse, delta, att_in_groups(shape, kv_heads), documents);
-    cudaCheck(cudaGetLastError());
-    if (partial == nullptr) return;
-    colsum_finish({dbias}, 1, partial, B * row_blocks, (shape.NH + 2 * shape.NKV) * shape.HS, accumulate, stream);
+    for (bool keys : {out == nullptr, out != nullptr}) {
+        if (keys)
+            attention_backward_dkv_tc_kernel<HS, DOCS><<<kv_heads * row_blocks, TC_THREADS, dkv_bytes, stream>>>(
+                to.dkv, to.dkv_stride, partial, dout, qkv, lse, delta, att_in_groups(shape, kv_heads), documents);
+        else
+            attention_backward_dq_tc_kernel<HS, DOCS><<<heads * row_blocks, TC_THREADS, dq_bytes, stream>>>(
+                to.dqkv, partial, delta, dout, qkv, out, lse, att_in_groups(shape, heads), documents);
+        cudaCheck(cudaGetLastError());
+    }
 }
 
 AttShape att_shape(int T, int NH, int NKV, int HS) {
@@ -2280,19 +2289,56 @@ void attention_forward(floatX* out,        // (B, T, NH*HS)
 inline size_t attention_scratch(size_t B, size_t T, size_t NH, size_t NKV, size_t HS) {   // floats that backward takes for dbias
     return std::max((size_t)COLSUM_SLICES, B * ceil_div(T, 64)) * (NH + 2 * NKV) * HS;
 }
-void attention_backward(floatX* dqkv,                               // (B, T, (NH + 2 NKV)*HS)
+// delta = row sums of dout * out, of each head; and dout takes the place of out.
+__global__ void attention_delta_kernel(floatX* out, float* delta, const floatX* dout, size_t first, size_t heads, int T, int NH, int HS, int lanes) {
+    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, head = i / lanes;
+    const int c = (int)(i % lanes) * VEC;
+    const bool exists = head < heads && c < HS;
+    float sum = 0;
+    if (exists) {
+        Floats x = load(out + head * HS + c);
+        const Floats d = load(dout + head * HS + c);
+        x *= d;
+        for (int k = 0; k < VEC; k++) sum += x[k];
+        store(out + head * HS + c, d);
+    }
+    for (int o = lanes / 2; o > 0; o /= 2) sum += __shfl_xor_sync(ALL_LANES, sum, o);
+    const size_t row = first + head / NH;
+    if (exists && c == 0) delta[(row / T * NH + head % NH) * T + row % T] = sum;
+}
+void attention_delta(floatX* out,          // (rows, NH*HS) in: attention's output, out: dout
+                     float* delta,         // (B, NH, T), of which those of these rows are written
+                     const floatX* dout,   // (rows, NH*HS)
+                     size_t first, int rows, int T, int NH, int HS, cudaStream_t stream) {   // first: these rows' number in B*T
+    int lanes = 1;
+    while (lanes * VEC < HS) lanes *= 2;
+    const size_t heads = (size_t)rows * NH;
+    attention_delta_kernel<<<ceil_div(heads * lanes, 256), 256, 0, stream>>>(out, delta, dout, first, heads, T, NH, HS, lanes);
+    cudaCheck(cudaGetLastError());
+}
+void attention_backward(floatX* dqkv,                               // (B, T, (NH + 2 NKV)*HS); may be qkv, if dkv is there
+                        floatX* dkv,                                // (B, T, 2 NKV*HS) on the way there, or null: not needed
                         Grad dbias,                                 // ((NH + 2 NKV)*HS) column sums of dqkv; null: not wanted
                         float* delta, float* scratch,               // (B, NH, T); for dbias attention_scratch(B, T, NH, NKV, HS) floats
                         const floatX* dout, const floatX* qkv,      // (B, T, NH*HS), as dqkv
-                        const floatX* out, const float* lse,        // (B, T, NH*HS), (B, NH, T)
+                        const floatX* out, const float* lse,        // (B, T, NH*HS) or null: attention_delta was called; (B, NH, T)
                         const int* document,                        // (B, T) as in AttDocuments, or null
                         bool accumulate, int B, int T, int NH, int NKV, int HS, cudaStream_t stream) {
     auto run = HS <= 32 ? attention_backward_launch<1> : HS <= 64 ? attention_backward_launch<2> : attention_backward_launch<4>;
+    int rows = 0;   // of the partial sums of dbias; 0: the kernel makes none
     if constexpr (!kFP32) {
-        if (HS == 64) run = document ? attention_backward_tc<64, true> : attention_backward_tc<64, false>;
-        if (HS == 128) run = document ? attention_backward_tc<128, true> : attention_backward_tc<128, false>;
+        if (HS == 64) run = document ? attention_backward_tc<64, true> : attention_backward_tc<64, false>, rows = TC_BLOCK<64>;
+        if (HS == 128) run = document ? attention_backward_tc<128, true> : attention_backward_tc<128, false>, rows = TC_BLOCK<128>;
     }
-    run(dqkv, dbias, delta, scratch, dout, qkv, out, lse, accumulate, B, att_shape(T, NH, NKV, HS), {document}, stream);
+    const int columns = (NH + 2 * NKV) * HS, keys = 2 * NKV * HS;
+    const AttGradients to = {dqkv, dkv ? dkv : dqkv + NH * HS, dkv ? keys : columns};
+    run(to, dbias.p && rows ? scratch : nullptr, delta, dout, qkv, out, lse, B, att_shape(T, NH, NKV, HS), {document}, stream);
+    if (dkv != nullptr)
+        cudaCheck(cudaMemcpy2DAsync(dqkv + NH * HS, columns * sizeof(floatX), dkv, keys * sizeof(floatX), keys * sizeof(floatX),
+                                    (size_t)B * T, cudaMemcpyDeviceToDevice, stream));
+    if (dbias.p == nullptr) return;
+    if (rows) colsum_finish({dbias}, 1, scratch, B * ceil_div(T, rows), columns, accumulate, stream);
+    else bias_backward(dbias, scratch, dqkv, accumulate, B * T, columns, stream);
 }
 
 // ==== 5. optimizer ===============================================================================================================
@@ -2787,6 +2833,7 @@ struct Plan {
     int recompute;        // 0: keep all; 1: compute GELU again in backward; 2: the norms as well
     bool master;          // fp32 copies of bf16 weights
     int chunk_rows;       // rows of logits that exist at a time; 0: all
+    int rows;             // of B*T that a block works on at a time; 0: all
     size_t workspace;     // bytes for cuBLASLt; 0: what this model can use
     unsigned frozen;      // bit p: parameter p is not trained, and has neither gradient nor optimizer state
     bool nf4, nested;     // the weights of the blocks are in 4 bits; their absmax in 8
@@ -2810,6 +2857,11 @@ inline int loss_auto_rows(size_t rows, int Vp, size_t bytes) {
 }
 inline size_t plan_chunk_rows(const Plan& p) {
     return std::min((size_t)p.B * p.T, p.chunk_rows ? (size_t)p.chunk_rows : SIZE_MAX);
+}
+inline bool in_chunks(const Plan& p) { return p.rows > 0 && (size_t)p.rows < (size_t)p.B * p.T; }
+// The shape of a buffer that holds rows of a chunk
+std::vector<size_t> chunk_shape(const Plan& p, size_t columns) {
+    return in_chunks(p) ? std::vector<size_t>{(size_t)p.rows, columns} : std::vector<size_t>{(size_t)p.B, (size_t)p.T, columns};
 }
 
 // ==== end twin
@@ -2852,6 +2904,7 @@ struct BlockBuffers {
     floatX* scratch_gateup;    // (B, T, 2F)    -r 3: gate and up, and their codes
     uint8_t* scratch_codes;    // (B, T, F)
     floatX* scratch_mid;   // (B, T, C)         -r 4: the stream after attention
+    floatX* scratch_dkv;   // (B, T, 2 NKV*HS)  in chunks: gradients of k and v, while other blocks of threads read k and v
     float2* angles;        // (T, HS/2)         RoPE's cosines and sines
 };
 // ==== twin: model
@@ -2960,7 +3013,7 @@ Nf4Sizes nf4_sizes(const Config& c, int p) {
             n.blocks += nf4_blocks(t.rows * param_shape(c, p).cols), n.nested += nf4_nested(t.rows * param_shape(c, p).cols);
     return n;
 }
-const char *SMALLER = "a smaller model (-e)", *BATCH = "--batch (halving it halves this; --total-batch keeps the step's size)";
+const char *SMALLER = "a smaller model (-e)", *CHUNKS = "--row-chunks", *BATCH = "--batch (halving it halves this; --total-batch keeps the step's size)";
 template <class X>
 void table_add(Table& table, const std::string& name, X** where, DType dtype, std::vector<size_t> shape, Kind kind, Scope scope,
                const char* shrink, const char* alias_of = "") {
@@ -3000,7 +3053,7 @@ void table_add_params(Table& table, Model& model) {
     if (plan.nf4) table_add(table, "nf4_tables", &model.nf4_tables, F32, {NF4_TABLES}, PARAM, MODEL, SMALLER);
     for (int p : model_trained(model)) {
         // the head's gradient is a sum over chunks of the loss in any case
-        model.grad[p].type = plan.micro_batches > 1 || p == head_param(c) ? F32 : FLOATX;
+        model.grad[p].type = plan.micro_batches > 1 || in_chunks(plan) || p == head_param(c) ? F32 : FLOATX;
         add("d_", p, &model.grad[p].p, model.grad[p].type, false, GRAD,
             plan.micro_batches > 1 ? "one micro-batch a step (--total-batch)" : SMALLER);
         add("m_", p, &model.m[p], F32, true, OPTIMIZER, "--zero 1 on several GPUs");
@@ -3030,8 +3083,8 @@ void table_add_adapters(Table& table, Model& model) {
             table_add(table, std::string(base_shape(c, LINEAR[i]).name) + "_t", &model.kept_t[i], FLOATX,
                       {(size_t)c.L, B, T, param_shape(c, LORA_A + i).rows}, SAVED, LAYER, "--lora");
     if (ranks == 0) return;
-    table_add(table, "lora_t", &model.lora_t, FLOATX, {B, T, ranks}, SCRATCH, MODEL, BATCH);
-    if (plan.training) table_add(table, "lora_dt", &model.lora_dt, FLOATX, {B, T, ranks}, SCRATCH, MODEL, BATCH);
+    table_add(table, "lora_t", &model.lora_t, FLOATX, chunk_shape(plan, ranks), SCRATCH, MODEL, BATCH);
+    if (plan.training) table_add(table, "lora_dt", &model.lora_dt, FLOATX, chunk_shape(plan, ranks), SCRATCH, MODEL, BATCH);
     if (kMsNorm && folded > 0) {
         const size_t C = c.C;
         table_add(table, "lora_fold", &model.lora_fold, FLOATX, {folded, C}, SCRATCH, MODEL, "--lora");
@@ -3042,7 +3095,7 @@ void table_add_adapters(Table& table, Model& model) {
         if (plan.training) table_add(table, "lora_G", &model.lora_G, F32, {folded, C}, SCRATCH, MODEL, "--lora");
     }
     if (plan.training && plan.dropout > 0)
-        table_add(table, "dropped", &model.dropped, FLOATX, {B, T, input}, SCRATCH, MODEL, "--lora-dropout 0");
+        table_add(table, "dropped", &model.dropped, FLOATX, chunk_shape(plan, input), SCRATCH, MODEL, "--lora-dropout 0");
 }
 // What every model needs besides its blocks. The workspace comes last: model_allocate counts on it.
 void table_add_rest(Table& table, Model& model, size_t colsum) {
@@ -3113,25 +3166,31 @@ Table model_table(Model& model) {
         keep("gateup", &kept.gateup, FLOATX, {L, B, T, 2 * F}, "--recompute 3");
         if (kActBits) keep("gate_codes", &kept.gate_codes, BYTE, {L, B, T, act_codes(F)}, "a build with APPROX_ACT=0");
     } else {
-        table_add(table, "scratch_gateup", &model.scratch_gateup, FLOATX, {B, T, 2 * F}, SCRATCH, MODEL, BATCH);
-        if (kActBits) table_add(table, "scratch_codes", &model.scratch_codes, BYTE, {B, T, act_codes(F)}, SCRATCH, MODEL, BATCH);
+        table_add(table, "scratch_gateup", &model.scratch_gateup, FLOATX, chunk_shape(plan, 2 * F), SCRATCH, MODEL, CHUNKS);
+        if (kActBits) table_add(table, "scratch_codes", &model.scratch_codes, BYTE, chunk_shape(plan, act_codes(F)), SCRATCH, MODEL, CHUNKS);
     }
     if (keeps_act(model)) keep("h", &kept.h, FLOATX, {L, B, T, F}, "--recompute 1");
     if (blocks) table_add(table, "resid_out", &kept.resid_out, FLOATX, {(size_t)c.L, B, T, C}, SAVED, LAYER, BATCH);
     else if (!kMsNorm) keep("resid_out", &kept.resid_out, FLOATX, {L, B, T, C}, norm_hint);
-    if (blocks) table_add(table, "scratch_mid", &model.scratch_mid, FLOATX, {B, T, C}, SCRATCH, MODEL, BATCH);
+    if (blocks) table_add(table, "scratch_mid", &model.scratch_mid, FLOATX, chunk_shape(plan, C), SCRATCH, MODEL, CHUNKS);
 
     const Kind kind = plan.training ? SAVED : SCRATCH;
     table_add(table, "resid_in", &model.resid_in, FLOATX, {B, T, C}, kind, MODEL, BATCH);
     table_add(table, "lnf_rstd", &model.lnf_rstd, F32, {B, T}, kind, MODEL, BATCH);
     table_add(table, "angles", &model.angles, F32, {T, (size_t)c.HS() / 2, 2}, SCRATCH, MODEL, "--seq-len");
-    table_add(table, "scratch_c", &model.scratch_c, FLOATX, {B, T, std::max(C, ATT)}, SCRATCH, MODEL, BATCH);
-    table_add(table, "lnf", &model.lnf, FLOATX, {B, T, C}, SCRATCH, MODEL, BATCH, "scratch_c");
+    // In chunks scratch holds one. Then the gradient of attention's output takes its place, that of q q's; and lnf that of qkv, which with
+    // -r 4 all layers share.
+    const bool chunks = in_chunks(plan);
+    table_add(table, "scratch_c", &model.scratch_c, FLOATX, chunk_shape(plan, std::max(C, ATT)), SCRATCH, MODEL, CHUNKS);
+    table_add(table, "lnf", &model.lnf, FLOATX, {B, T, C}, SCRATCH, MODEL, BATCH, !chunks ? "scratch_c" : L == 1 && QKV >= C ? "qkv" : "");
     if (!keeps_act(model) || plan.training)
-        table_add(table, "scratch_f", &model.scratch_f, FLOATX, {B, T, plan.training ? std::max(F, QKV) : F}, SCRATCH, MODEL, BATCH);
+        table_add(table, "scratch_f", &model.scratch_f, FLOATX, chunk_shape(plan, plan.training && !chunks ? std::max(F, QKV) : F), SCRATCH,
+                  MODEL, CHUNKS);
+    if (plan.training && chunks)
+        table_add(table, "scratch_dkv", &model.scratch_dkv, FLOATX, {B, T, QKV - ATT}, SCRATCH, MODEL, BATCH);
     if (c.qk_norm) table_add(table, "scratch_qkv", &model.scratch_qkv, FLOATX, {B, T, QKV}, SCRATCH, MODEL, BATCH);
     if (!keeps_norm(model, QKVW) || !keeps_norm(model, GATEUPW))
-        table_add(table, "scratch_ln", &model.scratch_ln, FLOATX, {B, T, C}, SCRATCH, MODEL, BATCH);
+        table_add(table, "scratch_ln", &model.scratch_ln, FLOATX, chunk_shape(plan, C), SCRATCH, MODEL, CHUNKS);
     table_add_rest(table, model, std::max({colsum_scratch(C), COLSUM_SLICES * QKV, (size_t)NORM_SLICES * c.HS()}));
     return table;
 }
@@ -3282,6 +3341,10 @@ struct Linear {
 };
 // Rows [first, first + count) of B*T: those that are worked on at a time. All of a block but attention works row by row.
 struct Rows { int first, count; };
+template <class F> void for_rows(const Plan& plan, int BT, const F& f) {
+    const int each = in_chunks(plan) ? plan.rows : BT;
+    for (int r = 0; r < BT; r += each) f(Rows{r, std::min(each, BT - r)});
+}
 Linear model_linear(const Model& model, int weight, int l, Rows rows, int norm = -1) {   // norm: the gamma of the norm before it
     const ParamShape s = param_shape(model.config, weight);
     const int bias = bias_of(model.config, weight), index = linear_index(weight);
@@ -3417,16 +3480,18 @@ LayerTensors model_layer(const Model& model, int l, int BT, int row = 0) {
             at(kept.h, F, model.scratch_f), stream(layer)};
 }
 // What attention reads: qkv, with q and k turned by their positions; with norms of q and k, which are done first, it is a buffer.
-floatX* attention_input(const Model& model, const LayerTensors& t) { return model.config.qk_norm ? model.scratch_qkv : t.qkv; }
-void model_turn(const Model& model, const LayerTensors& t, int l, int B, int T) {
+floatX* attention_input(const Model& model, const LayerTensors& t, size_t row = 0) {
+    return model.config.qk_norm ? model.scratch_qkv + row * model.config.QKV() : t.qkv;
+}
+void model_turn(const Model& model, const LayerTensors& t, int l, int BT, int T, Rows rows) {
     const Config& c = model.config;
-    rope_forward(attention_input(model, t), t.qkv, model_param(model, QNORMW, l), model_param(model, KNORMW, l), model.angles, c.eps,
-                 model_documents(model, B * T), B, T, c.NH, c.NKV, c.HS(), model.stream);
+    rope_forward(attention_input(model, t, rows.first), t.qkv, model_param(model, QNORMW, l), model_param(model, KNORMW, l), model.angles,
+                 c.eps, model_documents(model, BT), rows.first, rows.count, T, c.NH, c.NKV, c.HS(), model.stream);
 }
 // The parts of a block. Before attention: from the output of its first norm to q, k and v.
-void block_qkv(const Model& model, const LayerTensors& t, int l, int B, int T, Rows rows) {
+void block_qkv(const Model& model, const LayerTensors& t, int l, int BT, int T, Rows rows) {
     linear_forward(model, t.qkv, t.ln1, model_linear(model, QKVW, l, rows, LN1W), rows.count);
-    model_turn(model, t, l, B, T);
+    model_turn(model, t, l, BT, T, rows);
 }
 void block_attention(const Model& model, const LayerTensors& t, int B, int T) {
     const Config& c = model.config;
@@ -3449,32 +3514,35 @@ void model_forward(Model& model, int B, int T) {
     NvtxRange range("forward");
     const Config& c = model.config;
     const int C = c.C, L = c.L, BT = B * T;
-    const Rows rows = {0, BT};
     cudaStream_t stream = model.stream;
     auto W = [&](int p, int l) { return model_param(model, p, l); };
     if (!model.plan.host_wte)
         embedding_forward(model.resid_in, model.tokens, W(WTE, 0), nullptr, nullptr, B, T, C, stream);   // or model_tokens did
-    LayerTensors t = model_layer(model, 0, BT);
-    add_norm_forward<kMsNorm>(nullptr, t.ln1, nullptr, t.ln1_rstd, t.resid, nullptr, W(LN1W, 0), nullptr, c.eps, BT, C, stream);
-
+    for_rows(model.plan, BT, [&](Rows rows) {
+        const LayerTensors t = model_layer(model, 0, BT, rows.first);
+        add_norm_forward<kMsNorm>(nullptr, t.ln1, nullptr, t.ln1_rstd, t.resid, nullptr, W(LN1W, 0), nullptr, c.eps, rows.count, C, stream);
+        block_qkv(model, t, 0, BT, T, rows);
+    });
     for (int l = 0; l < L; l++) {
         NvtxRange layer_range("forward layer " + std::to_string(l));
-        block_qkv(model, t, l, B, T, rows);
-        block_attention(model, t, B, T);
-        block_mid(model, t, l, rows);
-        block_act(model, t, l, rows);
-        linear_forward(model, model.scratch_c, t.h, model_linear(model, DOWNW, l, rows), BT);
+        block_attention(model, model_layer(model, l, BT), B, T);
+        for_rows(model.plan, BT, [&](Rows rows) {
+            const LayerTensors t = model_layer(model, l, BT, rows.first);
+            block_mid(model, t, l, rows);
+            block_act(model, t, l, rows);
+            linear_forward(model, model.scratch_c, t.h, model_linear(model, DOWNW, l, rows), rows.count);
 
-        // The second residual addition is part of the norm that comes next: ln1 of the next layer, or the final norm.
-        if (l + 1 < L) {
-            LayerTensors next = model_layer(model, l + 1, BT);
-            add_norm_forward<kMsNorm>(t.resid_out, next.ln1, nullptr, next.ln1_rstd, t.resid_mid, model.scratch_c, W(LN1W, l + 1),
-                                      nullptr, c.eps, BT, C, stream);
-            t = next;
-        } else {   // it always applies gamma: its matmul may use wte, as the embedding does, so nothing can be folded in
-            add_norm_forward<false>(t.resid_out, model.lnf, nullptr, model.lnf_rstd, t.resid_mid, model.scratch_c, W(LNFW, 0), nullptr,
-                                    c.eps, BT, C, stream);
-        }
+            // The second residual addition is part of the norm that comes next: ln1 of the next layer, or the final norm.
+            if (l + 1 < L) {
+                const LayerTensors next = model_layer(model, l + 1, BT, rows.first);
+                add_norm_forward<kMsNorm>(t.resid_out, next.ln1, nullptr, next.ln1_rstd, t.resid_mid, model.scratch_c, W(LN1W, l + 1),
+                                          nullptr, c.eps, rows.count, C, stream);
+                block_qkv(model, next, l + 1, BT, T, rows);
+            } else {   // it always applies gamma: its matmul may use wte, as the embedding does, so nothing can be folded in
+                add_norm_forward<false>(t.resid_out, model.lnf + (size_t)rows.first * C, nullptr, model.lnf_rstd + rows.first, t.resid_mid,
+                                        model.scratch_c, W(LNFW, 0), nullptr, c.eps, rows.count, C, stream);
+            }
+        });
     }
 }
 
@@ -3522,55 +3590,82 @@ void model_backward(Model& model, int B, int T, int buckets, int micro_batch) {
     NvtxRange range("backward");
     const Config& c = model.config;
     const int C = c.C, L = c.L, BT = B * T;
-    const Rows rows = {0, BT};
     const Plan& plan = model.plan;
-    const Pass pass = {micro_batch > 0, micro_batch == model.plan.micro_batches - 1};
+    const Pass pass = {micro_batch > 0, micro_batch == plan.micro_batches - 1};
     cudaStream_t stream = model.stream;
-    const int* document = model_documents(model, BT);
-    floatX *dresid = model.dresid, *d = model.scratch_c, *d_wide = model.scratch_f;
+    floatX *d = model.scratch_c, *d_wide = model.scratch_f;
     auto W = [&](int p, int l) { return model_param(model, p, l); };
     auto G = [&](int p, int l) { return model_grad(model, p, l); };
-    auto norm_again = [&](int gamma, floatX* out, float* rstd, const floatX* inp, int l) {
-        add_norm_forward<kMsNorm>(nullptr, out, nullptr, rstd, inp, nullptr, W(gamma, l), nullptr, c.eps, BT, C, stream);
+    auto norm_again = [&](int gamma, floatX* out, float* rstd, const floatX* inp, int l, Rows rows) {
+        add_norm_forward<kMsNorm>(nullptr, out, nullptr, rstd, inp, nullptr, W(gamma, l), nullptr, c.eps, rows.count, C, stream);
     };
-    add_norm_backward<false>(dresid, {}, G(LNFW, 0), {}, model.colsum, model.lnf, model_layer(model, L - 1, BT).resid_out, nullptr,
+    auto pass_of = [&](Rows rows) { return Pass{pass.add || rows.first > 0, pass.last && rows.first + rows.count == BT}; };
+    const bool h = needs_input(model, DOWNW), ln2 = needs_input(model, GATEUPW), atty = needs_input(model, ATTPROJW);
+    const bool ln1 = needs_input(model, QKVW), chunks = in_chunks(plan);
+
+    // After attention, from the block's output to the gradient of attention's. False: nothing below is trained.
+    auto after = [&](int l, Rows rows) {
+        const LayerTensors t = model_layer(model, l, BT, rows.first);
+        const Pass pass = pass_of(rows);
+        floatX* dresid = model.dresid + (size_t)rows.first * C;
+        // What forward did not keep is computed again, to the same bits. h may be in scratch_f: the weight's gradient reads it before
+        // the input's gradient takes its place. The gradients of gate and up take the place of gate and up.
+        if (recomputes_block(plan)) block_mid(model, t, l, rows);
+        else if ((ln2 || recomputes_fc(plan)) && !keeps_norm(model, GATEUPW)) norm_again(LN2W, t.ln2, t.ln2_rstd, t.resid_mid, l, rows);
+        if (recomputes_fc(plan)) block_act(model, t, l, rows);
+        else if (h && !keeps_act(model)) swiglu_forward<kActBits, true>(t.h, t.gateup, t.gate_codes, rows.count, c.F, stream);
+        if (!linear_backward(model, d_wide, dresid, h ? t.h : nullptr, model_linear(model, DOWNW, l, rows), rows.count, pass)) return false;
+        swiglu_backward<kActBits>(t.gateup, d_wide, t.gate_codes, rows.count, c.F, stream);
+        if (!linear_backward(model, d, t.gateup, ln2 ? t.ln2 : nullptr, model_linear(model, GATEUPW, l, rows, LN2W), rows.count, pass))
+            return false;
+        add_norm_backward<kMsNorm>(dresid, {}, norm_grad(model, LN2W, GATEUPW, l), {}, model.colsum, d, kMsNorm ? t.ln2 : t.resid_mid,
+                                   nullptr, t.ln2_rstd, W(LN2W, l), true, pass.add, rows.count, C, stream);
+        if (!linear_backward(model, d, dresid, atty ? t.atty : nullptr, model_linear(model, ATTPROJW, l, rows), rows.count, pass))
+            return false;
+        if (chunks) attention_delta(t.atty, model.delta, d, rows.first, rows.count, T, c.NH, c.HS(), stream);
+        return true;
+    };
+    // Before attention, from the gradient of q, k and v to that of the block's input.
+    auto before = [&](int l, Rows rows) {
+        const LayerTensors t = model_layer(model, l, BT, rows.first);
+        const Pass pass = pass_of(rows);
+        floatX* dqkv = chunks ? attention_input(model, t, rows.first) : d_wide;
+        rope_backward(dqkv, G(QNORMW, l), G(KNORMW, l), model.colsum, t.qkv, W(QNORMW, l), W(KNORMW, l), model.angles, c.eps,
+                      model_documents(model, BT), pass.add, rows.first, rows.count, T, c.NH, c.NKV, c.HS(), stream);
+        bias_backward(G(QKVB, l), model.colsum, dqkv, pass.add, rows.count, c.QKV(), stream);
+        if ((ln1 || (kMsNorm && recomputes_block(plan))) && !keeps_norm(model, QKVW)) norm_again(LN1W, t.ln1, t.ln1_rstd, t.resid, l, rows);
+        if (!linear_backward(model, d, dqkv, ln1 ? t.ln1 : nullptr, model_linear(model, QKVW, l, rows, LN1W), rows.count, pass)) return false;
+        add_norm_backward<kMsNorm>(model.dresid + (size_t)rows.first * C, {}, norm_grad(model, LN1W, QKVW, l), {}, model.colsum, d,
+                                   kMsNorm ? t.ln1 : t.resid, nullptr, t.ln1_rstd, W(LN1W, l), true, pass.add, rows.count, C, stream);
+        return true;
+    };
+    auto all_rows = [&](int l, auto& part) {
+        bool goes_on = true;
+        for_rows(plan, BT, [&](Rows rows) { goes_on = part(l, rows); });
+        return goes_on;
+    };
+    add_norm_backward<false>(model.dresid, {}, G(LNFW, 0), {}, model.colsum, model.lnf, model_layer(model, L - 1, BT).resid_out, nullptr,
                              model.lnf_rstd, W(LNFW, 0), false, pass.add, BT, C, stream);
     for (int l = L - 1; l >= 0; l--) {
         NvtxRange layer_range("backward layer " + std::to_string(l));
         const LayerTensors t = model_layer(model, l, BT);
-
-        // What forward did not keep is computed again, to the same bits. h may be in scratch_f: the weight's gradient reads it before
-        // the input's gradient takes its place. The gradients of gate and up take the place of gate and up.
-        const bool h = needs_input(model, DOWNW), ln2 = needs_input(model, GATEUPW), atty = needs_input(model, ATTPROJW);
-        const bool ln1 = needs_input(model, QKVW);
         if (recomputes_block(plan)) {
-            norm_again(LN1W, t.ln1, t.ln1_rstd, t.resid, l);
-            block_qkv(model, t, l, B, T, rows);
+            for_rows(plan, BT, [&](Rows rows) {
+                const LayerTensors t = model_layer(model, l, BT, rows.first);
+                norm_again(LN1W, t.ln1, t.ln1_rstd, t.resid, l, rows);
+                block_qkv(model, t, l, BT, T, rows);
+            });
             block_attention(model, t, B, T);
-            block_mid(model, t, l, rows);
-        } else if ((ln2 || recomputes_fc(plan)) && !keeps_norm(model, GATEUPW)) {
-            norm_again(LN2W, t.ln2, t.ln2_rstd, t.resid_mid, l);
         }
-        if (recomputes_fc(plan)) block_act(model, t, l, rows);
-        else if (h && !keeps_act(model)) swiglu_forward<kActBits, true>(t.h, t.gateup, t.gate_codes, BT, c.F, stream);
-        if (!linear_backward(model, d_wide, dresid, h ? t.h : nullptr, model_linear(model, DOWNW, l, rows), BT, pass)) return;
-        swiglu_backward<kActBits>(t.gateup, d_wide, t.gate_codes, BT, c.F, stream);
-        if (!linear_backward(model, d, t.gateup, ln2 ? t.ln2 : nullptr, model_linear(model, GATEUPW, l, rows, LN2W), BT, pass)) return;
-        add_norm_backward<kMsNorm>(dresid, {}, norm_grad(model, LN2W, GATEUPW, l), {}, model.colsum, d, kMsNorm ? t.ln2 : t.resid_mid,
-                                   nullptr, t.ln2_rstd, W(LN2W, l), true, pass.add, BT, C, stream);
-
-        if (!linear_backward(model, d, dresid, atty ? t.atty : nullptr, model_linear(model, ATTPROJW, l, rows), BT, pass)) return;
-        if (c.qk_norm && !recomputes_block(plan)) model_turn(model, t, l, B, T);
-        attention_backward(d_wide, {}, model.delta, model.colsum, d, attention_input(model, t), t.atty, t.lse, document, pass.add, B, T,
-                           c.NH, c.NKV, c.HS(), stream);
-        rope_backward(d_wide, G(QNORMW, l), G(KNORMW, l), model.colsum, t.qkv, W(QNORMW, l), W(KNORMW, l),
-                      model.angles, c.eps, document, pass.add, B, T, c.NH, c.NKV, c.HS(), stream);
-        bias_backward(G(QKVB, l), model.colsum, d_wide, pass.add, BT, c.QKV(), stream);
-        if ((ln1 || (kMsNorm && recomputes_block(plan))) && !keeps_norm(model, QKVW)) norm_again(LN1W, t.ln1, t.ln1_rstd, t.resid, l);
-        if (!linear_backward(model, d, d_wide, ln1 ? t.ln1 : nullptr, model_linear(model, QKVW, l, rows, LN1W), BT, pass)) return;
-        add_norm_backward<kMsNorm>(dresid, {}, norm_grad(model, LN1W, QKVW, l), {}, model.colsum, d, kMsNorm ? t.ln1 : t.resid, nullptr,
-                                   t.ln1_rstd, W(LN1W, l), true, pass.add, BT, C, stream);
+        if (!all_rows(l, after)) return;
+        if (c.qk_norm && !recomputes_block(plan)) model_turn(model, t, l, BT, T, {0, BT});
+        floatX* qkv = attention_input(model, t);
+        attention_backward(chunks ? qkv : d_wide, model.scratch_dkv, {}, model.delta, model.colsum, chunks ? t.atty : d, qkv,
+                           chunks ? nullptr : t.atty, t.lse, model_documents(model, BT), pass.add, B, T, c.NH, c.NKV, c.HS(), stream);
+        if (!all_rows(l, before)) return;
     }
+    const floatX* dresid = model.dresid;
+    const int* document = model_documents(model, BT);
     const int* positions = model.tokens + 2 * (size_t)BT;
     const int* bucket_token = positions + BT;
     const int* bucket_start = bucket_token + token_cap(BT, c.V);
@@ -5830,7 +5925,7 @@ void catch_signals() {
 
 // ---- the command line: one table for parsing, for messages, for --help, and for what a state file keeps of it
 enum ValueType { INTEGER, REAL, TEXT, ESTIMATE, HELP, BUILD };   // BUILD: a flag of the build, which is in the table to be kept
-constexpr int LORA_SLOT = 18;   // the first slot of an option about adapters
+constexpr int LORA_SLOT = 18, LORA_SLOTS = 7;   // slots of options about adapters
 struct Option {
     const char *name, *alias;   // long; llm.c's, or ""
     ValueType type;
@@ -6088,7 +6183,7 @@ struct Settings {
     int64_t lora = 0, freeze_a = 0, train_norms = 0, base = 0, double_quant = 1, embedding_on = -1;
     double lora_alpha = 0, lora_dropout = 0;
     int64_t B = 4, T = 1024, total_batch = 0, steps = -1, schedule = COSINE, warmup = 0, seed = 1337;
-    int64_t recompute = 1, master = 1, loss_chunks = 0, workspace = 0, tf32 = 1, zero = 0;
+    int64_t recompute = 1, row_chunks = 0, master = 1, loss_chunks = 0, workspace = 0, tf32 = 1, zero = 0;
     int64_t val_every = 20, val_batches = 20, sample_every = 20, sample_tokens = 64, top_k = 40, overfit = 0;
     int64_t checkpoint_every = -1, keep = 0, resume = 0, save_dtype = 0;   // -1: at the end alone
     int64_t act_bits = kActBits, ms_norm = kMsNorm, fp32 = kFP32;   // the build's
@@ -6119,6 +6214,8 @@ std::vector<Option> settings_options(Settings& s) {
         {"skip-grad-z", "-sg", REAL, &s.skip_grad_z, 0, 1e30, "0", "the same for the gradient's norm", 8},
         {"seed", "", INTEGER, &s.seed, 0, BIG, "1337", "of weights, data order, rounding and samples"},
         {"recompute", "-r", INTEGER, &s.recompute, 0, RECOMPUTE_MOST, "1", RECOMPUTE_HELP},
+        {"row-chunks", "", INTEGER, &s.row_chunks, 1, BIG, "auto", "parts of B*T that a block works on, but attention; auto: with -r 4, 256 MiB", 25,
+         {"auto"}},
         {"master-weights", "-w", INTEGER, &s.master, 0, 1, "1", "fp32 copies of bf16 weights; 0: stochastic rounding instead"},
         {"loss-chunks", "", INTEGER, &s.loss_chunks, 1, BIG, "auto", "parts of the logits; auto: 1 GiB, or 256 MiB, each", 11, {"auto"}},
         {"workspace", "", INTEGER, &s.workspace, 1, 1 << 20, "auto", "MiB for cuBLASLt; auto: what it can use, up to 64", -1, {"auto"}},
@@ -6222,10 +6319,11 @@ std::vector<double> settings_kept(Run& run) {
     run.s.B = run.model.plan.B;
     run.s.total_batch = run.step_tokens();
     run.s.loss_chunks = ceil_div(run.BT(), plan_chunk_rows(run.model.plan));
+    run.s.row_chunks = in_chunks(run.model.plan) ? ceil_div(run.BT(), run.model.plan.rows) : 1;
     run.s.tf32 = kFP32 && run.s.tf32;
     run.s.lora = run.model.config.lora.rank > 0 ? run.rank() : 0;
     run.s.base = run.model.plan.nf4, run.s.double_quant = !run.model.plan.nf4 || run.model.plan.nested;
-    std::vector<double> kept(25);
+    std::vector<double> kept(26);
     for (const Option& o : options)
         if (o.slot >= 0) kept[o.slot] = o.number();
     return kept;
@@ -6274,7 +6372,7 @@ void pick_adapter(Run& run) {
     const StateHeader was = continues ? state_peek(run.resumed) : StateHeader{};
     run.model.seed = continues ? was.seed : s.seed;   // from which a model that stands in no file is drawn again
     for (Option& o : options) {   // the run to resume goes on as it was, but for what an adapter can be trained with
-        if (o.slot < LORA_SLOT || o.slot >= std::min(was.settings, (int)std::size(was.setting))) continue;
+        if (o.slot < LORA_SLOT || o.slot >= std::min({was.settings, (int)std::size(was.setting), LORA_SLOT + LORA_SLOTS})) continue;
         const bool stays = o.value != &s.lora_dropout && o.value != &s.base && o.value != &s.double_quant;
         if (!given(o.name)) o.set(was.setting[o.slot]);
         else if (stays && o.number() != was.setting[o.slot])
@@ -6465,6 +6563,12 @@ void choose_plan(Run& run, size_t data_batch) {
         if (s.loss_chunks) plan.chunk_rows = loss_chunk_rows(rows, std::min<size_t>(rows, s.loss_chunks));
         else if (B == was.B && was.chunk_rows > 0) plan.chunk_rows = was.chunk_rows;
         else plan.chunk_rows = loss_auto_rows(rows, run.model.config.Vp, chunk_bytes);
+        plan.rows = s.row_chunks ? loss_chunk_rows(rows, std::min<size_t>(rows, s.row_chunks)) : 0;
+        if (!s.row_chunks && plan.training && recomputes_block(plan)) {   // auto
+            size_t scratch = 0;
+            for (const Row& r : model_table(run.model)) scratch += r.shrink == CHUNKS ? r.bytes() : 0;
+            plan.rows = loss_chunk_rows(rows, ceil_div(scratch, SMALL_CHUNK_BYTES));
+        }
         size_t need = 0;
         for (const Row& r : model_table(run.model)) need += r.bytes() < page / 2 ? r.bytes() : (r.bytes() + page - 1) / page * page;
         return run.free_bytes == 0 || need <= run.free_bytes - run.free_bytes / 32;   // libraries load kernels when first called
@@ -6486,6 +6590,7 @@ void choose_plan(Run& run, size_t data_batch) {
     if (micro_batches(B) == 0)
         bad_option("total-batch", "expected a multiple of batch * seq-len * GPUs = %lld * %lld * %d = %lld", (long long)B, (long long)s.T,
                    world.size, (long long)BT * world.size);
+    if (s.row_chunks > BT) bad_option("row-chunks", "a micro-batch has %lld rows, so expected at most that", (long long)BT);
     if (s.loss_chunks > BT) bad_option("loss-chunks", "a micro-batch has %lld rows, so expected at most that", (long long)BT);
     if (!fits(B, CHUNK_BYTES)) fits(B, SMALL_CHUNK_BYTES);
 }
