@@ -2724,6 +2724,7 @@ struct BlockBuffers {
     floatX* scratch_ln; // (B, T, C)      -r 2: a norm's output
     ActKept<kActBits>* scratch_fch;   // (B, T, 4C)  -r 3: what backward wants of GELU's input
     floatX* scratch_mid;              // (B, T, C)   -r 4: the stream after attention
+    floatX* scratch_dkv;              // (B, T, 2C)  in chunks: gradients of k and v, while other blocks of threads read k and v
 };
 // ==== twin: model
 struct LoraModule {
@@ -2983,23 +2984,27 @@ Table model_table(Model& model) {
     keep_norm("ln2", &kept.ln2, &kept.ln2_mean, &kept.ln2_rstd, FCW);
     const DType act_type = kActBits ? BYTE : FLOATX;
     if (plan.training && recomputes_fc(plan))
-        table_add(table, "scratch_fch", &model.scratch_fch, act_type, {B, T, act_kept(FF)}, SCRATCH, MODEL, BATCH);
+        table_add(table, "scratch_fch", &model.scratch_fch, act_type, chunk_shape(plan, act_kept(FF)), SCRATCH, MODEL, CHUNKS);
     else keep(kActBits ? "fch_codes" : "fch", &kept.fch, act_type, {L, B, T, act_kept(FF)}, "--recompute 3");
     if (keeps_act(model)) keep("fch_gelu", &kept.fch_gelu, FLOATX, {L, B, T, FF}, kActBits ? BATCH : "--recompute 1");
     if (blocks) table_add(table, "resid_out", &kept.resid_out, FLOATX, {(size_t)c.L, B, T, C}, SAVED, LAYER, BATCH);
     else if (!kMsNorm) keep("resid_out", &kept.resid_out, FLOATX, {L, B, T, C}, norm_hint);
-    if (blocks) table_add(table, "scratch_mid", &model.scratch_mid, FLOATX, {B, T, C}, SCRATCH, MODEL, BATCH);
+    if (blocks) table_add(table, "scratch_mid", &model.scratch_mid, FLOATX, chunk_shape(plan, C), SCRATCH, MODEL, CHUNKS);
 
     const Kind kind = plan.training ? SAVED : SCRATCH;
     table_add(table, "resid_in", &model.resid_in, FLOATX, {B, T, C}, kind, MODEL, BATCH);
     table_add(table, "lnf_mean", &model.lnf_mean, F32, {B, T}, kind, MODEL, BATCH);
     table_add(table, "lnf_rstd", &model.lnf_rstd, F32, {B, T}, kind, MODEL, BATCH);
-    table_add(table, "scratch_c", &model.scratch_c, FLOATX, {B, T, C}, SCRATCH, MODEL, BATCH);
-    table_add(table, "lnf", &model.lnf, FLOATX, {B, T, C}, SCRATCH, MODEL, BATCH, "scratch_c");
+    // In chunks scratch holds one. Then the gradient of attention's output takes its place, that of q q's; and lnf that of qkv, which with
+    // -r 4 all layers share.
+    const bool chunks = in_chunks(plan);
+    table_add(table, "scratch_c", &model.scratch_c, FLOATX, chunk_shape(plan, C), SCRATCH, MODEL, CHUNKS);
+    table_add(table, "lnf", &model.lnf, FLOATX, {B, T, C}, SCRATCH, MODEL, BATCH, !chunks ? "scratch_c" : L == 1 ? "qkv" : "");
     if (!keeps_act(model) || plan.training)
-        table_add(table, "scratch_4c", &model.scratch_4c, FLOATX, {B, T, FF}, SCRATCH, MODEL, BATCH);
+        table_add(table, "scratch_4c", &model.scratch_4c, FLOATX, chunk_shape(plan, FF), SCRATCH, MODEL, CHUNKS);
+    if (plan.training && chunks) table_add(table, "scratch_dkv", &model.scratch_dkv, FLOATX, {B, T, 2 * C}, SCRATCH, MODEL, BATCH);
     if (!keeps_norm(model, QKVW) || !keeps_norm(model, FCW))
-        table_add(table, "scratch_ln", &model.scratch_ln, FLOATX, {B, T, C}, SCRATCH, MODEL, BATCH);
+        table_add(table, "scratch_ln", &model.scratch_ln, FLOATX, chunk_shape(plan, C), SCRATCH, MODEL, CHUNKS);
     table_add_rest(table, model, std::max(colsum_scratch(C), attention_scratch(B, T, NH, NH, c.HS())));
     return table;
 }
@@ -3320,31 +3325,36 @@ void model_forward(Model& model, int B, int T) {
     NvtxRange range("forward");
     const Config& c = model.config;
     const int C = c.C, L = c.L, BT = B * T;
-    const Rows rows = {0, BT};
     cudaStream_t stream = model.stream;
     auto W = [&](int p, int l) { return model_param(model, p, l); };
     embedding_forward(model.resid_in, model.tokens, model.param[WTE], model.param[WPE], model_documents(model, BT), B, T, C, stream);
-    LayerTensors t = model_layer(model, 0, BT);
-    add_norm_forward<kMsNorm>(nullptr, t.ln1, t.ln1_mean, t.ln1_rstd, t.resid, nullptr, W(LN1W, 0), W(LN1B, 0), c.eps, BT, C, stream);
-
+    for_rows(model.plan, BT, [&](Rows rows) {
+        const LayerTensors t = model_layer(model, 0, BT, rows.first);
+        add_norm_forward<kMsNorm>(nullptr, t.ln1, t.ln1_mean, t.ln1_rstd, t.resid, nullptr, W(LN1W, 0), W(LN1B, 0), c.eps, rows.count, C,
+                                  stream);
+        block_qkv(model, t, 0, rows);
+    });
     for (int l = 0; l < L; l++) {
         NvtxRange layer_range("forward layer " + std::to_string(l));
-        block_qkv(model, t, l, rows);
-        block_attention(model, t, B, T);
-        block_mid(model, t, l, rows);
-        block_act(model, t, l, rows);
-        linear_forward(model, model.scratch_c, t.fch_gelu, model_linear(model, FCPROJW, l, rows), BT);
+        block_attention(model, model_layer(model, l, BT), B, T);
+        for_rows(model.plan, BT, [&](Rows rows) {
+            const LayerTensors t = model_layer(model, l, BT, rows.first);
+            block_mid(model, t, l, rows);
+            block_act(model, t, l, rows);
+            linear_forward(model, model.scratch_c, t.fch_gelu, model_linear(model, FCPROJW, l, rows), rows.count);
 
-        // The second residual addition is part of the norm that comes next: ln1 of the next layer, or the final norm.
-        if (l + 1 < L) {
-            LayerTensors next = model_layer(model, l + 1, BT);
-            add_norm_forward<kMsNorm>(t.resid_out, next.ln1, next.ln1_mean, next.ln1_rstd, t.resid_mid, model.scratch_c,
-                                      W(LN1W, l + 1), W(LN1B, l + 1), c.eps, BT, C, stream);
-            t = next;
-        } else {   // it always applies gamma and beta: its matmul uses wte, as the embedding does, so nothing can be folded in
-            add_norm_forward<false>(t.resid_out, model.lnf, model.lnf_mean, model.lnf_rstd, t.resid_mid, model.scratch_c,
-                                    W(LNFW, 0), W(LNFB, 0), c.eps, BT, C, stream);
-        }
+            // The second residual addition is part of the norm that comes next: ln1 of the next layer, or the final norm.
+            if (l + 1 < L) {
+                const LayerTensors next = model_layer(model, l + 1, BT, rows.first);
+                add_norm_forward<kMsNorm>(t.resid_out, next.ln1, next.ln1_mean, next.ln1_rstd, t.resid_mid, model.scratch_c,
+                                          W(LN1W, l + 1), W(LN1B, l + 1), c.eps, rows.count, C, stream);
+                block_qkv(model, next, l + 1, rows);
+            } else {   // it always applies gamma and beta: its matmul uses wte, as the embedding does, so nothing can be folded in
+                const size_t row = rows.first;
+                add_norm_forward<false>(t.resid_out, model.lnf + row * C, model.lnf_mean + row, model.lnf_rstd + row, t.resid_mid,
+                                        model.scratch_c, W(LNFW, 0), W(LNFB, 0), c.eps, rows.count, C, stream);
+            }
+        });
     }
 }
 
@@ -3395,55 +3405,82 @@ void model_backward(Model& model, int B, int T, int buckets, int micro_batch) {
     NvtxRange range("backward");
     const Config& c = model.config;
     const int C = c.C, NH = c.NH, L = c.L, BT = B * T;
-    const Rows rows = {0, BT};
     const Plan& plan = model.plan;
-    const Pass pass = {micro_batch > 0, micro_batch == model.plan.micro_batches - 1};
+    const Pass pass = {micro_batch > 0, micro_batch == plan.micro_batches - 1};
     cudaStream_t stream = model.stream;
-    const int* document = model_documents(model, BT);
-    floatX *dresid = model.dresid, *d = model.scratch_c, *d_wide = model.scratch_4c;
+    floatX *d = model.scratch_c, *d_wide = model.scratch_4c;
     auto W = [&](int p, int l) { return model_param(model, p, l); };
     auto G = [&](int p, int l) { return l >= 0 ? model_grad(model, p, l) : Grad{}; };
-    auto norm_again = [&](int gamma, floatX* out, float* mean, float* rstd, const floatX* inp, int l) {
-        add_norm_forward<kMsNorm>(nullptr, out, mean, rstd, inp, nullptr, W(gamma, l), W(beta_of(gamma), l), c.eps, BT, C,
-                                stream);
+    auto norm_again = [&](int gamma, floatX* out, float* mean, float* rstd, const floatX* inp, int l, Rows rows) {
+        add_norm_forward<kMsNorm>(nullptr, out, mean, rstd, inp, nullptr, W(gamma, l), W(beta_of(gamma), l), c.eps, rows.count, C, stream);
     };
-    add_norm_backward<false>(dresid, G(FCPROJB, L - 1), G(LNFW, 0), G(LNFB, 0), model.colsum, model.lnf,
+    auto pass_of = [&](Rows rows) { return Pass{pass.add || rows.first > 0, pass.last && rows.first + rows.count == BT}; };
+    const bool act = needs_input(model, FCPROJW), ln2 = needs_input(model, FCW), atty = needs_input(model, ATTPROJW);
+    const bool ln1 = needs_input(model, QKVW), chunks = in_chunks(plan);
+
+    // After attention, from the block's output to the gradient of attention's. False: nothing below is trained.
+    auto after = [&](int l, Rows rows) {
+        const LayerTensors t = model_layer(model, l, BT, rows.first);
+        const Pass pass = pass_of(rows);
+        floatX* dresid = model.dresid + (size_t)rows.first * C;
+        // What forward did not keep is computed again, to the same bits (unless --gelu-fusion had cuBLASLt compute GELU, which rounds
+        // in its own way). fch_gelu may be in scratch_4c: the weight's gradient reads it before the input's gradient takes its place.
+        if (recomputes_block(plan)) block_mid(model, t, l, rows);
+        else if ((ln2 || recomputes_fc(plan)) && !keeps_norm(model, FCW))
+            norm_again(LN2W, t.ln2, t.ln2_mean, t.ln2_rstd, t.resid_mid, l, rows);
+        if (recomputes_fc(plan)) block_act(model, t, l, rows);
+        else if (act && !keeps_act(model))
+            act_forward<0>(t.fch_gelu, nullptr, (const floatX*)t.fch, nullptr, rows.count, c.FF(), stream);
+        if (!linear_backward(model, d_wide, dresid, act ? t.fch_gelu : nullptr, model_linear(model, FCPROJW, l, rows), rows.count, pass,
+                             act_backward_is_fused<kActBits>() ? t.fch : nullptr)) return false;
+        act_backward<kActBits>(d_wide, G(FCB, l), model.colsum, t.fch, pass.add, rows.count, c.FF(), stream);
+        if (!linear_backward(model, d, d_wide, ln2 ? t.ln2 : nullptr, model_linear(model, FCW, l, rows, LN2W), rows.count, pass)) return false;
+        add_norm_backward<kMsNorm>(dresid, G(ATTPROJB, l), norm_grad(model, LN2W, FCW, l), norm_grad(model, LN2B, FCW, l), model.colsum, d,
+                                   kMsNorm ? t.ln2 : t.resid_mid, t.ln2_mean, t.ln2_rstd, W(LN2W, l), true, pass.add, rows.count, C, stream);
+        if (!linear_backward(model, d, dresid, atty ? t.atty : nullptr, model_linear(model, ATTPROJW, l, rows), rows.count, pass))
+            return false;
+        if (chunks) attention_delta(t.atty, model.delta, d, rows.first, rows.count, T, NH, c.HS(), stream);
+        return true;
+    };
+    // Before attention, from the gradient of q, k and v to that of the block's input.
+    auto before = [&](int l, Rows rows) {
+        const LayerTensors t = model_layer(model, l, BT, rows.first);
+        const Pass pass = pass_of(rows);
+        if ((ln1 || (kMsNorm && recomputes_block(plan))) && !keeps_norm(model, QKVW))
+            norm_again(LN1W, t.ln1, t.ln1_mean, t.ln1_rstd, t.resid, l, rows);
+        if (!linear_backward(model, d, chunks ? t.qkv : d_wide, ln1 ? t.ln1 : nullptr, model_linear(model, QKVW, l, rows, LN1W), rows.count,
+                             pass)) return false;
+        add_norm_backward<kMsNorm>(model.dresid + (size_t)rows.first * C, G(FCPROJB, l - 1), norm_grad(model, LN1W, QKVW, l),
+                                   norm_grad(model, LN1B, QKVW, l), model.colsum, d, kMsNorm ? t.ln1 : t.resid, t.ln1_mean, t.ln1_rstd,
+                                   W(LN1W, l), true, pass.add, rows.count, C, stream);
+        return true;
+    };
+    auto all_rows = [&](int l, auto& part) {
+        bool goes_on = true;
+        for_rows(plan, BT, [&](Rows rows) { goes_on = part(l, rows); });
+        return goes_on;
+    };
+    add_norm_backward<false>(model.dresid, G(FCPROJB, L - 1), G(LNFW, 0), G(LNFB, 0), model.colsum, model.lnf,
                              model_layer(model, L - 1, BT).resid_out, model.lnf_mean, model.lnf_rstd, W(LNFW, 0), false, pass.add,
                              BT, C, stream);
     for (int l = L - 1; l >= 0; l--) {
         NvtxRange layer_range("backward layer " + std::to_string(l));
         const LayerTensors t = model_layer(model, l, BT);
-
-        // What forward did not keep is computed again, to the same bits (unless --gelu-fusion had cuBLASLt compute GELU, which rounds
-        // in its own way). fch_gelu may be in scratch_4c: the weight's gradient reads it before the input's gradient takes its place.
-        const bool act = needs_input(model, FCPROJW), ln2 = needs_input(model, FCW), atty = needs_input(model, ATTPROJW);
-        const bool ln1 = needs_input(model, QKVW);
-        auto norm = [&](int p, int weight) { return norm_grad(model, p, weight, l); };
         if (recomputes_block(plan)) {
-            norm_again(LN1W, t.ln1, t.ln1_mean, t.ln1_rstd, t.resid, l);
-            block_qkv(model, t, l, rows);
+            for_rows(plan, BT, [&](Rows rows) {
+                const LayerTensors t = model_layer(model, l, BT, rows.first);
+                norm_again(LN1W, t.ln1, t.ln1_mean, t.ln1_rstd, t.resid, l, rows);
+                block_qkv(model, t, l, rows);
+            });
             block_attention(model, t, B, T);
-            block_mid(model, t, l, rows);
-        } else if ((ln2 || recomputes_fc(plan)) && !keeps_norm(model, FCW)) {
-            norm_again(LN2W, t.ln2, t.ln2_mean, t.ln2_rstd, t.resid_mid, l);
         }
-        if (recomputes_fc(plan)) block_act(model, t, l, rows);
-        else if (act && !keeps_act(model)) act_forward<0>(t.fch_gelu, nullptr, (const floatX*)t.fch, nullptr, BT, c.FF(), stream);
-        if (!linear_backward(model, d_wide, dresid, act ? t.fch_gelu : nullptr, model_linear(model, FCPROJW, l, rows), BT, pass,
-                             act_backward_is_fused<kActBits>() ? t.fch : nullptr)) return;
-        act_backward<kActBits>(d_wide, G(FCB, l), model.colsum, t.fch, pass.add, BT, c.FF(), stream);
-        if (!linear_backward(model, d, d_wide, ln2 ? t.ln2 : nullptr, model_linear(model, FCW, l, rows, LN2W), BT, pass)) return;
-        add_norm_backward<kMsNorm>(dresid, G(ATTPROJB, l), norm(LN2W, FCW), norm(LN2B, FCW), model.colsum, d,
-                                   kMsNorm ? t.ln2 : t.resid_mid, t.ln2_mean, t.ln2_rstd, W(LN2W, l), true, pass.add, BT, C, stream);
-
-        if (!linear_backward(model, d, dresid, atty ? t.atty : nullptr, model_linear(model, ATTPROJW, l, rows), BT, pass)) return;
-        attention_backward(d_wide, G(QKVB, l), model.delta, model.colsum, d, t.qkv, t.atty, t.lse, document, pass.add, B, T, NH, NH,
-                           c.HS(), stream);
-        if ((ln1 || (kMsNorm && recomputes_block(plan))) && !keeps_norm(model, QKVW)) norm_again(LN1W, t.ln1, t.ln1_mean, t.ln1_rstd, t.resid, l);
-        if (!linear_backward(model, d, d_wide, ln1 ? t.ln1 : nullptr, model_linear(model, QKVW, l, rows, LN1W), BT, pass)) return;
-        add_norm_backward<kMsNorm>(dresid, G(FCPROJB, l - 1), norm(LN1W, QKVW), norm(LN1B, QKVW), model.colsum, d,
-                                   kMsNorm ? t.ln1 : t.resid, t.ln1_mean, t.ln1_rstd, W(LN1W, l), true, pass.add, BT, C, stream);
+        if (!all_rows(l, after)) return;
+        attention_backward(chunks ? t.qkv : d_wide, model.scratch_dkv, G(QKVB, l), model.delta, model.colsum, chunks ? t.atty : d, t.qkv,
+                           chunks ? nullptr : t.atty, t.lse, model_documents(model, BT), pass.add, B, T, NH, NH, c.HS(), stream);
+        if (!all_rows(l, before)) return;
     }
+    const floatX* dresid = model.dresid;
+    const int* document = model_documents(model, BT);
     const int* positions = model.tokens + 2 * (size_t)BT;
     const int* bucket_token = positions + BT;
     const int* bucket_start = bucket_token + token_cap(BT, c.V);
