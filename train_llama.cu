@@ -2707,8 +2707,8 @@ void table_print(const Table& table, size_t layers, size_t BTC, const char* mode
                table_units(table, layers, BTC, false), mode);
 }
 
-void table_print_json(const Table& table) {
-    printf("{\"total_bytes\": %zu, \"rows\": [", table_bytes(table));
+void table_print_json(const Table& table, double again) {
+    printf("{\"total_bytes\": %zu, \"recompute_share\": %.6f, \"rows\": [", table_bytes(table), again);
     for (size_t i = 0; i < table.size(); i++) {
         const Row& r = table[i];
         printf("%s\n  {\"name\": \"%s\", \"dtype\": \"%s\", \"shape\": [%s], \"bytes\": %zu, \"kind\": \"%s\", \"scope\": \"%s\"",
@@ -3740,6 +3740,15 @@ double model_flops_per_token(const Model& model, int T) {
     for (int p = 0; p < NUM_PARAMS; p++)
         if (const ParamShape s = param_shape(c, p); s.in_layer && s.cols) sum += each(p) * s.elements();
     return sum + 6.0 * c.L * c.NH * c.HS() * (double)T;
+}
+// Those of a token that --recompute 3 and 4 do again, as a share of the step's: the matmul before the activation; that, those around
+// attention, and its forward.
+double model_again_share(const Model& model, int T) {
+    const Config& c = model.config;
+    double sum = recomputes_block(model.plan) ? 2.0 * c.L * c.NH * c.HS() * (double)T : 0;
+    for (int i = recomputes_block(model.plan) ? 0 : 2; recomputes_fc(model.plan) && i < 3; i++)
+        for (int p : {LINEAR[i], LORA_A + i, LORA_B + i}) sum += 2.0 * param_shape(c, p).elements();
+    return model.plan.training ? sum / model_flops_per_token(model, T) : 0;
 }
 
 // ==== 8. files ===================================================================================================================
@@ -7090,8 +7099,10 @@ void print_plan(Run& run, bool all) {
                    run.train.batches_per_epoch() / plan.micro_batches);
         printf("memory     (--estimate lists parameters, gradients and optimizer state row by row)\n");
     }
-    if (run.s.estimate == "json") table_print_json(table);
+    const double again = model_again_share(run.model, plan.T);
+    if (run.s.estimate == "json") table_print_json(table, again);
     else table_print(table, plan.training ? c.L : 1, run.BT() * c.C, model_mode(plan).c_str(), all);
+    if (run.s.estimate != "json" && again > 0) printf("computed again for backward: %.1f %% of a step's matmul operations\n", 100 * again);
     if (run.s.estimate == "text" && !*run.device.name)
         printf("no GPU is visible here, so whether this fits is for you to say; chunks of logits are as if it did\n");
     else if (run.s.estimate == "text")
