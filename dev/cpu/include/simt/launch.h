@@ -150,6 +150,7 @@ inline void run_all_blocks() { run_only_blocks(0, INT64_MAX); }
 inline void run_grid(const Launch& launch, double* seconds_per_block) {
     const int64_t offset = launch.first_block;
     const int64_t blocks = std::min((int64_t)launch.grid.x * launch.grid.y * launch.grid.z - 1, launch.last_block) + 1 - offset;
+    last_kernel = launch.kernel;
     if (blocks <= 0) return;
     // The i-th block to run is number (first + i * step) mod blocks, counted from the offset.
     int64_t first = 0, step = 1;
@@ -198,11 +199,12 @@ void launch(const char* kernel, const char* file, int line, const Config& c, con
         std::apply([](const Call& call, const auto&... arguments) { call(arguments...); }, *(const KernelAndArguments*)p);
     };
     size_t with_static = asked_for_shared(kernel_address(address)) ? kSharedOptIn : kSharedDefault;
+    const KernelAndArguments kernel_and_arguments(call, arguments...);
     Launch l = {kernel, {file, line}, c.grid, c.block, c.dynamic_shared, with_static, launch_count++,
-                first_block_to_run, last_block_to_run, run, nullptr};
-    submit(c.stream, kernel, l.site, [l, kernel_and_arguments = KernelAndArguments(call, arguments...)]() mutable {
+                first_block_to_run, last_block_to_run, run, &kernel_and_arguments};
+    if (!streams_queue()) return run_grid(l, &seconds_per_block);
+    submit(c.stream, kernel, l.site, [l, kernel_and_arguments]() mutable {
         l.kernel_and_arguments = &kernel_and_arguments;
-        last_kernel = l.kernel;
         run_grid(l, &seconds_per_block);
     });
 }

@@ -89,8 +89,9 @@ inline const Operation* waits_for(const Operation& o) {    // the first of those
     for (cudaStream_t s : streams().all) {
         if (s->queue.empty()) continue;
         const Operation &head = *s->queue.front(), *other = waits_for(head);
-        where += "\n  " + (s == &streams().null ? "the null stream" : "the stream from " + std::string(s->site.file) + ":" + std::to_string(s->site.line)) +
-                 ": " + describe(head) + (other ? " waits for " + describe(*other) : "");
+        std::string made = std::string(s->site.file) + ":" + std::to_string(s->site.line);
+        where += "\n  " + (s == &streams().null ? "the null stream" : "the stream from " + made) + ": " + describe(head) +
+                 (other ? " waits for " + describe(*other) : "");
     }
     die("deadlock: no stream can go on%s", where.c_str());
 }
