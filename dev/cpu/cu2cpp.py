@@ -6,7 +6,8 @@ CUDA adds two forms to C++ that no header can supply. This rewrites them and not
     kernel<T, 4><<<grid, block, smem, stream>>>(a, b);
         simt::launch("kernel<T, 4>", __FILE__, __LINE__, simt::Config(grid, block, smem, stream),
                      <lambda that calls the kernel>, <lambda that yields its address>, a, b);
-        The arguments are evaluated once, before the launch, as on a GPU.
+        The arguments are evaluated once, before the launch, as on a GPU; what the lambda that calls needs of the function around it
+        it has by value, since a stream may run the kernel later.
 
     __shared__ float tile[32][33], sum;
         struct simt_shared_1 { float tile[32][33]; };
@@ -137,7 +138,7 @@ class Source:
         lines = '\n' * (self.text.count('\n', begin, opening) - config.count('\n'))
         return begin, closing + 1, (
             f'simt::launch("{name}", __FILE__, __LINE__, simt::Config({config}), '
-            f'[&](const auto&... simt_arguments) {{ {name}(simt_arguments...); }}, '
+            f'[=](const auto&... simt_arguments) {{ {name}(simt_arguments...); }}, '
             f'[&](auto simt_address_of) -> decltype(simt_address_of({name})) {{ return simt_address_of({name}); }}'
             f'{lines}{", " if self.code[opening + 1:closing].strip() else ""}{arguments})')
 

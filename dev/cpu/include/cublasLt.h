@@ -228,7 +228,7 @@ inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t desc
                                      const void* A, cublasLtMatrixLayout_t a, const void* B, cublasLtMatrixLayout_t b,
                                      const void* beta, const void* C, cublasLtMatrixLayout_t c,
                                      void* D, cublasLtMatrixLayout_t d, const cublasLtMatmulAlgo_t* algo,
-                                     void* workspace, size_t bytes, cudaStream_t /*stream*/, SIMT_SITE) {
+                                     void* workspace, size_t bytes, cudaStream_t stream, SIMT_SITE) {
     simt::Matmul q;
     simt::LtProblem p = {desc, a, b, c, d};
     cublasStatus_t status = simt::check(p, &q);
@@ -247,6 +247,6 @@ inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t desc
         {q.bias, q.add_bias, "bias"}, {q.aux, q.gelu || q.dgelu, "auxiliary matrix"}};
     for (auto& o : operands)
         if (o.used && (status = simt::check_pointer(o.matrix, o.name, {file, line}))) return status;
-    simt::matmul(q);
-    return CUBLAS_STATUS_SUCCESS;
+    bool good = simt::submit(stream, "cublasLtMatmul", {file, line}, [q] { simt::matmul(q); }) == cudaSuccess;
+    return good ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_EXECUTION_FAILED;
 }

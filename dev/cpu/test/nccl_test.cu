@@ -28,6 +28,12 @@ int main(int argc, char** argv) {
         if (!strcmp(argv[1], "count")) ncclAllReduce(in, out, n - rank, ncclFloat, ncclSum, comm, 0);
         if (!strcmp(argv[1], "kind") && rank) ncclAllGather(in, out, 100, ncclFloat, comm, 0);
         if (!strcmp(argv[1], "kind") && !rank) ncclAllReduce(in, out, 100, ncclFloat, ncclSum, comm, 0);
+        if (!strcmp(argv[1], "order")) {                       // communicators that wait for one another
+            ncclComm_t other;
+            ncclCheck(ncclCommInitRank(&other, ranks, id, rank));
+            for (ncclComm_t c : {rank ? other : comm, rank ? comm : other}) ncclAllReduce(in, out, 100, ncclFloat, ncclSum, c, 0);
+        }
+        cudaCheck(cudaDeviceSynchronize());
         printf("nothing reported\n");
         MPI_Finalize();
         return 0;
@@ -60,6 +66,28 @@ int main(int argc, char** argv) {
     ncclCheck(ncclAllReduce(device, device, 4, ncclBfloat16, ncclSum, comm, 0));
     to_host(narrow, device, 4);
     EXPECT(__bfloat162float(narrow[3]) == 2.0f);               // 2.0078125 is half way between two: to even
+
+    // Ranks that wait for their streams in different orders, and for each other in MPI: each stream gets what it asked for.
+    cudaStream_t streams[2];
+    float *sums[2], *pinned;
+    cudaCheck(cudaMallocHost(&pinned, 2 * sizeof(float)));
+    for (int i = 0; i < 2; i++) {
+        float mine = (float)(10 * i + rank + 1);
+        cudaCheck(cudaStreamCreate(&streams[i]));
+        sums[i] = to_device(&mine, 1);
+    }
+    for (int i : {1, 0}) {
+        ncclCheck(ncclGroupStart());
+        ncclCheck(ncclAllReduce(sums[i], sums[i], 1, ncclFloat, ncclSum, comm, streams[i]));
+        ncclCheck(ncclGroupEnd());
+        cudaCheck(cudaMemcpyAsync(pinned + i, sums[i], sizeof(float), cudaMemcpyDeviceToHost, streams[i]));
+    }
+    if (rank == 0) cudaCheck(cudaStreamSynchronize(streams[0]));
+    MPI_Barrier(MPI_COMM_WORLD);
+    if (rank == 1) cudaCheck(cudaStreamSynchronize(streams[0]));
+    cudaCheck(cudaStreamSynchronize(streams[1]));
+    EXPECT(pinned[0] == 3 && pinned[1] == 23);
+    ncclCheck(ncclAllReduce(sums[0], sums[0], 1, ncclFloat, ncclSum, comm, streams[0]));     // left to ncclCommDestroy
     ncclCheck(ncclCommDestroy(comm));
     int status = finish();
     MPI_Finalize();

@@ -46,9 +46,10 @@ def build(name, *flags, compiler=CXX):
     return program
 
 # Everything is compiled at once, on two cores, before the first test that runs something.
-BUILDS = {name: () for name in ['device_test', 'bf16_test', 'launch_test', 'matmul_test', 'ptx_test', 'errors']}
+BUILDS = {name: () for name in ['device_test', 'bf16_test', 'launch_test', 'matmul_test', 'ptx_test', 'streams_test', 'errors']}
 BUILDS['planted'] = ('-O1',)
-SAN_BUILDS = ['device_test', 'planted', 'errors']
+SAN_BUILDS = ['device_test', 'planted', 'streams_test', 'errors']
+STREAMS = ['eager', 'late', 'random:1', 'random:2', 'random:3']
 
 @pytest.fixture(scope='session')
 def programs():
@@ -73,6 +74,12 @@ def test_program(programs, name):
 
 def test_matmul_has_the_same_bits_on_any_number_of_threads(programs):
     assert len({re.search('digest .*', run([programs['matmul_test']], OMP_NUM_THREADS=n).stdout)[0] for n in ('1', '2', '5')}) == 1
+
+@pytest.mark.parametrize('streams', STREAMS)
+@pytest.mark.parametrize('name', ['device_test', 'bf16_test', 'launch_test', 'matmul_test', 'ptx_test', 'streams_test', 'streams_test_san'])
+def test_in_every_mode_of_streams(programs, name, streams):
+    result = run([programs[name]], SIMT_STREAMS=streams)
+    assert result.returncode == 0, result.stdout
 
 # ---- the planted bugs ---------------------------------------------------------------------------------
 
@@ -119,6 +126,25 @@ def test_missing_wait_for_an_asynchronous_copy_shows(programs, order):
     assert result.returncode == 1 and ' 384 failed' in result.stdout, result.stdout      # all that is copied
     result = run([programs['ptx_test'], 'never', 'waits'], **ORDERS[order])
     assert result.returncode != 0 and 'nobody has waited for a copy of 16 bytes' in result.stdout, result.stdout
+
+def in_all_streams(programs, *arguments, name='streams_test', modes=STREAMS):
+    outputs = [run([programs[name], 'offload', *arguments], SIMT_STREAMS=streams) for streams in modes]
+    assert all(o.returncode == 0 for o in outputs), outputs
+    return [o.stdout for o in outputs]
+
+@pytest.mark.parametrize('name', ['streams_test', 'streams_test_san'])
+def test_streams_that_wait_have_the_same_results_whenever_they_run(programs, name):
+    results = in_all_streams(programs, name=name)
+    assert len(set(results)) == 1 and 'nan' not in results[0], results
+
+# what a wait was for: before a kernel reads what was copied, a copy writes what a kernel reads, a kernel writes what a copy reads, the
+# host writes what a copy reads, and the host reads what a copy writes
+@pytest.mark.parametrize('mistake', ['copied', 'used', 'returned', 'staged', 'read'])
+def test_missing_wait_of_a_stream_shows(programs, mistake):
+    eager, late, *others = in_all_streams(programs, mistake, modes=['eager', 'late', *(f'random:{seed}' for seed in range(1, 9))])
+    assert eager == in_all_streams(programs, modes=['eager'])[0]             # nobody would have noticed
+    assert late != eager
+    assert any(o != eager for o in others)
 
 def test_example_of_the_readme(tmp_path):
     """Its kernel is the file's, its commands run as they stand there, and print what it says."""
@@ -171,9 +197,34 @@ def test_sanitizers_see_shared_and_device_memory(programs, name, report):
     assert result.returncode != 0
     assert report in result.stdout and re.search(r'errors\.cu:\d+', result.stdout), result.stdout
 
+REPORTS = {
+    'past_the_end': r'b is done\nsimt error: write past the end of device memory: the 4 bytes .*byte 4 was written\n.*by cudaDeviceSynchronize; .*past_the_end_kernel',
+    'null_pointer': r'b is done\nsimt error: segmentation fault at address (0x|\(nil\)).*\n.*set_kernel.*streams_test\.cu:{line}',
+    'destroyed': r'simt: set_kernel at \S*streams_test\.cu:{line}: there is no such stream, or it is destroyed already \(cudaErrorInvalidResourceHandle\)',
+    'deadlock': r'simt error: deadlock: no stream can go on\n'
+                r'  the stream from \S*streams_test\.cu:\d+: cudaStreamWaitEvent at \S*streams_test\.cu:{line} waits for a record at nowhere:7\n'
+                r'  the stream from \S*streams_test\.cu:\d+: cudaStreamWaitEvent at \S*streams_test\.cu:{second} waits for cudaEventRecord at ',
+}
+
+@pytest.mark.parametrize('name', REPORTS)
+def test_error_of_a_late_stream_is_named(programs, name):
+    result = run([programs['streams_test'], name], SIMT_STREAMS='late')
+    expected = REPORTS[name]
+    for what, of in (('{line}', name), ('{second}', 'second')):
+        if what in expected:
+            expected = expected.replace(what, str(line_of('streams_test', of)))
+    assert result.returncode != 0 and 'nothing reported' not in result.stdout
+    assert re.search(expected, result.stdout), result.stdout
+
+@pytest.mark.parametrize('streams', STREAMS)
+def test_what_is_left_at_the_end_is_done(programs, streams):
+    result = run([programs['streams_test'], 'left'], SIMT_STREAMS=streams)
+    assert result.returncode == 0 and sorted(result.stdout.splitlines()) == ['b is done', 'what was left: 1', 'what was left: 2'], result.stdout
+
 # ---- options ------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('name,value', [('SIMT_ORDER', 'backward'), ('SIMT_SEED', 'x'), ('SIMT_SEED', '-1'), ('SIMT_POISON', '2'), ('SIMT_PROFILE', 'yes'),
+@pytest.mark.parametrize('name,value', [('SIMT_ORDER', 'backward'), ('SIMT_SEED', 'x'), ('SIMT_SEED', '-1'), ('SIMT_POISON', '2'), *(('SIMT_STREAMS', v) for v in ('', 'lazy', 'late:1', 'random', 'random:', 'random:x', 'random:-1', 'random:99999999999999999999')),
+                                        ('SIMT_PROFILE', 'yes'),
                                         ('SIMT_REPORT', ''), ('SIMT_MEMORY', '1T'), ('SIMT_MEMORY', '99999999999G'), *(('OMP_NUM_THREADS', v) for v in ('0', '-1', '4abc', '', 'all'))])
 def test_wrong_option_is_an_error_that_names_it(programs, name, value):
     result = run([programs['device_test']], **{name: value})
@@ -266,7 +317,7 @@ def test_lines_are_kept(tmp_path):
 NVCC = shutil.which('nvcc') or next((p for p in ['/usr/local/cuda/bin/nvcc'] if os.path.exists(p)), None)
 
 @pytest.mark.skipif(not NVCC, reason='nvcc is not installed (CUDA Toolkit)')
-@pytest.mark.parametrize('name', ['device_test', 'matmul_test'])
+@pytest.mark.parametrize('name', ['device_test', 'matmul_test', 'streams_test'])
 def test_nvcc_accepts_it_without_a_warning(name):
     os.makedirs(OUT, exist_ok=True)
     result = run([NVCC, '-std=c++17', '-arch=sm_80', '-c', os.path.join(HERE, name + '.cu'), '-o', os.path.join(OUT, name + '.o')])
@@ -278,19 +329,22 @@ needs_mpi = pytest.mark.skipif(not (shutil.which('mpicxx') and shutil.which('mpi
 def nccl():
     program = build('nccl_test', compiler=['env', f'OMPI_CXX={CXX[0]}', f'MPICH_CXX={CXX[0]}', 'mpicxx'])
     allow = {'OMPI_ALLOW_RUN_AS_ROOT': '1', 'OMPI_ALLOW_RUN_AS_ROOT_CONFIRM': '1', 'OMPI_MCA_rmaps_base_oversubscribe': '1'}
-    return lambda *arguments: run(['mpirun', '-np', '2', program, *arguments], **allow)
+    return lambda *arguments, streams='eager': run(['mpirun', '-np', '2', program, *arguments], SIMT_STREAMS=streams, **allow)
 
 @needs_mpi
-def test_nccl_between_two_processes(nccl):
-    result = nccl()
+@pytest.mark.parametrize('streams', STREAMS)
+def test_nccl_between_two_processes(nccl, streams):
+    result = nccl(streams=streams)
     assert result.returncode == 0 and result.stdout.count(' 0 failed') == 2, result.stdout
 
 @needs_mpi
 @pytest.mark.parametrize('mistake,calls', [
+    ('order', ('rank 0 calls ncclAllReduce number 0 of 100 float', 'rank 1 calls ncclAllReduce number 0 of 100 float in communicator 1')),
     ('count', ('rank 0 calls ncclAllReduce number 0 of 3000000 float', 'rank 1 calls ncclAllReduce number 0 of 2999999 float')),
     ('kind', ('rank 0 calls ncclAllReduce [^\n]*', 'rank 1 calls ncclAllGather [^\n]*'))])
-def test_ranks_that_disagree_are_an_error(nccl, mistake, calls):
-    result = nccl(mistake)
+@pytest.mark.parametrize('streams', ['eager', 'late'])
+def test_ranks_that_disagree_are_an_error(nccl, mistake, calls, streams):
+    result = nccl(mistake, streams=streams)
     assert result.returncode != 0 and 'nothing reported' not in result.stdout
     # each rank says it, itself first; mpirun may cut one's line by the other's
     assert re.search('simt error: ranks disagree about a collective: ({0}, {1}|{1}, {0})'.format(*calls), result.stdout), result.stdout

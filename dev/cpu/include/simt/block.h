@@ -27,6 +27,7 @@ struct Launch {
     size_t dynamic_shared;             // bytes
     size_t shared_limit;               // for static and dynamic together
     uint64_t number;                   // 0, 1, 2, ... in the program
+    int64_t first_block, last_block;   // of the grid, those to run
     void (*run)(const void*);          // calls the kernel as the current thread
     const void* kernel_and_arguments;  // what `run` is given
 };

@@ -9,7 +9,8 @@
     E(cudaErrorInvalidConfiguration, 9, "invalid configuration argument")                     \
     E(cudaErrorInvalidMemcpyDirection, 21, "invalid copy direction for memcpy")               \
     E(cudaErrorInvalidDevice, 101, "invalid device ordinal")                                  \
-    E(cudaErrorInvalidResourceHandle, 400, "invalid resource handle")
+    E(cudaErrorInvalidResourceHandle, 400, "invalid resource handle")                         \
+    E(cudaErrorNotReady, 600, "device not ready")
 
 #define SIMT_ENUM(name, value, text) name = value,
 enum cudaError { SIMT_ERRORS(SIMT_ENUM) };

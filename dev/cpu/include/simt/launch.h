@@ -88,8 +88,9 @@ inline void add_to_profile(const std::string& name, double seconds, uint64_t thr
 struct Config {                        // what stands between <<< and >>>
     dim3 grid, block;
     size_t dynamic_shared;
-    Config(dim3 grid, dim3 block, size_t dynamic_shared = 0, cudaStream_t = nullptr)
-        : grid(grid), block(block), dynamic_shared(dynamic_shared) {}
+    cudaStream_t stream;
+    Config(dim3 grid, dim3 block, size_t dynamic_shared = 0, cudaStream_t stream = nullptr)
+        : grid(grid), block(block), dynamic_shared(dynamic_shared), stream(stream) {}
 };
 
 constexpr size_t kSharedDefault = 48 * 1024, kSharedOptIn = 99 * 1024;   // the latter as on sm_86 and sm_89
@@ -147,8 +148,9 @@ inline void run_only_blocks(int64_t first, int64_t last) { first_block_to_run = 
 inline void run_all_blocks() { run_only_blocks(0, INT64_MAX); }
 
 inline void run_grid(const Launch& launch, double* seconds_per_block) {
-    const int64_t offset = first_block_to_run;
-    const int64_t blocks = std::min((int64_t)launch.grid.x * launch.grid.y * launch.grid.z - 1, last_block_to_run) + 1 - offset;
+    const int64_t offset = launch.first_block;
+    const int64_t blocks = std::min((int64_t)launch.grid.x * launch.grid.y * launch.grid.z - 1, launch.last_block) + 1 - offset;
+    last_kernel = launch.kernel;
     if (blocks <= 0) return;
     // The i-th block to run is number (first + i * step) mod blocks, counted from the offset.
     int64_t first = 0, step = 1;
@@ -183,7 +185,8 @@ inline void run_grid(const Launch& launch, double* seconds_per_block) {
 }
 
 // What cu2cpp.py makes of kernel<<<config>>>(arguments): `call` calls the kernel, `address` yields its
-// address. The kernel is called through a pointer to a function that knows the arguments' types.
+// address. The kernel is called through a pointer to a function that knows the arguments' types. All that the stream needs to run
+// it later is copied here, as on a GPU.
 template <class Call, class Address, class... Arguments>
 void launch(const char* kernel, const char* file, int line, const Config& c, const Call& call, const Address& address,
             const Arguments&... arguments) {
@@ -191,15 +194,19 @@ void launch(const char* kernel, const char* file, int line, const Config& c, con
     if (worker && worker->current) die_in_kernel("a kernel launches the kernel %s: the CPU backend cannot do that", kernel);
     size_t limit = largest_dynamic_shared(kernel_address(address));
     if (check_config(kernel, {file, line}, c, limit) != cudaSuccess) return;
-    last_kernel = kernel;
-    auto kernel_and_arguments = std::tuple<const Call&, std::decay_t<const Arguments>...>(call, arguments...);
+    using KernelAndArguments = std::tuple<Call, std::decay_t<const Arguments>...>;
     auto run = [](const void* p) {
-        std::apply([](const Call& call, const auto&... arguments) { call(arguments...); },
-                   *(const decltype(kernel_and_arguments)*)p);
+        std::apply([](const Call& call, const auto&... arguments) { call(arguments...); }, *(const KernelAndArguments*)p);
     };
     size_t with_static = asked_for_shared(kernel_address(address)) ? kSharedOptIn : kSharedDefault;
-    Launch l = {kernel, {file, line}, c.grid, c.block, c.dynamic_shared, with_static, launch_count++, run, &kernel_and_arguments};
-    run_grid(l, &seconds_per_block);
+    const KernelAndArguments kernel_and_arguments(call, arguments...);
+    Launch l = {kernel, {file, line}, c.grid, c.block, c.dynamic_shared, with_static, launch_count++,
+                first_block_to_run, last_block_to_run, run, &kernel_and_arguments};
+    if (!streams_queue()) return run_grid(l, &seconds_per_block);
+    submit(c.stream, kernel, l.site, [l, kernel_and_arguments]() mutable {
+        l.kernel_and_arguments = &kernel_and_arguments;
+        run_grid(l, &seconds_per_block);
+    });
 }
 
 }  // namespace simt

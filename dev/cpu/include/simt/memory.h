@@ -6,10 +6,11 @@
 
 #include "errors.h"
 #include "shared.h"
+#include "streams.h"
 
 namespace simt {
 
-inline const char* last_kernel = "none";      // named in the report of a broken canary
+inline const char* last_kernel = "none";      // that ran; named in the report of a broken canary
 
 struct Allocation {
     size_t bytes;
@@ -60,6 +61,7 @@ inline void check_canaries(const char* found_by) {
     for (auto& [p, a] : memory().blocks) check_canary(p, a, found_by);
 }
 inline void at_exit() {
+    finish_streams();
     check_canaries("the end of the program");
     if (options.report) fprintf(stderr, "simt: peak %zu bytes, now %zu bytes\n", memory().peak, memory().now);
 }
@@ -83,7 +85,7 @@ inline cudaError_t allocate(void** result, size_t bytes, bool device, Site site)
         if (guard) fill_canary(p - guard, guard), fill_canary(p + bytes, guard);
         m.now += bytes;
         if (m.now > m.peak) m.peak = m.now;
-    }
+    } else if (options.poison && streams_queue()) memset(p, 0xff, bytes);      // a host that reads before the copy shows
     m.blocks[p] = {bytes, site, device};
     *result = p;
     return cudaSuccess;
@@ -104,6 +106,12 @@ inline cudaError_t release(void* p, bool device, const char* function, Site site
     m.blocks.erase(i);
     free((char*)p - (device ? kGuard : 0));
     return cudaSuccess;
+}
+
+// Host memory that the device reads and writes by itself. Other host memory is staged.
+inline bool is_pinned(const void* p) {
+    auto i = memory().find(p);
+    return i != memory().blocks.end() && !i->second.device && (char*)p < i->first + i->second.bytes;
 }
 
 // Is [p, p + bytes) within one allocation? `device` says whether it must be.

@@ -42,9 +42,18 @@ enum Order {
                 // that is favoured, or starved, stays so over many barriers.
 };
 
+// When a stream does what it is given.
+enum StreamMode {
+    kEager,     // at once
+    kLate,      // when somebody waits for it
+    kRandom,    // now or later, whichever stream's turn it is
+};
+
 struct Options {
     Order order = kForward;       // SIMT_ORDER=forward|reverse|priority
     uint64_t seed = 1;            // SIMT_SEED=n, for priority
+    StreamMode streams = kEager;  // SIMT_STREAMS=eager|late|random:SEED
+    uint64_t streams_seed = 0;
     bool poison = true;           // SIMT_POISON=0|1: fill fresh device and shared memory with NaN
     bool profile = false;         // SIMT_PROFILE=1: a table of kernels at exit
     bool report = false;          // SIMT_REPORT=1: one line with the memory peak at exit
@@ -90,16 +99,19 @@ inline size_t address_space_left() {
 }
 inline const bool new_is_checked = (std::set_new_handler([] { out_of_host_memory("an allocation failed"); }), true);
 
-inline uint64_t number_option(const char* name, uint64_t otherwise, uint64_t most, const char* allowed, bool suffix = false) {
-    const char* value = getenv(name);
-    if (!value) return otherwise;
+// The number that begins at `digits`, in the value of an option or all of it
+inline uint64_t whole_number(const char* name, const char* value, const char* digits, uint64_t most, const char* allowed, bool suffix = false) {
     char* end;
     errno = 0;
-    unsigned long long n = strtoull(value, &end, 10);
+    unsigned long long n = strtoull(digits, &end, 10);
     int shift = suffix && *end ? *end == 'K' ? 10 : *end == 'M' ? 20 : *end == 'G' ? 30 : 0 : 0;
     if (shift) end++;
-    if (*value < '0' || *value > '9' || *end || errno || n > most >> shift) bad_option(name, value, allowed);
+    if (*digits < '0' || *digits > '9' || *end || errno || n > most >> shift) bad_option(name, value, allowed);
     return (uint64_t)n << shift;
+}
+inline uint64_t number_option(const char* name, uint64_t otherwise, uint64_t most, const char* allowed, bool suffix = false) {
+    const char* value = getenv(name);
+    return value ? whole_number(name, value, value, most, allowed, suffix) : otherwise;
 }
 
 inline Options read_options() {
@@ -111,6 +123,14 @@ inline Options read_options() {
         else bad_option("SIMT_ORDER", order, "forward, reverse or priority");
     }
     o.seed = number_option("SIMT_SEED", 1, UINT64_MAX, "a whole number");
+    if (const char* streams = getenv("SIMT_STREAMS")) {
+        const char* allowed = "eager, late or random:SEED, where SEED is a whole number";
+        if (!strcmp(streams, "late")) o.streams = kLate;
+        else if (!strncmp(streams, "random:", 7)) {
+            o.streams = kRandom;
+            o.streams_seed = whole_number("SIMT_STREAMS", streams, streams + 7, UINT64_MAX, allowed);
+        } else if (strcmp(streams, "eager")) bad_option("SIMT_STREAMS", streams, allowed);
+    }
     o.poison = number_option("SIMT_POISON", 1, 1, "0 or 1");
     o.profile = number_option("SIMT_PROFILE", 0, 1, "0 or 1");
     o.report = number_option("SIMT_REPORT", 0, 1, "0 or 1");
