@@ -186,10 +186,11 @@ inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cud
     return simt::copy(to, from, bytes, kind, true, stream, "cudaMemcpyAsync", {file, line});
 }
 inline cudaError_t cudaMemcpy2DAsync(void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t bytes, size_t rows,
-                                     cudaMemcpyKind kind, cudaStream_t = nullptr, SIMT_SITE) {
+                                     cudaMemcpyKind kind, cudaStream_t stream = nullptr, SIMT_SITE) {
     cudaError_t status = cudaSuccess;
     for (size_t i = 0; i < rows && status == cudaSuccess; i++)
-        status = simt::copy((char*)to + i * to_pitch, (const char*)from + i * from_pitch, bytes, kind, "cudaMemcpy2DAsync", {file, line});
+        status = simt::copy((char*)to + i * to_pitch, (const char*)from + i * from_pitch, bytes, kind, true, stream, "cudaMemcpy2DAsync",
+                            {file, line});
     return status;
 }
 inline cudaError_t cudaMemset(void* p, int value, size_t bytes, SIMT_SITE) {
