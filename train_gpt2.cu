@@ -2415,9 +2415,9 @@ bool world_any(bool mine) { return world_min(mine ? -1 : 0) < 0; }   // did it h
 // through it, so what is announced and what is taken cannot differ.
 
 enum Kind { PARAM, GRAD, OPTIMIZER, SAVED, SCRATCH, WORKSPACE };
-enum Scope { LAYER, MODEL };
+enum Scope { LAYER, MODEL, HOST };   // HOST: pinned memory of the host, beside the device's
 const char* KIND_NAME[] = {"param", "grad", "optimizer", "saved", "scratch", "workspace"};
-const char* SCOPE_NAME[] = {"layer", "model"};
+const char* SCOPE_NAME[] = {"layer", "model", "host"};
 
 struct Row {
     std::string name;
@@ -2444,21 +2444,25 @@ struct Row {
 };
 using Table = std::vector<Row>;
 
-size_t table_bytes(const Table& table) {
+size_t table_bytes(const Table& table, bool host = false) {   // of the device, or of the host
     size_t sum = 0;
-    for (const Row& r : table) sum += r.bytes();
+    for (const Row& r : table) sum += (r.scope == HOST) == host ? r.bytes() : 0;
     return sum;
 }
 
-// What cudaMalloc was asked for: now, and at most.
-size_t device_bytes = 0, device_peak = 0;
+// What cudaMalloc was asked for, and cudaMallocHost: now, and at most.
+size_t device_bytes = 0, device_peak = 0, host_bytes = 0, host_peak = 0;
 
 void table_allocate(Table& table) {
     for (Row& r : table) {
         if (!r.alias_of.empty()) continue;
         void* memory = nullptr;
-        cudaError_t error = cudaMalloc(&memory, r.bytes());
+        const bool host = r.scope == HOST;
+        cudaError_t error = host ? cudaMallocHost(&memory, r.bytes()) : cudaMalloc(&memory, r.bytes());
         r.set(memory);
+        if (host && error != cudaSuccess)
+            fail("out of memory at %s: the host cannot give %.1f MiB of pinned memory; smaller by %s", r.name.c_str(), r.bytes() / 1048576.0,
+                 r.shrink);
         if (error == cudaErrorMemoryAllocation) {
             cudaGetLastError();   // it would come up again at the next launch
             Table largest = table;
@@ -2478,8 +2482,8 @@ void table_allocate(Table& table) {
                 total / 1048576.0, text.c_str());
         }
         cudaCheck(error);
-        device_bytes += r.bytes();
-        device_peak = std::max(device_peak, device_bytes);
+        (host ? host_bytes : device_bytes) += r.bytes();
+        device_peak = std::max(device_peak, device_bytes), host_peak = std::max(host_peak, host_bytes);
     }
     for (Row& r : table) {
         if (r.alias_of.empty()) continue;
@@ -2490,8 +2494,8 @@ void table_allocate(Table& table) {
 void table_free(Table& table) {
     for (Row& r : table) {
         if (r.alias_of.empty()) {
-            cudaCheck(cudaFree(r.get()));
-            device_bytes -= r.bytes();
+            cudaCheck(r.scope == HOST ? cudaFreeHost(r.get()) : cudaFree(r.get()));
+            (r.scope == HOST ? host_bytes : device_bytes) -= r.bytes();
         }
         r.set(nullptr);
     }
@@ -2522,10 +2526,11 @@ void table_print(const Table& table, size_t layers, size_t BTC, const char* mode
     for (int k = PARAM; k <= WORKSPACE; k++) {
         size_t bytes = 0;
         for (const Row& r : table)
-            if (r.kind == k) bytes += r.bytes();
+            if (r.kind == k && r.scope != HOST) bytes += r.bytes();
         if (bytes) printf("%-44s %12.2f\n", KIND_NAME[k], bytes / 1048576.0);
     }
     printf("%-44s %12.2f\n", "total", table_bytes(table) / 1048576.0);
+    if (const size_t host = table_bytes(table, true)) printf("%-44s %12.2f\n", "pinned memory of the host", host / 1048576.0);
     double units = table_units(table, layers, BTC, true);
     if (units > 0)
         printf("kept for backward per layer: %.2f units of B*T*C %s elements, %.2f without statistics (%s)\n", units, dtype_name(FLOATX),
@@ -2533,7 +2538,8 @@ void table_print(const Table& table, size_t layers, size_t BTC, const char* mode
 }
 
 void table_print_json(const Table& table, double again) {
-    printf("{\"total_bytes\": %zu, \"recompute_share\": %.6f, \"rows\": [", table_bytes(table), again);
+    printf("{\"total_bytes\": %zu, \"host_bytes\": %zu, \"recompute_share\": %.6f, \"rows\": [", table_bytes(table), table_bytes(table, true),
+           again);
     for (size_t i = 0; i < table.size(); i++) {
         const Row& r = table[i];
         printf("%s\n  {\"name\": \"%s\", \"dtype\": \"%s\", \"shape\": [%s], \"bytes\": %zu, \"kind\": \"%s\", \"scope\": \"%s\"",
@@ -2660,6 +2666,7 @@ struct Plan {
     unsigned frozen;      // bit p: parameter p is not trained, and has neither gradient nor optimizer state
     bool nf4, nested;     // the weights of the blocks are in 4 bits; their absmax in 8
     bool host_wte;        // the embedding is on the host: a batch's rows of it come to the device
+    bool offload;         // the stream before each block waits on the host for its backward
     float dropout;        // of adapters' inputs
     bool marks;           // the data say where documents begin, and which tokens have no loss
     bool trains(int p) const { return training && !(frozen >> p & 1); }
@@ -2757,9 +2764,17 @@ struct Model : BlockBuffers {
     uint64_t micro_batch;      // of the run, for dropout; 0: none, this is no training
     Quantized quantized[4];    // NF4: LINEAR's weights
     float* nf4_tables;
-    std::vector<floatX> wte_on_host;   // (Vp, C), with Plan::host_wte
-    struct { floatX* rows; cudaEvent_t copied; } wte_rows[2];   // pinned: a micro-batch's rows of it, and when they are on the device
-    int wte_turn;              // which of the two comes next
+    // On the host. With Plan::host_wte the embedding (Vp, C), the rows of it that a micro-batch names, twice (B, T, C), and when they
+    // are on the device; which of the two comes next. Tokens as token_ints has them, of a step's micro-batches and of the next step's.
+    floatX *host_wte, *wte_rows;
+    cudaEvent_t wte_copied[2];
+    int wte_turn;
+    int* host_tokens;
+    // --offload: the stream before each block but the first two buffers' (L, B, T, C), and where it is on the device: block l reads
+    // stream_at[l % 2] and writes the other; the stream of copies; when what comes is there, and when a copy of each buffer is done.
+    floatX *host_stream, *stream_at[2];
+    cudaStream_t copies;
+    cudaEvent_t stream_ready, stream_copied[2];
     floatX* dresid;     // (B, T, C)      gradient of the residual stream
     float* delta;       // (B, NH, T)     attention's backward
     floatX* logits;     // (chunk, Vp)    of one chunk of rows; then their gradient
@@ -2916,6 +2931,19 @@ void table_add_adapters(Table& table, Model& model) {
     if (plan.training && plan.dropout > 0)
         table_add(table, "dropped", &model.dropped, FLOATX, chunk_shape(plan, input), SCRATCH, MODEL, "--lora-dropout 0");
 }
+// On the host.
+void table_add_host(Table& table, Model& model) {
+    const Config& c = model.config;
+    const Plan& plan = model.plan;
+    const size_t B = plan.B, T = plan.T, C = c.C;
+    if (plan.host_wte) {
+        table_add(table, "wte", &model.host_wte, FLOATX, {(size_t)c.Vp, C}, PARAM, HOST, "--embedding-on device");
+        table_add(table, "wte_rows", &model.wte_rows, FLOATX, {2, B, T, C}, SCRATCH, HOST, "--embedding-on device");
+    }
+    if (plan.offload) table_add(table, "host_stream", &model.host_stream, FLOATX, {(size_t)c.L, B, T, C}, SAVED, HOST, "--offload 0");
+    table_add(table, "host_tokens", &model.host_tokens, I32, {2, (size_t)plan.micro_batches, token_ints(B * T, c.V, plan.marks)}, SCRATCH, HOST,
+              BATCH);
+}
 // What every model needs besides its blocks. The workspace comes last: model_allocate counts on it.
 void table_add_rest(Table& table, Model& model, size_t colsum) {
     const Config& c = model.config;
@@ -2932,6 +2960,7 @@ void table_add_rest(Table& table, Model& model, size_t colsum) {
     if (largest.rows > 0) table_add(table, "fold_w", &model.fold_w, FLOATX, {largest.rows, largest.cols}, SCRATCH, MODEL, SMALLER);
     if (bias > 0) table_add(table, "fold_b", &model.fold_b, FLOATX, {bias}, SCRATCH, MODEL, SMALLER);
     table_add_adapters(table, model);
+    table_add_host(table, model);
     table_add(table, "logits", &model.logits, FLOATX, {plan_chunk_rows(plan), (size_t)c.Vp}, SCRATCH, MODEL, "--loss-chunks");
     table_add(table, "losses", &model.losses, F32, {B, T}, SCRATCH, MODEL, BATCH);
     if (plan.training) {
@@ -2987,12 +3016,16 @@ Table model_table(Model& model) {
         table_add(table, "scratch_fch", &model.scratch_fch, act_type, chunk_shape(plan, act_kept(FF)), SCRATCH, MODEL, CHUNKS);
     else keep(kActBits ? "fch_codes" : "fch", &kept.fch, act_type, {L, B, T, act_kept(FF)}, "--recompute 3");
     if (keeps_act(model)) keep("fch_gelu", &kept.fch_gelu, FLOATX, {L, B, T, FF}, kActBits ? BATCH : "--recompute 1");
-    if (blocks) table_add(table, "resid_out", &kept.resid_out, FLOATX, {(size_t)c.L, B, T, C}, SAVED, LAYER, BATCH);
-    else if (!kMsNorm) keep("resid_out", &kept.resid_out, FLOATX, {L, B, T, C}, norm_hint);
+    if (blocks && !plan.offload) table_add(table, "resid_out", &kept.resid_out, FLOATX, {(size_t)c.L, B, T, C}, SAVED, LAYER, "--offload 1");
+    else if (!kMsNorm && !blocks) keep("resid_out", &kept.resid_out, FLOATX, {L, B, T, C}, norm_hint);
     if (blocks) table_add(table, "scratch_mid", &model.scratch_mid, FLOATX, chunk_shape(plan, C), SCRATCH, MODEL, CHUNKS);
 
     const Kind kind = plan.training ? SAVED : SCRATCH;
     table_add(table, "resid_in", &model.resid_in, FLOATX, {B, T, C}, kind, MODEL, BATCH);
+    if (plan.offload) {
+        table_add(table, "stream_even", &model.stream_at[0], FLOATX, {B, T, C}, SCRATCH, MODEL, BATCH, "resid_in");
+        table_add(table, "stream_odd", &model.stream_at[1], FLOATX, {B, T, C}, SCRATCH, MODEL, BATCH);
+    }
     table_add(table, "lnf_mean", &model.lnf_mean, F32, {B, T}, kind, MODEL, BATCH);
     table_add(table, "lnf_rstd", &model.lnf_rstd, F32, {B, T}, kind, MODEL, BATCH);
     // In chunks scratch holds one. Then the gradient of attention's output takes its place, that of q q's; and lnf that of qkv, which with
@@ -3045,10 +3078,12 @@ void model_allocate(Model& model) {
     }
     model.updates = 0;
     model.lowest = model_lowest(model);
-    for (auto& half : model.wte_rows) {
-        if (!model.plan.host_wte) continue;
-        cudaCheck(cudaMallocHost((void**)&half.rows, (size_t)model.plan.B * model.plan.T * model.config.C * sizeof(floatX)));
-        cudaCheck(cudaEventCreate(&half.copied));
+    for (cudaEvent_t& event : model.wte_copied)
+        if (model.plan.host_wte) cudaCheck(cudaEventCreate(&event));
+    if (model.plan.offload) {
+        cudaCheck(cudaStreamCreateWithFlags(&model.copies, cudaStreamNonBlocking));
+        for (cudaEvent_t* event : {&model.stream_ready, &model.stream_copied[0], &model.stream_copied[1]})
+            cudaCheck(cudaEventCreateWithFlags(event, cudaEventDisableTiming));
     }
     if (model.plan.nf4)
         cudaCheck(cudaMemcpy(model.nf4_tables, nf4_tables().data(), NF4_TABLES * sizeof(float), cudaMemcpyHostToDevice));
@@ -3267,6 +3302,18 @@ bool linear_backward(const Model& model, floatX* dinp,   // (rows, C)
                     linear.beta, OC, C, model.stream);
     return true;
 }
+// --offload. The stream before block l, x_l, stands in stream_at[l % 2]. To the host as soon as it is whole, beside what the device does
+// next; from the host one block ahead. A copy waits for the work that was asked for before it; what uses its buffer waits for the copy.
+void offload_copy(const Model& model, int l, int BT, bool back) {
+    const size_t n = (size_t)BT * model.config.C;
+    floatX *host = model.host_stream + l * n, *device = model.stream_at[l % 2];
+    cudaCheck(cudaEventRecord(model.stream_ready, model.stream));
+    cudaCheck(cudaStreamWaitEvent(model.copies, model.stream_ready, 0));
+    cudaCheck(cudaMemcpyAsync(back ? device : host, back ? host : device, n * sizeof(floatX),
+                              back ? cudaMemcpyHostToDevice : cudaMemcpyDeviceToHost, model.copies));
+    cudaCheck(cudaEventRecord(model.stream_copied[l % 2], model.copies));
+}
+void offload_wait(const Model& model, int l) { cudaCheck(cudaStreamWaitEvent(model.stream, model.stream_copied[l % 2], 0)); }
 // The gradient of a norm's gamma or beta that the norm itself makes. With MS_NORM norm_unfold does, where the weight after it is trained.
 Grad norm_grad(const Model& model, int p, int weight, int l) {
     return kMsNorm && model.plan.trains(weight) ? Grad{} : model_grad(model, p, l);
@@ -3281,7 +3328,10 @@ LayerTensors model_layer(const Model& model, int l, int BT, int row = 0) {
     const size_t layer = model.plan.training ? l : 0, slot = recomputes_block(model.plan) ? 0 : layer, C = c.C, FF = c.FF();
     auto at = [&](auto* base, size_t per_row, decltype(base) buffer) { return base ? base + (slot * BT + row) * per_row : buffer; };
     floatX* running = model.resid_in + row * C;   // the stream, where it is not kept
-    auto stream = [&](size_t of) { return kept.resid_out ? kept.resid_out + (of * BT + row) * C : running; };
+    auto stream = [&](size_t of) {   // after block `of`
+        if (model.stream_at[1]) return model.stream_at[(of + 1) % 2] + row * C;
+        return kept.resid_out ? kept.resid_out + (of * BT + row) * C : running;
+    };
     return {l == 0 ? running : stream(model.plan.training ? l - 1 : 0),
             at(kept.ln1, C, model.scratch_ln), at(kept.ln1_mean, 1, nullptr), at(kept.ln1_rstd, 1, nullptr),
             at(kept.qkv, c.QKV(), nullptr), at(kept.atty, C, nullptr), at(kept.lse, c.NH, nullptr),
@@ -3336,6 +3386,7 @@ void model_forward(Model& model, int B, int T) {
     });
     for (int l = 0; l < L; l++) {
         NvtxRange layer_range("forward layer " + std::to_string(l));
+        if (model.plan.offload) offload_copy(model, l, BT, false), offload_wait(model, l + 1);   // the other buffer's, of block l - 1
         block_attention(model, model_layer(model, l, BT), B, T);
         for_rows(model.plan, BT, [&](Rows rows) {
             const LayerTensors t = model_layer(model, l, BT, rows.first);
@@ -3466,6 +3517,10 @@ void model_backward(Model& model, int B, int T, int buckets, int micro_batch) {
     for (int l = L - 1; l >= 0; l--) {
         NvtxRange layer_range("backward layer " + std::to_string(l));
         const LayerTensors t = model_layer(model, l, BT);
+        if (plan.offload) {
+            if (l < L - 1) offload_wait(model, l);
+            if (l > 0) offload_copy(model, l - 1, BT, true);   // over the stream after this block, which nobody needs any more
+        }
         if (recomputes_block(plan)) {
             for_rows(plan, BT, [&](Rows rows) {
                 const LayerTensors t = model_layer(model, l, BT, rows.first);
@@ -3933,15 +3988,17 @@ int tokens_upload(int* device, int* host, int BT, int V, cudaStream_t stream) {
 void model_tokens(Model& model, const int* host, int BT, int buckets) {
     const size_t C = model.config.C;
     const size_t documents = documents_at(BT, model.config.V);
+    if (model.plan.offload) offload_wait(model, 0);   // of the forward before, the copy of what stands where the first block's input comes
     tokens_copy(model.tokens, host, BT, model.config.V, buckets, model.stream);
     if (model.plan.marks)
         cudaCheck(cudaMemcpyAsync(model.tokens + documents, host + documents, BT * sizeof(int), cudaMemcpyHostToDevice, model.stream));
     if (!model.plan.host_wte) return;
-    auto& half = model.wte_rows[model.wte_turn ^= 1];
-    cudaCheck(cudaEventSynchronize(half.copied));   // of the one before the last
-    for (int i = 0; i < BT; i++) memcpy(half.rows + i * C, &model.wte_on_host[host[i] * C], C * sizeof(floatX));
-    cudaCheck(cudaMemcpyAsync(model.resid_in, half.rows, BT * C * sizeof(floatX), cudaMemcpyHostToDevice, model.stream));
-    cudaCheck(cudaEventRecord(half.copied, model.stream));
+    const int turn = model.wte_turn ^= 1;
+    floatX* rows = model.wte_rows + turn * (size_t)model.plan.B * model.plan.T * C;
+    cudaCheck(cudaEventSynchronize(model.wte_copied[turn]));   // of the one before the last
+    for (int i = 0; i < BT; i++) memcpy(rows + i * C, model.host_wte + host[i] * C, C * sizeof(floatX));
+    cudaCheck(cudaMemcpyAsync(model.resid_in, rows, BT * C * sizeof(floatX), cudaMemcpyHostToDevice, model.stream));
+    cudaCheck(cudaEventRecord(model.wte_copied[turn], model.stream));
 }
 
 // ---- text
@@ -4482,10 +4539,7 @@ void nf4_put_elements(Model& model, int p, size_t first, size_t n, const float* 
 // Elements [first, first + n) of a parameter, from the host into the weights and, where there are some, this rank's master weights.
 void model_put(Model& model, int p, size_t first, size_t n, const float* values) {
     if (model.plan.quantizes(p)) return nf4_put_elements(model, p, first, n, values);
-    if (p == WTE && model.plan.host_wte) {
-        model.wte_on_host.resize(param_shape(model.config, p).elements());
-        return void(std::copy(values, values + n, model.wte_on_host.begin() + first));
-    }
+    if (p == WTE && model.plan.host_wte) return void(std::copy(values, values + n, model.host_wte + first));
     const size_t all = param_shape(model.config, p).elements(), begin = shard_offset(all), end = begin + shard_size(all);
     const size_t from = std::max(first, begin), to = std::min(first + n, end);
     const std::vector<floatX> rounded(values, values + n);
@@ -5953,7 +6007,7 @@ struct Settings {
     int64_t lora = 0, freeze_a = 0, train_norms = 0, base = 0, double_quant = 1, embedding_on = -1;
     double lora_alpha = 0, lora_dropout = 0;
     int64_t B = 4, T = 1024, total_batch = 0, steps = -1, schedule = COSINE, warmup = 0, seed = 1337;
-    int64_t recompute = 1, row_chunks = 0, master = 1, loss_chunks = 0, workspace = 0, tf32 = 1, zero = 0;
+    int64_t recompute = 1, row_chunks = 0, offload = 0, master = 1, loss_chunks = 0, workspace = 0, tf32 = 1, zero = 0;
     int64_t val_every = 20, val_batches = 20, sample_every = 20, sample_tokens = 64, top_k = 40, overfit = 0;
     int64_t checkpoint_every = -1, keep = 0, resume = 0, save_dtype = 0;   // -1: at the end alone
     int64_t act_bits = kActBits, ms_norm = kMsNorm, fp32 = kFP32;   // the build's
@@ -5986,6 +6040,7 @@ std::vector<Option> settings_options(Settings& s) {
         {"recompute", "-r", INTEGER, &s.recompute, 0, RECOMPUTE_MOST, "1", RECOMPUTE_HELP},
         {"row-chunks", "", INTEGER, &s.row_chunks, 1, BIG, "auto", "parts of B*T that a block works on, but attention; auto: with -r 4, 256 MiB", 25,
          {"auto"}},
+        {"offload", "", INTEGER, &s.offload, 0, 1, "0", "1, with -r 4: blocks' inputs wait on the host for backward", 26},
         {"master-weights", "-w", INTEGER, &s.master, 0, 1, "1", "fp32 copies of bf16 weights; 0: stochastic rounding instead"},
         {"loss-chunks", "", INTEGER, &s.loss_chunks, 1, BIG, "auto", "parts of the logits; auto: 1 GiB, or 256 MiB, each", 11, {"auto"}},
         {"workspace", "", INTEGER, &s.workspace, 1, 1 << 20, "auto", "MiB for cuBLASLt; auto: what it can use, up to 64", -1, {"auto"}},
@@ -6031,6 +6086,7 @@ void settings_check(const Settings& s) {
     check_output("dump-gradients", s.dump_gradients, 8, DUMP_BEGINS);
     for (const char* name : {"resume", "checkpoint-every", "keep"})
         if (option(name).number() > 0 && s.out.empty()) bad_option(name, "expected --out DIR with it, the folder of the checkpoints");
+    if (s.offload && s.recompute < 4) bad_option("offload", "moves what --recompute 4 keeps; expected -r 4 with it");
     if (s.steps == 0 && s.checkpoint_every > 0)
         bad_option("checkpoint-every", "nothing is trained with --steps 0, so there is nothing to write; expected 0, or some steps");
 }
@@ -6058,7 +6114,6 @@ struct Run {
     double seconds = 0;                   // and what they took
     // Pinned memory in two halves, each with a region per micro-batch: the tokens of this step, and those of the next. When one
     // half is ready, the other is free for validation and samples.
-    int* host_tokens = nullptr;
     int half = 0;
     bool ready = false;         // the next step's tokens are in `half`
     std::vector<int> buckets;   // (micro_batches)
@@ -6067,11 +6122,11 @@ struct Run {
     size_t BT() const { return (size_t)model.plan.B * model.plan.T; }
     size_t step_tokens() const { return BT() * model.plan.micro_batches * world.size; }
     size_t region_ints() const { return token_ints(BT(), model.config.V, model.plan.marks); }
-    int* host_region(int micro) const { return host_tokens + (half * model.plan.micro_batches + micro) * region_ints(); }
+    int* host_region(int micro) const { return model.host_tokens + (half * model.plan.micro_batches + micro) * region_ints(); }
     int* documents(int* host) const { return model.plan.marks ? host + documents_at(BT(), model.config.V) : nullptr; }
     // Targets of a batch that have a loss
     double count_with_loss(const int* host) const { return (double)(BT() - std::count(host + BT(), host + 2 * BT(), NO_TARGET)); }
-    int* host_free() const { return host_tokens + !half * model.plan.micro_batches * region_ints(); }
+    int* host_free() const { return model.host_tokens + !half * model.plan.micro_batches * region_ints(); }
     int rank() const {   // of the largest adapter
         int most = 0;
         for (const LoraModule& module : model.lora) most = std::max(most, module.rank);
@@ -6093,7 +6148,7 @@ std::vector<double> settings_kept(Run& run) {
     run.s.tf32 = kFP32 && run.s.tf32;
     run.s.lora = run.model.config.lora.rank > 0 ? run.rank() : 0;
     run.s.base = run.model.plan.nf4, run.s.double_quant = !run.model.plan.nf4 || run.model.plan.nested;
-    std::vector<double> kept(26);
+    std::vector<double> kept(27);
     for (const Option& o : options)
         if (o.slot >= 0) kept[o.slot] = o.number();
     return kept;
@@ -6321,6 +6376,7 @@ void choose_plan(Run& run, size_t data_batch) {
     Plan& plan = run.model.plan;
     const Plan was = run.resume_step >= 0 && s.trains() ? state_plan(run.resumed) : Plan{};
     plan.B = (int)s.B, plan.T = (int)s.T, plan.micro_batches = 1, plan.training = s.trains();
+    plan.offload = s.offload && plan.training;
     plan.recompute = (int)s.recompute, plan.master = s.master != 0, plan.workspace = (size_t)s.workspace << 20;
     auto micro_batches = [&](int64_t B) -> int64_t {   // that make a step of --total-batch tokens; 0 where no number does
         const int64_t tokens = B * s.T * world.size;
@@ -6340,7 +6396,8 @@ void choose_plan(Run& run, size_t data_batch) {
             plan.rows = loss_chunk_rows(rows, ceil_div(scratch, SMALL_CHUNK_BYTES));
         }
         size_t need = 0;
-        for (const Row& r : model_table(run.model)) need += r.bytes() < page / 2 ? r.bytes() : (r.bytes() + page - 1) / page * page;
+        for (const Row& r : model_table(run.model))
+            if (r.scope != HOST) need += r.bytes() < page / 2 ? r.bytes() : (r.bytes() + page - 1) / page * page;
         return run.free_bytes == 0 || need <= run.free_bytes - run.free_bytes / 32;   // libraries load kernels when first called
     };
     int64_t B = s.B;
@@ -6877,7 +6934,6 @@ void make_model(Run& run) {
     Model& model = run.model;
     cudaCheck(cudaStreamCreate(&model.stream));
     model_allocate(model);
-    cudaCheck(cudaMallocHost((void**)&run.host_tokens, 2 * run.region_ints() * model.plan.micro_batches * sizeof(int)));
     if (world.rank == 0) printf("weights    %s%s\n", run.model_file.empty() ? "drawn from --seed" : "from ", run.model_file.c_str());
     fflush(stdout);
     if (run.model_file.empty() && model.config.lora.rank > 0 && world.rank == 0)
@@ -6908,11 +6964,13 @@ void make_model(Run& run) {
 }
 
 void free_model(Run& run) {
-    table_free(run.model.table);
-    cudaCheck(cudaFreeHost(run.host_tokens));
-    for (auto& half : run.model.wte_rows)
-        if (half.rows) cudaCheck(cudaFreeHost(half.rows)), cudaCheck(cudaEventDestroy(half.copied)), half = {};
-    cudaCheck(cudaStreamDestroy(run.model.stream));
+    Model& model = run.model;
+    cudaCheck(cudaDeviceSynchronize());
+    table_free(model.table);
+    for (cudaEvent_t* event : {&model.wte_copied[0], &model.wte_copied[1], &model.stream_ready, &model.stream_copied[0], &model.stream_copied[1]})
+        if (*event != nullptr) cudaCheck(cudaEventDestroy(*event)), *event = nullptr;
+    if (model.copies != nullptr) cudaCheck(cudaStreamDestroy(model.copies)), model.copies = nullptr;
+    cudaCheck(cudaStreamDestroy(model.stream));
 }
 
 // Puts model, loader and counters where the checkpoint left them, and says what the run does otherwise than the one that wrote it.
@@ -7035,7 +7093,8 @@ int main(int argc, char** argv) {
     int status = run_loop(run);
     if (status == 0 && speaks) status = model_finish(run.model);
     const size_t announced = table_bytes(run.model.table);
-    if (speaks) printf("device memory: %zu bytes at the peak, %zu announced\n", device_peak, announced);
+    if (speaks) printf("device memory: %zu bytes at the peak, %zu announced; of the host, pinned: %zu, %zu\n", device_peak, announced, host_peak,
+                       table_bytes(run.model.table, true));
     log_line(run.log, "{\"done\": %s, \"steps\": %d, \"peak_bytes\": %zu, \"estimate_bytes\": %zu}", status == 0 ? "true" : "false",
              run.state.step, device_peak, announced);
     if (!log_close(run.log) && status == 0) status = 1;
