@@ -6574,8 +6574,9 @@ void log_open(Log& log, const Settings& s, int resume_step) {
 
 // ---- validation and samples
 bool stop_wanted(const Run& run) {   // by a signal to any of the ranks, or because data are lost
-    if (int signal = -(int)world_min(-(double)interrupted)) interrupted = signal;
-    return world_any(!run.train.error.empty() || !run.val.error.empty()) || interrupted;
+    const int signal = -(int)world_min(-(double)interrupted);   // one that comes after this is answered next time, by all ranks alike
+    if (signal) interrupted = signal;
+    return world_any(!run.train.error.empty() || !run.val.error.empty()) || signal;
 }
 
 // Summed loss of the batch in `host`.
