@@ -6678,12 +6678,12 @@ bool write_on(Run& run, std::vector<int> text, int64_t most, int stop, uint64_t 
         cudaCheck(cudaStreamSynchronize(model.stream));
         const float uniform = hash_uniform(hash64(model.seed, run.state.step + stream, i));
         text.push_back(draw_token(logits, V, (int)run.s.top_k, (float)run.s.temperature, uniform));
-        if (text.back() == stop) break;
         if (text.back() < 0) {
             printf("(the logits are not finite)");
             if (!model.plan.training) run.status = 3;
             return false;
         }
+        if (text.back() == stop) break;
         print_token(run.tokenizer, text.back());
         fflush(stdout);
     }
