@@ -1995,12 +1995,13 @@ attention_backward_dkv_tc_kernel(bf16* dqkv, float* partial, const bf16* dout, c
     else for (int m = 0; m < M; m++) tc_load_tile<HS>(v_tile + m * TC_TILE<HS>, k_head + to_v, stride, block.first + 64 * m, T);
     load_stage(stage, first_head, block.first);
     for (int h = first_head; h <= last_head; h++)
-        for (int t0 = block.first, last = 0; !last; t0 += TC_ROWS, stage ^= 1) {
+        for (int t0 = block.first, last = 0; DOCS ? !last : t0 < T; t0 += TC_ROWS, stage ^= 1) {
             const uint32_t q_tile = tiles + stage * 2 * TC_TILE<HS>, dout_tile = q_tile + TC_TILE<HS>;
+            if constexpr (!DOCS) last = t0 + TC_ROWS >= T;   // of the head
             cp_async_wait_all();
             __syncthreads();
-            // of the head: other queries see none of these keys
-            last = t0 + TC_ROWS >= T || (DOCS && row_documents[stage][TC_ROWS] >= block.first + TC_BLOCK<HS>);
+            if constexpr (DOCS)   // or other queries see none of these keys
+                last = t0 + TC_ROWS >= T || row_documents[stage][TC_ROWS] >= block.first + TC_BLOCK<HS>;
             if (!last || h < last_head) load_stage(stage ^ 1, h + last, last ? block.first : t0 + TC_ROWS);
 #pragma unroll 1
             for (int j = 0; j < TC_ROWS; j += 16) {

@@ -56,7 +56,7 @@ EQUIVALENT = [
      "the tile too many begins after all rows of the block, or after T: it is zeros, and p is 0"),
     ("return t [< to <=] (KEYS ?", 1, "as before"),
     ("t) [< to <=] block.first + ATT_ROWS)", 1, "the tile more has only queries whose documents begin after the block's keys: p is 0"),
-    ("last = t0 + TC_ROWS [>= to >] T", 1, "the tile more has zeros for queries"),
+    ("last = t0 + TC_ROWS [>= to >] T ||", 1, "the tile more has zeros for queries"),
     ("row_documents[stage][TC_ROWS] [>= to >] block.first", 1, "as before, of documents that begin after the block's keys"),
     ("attention_forward_tc_kernel: for (int t0 = first, stage = 0; t0 [< to <=] end;", 1,
      "the tile too many begins after all rows of the block, or after T: no row that is stored looks at it"),
