@@ -995,7 +995,7 @@ attention_backward_kernel(floatX* dqkv, float* delta, const floatX* dout, const 
     const int first_key = KEYS ? 0 : documents.first_key(shape, block.b, row);
     const int first =
         KEYS ? block.first : documents.first_key(shape, block.b, block.first) / ATT_TILE * ATT_TILE;   // rows of the other side
-    auto more = [&](int t) {   // whether a query of the tile, or one behind it, sees a key of the block; or a key is seen by one
+    auto more = [&](int t) {   // KEYS: does a query from t on see a key of the block? Else: is t a key that one of the block's may see?
         return t < (KEYS ? T : min(block.first + ATT_ROWS, T)) &&
                (!KEYS || documents.first_key(shape, block.b, t) < block.first + ATT_ROWS);
     };
