@@ -851,10 +851,6 @@ struct AttDocuments {
     __device__ int first_key(const AttShape& shape, int b, int t) const {
         return first != nullptr ? first[(size_t)b * shape.T + min(t, shape.T - 1)] : 0;
     }
-    // Whether a query, or one behind it, sees a key before `end`
-    __device__ bool reaches(const AttShape& shape, int b, int query, int end) const {
-        return query < shape.T && first_key(shape, b, query) < end;
-    }
 };
 // The head and the rows of a block. Blocks start in the order of their numbers. All blocks of a head read its keys (or queries), so
 // they should run while the L2 cache holds these: heads are taken in groups that fit. And the longest blocks should start first, or
@@ -994,8 +990,9 @@ attention_backward_kernel(floatX* d, int d_stride, float* delta, const floatX* d
     const int first_key = KEYS ? 0 : documents.first_key(shape, block.b, row);
     const int first =
         KEYS ? block.first : documents.first_key(shape, block.b, block.first) / ATT_TILE * ATT_TILE;   // rows of the other side
-    auto more = [&](int t) {
-        return KEYS ? documents.reaches(shape, block.b, t, block.first + ATT_ROWS) : t < min(block.first + ATT_ROWS, T);
+    auto more = [&](int t) {   // KEYS: does a query from t on see a key of the block? Else: is t a key that one of the block's may see?
+        return t < (KEYS ? T : min(block.first + ATT_ROWS, T)) &&
+               (!KEYS || documents.first_key(shape, block.b, t) < block.first + ATT_ROWS);
     };
     for (int h = block.h * heads; h < (block.h + 1) * heads; h++) {
         const floatX* x = qkv + shape.qkv_at(block.b, 0, KEYS ? h : shape.k_head(h));
@@ -1981,7 +1978,7 @@ attention_backward_dkv_tc_kernel(bf16* dkv, int dkv_stride, float* partial, cons
                                  const float* delta, AttShape shape, AttDocuments documents) {
     extern __shared__ __align__(128) bf16 tc_tiles[];      // two stages of a tile of q and one of dout; v
     __shared__ float2 row_statistics[2][2][TC_ROWS / 2];   // of each stage: lse and delta of its queries, by twos
-    __shared__ int row_documents[2][TC_ROWS];              // DOCS: the first key that each sees
+    __shared__ int row_documents[2][TC_ROWS + 1];          // DOCS: the first key that each sees, and the query behind them
     constexpr int M = TC_M<HS>;
     const uint32_t tiles = shared_address(tc_tiles), v_tile = tiles + 4 * TC_TILE<HS>;
     const TileReader<HS> read;
@@ -1996,8 +1993,9 @@ attention_backward_dkv_tc_kernel(bf16* dkv, int dkv_stride, float* partial, cons
         const int thread = opaque(threadIdx.x), row = thread % TC_ROWS;   // half of the block copies lse, the other delta
         const float* from = (thread < TC_ROWS ? lse : delta) + shape.lse_at(block.b, h, t0 + row);
         cp_async<4>(shared_address((float*)row_statistics[stage][thread / TC_ROWS] + row), from, t0 + row < T);
-        if (DOCS && thread < TC_ROWS)
-            cp_async<4>(shared_address(&row_documents[stage][row]), documents.first + (size_t)block.b * T + t0 + row, t0 + row < T);
+        if (DOCS && thread <= TC_ROWS)
+            cp_async<4>(shared_address(&row_documents[stage][thread]), documents.first + (size_t)block.b * T + t0 + thread,
+                        t0 + thread < T);
     };
     const int first_head = block.h * shape.group(), last_head = first_head + shape.group() - 1;   // that share these keys
     int stage = 0;
@@ -2007,13 +2005,14 @@ attention_backward_dkv_tc_kernel(bf16* dkv, int dkv_stride, float* partial, cons
     if constexpr (!TC_V_SHARED<HS, DOCS>) tc_load_rows<HS>(v, k_head + to_v, stride, first_key(), T);
     else for (int m = 0; m < M; m++) tc_load_tile<HS>(v_tile + m * TC_TILE<HS>, k_head + to_v, stride, block.first + 64 * m, T);
     load_stage(stage, first_head, block.first);
-    auto more = [&](int t) { return DOCS ? documents.reaches(shape, opaque(block.b), t, block.first + TC_BLOCK<HS>) : t < T; };
     for (int h = first_head; h <= last_head; h++)
-        for (int t0 = block.first; more(t0); t0 += TC_ROWS, stage ^= 1) {   // other queries see none of these keys
+        for (int t0 = block.first, last = 0; DOCS ? !last : t0 < T; t0 += TC_ROWS, stage ^= 1) {
             const uint32_t q_tile = tiles + stage * 2 * TC_TILE<HS>, dout_tile = q_tile + TC_TILE<HS>;
-            const bool last = !more(t0 + TC_ROWS);   // of the head
+            if constexpr (!DOCS) last = t0 + TC_ROWS >= T;   // of the head
             cp_async_wait_all();
             __syncthreads();
+            if constexpr (DOCS)   // or other queries see none of these keys
+                last = t0 + TC_ROWS >= T || row_documents[stage][TC_ROWS] >= block.first + TC_BLOCK<HS>;
             if (!last || h < last_head) load_stage(stage ^ 1, h + last, last ? block.first : t0 + TC_ROWS);
 #pragma unroll 1
             for (int j = 0; j < TC_ROWS; j += 16) {
@@ -6555,8 +6554,9 @@ void log_open(Log& log, const Settings& s, int resume_step) {
 
 // ---- validation and samples
 bool stop_wanted(const Run& run) {   // by a signal to any of the ranks, or because data are lost
-    if (int signal = -(int)world_min(-(double)interrupted)) interrupted = signal;
-    return world_any(!run.train.error.empty() || !run.val.error.empty()) || interrupted;
+    const int signal = -(int)world_min(-(double)interrupted);   // one that comes after this is answered next time, by all ranks alike
+    if (signal) interrupted = signal;
+    return world_any(!run.train.error.empty() || !run.val.error.empty()) || signal;
 }
 
 // Summed loss of the batch in `host`.
@@ -6658,12 +6658,12 @@ bool write_on(Run& run, std::vector<int> text, int64_t most, int stop, uint64_t 
         cudaCheck(cudaStreamSynchronize(model.stream));
         const float uniform = hash_uniform(hash64(model.seed, run.state.step + stream, i));
         text.push_back(draw_token(logits, V, (int)run.s.top_k, (float)run.s.temperature, uniform));
-        if (text.back() == stop) break;
         if (text.back() < 0) {
             printf("(the logits are not finite)");
             if (!model.plan.training) run.status = 3;
             return false;
         }
+        if (text.back() == stop) break;
         print_token(run.tokenizer, text.back());
         fflush(stdout);
     }

@@ -87,7 +87,7 @@ def main():
     train([program, *how, "-x", "0", "-m", "1"], every=1, since=b"----")
     title(f"Training adapters: {a.steps} steps of {B * T} tokens")
     steps = str(a.steps)
-    seconds = train([program, *how, *ADAPTERS, "-x", steps, "-l", lr, "-u", "4", "-v", steps, "-m", batches, "-s", steps, "-o", f"{DIR}/run",
+    seconds = train([program, *how, *ADAPTERS, "-x", steps, "-l", lr, "-u", str(min(4, a.steps)), "-v", steps, "-m", batches, "-s", steps, "-o", f"{DIR}/run",
                      "--log", f"{DIR}/log.jsonl"], every=4, since=b"val loss")
 
     title(f"Result: {steps} steps, with validation {seconds:.0f} seconds")

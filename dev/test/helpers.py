@@ -356,6 +356,14 @@ def close(a, b, tolerance):
     """Two lists of numbers, or two numbers, to a relative tolerance."""
     return a == pytest.approx(b, rel=tolerance, abs=0)
 
+def ends(process, seconds=60):
+    """What a process says until it ends; one that does not is killed, or leaving its `with` would wait for ever."""
+    try:
+        return process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+
 def says(message, *parts):
     """Every part stands in a message, whatever its line breaks."""
     flat = " ".join(message.split())

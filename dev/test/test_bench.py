@@ -264,9 +264,10 @@ def test_finetune_counts_answers(tmp_path):
                  "--out", "out", *programs("train_llama", "exact", "norm")]
     script("dev/bench/finetune.py", *arguments, "--task", "instructions", cwd=tmp_path)
     runs = json.loads((tmp_path / "out/finetune_smollm2_instructions.json").read_text())["runs"]
-    assert len(runs) == 4 and all(r["right"] == [[step, 0, 12] for step in (0, 1, 2)] for r in runs)
+    answers = runs[0]["right"][0][2]  # in whole batches
+    assert len(runs) == 4 and 4 < answers <= 12 and all([(s, n) for s, _, n in r["right"]] == [(step, answers) for step in (0, 1, 2)] for r in runs)
     table = (tmp_path / "out/finetune_smollm2_instructions.md").read_text()
-    assert "| right, at first | at last |" in table and "| 0.0 % | 0.0 % |" in table
+    assert "| right, at first | at last |" in table and "| 0.0 % | " in table
     (tmp_path / "text.txt").write_bytes(bytes(words(9000)))
     script("dev/bench/finetune.py", *arguments, "--text", "text.txt", cwd=tmp_path)
     assert "right" not in (tmp_path / "out/finetune_smollm2_shakespeare.md").read_text()
@@ -288,7 +289,7 @@ def test_demo_llama(tmp_path):
     """With instructions, and with a text: adapters that another program can load, and the memory that was announced."""
     tiny_llama(tmp_path)
     out = script("dev/bench/demo_llama.py", program("cpu-norm-bf16", "train_llama"), "--steps", 2, cwd=tmp_path)
-    assert re.search(r"val loss \S+ at step 0, 0 of 60 answers right", out) and "(expected: " in out
+    assert re.search(r"val loss \S+ at step 0, 0 of 64 answers right", out) and "(expected: " in out
     peak = int(re.search(r"device memory ([\d,]+) bytes at the peak", out)[1].replace(",", ""))
     assert f"{peak / 2**20:.1f} MiB; training all weights" in re.sub(" +", " ", out)
     adapter = tmp_path / "build/demo/llama/run/step_00000002"

@@ -14,7 +14,7 @@ import time
 
 import pytest
 
-from helpers import Shape, environment, execute, names, options, program, random_model, read_log, says, words, write_model, write_tokens
+from helpers import Shape, ends, environment, execute, names, options, program, random_model, read_log, says, words, write_model, write_tokens
 
 LONG = ["-x", 100000, "-o", "out"]
 
@@ -37,7 +37,7 @@ def started(lab, *given, when=b"train_loss", times=3, where="log.jsonl", **how):
 
 def ended(lab, process):
     """(exit status, stderr, last step) of a run that was told to end; it has left a whole checkpoint of that step, and no more."""
-    out, err = process.communicate(timeout=60)
+    out, err = ends(process)
     log = read_log(lab.path("log.jsonl"))
     step = [line["step"] for line in log if "train_loss" in line][-1]
     assert set(lab.files("out")) == set(names(step)), err
@@ -64,7 +64,7 @@ def interrupted(lab, *given, **how):
     """(stderr, stdout, log) of a long run without --out that is ended by Ctrl-C when its output has these words."""
     with started(lab, "-x", 100000, *given, where="out.txt", times=1, **how) as process:
         process.send_signal(signal.SIGINT)
-        err = process.communicate(timeout=60)[1].decode()
+        err = ends(process)[1].decode()
     assert process.returncode == 130, err
     return err, lab.path("out.txt").read_text(errors="replace"), read_log(lab.path("log.jsonl"))
 

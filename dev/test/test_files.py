@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 
-from helpers import (MATRICES, Shape, environment, header, learned, library, model_bytes, names, options, padded, program, random_model,
+from helpers import (MATRICES, Shape, ends, environment, header, learned, library, model_bytes, names, options, padded, program, random_model,
                      read_model, says, to_bf16, write_model, write_tokens, words)
 
 VERSIONS = {"cpu-fp32": 3, "cpu-bf16": 5}  # what each build writes
@@ -210,7 +210,7 @@ def small_disk(lab, size, *given):
         while "val loss" not in process.stdout.readline():
             assert process.poll() is None, process.stderr.read()
         resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, size))
-        err = process.communicate(timeout=60)[1]
+        err = ends(process)[1]
     return process.returncode, err
 
 @pytest.mark.parametrize("culprit, fraction", [("model.safetensors", 0), ("model.safetensors", 0.999), ("state_00000.bin", 0.5), ("state_00000.bin", 0.999)])

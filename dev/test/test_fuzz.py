@@ -16,6 +16,6 @@ def test_readers_survive_libfuzzer():
     link = ("clang++", "-fsanitize=fuzzer", "-x", "c++", "-", "-o", os.devnull)
     if not shutil.which("clang++") or execute(*link, cwd=ROOT, input=b'extern "C" int LLVMFuzzerTestOneInput(const char*, unsigned long) { return 0; }').status:
         pytest.skip("clang++ with libFuzzer is not installed (Debian: clang, libclang-rt-dev)")
-    done = execute("make", "fuzz", "RUNS=100000", cwd=ROOT, timeout=300)
+    done = execute("make", "fuzz", "RUNS=100000", cwd=ROOT, timeout=900)
     assert done.status == 0, (done.out + done.err)[-3000:]
     assert int(re.search(r"number_of_executed_units: (\d+)", done.err)[1]) >= 100000

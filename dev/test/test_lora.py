@@ -910,7 +910,7 @@ def test_no_merge_with_what_is_not_finite(bench, value):
     for given in ([], ["-j", "batch.bin", "-b", 1, "-t", T]):
         shutil.rmtree(lab.path("merged"), ignore_errors=True)
         says(lab.run("-e", "in", "--adapter", "odd", "--merge", "merged", *given, status=1, **lab.how).err, name, "finite")
-        assert not list(lab.folder.glob("merged*"))
+        assert not lab.path("merged").exists() and not lab.path("merged.tmp").exists()
 
 def test_what_merging_takes(bench):
     """A slash at the end, what a killed one has left, -v 0; and options that have no place there are refused by name."""
@@ -930,21 +930,18 @@ def test_a_base_that_is_drawn(room):
     for name in ("through", "apart"):
         shutil.rmtree(room.path(name), ignore_errors=True)
     how = {"trainer": "train_llama", "variant": "cpu-fp32"}
-    base = ["-e", "llama:L2,H2,C16,F24,T32,V257", "--lora", 3]
-    whole = room.train(*base, "--seed", 7, "-x", 4, "-o", "through", **how)
-    room.train(*base, "--seed", 7, "-x", 2, "-k", "constant", "-o", "apart", **how)
-    room.train(*base, "--seed", 7, "-x", 4, "-k", "constant", "-o", "through2", **how)
-    assert "no file" in whole.out
+    base = ["-e", "llama:L2,H2,C16,F24,T32,V257", "--lora", 3, "-k", "constant"]
+    room.train(*base, "--seed", 7, "-x", 2, "-o", "apart", **how)
+    assert "no file" in room.train(*base, "--seed", 7, "-x", 4, "-o", "through", **how).out
     for given in (["--seed", 7], [], ["--seed", 8]):
         shutil.rmtree(room.path("again"), ignore_errors=True)
         shutil.copytree(room.path("apart"), room.path("again"))
-        room.train(*base, *given, "-x", 4, "-k", "constant", "-o", "again", "-y", 1, **how)
-        assert room.files("again/step_00000004")["adapter_model.safetensors"] == room.files("through2/step_00000004")["adapter_model.safetensors"], given
+        room.train(*base, *given, "-x", 4, "-o", "again", "-y", 1, **how)
+        assert room.files("again/step_00000004")["adapter_model.safetensors"] == room.files("through/step_00000004")["adapter_model.safetensors"], given
 
 def test_the_base_is_named(room):
     """As it was loaded, whatever the adapter's config said; a config that names none asks for it."""
-    for name in ("named", "elsewhere2"):
-        shutil.rmtree(room.path(name), ignore_errors=True)
+    shutil.rmtree(room.path("named"), ignore_errors=True)
     write_adapter(room.path("adapter"), adapters(model("llama:L2,H2,C16,F24,T32,V257")[0], GIVEN), base_model_name_or_path=None, task_type=None)
     room.train("-e", "in", "--adapter", "adapter", "-x", 1, "-o", "named", trainer="train_llama")
     path = room.path("named/step_00000001/adapter_config.json")

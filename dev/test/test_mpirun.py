@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from helpers import Shape, close, environment, execute, mpirun, names, options, program, read_log, says
+from helpers import Shape, close, ends, environment, execute, mpirun, names, options, program, read_log, says
 
 RANKS = 2
 OVERSUBSCRIBE = {"OMP_NUM_THREADS": 1, "OMPI_MCA_rmaps_base_oversubscribe": 1}
@@ -69,7 +69,7 @@ def test_a_signal_saves(lab):
             assert process.poll() is None, process.communicate()
             time.sleep(0.05)
         process.send_signal(signal.SIGUSR1)
-        process.communicate(timeout=60)
+        ends(process)
     assert process.returncode == 128 + signal.SIGUSR1
     step = len(losses(read_log(lab.path("log"))))
     assert set(lab.files("out")) == set(names(step, RANKS))

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from helpers import ROOT, Shape, environment, learned, names, options, program, random_model, says, write_model, write_tokens, words
+from helpers import ROOT, Shape, ends, environment, learned, names, options, program, random_model, says, write_model, write_tokens, words
 
 def checkpoint(files, step):
     return {name: files[name] for name in names(step)}
@@ -218,5 +218,5 @@ def test_a_shard_that_is_gone_costs_no_checkpoint(lab):
         if line.startswith("step     1/"):
             for i in range(2):
                 lab.path(f"shard_{i}.bin").unlink()
-    assert "shard_" in process.communicate(timeout=60)[1] and process.returncode == 1
+    assert "shard_" in ends(process)[1] and process.returncode == 1
     assert sorted(lab.files("out")) == sorted(names(20))
