@@ -47,6 +47,7 @@ struct Tensors {
     Grad dbias;                   // ((NH + 2 NKV)*HS)
     floatX* p;                    // (B, NH, T, T), of version 1
     const int* document;          // (B, T) where each token's document begins; null: all at 0. Versions 1 and 2 do without
+    floatX* dkv;                  // (B, T, 2 NKV*HS): the trainer's backward in place: dout goes over out, and dqkv is qkv; null: not so
 };
 
 // ---- version 1: the formulas, one kernel for each
@@ -203,20 +204,26 @@ void forward(Way way, const Tensors& x, const Shape& s) {
 }
 void backward(Way way, const Tensors& x, bool accumulate, const Shape& s) {
     if (way == TWO) return attention_backward_2(x, accumulate, s);
+    if (way == TRAINER && x.dkv) {   // rows in two parts, as chunks of rows come
+        const int rows = s.B * s.T, columns = s.NH * s.HS, half = (rows + 1) / 2;
+        for (int first = 0; first < rows; first += half)
+            attention_delta(x.out + first * columns, x.delta, x.dout + first * columns, first, std::min(half, rows - first), s.T, s.NH, s.HS, 0);
+    }
     if (way == TRAINER)
-        return attention_backward(x.dqkv, x.dbias, x.delta, x.scratch, x.dout, x.qkv, x.out, x.lse, x.document, accumulate, s.B,
-                                  s.T, s.NH, s.NKV, s.HS, 0);
+        return attention_backward(x.dqkv, x.dkv, x.dbias, x.delta, x.scratch, x.dkv ? x.out : x.dout, x.qkv, x.dkv ? nullptr : x.out, x.lse,
+                                  x.document, accumulate, s.B, s.T, s.NH, s.NKV, s.HS, 0);
     auto run = s.HS <= 32 ? attention_backward_launch<1> : s.HS <= 64 ? attention_backward_launch<2> : attention_backward_launch<4>;
-    run(x.dqkv, x.dbias, x.delta, x.scratch, x.dout, x.qkv, x.out, x.lse, accumulate, s.B, s.device(), {x.document}, 0);
+    run({x.dqkv, x.dqkv + s.NH * s.HS, (int)s.stride()}, nullptr, x.delta, x.dout, x.qkv, x.out, x.lse, s.B, s.device(), {x.document}, 0);
+    bias_backward(x.dbias, x.scratch, x.dqkv, accumulate, s.B * s.T, (int)s.stride(), 0);
 }
 struct Buffers {
-    Buffer<floatX> qkv, dout, out, dqkv, p;
+    Buffer<floatX> qkv, dout, out, dqkv, dkv, p;
     Buffer<float> lse, delta, scratch;
     GradBuffer dbias;
     Buffers(const Shape& s, bool version_1, DType grad_type = F32)
-        : qkv(s.qkv()), dout(s.out()), out(s.out()), dqkv(s.qkv()), p(version_1 ? s.rows() * s.T : 1), lse(s.rows()),
+        : qkv(s.qkv()), dout(s.out()), out(s.out()), dqkv(s.qkv()), dkv((size_t)s.B * s.T * 2 * s.NKV * s.HS), p(version_1 ? s.rows() * s.T : 1), lse(s.rows()),
           delta(s.rows()), scratch(s.scratch()), dbias(s.stride(), grad_type) {}
-    Tensors tensors() const { return {out.p, dqkv.p, qkv.p, dout.p, lse.p, delta.p, scratch.p, dbias.grad(), p.p, nullptr}; }
+    Tensors tensors() const { return {out.p, dqkv.p, qkv.p, dout.p, lse.p, delta.p, scratch.p, dbias.grad(), p.p, nullptr, nullptr}; }
 };
 
 // Random numbers; or, with best keys: each query has one key whose score is about 1e4 and more than 104 above all others, so that p
@@ -255,7 +262,7 @@ struct Result {
     std::vector<floatX> out, dqkv;
     std::vector<float> lse, dbias;
 };
-Result compute(const Problem& p, Way way, DType grad_type = F32, bool accumulate = false, bool bias = true) {
+Result compute(const Problem& p, Way way, DType grad_type = F32, bool accumulate = false, bool bias = true, bool in_place = false) {
     Buffers b(p.shape, way == ONE, grad_type);
     b.qkv.write(p.qkv);
     b.dout.write(p.dout);
@@ -265,9 +272,11 @@ Result compute(const Problem& p, Way way, DType grad_type = F32, bool accumulate
     if (!p.document.empty()) x.document = document.p;
     forward(way, x, p.shape);
     if (!bias) x.dbias = {}, x.scratch = nullptr;
+    const std::vector<floatX> out = b.out.read();
+    if (in_place) x.dqkv = b.qkv.p, x.dkv = b.dkv.p;
     if (way != ONE) backward(way, x, accumulate, p.shape);
-    b.p.read(), b.scratch.read(), b.delta.read();   // for their guards
-    return {b.out.read(), b.dqkv.read(), b.lse.read(), b.dbias.read()};
+    b.p.read(), b.scratch.read(), b.delta.read(), b.dkv.read(), b.out.read();   // for their guards
+    return {out, (in_place ? b.qkv : b.dqkv).read(), b.lse.read(), b.dbias.read()};
 }
 
 // ---- the reference in double precision
@@ -388,7 +397,7 @@ constexpr bool SANITIZED = false;
 #endif
 
 void test_random(uint64_t seed, bool large) {
-    Statements statements;
+    Statements statements, in_place;
     Property again("the same bits in a second run"), no_bias("without a gradient of the bias: the same dqkv, and no scratch");
     std::vector<Shape> shapes;
     for (int HS : {8, 24, 32, 40, 64, 72, 80, 96, 128}) {
@@ -412,6 +421,10 @@ void test_random(uint64_t seed, bool large) {
             set_case("%s, %s gradient, %s", describe(s, way), dtype_name(type), accumulate ? "added to" : "written");
             const Result ours = compute(p, way, type, accumulate);
             statements.compare(p, way, ours, type, accumulate);
+            if (way == TRAINER) {
+                set_case("in place, %s, %s gradient, %s", describe(s, way), dtype_name(type), accumulate ? "added to" : "written");
+                in_place.compare(p, way, compute(p, way, type, accumulate, true, true), type, accumulate);
+            }
             if (way == TRAINER && s.T == 31)
                 no_bias.is(same_bits(ours.dqkv, compute(p, way, type, accumulate, false).dqkv), "other bits");
             if (way == TRAINER && s.T == (tc ? 65 : 31) && !SANITIZED) {
@@ -423,6 +436,7 @@ void test_random(uint64_t seed, bool large) {
         }
     }
     statements.print();
+    in_place.print("in place: dout over out, dq, dk and dv over q, k and v");
     if (!SANITIZED) report({&again});
     report({&no_bias});
 }
@@ -452,6 +466,7 @@ void test_documents(uint64_t seed) {
                 }
                 const Result ours = compute(p, way, F32, true);
                 statements.compare(p, way, ours, F32, true);
+                if (way == TRAINER) statements.compare(p, way, compute(p, way, F32, true, true, true), F32, true);
                 for (size_t i = 0; i < lengths.size(); i += 1 + i / 4) {
                     if (tc && begin[i] % T % 64 != 0) continue;
                     const int first = begin[i], length = lengths[i], b = first / T, t = first % T;
@@ -589,7 +604,7 @@ void test_far(uint64_t seed) {
             p.is((int)blocks.size() == row_blocks, "the last head has more blocks or fewer");
             auto tensors = [&](bool far) -> Tensors {
                 return {out.p(far), dqkv.p(far), qkv.p(far), dout.p(far), lse.p(far), delta.p(far),
-                        far ? scratch.p : near_scratch.p, {far ? dbias.p : near_dbias.p, F32}, nullptr, nullptr};
+                        far ? scratch.p : near_scratch.p, {far ? dbias.p : near_dbias.p, F32}, nullptr, nullptr, nullptr};
             };
             auto run = [&](bool back) {
                 return [&, back](bool far) {
