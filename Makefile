@@ -259,7 +259,7 @@ PARTS       := cpu:CPU=1 san:CPU=1 san:SAN=1 gpu:CPU=0 nvcc:CPU=0 nvcc:PTXAS=1 a
                multi:MULTI_GPU=1 bf16:PRECISION=BF16 fp32:PRECISION=FP32
 # The PTX is looked at. Most kernels of USE_APPROXBP=1 and of train_llama are those of the first build, for all architectures:
 # test_ptxas.py has ptxas assemble the others for those that these are not built for.
-nvcc_flags   = ARCH="80 $(if $(findstring llama,$(1)),,$(if $(findstring approxbp,$(1)),100,86 89 90 100 120))" NVCCFLAGS="--keep --keep-dir build/$(1)"
+nvcc_flags   = ARCH="80 $(if $(findstring llama,$(1)),,$(if $(findstring approxbp,$(1)),90 100,86 89 90 100 120))" NVCCFLAGS="--keep --keep-dir build/$(1)"
 flags_of     = $(foreach part,$(subst -, ,$(1)),$(patsubst $(part):%,%,$(filter $(part):%,$(PARTS)))) $(if $(filter nvcc-%,$(1)),$(nvcc_flags)) \
                $(if $(filter cpu-bf16 nvcc-% gpu-%,$(1)),,CXXFLAGS="$(if $(filter san-%,$(1)),-Og,-O1) $(CXXFLAGS)")
 programs_of = $(if $(filter $(TRAIN_ALONE),$(1)),train_$(if $(findstring llama,$(1)),llama,gpt2),$(if $(filter $(TEST_ALONE),$(1)),test_gpt2,$(filter-out train_llama,$(PROGRAMS)))) \

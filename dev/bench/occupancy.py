@@ -83,7 +83,7 @@ def toolkit(program):
 
 def kept_ptx(build):
     """{architecture: PTX} of a build of train_gpt2 with --keep."""
-    return {a: file.read_text() for a in (80, 100) for file in [build / f"train_gpt2.compute_{a}.ptx"]}
+    return {a: file.read_text() for a in (80, 90, 100) for file in [build / f"train_gpt2.compute_{a}.ptx"]}
 
 def compile_llama(folder, *flags, architectures=(80, 100)):
     """What nvcc says, and the PTX by architecture. Those from 100 on have instructions of their own that it makes use of."""

@@ -21,7 +21,7 @@ each_variant = pytest.mark.parametrize("variant", GPT2 + LLAMA)
 @pytest.fixture(scope="module")
 def build(tmp_path_factory):
     """build(variant): what was said, what its kernels take, its PTX for sm_80, and the source of the trainer. The first two are built by
-    `make variants`, one for all architectures and one for two: what that has and the first has not is assembled for all. fp32 is built
+    `make variants`, one for all architectures and one for three: what that has and the first has not is assembled for all. fp32 is built
     here, for two: test_gpt2, which has all of the trainer, so that nvcc has seen the test too. Of train_llama it is the kernels that
     train_gpt2 has not, in every mode."""
     @functools.lru_cache(None)
@@ -56,7 +56,7 @@ def test_no_kernel_spills(build, variant):
         kernels = [kernel for kernel, t in b.used if t == target]
         if variant in LLAMA:   # 6 each of RoPE and SwiGLU, 8 of the norm
             assert len(kernels) == 20 and all(re.search("rope|swiglu|add_norm", kernel) for kernel in kernels), kernels
-        elif variant == GPT2[1] and target not in ("sm_80", "sm_100"):   # its own: activation and norm forward and backward, fold, unfold
+        elif variant == GPT2[1] and target not in ("sm_80", "sm_90", "sm_100"):   # its own: activation and norm forward and backward, fold, unfold
             assert len(kernels) >= 6 and all(re.match("act_|add_norm|norm_", kernel) for kernel in kernels), kernels
         else:
             assert len(kernels) >= 0.8 * len(re.findall(r"__global__", b.source)), "fewer kernels than the source has: is this log whole?"
