@@ -775,6 +775,7 @@ MatmulPlan* matmul_plan(const MatmulPlan::Key& key, const void* bias, const void
     return &plans.back();
 }
 
+// accumulate: adds to D. In bf16 that may round twice: on Hopper cuBLASLt rounds the product before it adds it (dev/cuda/matmul.cu).
 void matmul(void* D, DType out, const floatX* A, const floatX* B, const MatmulShape& shape, bool accumulate, cudaStream_t stream,
             cublasLtEpilogue_t epilogue = CUBLASLT_EPILOGUE_DEFAULT, const void* bias = nullptr, const void* aux = nullptr,
             float alpha = 1) {
