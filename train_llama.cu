@@ -18,7 +18,7 @@ CONTENTS, in the order in which one would teach them. Who knows the parts starts
     3. what backward keeps           Approx-BP: 2 bits of SiLU's input; MS-RMSNorm: one tensor for a norm and its matmul; frozen
                                      weights in 4 bits, and what adapters need besides matmuls
     4. attention on tensor cores     the version that most models use
-    5. optimizer                     gradient norm, the verdict on a step, AdamW
+    5. optimizer                     gradient norm, the verdict on a step; AdamW, also in 8 bits, and AdaLomo
     6. many GPUs                     NCCL, optimizer sharding
     7. the model                     configuration, the tensor table (the ledger), forward, loss, backward, update
     8. files                         tokens, model directories, checkpoints, logs, text
