@@ -2855,10 +2855,10 @@ inline int loss_chunk_rows(size_t rows, size_t chunks) {
     return (int)std::min(rows, ceil_div(rows, whole) == ceil_div(rows, each) ? whole : each);
 }
 // --loss-chunks auto: the fewest chunks of at most so many bytes (but 256 rows at least). 1 GiB keeps every multiprocessor of a
-// large GPU busy with one chunk (9472 rows at V 50257 in bf16); 256 MiB is for devices on which that does not fit.
+// large GPU busy with one chunk (9472 rows at V 50257 in bf16); 256 MiB is for devices on which that does not fit, and --row-chunks auto.
 constexpr size_t CHUNK_BYTES = (size_t)1 << 30, SMALL_CHUNK_BYTES = (size_t)256 << 20;
-inline int loss_auto_rows(size_t rows, int Vp, size_t bytes) {
-    size_t most = std::max<size_t>(256, bytes / (Vp * sizeof(floatX)) / 256 * 256);
+inline int loss_auto_rows(size_t rows, size_t columns, size_t bytes) {
+    size_t most = std::max<size_t>(256, bytes / (columns * sizeof(floatX)) / 256 * 256);
     return loss_chunk_rows(rows, ceil_div(rows, most));
 }
 inline size_t plan_chunk_rows(const Plan& p) {
@@ -6632,7 +6632,7 @@ void choose_plan(Run& run, size_t data_batch) {
         if (!s.row_chunks && plan.training && recomputes_block(plan)) {   // auto
             size_t scratch = 0;
             for (const Row& r : model_table(run.model)) scratch += r.shrink == CHUNKS ? r.bytes() : 0;
-            plan.rows = loss_chunk_rows(rows, ceil_div(scratch, SMALL_CHUNK_BYTES));
+            plan.rows = loss_auto_rows(rows, ceil_div(scratch, rows * sizeof(floatX)), SMALL_CHUNK_BYTES);
         }
         size_t need = 0;
         for (const Row& r : model_table(run.model))
