@@ -843,7 +843,7 @@ struct AttShape {
     int T, NH, NKV, HS;
     float scale;    // 1 / sqrt(HS)
     int together;   // heads whose blocks run at about the same time, see att_place
-    __device__ size_t stride() const { return (size_t)(NH + 2 * NKV) * HS; }   // of a row of qkv
+    __host__ __device__ size_t stride() const { return (size_t)(NH + 2 * NKV) * HS; }   // of a row of qkv
     __device__ int group() const { return NH / NKV; }                          // query heads per key-value head
     // Which of a row's heads are the keys and values of query head h
     __device__ int k_head(int h) const { return NH + h / group(); }
@@ -3061,10 +3061,10 @@ inline int loss_chunk_rows(size_t rows, size_t chunks) {
     return (int)std::min(rows, ceil_div(rows, whole) == ceil_div(rows, each) ? whole : each);
 }
 // --loss-chunks auto: the fewest chunks of at most so many bytes (but 256 rows at least). 1 GiB keeps every multiprocessor of a
-// large GPU busy with one chunk (9472 rows at V 50257 in bf16); 256 MiB is for devices on which that does not fit.
+// large GPU busy with one chunk (9472 rows at V 50257 in bf16); 256 MiB is for devices on which that does not fit, and --row-chunks auto.
 constexpr size_t CHUNK_BYTES = (size_t)1 << 30, SMALL_CHUNK_BYTES = (size_t)256 << 20;
-inline int loss_auto_rows(size_t rows, int Vp, size_t bytes) {
-    size_t most = std::max<size_t>(256, bytes / (Vp * sizeof(floatX)) / 256 * 256);
+inline int loss_auto_rows(size_t rows, size_t columns, size_t bytes) {
+    size_t most = std::max<size_t>(256, bytes / (columns * sizeof(floatX)) / 256 * 256);
     return loss_chunk_rows(rows, ceil_div(rows, most));
 }
 inline size_t plan_chunk_rows(const Plan& p) {
@@ -3430,7 +3430,8 @@ Table model_table(Model& model) {
     const Plan& plan = model.plan;
     const size_t B = plan.B, T = plan.T, C = c.C, QKV = c.QKV(), ATT = c.ATT(), F = c.F, NH = c.NH;
     const bool blocks = plan.training && recomputes_block(plan);   // alone their inputs are kept
-    const size_t L = plan.training && !blocks ? c.L : 1;   // without a backward, one layer's tensors serve them all
+    const bool shared = !plan.training || blocks;   // one layer's tensors serve them all
+    const size_t L = shared ? 1 : c.L;
     Table table;
     table_add_params(table, model);
     LayerTensors& kept = model.kept;
@@ -3470,11 +3471,11 @@ Table model_table(Model& model) {
     }
     table_add(table, "lnf_rstd", &model.lnf_rstd, F32, {B, T}, kind, MODEL, BATCH);
     table_add(table, "angles", &model.angles, F32, {T, (size_t)c.HS() / 2, 2}, SCRATCH, MODEL, "--seq-len");
-    // In chunks scratch holds one. Then the gradient of attention's output takes its place, that of q q's; and lnf that of qkv, which with
-    // -r 4 all layers share.
+    // In chunks scratch holds one. Then the gradient of attention's output takes its place, that of q q's; and lnf that of qkv, where
+    // layers share it.
     const bool chunks = in_chunks(plan);
     table_add(table, "scratch_c", &model.scratch_c, FLOATX, chunk_shape(plan, std::max(C, ATT)), SCRATCH, MODEL, CHUNKS);
-    table_add(table, "lnf", &model.lnf, FLOATX, {B, T, C}, SCRATCH, MODEL, BATCH, !chunks ? "scratch_c" : L == 1 && QKV >= C ? "qkv" : "");
+    table_add(table, "lnf", &model.lnf, FLOATX, {B, T, C}, SCRATCH, MODEL, BATCH, !chunks ? "scratch_c" : shared && QKV >= C ? "qkv" : "");
     if (!keeps_act(model) || plan.training)
         table_add(table, "scratch_f", &model.scratch_f, FLOATX, chunk_shape(plan, plan.training && !chunks ? std::max(F, QKV) : F), SCRATCH,
                   MODEL, CHUNKS);
@@ -6964,7 +6965,7 @@ void choose_plan(Run& run, size_t data_batch) {
         if (!s.row_chunks && plan.training && recomputes_block(plan)) {   // auto
             size_t scratch = 0;
             for (const Row& r : model_table(run.model)) scratch += r.shrink == CHUNKS ? r.bytes() : 0;
-            plan.rows = loss_chunk_rows(rows, ceil_div(scratch, SMALL_CHUNK_BYTES));
+            plan.rows = loss_auto_rows(rows, ceil_div(scratch, rows * sizeof(floatX)), SMALL_CHUNK_BYTES);
         }
         size_t need = 0;
         for (const Row& r : model_table(run.model))

@@ -90,9 +90,9 @@ def test_launches_of_the_table(tmp_path):
     write_tokens(tmp_path / "t.bin", [i * 7919 % 8193 for i in range(600)])
     seen = {}
     models = [("cpu-bf16", "train_gpt2", f"gpt2:L1,H{heads},C768") for heads in (12, 6, 24)]  # of 64, 128 and 32 channels
-    models += [("cpu-approxbp-bf16", "train_gpt2", "gpt2:L1,H12,C768"), ("cpu-bf16", "train_llama", "llama:L1,H12,K4,C768,F2048")]
-    for variant, name, model in models:
-        done = execute(program(variant, name), "-e", f"{model},T64,V8193", "-i", "t.bin", "-b", 8, "-t", 64, "-x", 1, "-v", 0, "-s", 0,
+    models += [("cpu-approxbp-bf16", "train_gpt2", "gpt2:L1,H12,C768"), ("cpu-bf16", "train_llama", "llama:L1,H12,K4,C768,F2048", "--row-chunks", 2)]
+    for variant, name, model, *more in models:
+        done = execute(program(variant, name), "-e", f"{model},T64,V8193", "-i", "t.bin", "-b", 8, "-t", 64, "-x", 1, "-v", 0, "-s", 0, *more,
                        cwd=tmp_path, env={"SIMT_PROFILE": 1})
         assert done.status == 0, done.err
         for block, shared, kernel in re.findall(r"^ +[\d.]+ +[\d.]+% +\d+ +\d+ +\d+ +(\d+) +(\d+)  (\w+)", done.err, re.M):
@@ -106,7 +106,7 @@ def test_launches_of_the_table(tmp_path):
             assert max(launches) <= max(table[kernel])
         elif kernel not in occupancy.ALONE:
             assert launches <= table[kernel], kernel
-    assert len(seen) > 20 and {"rope_kernel", "swiglu_forward_kernel", "swiglu_backward_kernel"} <= set(seen)
+    assert len(seen) > 20 and {"rope_kernel", "swiglu_forward_kernel", "swiglu_backward_kernel", "attention_delta_kernel"} <= set(seen)
 
 # ---- loads -----------------------------------------------------------------------------------------
 
