@@ -2931,6 +2931,7 @@ struct Model : BlockBuffers {
     // parameters, and what training keeps for each
     floatX* param[NUM_PARAMS];
     Grad grad[NUM_PARAMS];
+    float* layer_sum[NUM_PARAMS];   // in chunks, of a matrix (rows, cols): see sums_layer
     float *m[NUM_PARAMS], *v[NUM_PARAMS], *master[NUM_PARAMS];   // (shard_size) each
     LayerTensors kept;         // with L in front of the shapes
     floatX *fold_w, *fold_b;   // of the largest shape: a weight and a bias with their norm's gamma and beta folded in; NF4: a weight
@@ -2972,7 +2973,14 @@ struct Model : BlockBuffers {
 const floatX* model_param(const Model& model, int p, int l) {
     return p < 0 || model.param[p] == nullptr ? nullptr : model.param[p] + l * param_shape(model.config, p).per_layer();
 }
+// In chunks of rows the gradient of a layer's matrix is a sum over them in fp32, for one layer at a time; layer_end rounds it to its place.
+// (A vector's gradient, and a sum over micro-batches, is fp32 in all layers.)
+bool sums_layer(const Model& model, int p) {
+    const ParamShape s = param_shape(model.config, p);
+    return in_chunks(model.plan) && !kFP32 && model.plan.micro_batches == 1 && s.in_layer && s.cols > 0;
+}
 Grad model_grad(const Model& model, int p, int l) {
+    if (p >= 0 && model.layer_sum[p] != nullptr) return {model.layer_sum[p], F32};
     return p < 0 ? Grad{} : model.grad[p] + l * param_shape(model.config, p).per_layer();
 }
 std::vector<int> model_trained(const Model& model) {   // the parameters that are
@@ -3067,7 +3075,10 @@ void table_add_params(Table& table, Model& model) {
     if (plan.nf4) table_add(table, "nf4_tables", &model.nf4_tables, F32, {NF4_TABLES}, PARAM, MODEL, SMALLER);
     for (int p : model_trained(model)) {
         // the head's gradient is a sum over chunks of the loss in any case
-        model.grad[p].type = plan.micro_batches > 1 || in_chunks(plan) || p == head_param(c) ? F32 : FLOATX;
+        const ParamShape s = param_shape(c, p);
+        const bool sums = sums_layer(model, p), sum = plan.micro_batches > 1 || p == head_param(c) || (in_chunks(plan) && s.in_layer && !sums);
+        model.grad[p].type = sum ? F32 : FLOATX;
+        if (sums) table_add(table, std::string("sum_") + s.name, &model.layer_sum[p], F32, {s.rows, s.cols}, GRAD, MODEL, SMALLER);
         add("d_", p, &model.grad[p].p, model.grad[p].type, false, GRAD,
             plan.micro_batches > 1 ? "one micro-batch a step (--total-batch)" : SMALLER);
         add("m_", p, &model.m[p], F32, true, OPTIMIZER, "--zero 1 on several GPUs");
@@ -3124,6 +3135,14 @@ void table_add_host(Table& table, Model& model) {
     table_add(table, "host_tokens", &model.host_tokens, I32, {2, (size_t)plan.micro_batches, token_ints(B * T, c.V, plan.marks)}, SCRATCH, HOST,
               BATCH);
 }
+// Two rows that are never in use at the same time: the smaller one lies in the larger.
+void table_share(Table& table, const char* a, const char* b) {
+    auto row = [&](const char* name) { return std::find_if(table.begin(), table.end(), [&](const Row& r) { return r.name == name; }); };
+    const auto x = row(a), y = row(b);
+    if (x == table.end() || y == table.end()) return;
+    if (x->bytes() < y->bytes()) x->alias_of = b;
+    else y->alias_of = a;
+}
 // What every model needs besides its blocks. The workspace comes last: model_allocate counts on it.
 void table_add_rest(Table& table, Model& model, size_t colsum) {
     const Config& c = model.config;
@@ -3153,6 +3172,9 @@ void table_add_rest(Table& table, Model& model, size_t colsum) {
     table_add(table, "step_state", &model.state, BYTE, {sizeof(StepState)}, OPTIMIZER, MODEL, SMALLER);
     const size_t workspace = plan.workspace ? plan.workspace : matmul_workspace(C * std::max<size_t>(c.FF(), c.Vp));
     table_add(table, "workspace", &model.workspace, BYTE, {workspace}, WORKSPACE, MODEL, "--workspace");
+    if (!plan.training || !recomputes_block(plan)) return;
+    table_share(table, "logits", "dresid");         // before backward begins, and after
+    table_share(table, "fold_w", "scratch_dkv");    // in linear layers, and in attention's backward
 }
 // ==== end twin
 // What is kept in a tensor of its own. Without a backward, one layer's tensors serve all, and are as large as scratch.
@@ -3505,6 +3527,24 @@ void offload_copy(const Model& model, int l, int BT, bool back) {
     cudaCheck(cudaEventRecord(model.stream_copied[l % 2], model.copies));
 }
 void offload_wait(const Model& model, int l) { cudaCheck(cudaStreamWaitEvent(model.stream, model.stream_copied[l % 2], 0)); }
+// Before and after the backward of a layer: see sums_layer. A gradient that is not computed, below the lowest adapter, is 0.
+void layer_begin(const Model& model) {
+    for (int p : model_trained(model))
+        if (model.layer_sum[p])
+            cudaCheck(cudaMemsetAsync(model.layer_sum[p], 0, param_shape(model.config, p).per_layer() * sizeof(float), model.stream));
+}
+__global__ void round_kernel(floatX* out, const float* inp, size_t n) {
+    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < n) out[i] = (floatX)inp[i];
+}
+void layer_end(const Model& model, int l) {
+    for (int p : model_trained(model)) {
+        const size_t n = param_shape(model.config, p).per_layer();
+        if (model.layer_sum[p])
+            round_kernel<<<ceil_div(n, 256), 256, 0, model.stream>>>((floatX*)(model.grad[p] + l * n).p, model.layer_sum[p], n);
+    }
+    cudaCheck(cudaGetLastError());
+}
 // The gradient of a norm's gamma or beta that the norm itself makes. With MS_NORM norm_unfold does, where the weight after it is trained.
 Grad norm_grad(const Model& model, int p, int weight, int l) {
     return kMsNorm && model.plan.trains(weight) ? Grad{} : model_grad(model, p, l);
@@ -3702,6 +3742,7 @@ void model_backward(Model& model, int B, int T, int buckets, int micro_batch) {
     for (int l = L - 1; l >= 0; l--) {
         NvtxRange layer_range("backward layer " + std::to_string(l));
         const LayerTensors t = model_layer(model, l, BT);
+        layer_begin(model);
         if (plan.offload) {
             if (l < L - 1) offload_wait(model, l);
             if (l > 0) offload_copy(model, l - 1, BT, true);   // over the stream after this block, which nobody needs any more
@@ -3714,12 +3755,13 @@ void model_backward(Model& model, int B, int T, int buckets, int micro_batch) {
             });
             block_attention(model, t, B, T);
         }
-        if (!all_rows(l, after)) return;
+        if (!all_rows(l, after)) return layer_end(model, l);
         if (c.qk_norm && !recomputes_block(plan)) model_turn(model, t, l, BT, T, {0, BT});
         floatX* qkv = attention_input(model, t);
         attention_backward(chunks ? qkv : d_wide, model.scratch_dkv, {}, model.delta, model.colsum, chunks ? t.atty : d, qkv,
                            chunks ? nullptr : t.atty, t.lse, model_documents(model, BT), pass.add, B, T, c.NH, c.NKV, c.HS(), stream);
-        if (!all_rows(l, before)) return;
+        if (!all_rows(l, before)) return layer_end(model, l);
+        layer_end(model, l);
     }
     const floatX* dresid = model.dresid;
     const int* document = model_documents(model, BT);
@@ -6635,7 +6677,8 @@ void make_plan(Run& run, int64_t B, size_t chunk_bytes, int chunk_rows = 0) {
     plan.B = (int)B, plan.T = (int)s.T, plan.micro_batches = (int)micro_batches(run, B), plan.training = s.trains();
     plan.offload = s.offload && plan.training;
     plan.recompute = (int)s.recompute, plan.master = s.master != 0, plan.workspace = (size_t)s.workspace << 20;
-    if (plan.training && recomputes_block(plan)) chunk_bytes = std::min(chunk_bytes, SMALL_CHUNK_BYTES);   // it is memory that is wanted
+    if (plan.training && recomputes_block(plan))   // memory is short: where the gradient of the stream will be there is room for them
+        chunk_bytes = std::clamp(rows * run.model.config.C * sizeof(floatX), SMALL_CHUNK_BYTES / 4, SMALL_CHUNK_BYTES);
     if (s.loss_chunks) plan.chunk_rows = loss_chunk_rows(rows, std::min<size_t>(rows, s.loss_chunks));
     else plan.chunk_rows = chunk_rows ? chunk_rows : loss_auto_rows(rows, run.model.config.Vp, chunk_bytes);
     plan.rows = s.row_chunks ? loss_chunk_rows(rows, std::min<size_t>(rows, s.row_chunks)) : 0;
