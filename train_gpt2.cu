@@ -3011,7 +3011,8 @@ Table model_table(Model& model) {
     const Plan& plan = model.plan;
     const size_t B = plan.B, T = plan.T, C = c.C, QKV = c.QKV(), FF = c.FF(), NH = c.NH;
     const bool blocks = plan.training && recomputes_block(plan);   // alone their inputs are kept
-    const size_t L = plan.training && !blocks ? c.L : 1;   // without a backward, one layer's tensors serve them all
+    const bool shared = !plan.training || blocks;   // one layer's tensors serve them all
+    const size_t L = shared ? 1 : c.L;
     Table table;
     table_add_params(table, model);
     LayerTensors& kept = model.kept;
@@ -3049,11 +3050,11 @@ Table model_table(Model& model) {
     }
     table_add(table, "lnf_mean", &model.lnf_mean, F32, {B, T}, kind, MODEL, BATCH);
     table_add(table, "lnf_rstd", &model.lnf_rstd, F32, {B, T}, kind, MODEL, BATCH);
-    // In chunks scratch holds one. Then the gradient of attention's output takes its place, that of q q's; and lnf that of qkv, which with
-    // -r 4 all layers share.
+    // In chunks scratch holds one. Then the gradient of attention's output takes its place, that of q q's; and lnf that of qkv, where
+    // layers share it.
     const bool chunks = in_chunks(plan);
     table_add(table, "scratch_c", &model.scratch_c, FLOATX, chunk_shape(plan, C), SCRATCH, MODEL, CHUNKS);
-    table_add(table, "lnf", &model.lnf, FLOATX, {B, T, C}, SCRATCH, MODEL, BATCH, !chunks ? "scratch_c" : L == 1 ? "qkv" : "");
+    table_add(table, "lnf", &model.lnf, FLOATX, {B, T, C}, SCRATCH, MODEL, BATCH, !chunks ? "scratch_c" : shared ? "qkv" : "");
     if (!keeps_act(model) || plan.training)
         table_add(table, "scratch_4c", &model.scratch_4c, FLOATX, chunk_shape(plan, FF), SCRATCH, MODEL, CHUNKS);
     if (plan.training && chunks) table_add(table, "scratch_dkv", &model.scratch_dkv, FLOATX, {B, T, 2 * C}, SCRATCH, MODEL, BATCH);

@@ -3192,7 +3192,8 @@ Table model_table(Model& model) {
     const Plan& plan = model.plan;
     const size_t B = plan.B, T = plan.T, C = c.C, QKV = c.QKV(), ATT = c.ATT(), F = c.F, NH = c.NH;
     const bool blocks = plan.training && recomputes_block(plan);   // alone their inputs are kept
-    const size_t L = plan.training && !blocks ? c.L : 1;   // without a backward, one layer's tensors serve them all
+    const bool shared = !plan.training || blocks;   // one layer's tensors serve them all
+    const size_t L = shared ? 1 : c.L;
     Table table;
     table_add_params(table, model);
     LayerTensors& kept = model.kept;
@@ -3232,11 +3233,11 @@ Table model_table(Model& model) {
     }
     table_add(table, "lnf_rstd", &model.lnf_rstd, F32, {B, T}, kind, MODEL, BATCH);
     table_add(table, "angles", &model.angles, F32, {T, (size_t)c.HS() / 2, 2}, SCRATCH, MODEL, "--seq-len");
-    // In chunks scratch holds one. Then the gradient of attention's output takes its place, that of q q's; and lnf that of qkv, which with
-    // -r 4 all layers share.
+    // In chunks scratch holds one. Then the gradient of attention's output takes its place, that of q q's; and lnf that of qkv, where
+    // layers share it.
     const bool chunks = in_chunks(plan);
     table_add(table, "scratch_c", &model.scratch_c, FLOATX, chunk_shape(plan, std::max(C, ATT)), SCRATCH, MODEL, CHUNKS);
-    table_add(table, "lnf", &model.lnf, FLOATX, {B, T, C}, SCRATCH, MODEL, BATCH, !chunks ? "scratch_c" : L == 1 && QKV >= C ? "qkv" : "");
+    table_add(table, "lnf", &model.lnf, FLOATX, {B, T, C}, SCRATCH, MODEL, BATCH, !chunks ? "scratch_c" : shared && QKV >= C ? "qkv" : "");
     if (!keeps_act(model) || plan.training)
         table_add(table, "scratch_f", &model.scratch_f, FLOATX, chunk_shape(plan, plan.training && !chunks ? std::max(F, QKV) : F), SCRATCH,
                   MODEL, CHUNKS);
