@@ -2855,10 +2855,10 @@ inline int loss_chunk_rows(size_t rows, size_t chunks) {
     return (int)std::min(rows, ceil_div(rows, whole) == ceil_div(rows, each) ? whole : each);
 }
 // --loss-chunks auto: the fewest chunks of at most so many bytes (but 256 rows at least). 1 GiB keeps every multiprocessor of a
-// large GPU busy with one chunk (9472 rows at V 50257 in bf16); 256 MiB is for devices on which that does not fit.
+// large GPU busy with one chunk (9472 rows at V 50257 in bf16); 256 MiB is for devices on which that does not fit, and --row-chunks auto.
 constexpr size_t CHUNK_BYTES = (size_t)1 << 30, SMALL_CHUNK_BYTES = (size_t)256 << 20;
-inline int loss_auto_rows(size_t rows, int Vp, size_t bytes) {
-    size_t most = std::max<size_t>(256, bytes / (Vp * sizeof(floatX)) / 256 * 256);
+inline int loss_auto_rows(size_t rows, size_t columns, size_t bytes) {
+    size_t most = std::max<size_t>(256, bytes / (columns * sizeof(floatX)) / 256 * 256);
     return loss_chunk_rows(rows, ceil_div(rows, most));
 }
 inline size_t plan_chunk_rows(const Plan& p) {
@@ -6686,7 +6686,7 @@ void make_plan(Run& run, int64_t B, size_t chunk_bytes, int chunk_rows = 0) {
     if (!s.row_chunks && plan.training && recomputes_block(plan)) {   // auto
         size_t scratch = 0;
         for (const Row& r : model_table(run.model)) scratch += r.shrink == CHUNKS ? r.bytes() : 0;
-        plan.rows = loss_chunk_rows(rows, ceil_div(scratch, SMALL_CHUNK_BYTES));
+        plan.rows = loss_auto_rows(rows, ceil_div(scratch, rows * sizeof(floatX)), SMALL_CHUNK_BYTES);
     }
 }
 // B as given. For auto, that of the run which is resumed, or the largest power of two, up to `data_batch`, whose tensors fit into the
