@@ -839,7 +839,7 @@ struct AttShape {
     int T, NH, NKV, HS;
     float scale;    // 1 / sqrt(HS)
     int together;   // heads whose blocks run at about the same time, see att_place
-    __device__ size_t stride() const { return (size_t)(NH + 2 * NKV) * HS; }   // of a row of qkv
+    __host__ __device__ size_t stride() const { return (size_t)(NH + 2 * NKV) * HS; }   // of a row of qkv
     __device__ int group() const { return NH / NKV; }                          // query heads per key-value head
     // Which of a row's heads are the keys and values of query head h
     __device__ int k_head(int h) const { return NH + h / group(); }
