@@ -1084,15 +1084,14 @@ double rope_frequency(const Rope& r, int i, int HS) {   // in radians per positi
     const double share = (turns - r.low) / (r.high - r.low);   // in between from one to the other
     return (1 - share) * f / r.factor + share * f;
 }
-// (T, HS/2) pairs of cosine and sine. Frequencies and angles are rounded to fp32, as in the models' own code.
-std::vector<float2> rope_table(const Rope& r, int T, int HS) {
-    std::vector<float2> table((size_t)T * (HS / 2));
+// (count, HS/2) pairs of cosine and sine, for positions from `first` on. Frequencies are rounded to fp32, as in the models' own code. Angles
+// are not: at position 2^23 fp32 knows whole radians alone.
+std::vector<float2> rope_table(const Rope& r, int count, int HS, int first = 0) {
+    std::vector<float2> table((size_t)count * (HS / 2));
     for (int i = 0; i < HS / 2; i++) {
-        const float frequency = (float)rope_frequency(r, i, HS);
-        for (int t = 0; t < T; t++) {
-            const float angle = (float)t * frequency;
-            table[(size_t)t * (HS / 2) + i] = {(float)cos((double)angle), (float)sin((double)angle)};
-        }
+        const double frequency = (float)rope_frequency(r, i, HS);
+        for (int t = 0; t < count; t++)
+            table[(size_t)t * (HS / 2) + i] = {(float)cos((first + t) * frequency), (float)sin((first + t) * frequency)};
     }
     return table;
 }
@@ -2957,7 +2956,7 @@ struct Lora {
 // ==== end twin
 // ---- configuration and parameters
 struct Config {   // int and float alone, so that two can be compared byte by byte
-    int maxT;        // longest sequence
+    int maxT;        // positions that it was made for
     int V;           // vocabulary
     int Vp;          // padded to a multiple of 128, so that every matmul on it is aligned
     int L;           // layers
@@ -2971,6 +2970,7 @@ struct Config {   // int and float alone, so that two can be compared byte by by
     int tied;        // 1: the head's weight is the embedding
     int qkv_bias;    // 1: Qwen2
     int qk_norm;     // 1: Qwen3
+    int window;      // keys that a query sees, at most; 0: all
     Lora lora;       // adapters on it
     int HS() const { return head_size; }
     int ATT() const { return NH * head_size; }                 // channels of attention's output
@@ -3137,6 +3137,7 @@ struct Model : BlockBuffers {
     // parameters, and what training keeps for each
     floatX* param[NUM_PARAMS];
     Grad grad[NUM_PARAMS];
+    float* layer_sum[NUM_PARAMS];   // in chunks, of a matrix (rows, cols): see sums_layer
     void *m[NUM_PARAMS], *v[NUM_PARAMS];   // (shard_size) each, fp32; adamw8: bytes of matrices. adalomo: no m, v of rows
     float *m_absmax[NUM_PARAMS], *v_absmax[NUM_PARAMS], *v_cols[NUM_PARAMS], *master[NUM_PARAMS];   // adamw8; adalomo; (shard_size)
     float* q8_maps;            // adamw8: (2, 256)
@@ -3183,8 +3184,15 @@ const floatX* model_param(const Model& model, int p, int l) {
 // With an update that is fused into backward, all layers share the gradients of matrices. Those of vectors, which are small, stand for
 // each: where biases belong to the gradient of the stream, the layer above makes them.
 bool shares_grad(const Plan& plan, const ParamShape& s) { return plan.fuses() && s.in_layer && s.cols > 0; }
+// In chunks of rows the gradient of a layer's matrix is a sum over them in fp32, for one layer at a time; layer_end rounds it to its place.
+// (A vector's gradient, one that all layers share, and a sum over micro-batches is fp32 in any case.)
+bool sums_layer(const Model& model, int p) {
+    const ParamShape s = param_shape(model.config, p);
+    return in_chunks(model.plan) && !kFP32 && model.plan.micro_batches == 1 && s.in_layer && s.cols > 0 && !model.plan.fuses();
+}
 Grad model_grad(const Model& model, int p, int l) {
     if (p < 0) return {};
+    if (model.layer_sum[p] != nullptr) return {model.layer_sum[p], F32};
     const ParamShape s = param_shape(model.config, p);
     return model.grad[p] + (shares_grad(model.plan, s) ? 0 : l * s.per_layer());
 }
@@ -3309,8 +3317,10 @@ void table_add_params(Table& table, Model& model) {
         const ParamShape s = param_shape(c, p);
         const size_t n = s.elements();
         // the head's gradient is a sum over chunks of the loss in any case
-        model.grad[p].type = plan.micro_batches > 1 || in_chunks(plan) || p == head_param(c) ? F32 : FLOATX;
+        const bool sums = sums_layer(model, p);
+        model.grad[p].type = plan.micro_batches > 1 || p == head_param(c) || (in_chunks(plan) && s.in_layer && !sums) ? F32 : FLOATX;
         const char* hint = plan.micro_batches > 1 ? "one micro-batch a step (--total-batch)" : SMALLER;
+        if (sums) table_add(table, std::string("sum_") + s.name, &model.layer_sum[p], F32, {s.rows, s.cols}, GRAD, MODEL, SMALLER);
         if (shares_grad(plan, s))
             table_add(table, std::string("d_") + s.name, &model.grad[p].p, model.grad[p].type, {s.rows, s.cols}, GRAD, MODEL, hint);
         else if (!embedding_in_parts(model, p)) add("d_", p, &model.grad[p].p, model.grad[p].type, false, GRAD, hint);
@@ -3384,6 +3394,14 @@ void table_add_host(Table& table, Model& model) {
     table_add(table, "host_tokens", &model.host_tokens, I32, {2, (size_t)plan.micro_batches, token_ints(B * T, c.V, plan.marks)}, SCRATCH, HOST,
               BATCH);
 }
+// Two rows that are never in use at the same time: the smaller one lies in the larger.
+void table_share(Table& table, const char* a, const char* b) {
+    auto row = [&](const char* name) { return std::find_if(table.begin(), table.end(), [&](const Row& r) { return r.name == name; }); };
+    const auto x = row(a), y = row(b);
+    if (x == table.end() || y == table.end()) return;
+    if (x->bytes() < y->bytes()) x->alias_of = b;
+    else y->alias_of = a;
+}
 // What every model needs besides its blocks. The workspace comes last: model_allocate counts on it.
 void table_add_rest(Table& table, Model& model, size_t colsum) {
     const Config& c = model.config;
@@ -3413,6 +3431,9 @@ void table_add_rest(Table& table, Model& model, size_t colsum) {
     table_add(table, "step_state", &model.state, BYTE, {sizeof(StepState)}, OPTIMIZER, MODEL, SMALLER);
     const size_t workspace = plan.workspace ? plan.workspace : matmul_workspace(C * std::max<size_t>(c.FF(), c.Vp));
     table_add(table, "workspace", &model.workspace, BYTE, {workspace}, WORKSPACE, MODEL, "--workspace");
+    if (!plan.training || !recomputes_block(plan)) return;
+    table_share(table, "logits", "dresid");         // before backward begins, and after
+    table_share(table, "fold_w", "scratch_dkv");    // in linear layers, and in attention's backward
 }
 // ==== end twin
 // What is kept in a tensor of its own. Without a backward, one layer's tensors serve all, and are as large as scratch.
@@ -3488,8 +3509,11 @@ Table model_table(Model& model) {
     return table;
 }
 void model_constants(Model& model) {
-    const std::vector<float2> table = rope_table(model.config.rope, model.plan.T, model.config.HS());
-    cudaCheck(cudaMemcpy(model.angles, table.data(), table.size() * sizeof(float2), cudaMemcpyHostToDevice));
+    const int T = model.plan.T, HS = model.config.HS(), most = 1 << 16;   // at a time: the host should not hold all of them
+    for (int t = 0; t < T; t += most) {
+        const std::vector<float2> table = rope_table(model.config.rope, std::min(most, T - t), HS, t);
+        cudaCheck(cudaMemcpy(model.angles + (size_t)t * (HS / 2), table.data(), table.size() * sizeof(float2), cudaMemcpyHostToDevice));
+    }
 }
 
 // ==== twin: allocation, linear layers
@@ -3763,6 +3787,24 @@ void offload_copy(const Model& model, int l, int BT, bool back) {
     cudaCheck(cudaEventRecord(model.stream_copied[l % 2], model.copies));
 }
 void offload_wait(const Model& model, int l) { cudaCheck(cudaStreamWaitEvent(model.stream, model.stream_copied[l % 2], 0)); }
+// Before and after the backward of a layer: see sums_layer. A gradient that is not computed, below the lowest adapter, is 0.
+void layer_begin(const Model& model) {
+    for (int p : model_trained(model))
+        if (model.layer_sum[p])
+            cudaCheck(cudaMemsetAsync(model.layer_sum[p], 0, param_shape(model.config, p).per_layer() * sizeof(float), model.stream));
+}
+__global__ void round_kernel(floatX* out, const float* inp, size_t n) {
+    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < n) out[i] = (floatX)inp[i];
+}
+void layer_end(const Model& model, int l) {
+    for (int p : model_trained(model)) {
+        const size_t n = param_shape(model.config, p).per_layer();
+        if (model.layer_sum[p])
+            round_kernel<<<ceil_div(n, 256), 256, 0, model.stream>>>((floatX*)(model.grad[p] + l * n).p, model.layer_sum[p], n);
+    }
+    cudaCheck(cudaGetLastError());
+}
 // The gradient of a norm's gamma or beta that the norm itself makes. With MS_NORM norm_unfold does, where the weight after it is trained.
 Grad norm_grad(const Model& model, int p, int weight, int l) {
     return kMsNorm && model.plan.trains(weight) ? Grad{} : model_grad(model, p, l);
@@ -3990,6 +4032,7 @@ void model_backward(Model& model, int B, int T, int buckets, int micro_batch, co
     for (int l = L - 1; l >= 0; l--) {
         NvtxRange layer_range("backward layer " + std::to_string(l));
         const LayerTensors t = model_layer(model, l, BT);
+        layer_begin(model);
         if (plan.offload) {
             if (l < L - 1) offload_wait(model, l);
             if (l > 0) offload_copy(model, l - 1, BT, true);   // over the stream after this block, which nobody needs any more
@@ -4002,12 +4045,13 @@ void model_backward(Model& model, int B, int T, int buckets, int micro_batch, co
             });
             block_attention(model, t, B, T);
         }
-        if (!all_rows(l, after)) return;
+        if (!all_rows(l, after)) return layer_end(model, l);
         if (c.qk_norm && !recomputes_block(plan)) model_turn(model, t, l, BT, T, {0, BT});
         floatX* qkv = attention_input(model, t);
         attention_backward(chunks ? qkv : d_wide, model.scratch_dkv, {}, model.delta, model.colsum, chunks ? t.atty : d, qkv,
                            chunks ? nullptr : t.atty, t.lse, model_documents(model, BT), pass.add, B, T, c.NH, c.NKV, c.HS(), stream);
-        if (!all_rows(l, before)) return;
+        if (!all_rows(l, before)) return layer_end(model, l);
+        layer_end(model, l);
         model_fused_update(model, fused, l);
     }
     const floatX* dresid = model.dresid;
@@ -6004,7 +6048,7 @@ Config hf_config(const HfModel& m) {
     if (window > 0 && window < c.maxT) {
         if (world.rank == 0)
             warn("note: %s/config.json has a sliding window; sequences may be as long as it, %d", m.folder.c_str(), window);
-        c.maxT = window;
+        c.maxT = c.window = window;
     }
     return c;
 }
@@ -6301,13 +6345,15 @@ void catch_signals() {
             sigaction(signal, &action, nullptr);
 }
 
+constexpr int MOST_T = 1 << 24;   // tokens of a sequence
+
 // ---- the command line: one table for parsing, for messages, for --help, and for what a state file keeps of it
-enum ValueType { INTEGER, REAL, TEXT, ESTIMATE, HELP, BUILD };   // BUILD: a flag of the build, which is in the table to be kept
+enum ValueType { INTEGER, REAL, TEXT, ESTIMATE, FIT, HELP, BUILD };   // BUILD: a flag of the build, which is in the table to be kept
 constexpr int LORA_SLOT = 18, LORA_SLOTS = 7;   // slots of options about adapters
 struct Option {
     const char *name, *alias;   // long; llm.c's, or ""
     ValueType type;
-    void* value;                // int64_t; double for REAL; std::string for TEXT and ESTIMATE
+    void* value;                // int64_t; double for REAL; std::string for TEXT, ESTIMATE and FIT
     double low, high;           // of numbers; where low > high, words alone are allowed
     const char *usual, *help;   // as --help prints them: the default, what the option does
     int slot = -1;              // where a state file keeps the value: see settings_kept
@@ -6378,7 +6424,7 @@ void options_parse(int argc, char** argv) {
         auto o = std::find_if(options.begin(), options.end(), [&](const Option& o) {
             return o.type != BUILD && (name == std::string("--") + o.name || (*o.alias && name == o.alias)); });
         if (o == options.end()) fail_usage("%s: no such option; --help lists them", arg.c_str());
-        if (!o->typed.empty() && world.rank == 0) warn("%s is given more than once: the last one counts", name.c_str());
+        if (!o->typed.empty() && o->type != FIT && world.rank == 0) warn("%s is given more than once: the last one counts", name.c_str());
         o->typed = name;
         if (o->type == HELP) {   // llm.c's -h takes 0 or 1 and switches HellaSwag's evaluation; ours alone is help
             if (name == "-h" && next == "1")
@@ -6390,6 +6436,12 @@ void options_parse(int argc, char** argv) {
         if (o->type == ESTIMATE) {
             if (attached && value != "json") fail_usage("%s: allowed: --estimate or --estimate=json", arg.c_str());
             *(std::string*)o->value = attached ? "json" : "text";
+            continue;
+        }
+        if (o->type == FIT) {   // may stand alone, and twice: what it says adds up
+            const bool takes = !attached && !next.empty() && next[0] != '-';
+            i += takes;
+            if (attached || takes) *(std::string*)o->value += (attached ? value : next) + ",";
             continue;
         }
         if (!attached && ++i >= argc) fail_usage("%s: expects a value (%s)", name.c_str(), o->help);
@@ -6459,6 +6511,8 @@ const char* MODEL_HELP = "DIR of a model, llama3.2-1b, or a size like llama:L4,H
 const char* LORA_HELP = "all, or some of q,k,v,o,gate,up,down";
 const char* RECOMPUTE_HELP = "keep less for backward: computed again are 1: SwiGLU's output, 2: and norms, 3: gate and up, 4: whole blocks";
 constexpr int RECOMPUTE_MOST = 4;
+// The longest sequence: RoPE turns by any position, but where a window slides over the keys a longer one would need it.
+inline int model_longest(const Config& c) { return c.window > 0 ? c.window : MOST_T; }
 std::string model_example(int V) { return "llama:L4,H4,K2,C128,F352,T128,V" + std::to_string(V); }   // a small size, for messages
 std::string model_sizes(const Config& c) {
     char text[160];
@@ -6556,7 +6610,7 @@ void model_check_options() {}
 // ==== twin: settings, plan, loop, main
 // ---- settings: what the command line says
 struct Settings {
-    std::string train_data = "data/train.bin", val_data = "data/val.bin", model = USUAL_MODEL, out, log, estimate, tokenizer;
+    std::string train_data = "data/train.bin", val_data = "data/val.bin", model = USUAL_MODEL, out, log, estimate, fit, tokenizer;
     std::string dump_gradients, lora_targets = "all", adapter, merge;
     int64_t lora = 0, freeze_a = 0, train_norms = 0, base = 0, double_quant = 1, embedding_on = -1;
     double lora_alpha = 0, lora_dropout = 0;
@@ -6578,7 +6632,7 @@ std::vector<Option> settings_options(Settings& s) {
         {"model", "-e", TEXT, &s.model, 0, 0, USUAL_MODEL, MODEL_HELP},
         {"out", "-o", TEXT, &s.out, 0, 0, "none", "DIR for checkpoints"},
         {"batch", "-b", INTEGER, &s.B, 1, 1 << 20, "4", "sequences in a micro-batch on a GPU; auto: as many as fit", 9, {"auto"}},
-        {"seq-len", "-t", INTEGER, &s.T, 1, 1 << 20, "1024, or the model's longest", "tokens in a sequence"},
+        {"seq-len", "-t", INTEGER, &s.T, 1, MOST_T, "1024, or the model's longest", "tokens in a sequence"},
         {"total-batch", "-d", INTEGER, &s.total_batch, 1, BIG, "B*T*ranks", "tokens in a step, over all micro-batches and GPUs", 10},
         {"steps", "-x", INTEGER, &s.steps, 0, 1 << 30, "one epoch", "optimizer steps; 0 validates and samples only", 0},
         {"schedule", "-k", INTEGER, &s.schedule, 1, 0, "cosine", "cosine, linear, constant, wsd", 1,
@@ -6631,6 +6685,7 @@ std::vector<Option> settings_options(Settings& s) {
         {"resume", "-y", INTEGER, &s.resume, 0, 1, "0", "1: go on from the newest checkpoint in --out"},
         {"log", "", TEXT, &s.log, 0, 0, "none", "FILE for one JSON object a step"},
         {"estimate", "", ESTIMATE, &s.estimate, 0, 0, "", "print what the run would take on the device, and exit; =json for programs"},
+        {"fit", "", FIT, &s.fit, 0, 0, "", "24G: print what fits into so many GiB, and exit; alone: into what is free; json, 24G,json"},
         {"help", "-h", HELP, nullptr, 0, 0, "", "this text"},
         {"APPROX_ACT", "", BUILD, &s.act_bits, 0, 0, "", "", 15},
         {"MS_NORM", "", BUILD, &s.ms_norm, 0, 0, "", "", 16},
@@ -6851,7 +6906,9 @@ void pick_model(Run& run) {
     }
     pick_adapter(run);
     if (!given("seq-len")) s.T = std::min<int64_t>(s.T, c.maxT);
-    if (s.T > c.maxT) bad_option("seq-len", "the model's longest sequence is %d", c.maxT);
+    if (s.T > model_longest(c)) bad_option("seq-len", "the model's longest sequence is %d", model_longest(c));
+    if (s.T > c.maxT && world.rank == 0)
+        warn("note: %s: the model was made for %d positions; those beyond them are new to it", quoted("seq-len").c_str(), c.maxT);
 }
 
 // What AdaLomo's update cannot have, because it is made within backward, of a matrix after the other.
@@ -6870,9 +6927,9 @@ void pick_optimizer(Run& run) {
         bad_option("optimizer", "adapters have small gradients and a small state, so there is nothing to save; expected adamw or adamw8, or "
                    "all of the model in training, without --lora and --adapter");
 }
-// The device. --estimate can do without.
+// The device. --estimate and --fit can do without.
 void pick_device(Run& run) {
-    const bool estimating = !run.s.estimate.empty();
+    const bool estimating = !run.s.estimate.empty() || given("fit");
     int devices = 0;
     const cudaError_t error = cudaGetDeviceCount(&devices);
     cudaGetLastError();   // or it would come up again later
@@ -6940,43 +6997,49 @@ size_t open_data(Run& run) {
     return batch;
 }
 
+// How many micro-batches make a step of --total-batch tokens; 0: no number does.
+int64_t micro_batches(const Run& run, int64_t B) {
+    const int64_t tokens = B * run.s.T * world.size;
+    return run.s.total_batch == 0 ? 1 : run.s.total_batch % tokens == 0 ? run.s.total_batch / tokens : 0;
+}
+// The plan for B sequences of s.T tokens. Chunks of the loss as given, or for auto of `chunk_bytes` each, or `chunk_rows` where it is not 0.
+void make_plan(Run& run, int64_t B, size_t chunk_bytes, int chunk_rows = 0) {
+    const Settings& s = run.s;
+    Plan& plan = run.model.plan;
+    const size_t rows = (size_t)B * s.T;
+    plan.B = (int)B, plan.T = (int)s.T, plan.micro_batches = (int)micro_batches(run, B), plan.training = s.trains();
+    plan.offload = s.offload && plan.training, plan.optimizer = (Optimizer)s.optimizer;
+    plan.recompute = (int)s.recompute, plan.master = s.master != 0, plan.workspace = (size_t)s.workspace << 20;
+    if (plan.training && recomputes_block(plan))   // memory is short: where the gradient of the stream will be there is room for them
+        chunk_bytes = std::clamp(rows * run.model.config.C * sizeof(floatX), SMALL_CHUNK_BYTES / 4, SMALL_CHUNK_BYTES);
+    if (s.loss_chunks) plan.chunk_rows = loss_chunk_rows(rows, std::min<size_t>(rows, s.loss_chunks));
+    else plan.chunk_rows = chunk_rows ? chunk_rows : loss_auto_rows(rows, run.model.config.Vp, chunk_bytes);
+    plan.rows = s.row_chunks ? loss_chunk_rows(rows, std::min<size_t>(rows, s.row_chunks)) : 0;
+    if (!s.row_chunks && plan.training && recomputes_block(plan)) {   // auto
+        size_t scratch = 0;
+        for (const Row& r : model_table(run.model)) scratch += r.shrink == CHUNKS ? r.bytes() : 0;
+        plan.rows = loss_auto_rows(rows, ceil_div(scratch, rows * sizeof(floatX)), SMALL_CHUNK_BYTES);
+    }
+}
 // B as given. For auto, that of the run which is resumed, or the largest power of two, up to `data_batch`, whose tensors fit into the
 // free memory. Chunks of the loss as given. For auto, those of the run which is resumed, or large ones if they fit. Where no device is
 // visible, everything fits.
 void choose_plan(Run& run, size_t data_batch) {
     const Settings& s = run.s;
-    Plan& plan = run.model.plan;
     const Plan was = run.resume_step >= 0 && s.trains() ? state_plan(run.resumed) : Plan{};
-    plan.B = (int)s.B, plan.T = (int)s.T, plan.micro_batches = 1, plan.training = s.trains();
-    plan.offload = s.offload && plan.training, plan.optimizer = (Optimizer)s.optimizer;
-    plan.recompute = (int)s.recompute, plan.master = s.master != 0, plan.workspace = (size_t)s.workspace << 20;
-    auto micro_batches = [&](int64_t B) -> int64_t {   // that make a step of --total-batch tokens; 0 where no number does
-        const int64_t tokens = B * s.T * world.size;
-        return s.total_batch == 0 ? 1 : s.total_batch % tokens == 0 ? s.total_batch / tokens : 0;
-    };
     auto fits = [&](int64_t B, size_t chunk_bytes) {   // makes the plan for B
-        const size_t rows = (size_t)B * s.T, page = 2 << 20;   // cudaMalloc's, for tensors that have it
-        plan.B = (int)B;
-        plan.micro_batches = (int)micro_batches(B);
-        if (s.loss_chunks) plan.chunk_rows = loss_chunk_rows(rows, std::min<size_t>(rows, s.loss_chunks));
-        else if (B == was.B && was.chunk_rows > 0) plan.chunk_rows = was.chunk_rows;
-        else plan.chunk_rows = loss_auto_rows(rows, run.model.config.Vp, chunk_bytes);
-        plan.rows = s.row_chunks ? loss_chunk_rows(rows, std::min<size_t>(rows, s.row_chunks)) : 0;
-        if (!s.row_chunks && plan.training && recomputes_block(plan)) {   // auto
-            size_t scratch = 0;
-            for (const Row& r : model_table(run.model)) scratch += r.shrink == CHUNKS ? r.bytes() : 0;
-            plan.rows = loss_auto_rows(rows, ceil_div(scratch, rows * sizeof(floatX)), SMALL_CHUNK_BYTES);
-        }
+        const size_t page = 2 << 20;   // cudaMalloc's, for tensors that have it
+        make_plan(run, B, chunk_bytes, B == was.B ? was.chunk_rows : 0);
         size_t need = 0;
         for (const Row& r : model_table(run.model))
             if (r.scope != HOST) need += r.bytes() < page / 2 ? r.bytes() : (r.bytes() + page - 1) / page * page;
         return run.free_bytes == 0 || need <= run.free_bytes - run.free_bytes / 32;   // libraries load kernels when first called
     };
     int64_t B = s.B;
-    if (B == 0 && was.B > 0 && was.B <= (int64_t)data_batch && micro_batches(was.B) > 0 && fits(was.B, SMALL_CHUNK_BYTES)) B = was.B;
+    if (B == 0 && was.B > 0 && was.B <= (int64_t)data_batch && micro_batches(run, was.B) > 0 && fits(was.B, SMALL_CHUNK_BYTES)) B = was.B;
     if (B == 0) {
         for (int64_t next = 1; next <= (int64_t)data_batch && next * s.T < 1 << 30; next *= 2) {
-            if (micro_batches(next) == 0) continue;
+            if (micro_batches(run, next) == 0) continue;
             if (!fits(next, SMALL_CHUNK_BYTES)) break;
             B = next;
         }
@@ -6986,10 +7049,10 @@ void choose_plan(Run& run, size_t data_batch) {
         fail_option("batch", "not even one sequence of %lld tokens fits into the %.1f MiB that are free%s; --estimate -b 1 shows what "
                     "takes the room", (long long)s.T, run.free_bytes / 1048576.0, s.total_batch ? " and divides --total-batch" : "");
     if (BT >= 1 << 30) bad_option("batch", "%lld tokens in one micro-batch; expected fewer than 2^30", (long long)BT);
-    if (micro_batches(B) == 0)
+    if (micro_batches(run, B) == 0)
         bad_option("total-batch", "expected a multiple of batch * seq-len * GPUs = %lld * %lld * %d = %lld", (long long)B, (long long)s.T,
                    world.size, (long long)BT * world.size);
-    if (plan.optimizer == ADALOMO && micro_batches(B) > 1)
+    if (plan.optimizer == ADALOMO && micro_batches(run, B) > 1)
         bad_option("total-batch", "adalomo updates a layer as soon as it has a gradient, so a step is one micro-batch; expected batch * seq-len * "
                    "GPUs = %lld (a larger --batch, with -r 4 for the memory), or --optimizer adamw8", (long long)BT * world.size);
     if (s.row_chunks > BT) bad_option("row-chunks", "a micro-batch has %lld rows, so expected at most that", (long long)BT);
@@ -7020,6 +7083,193 @@ void count_steps(Run& run) {
     }
     if (run.s.warmup > run.steps)
         bad_option("warmup", "the rate would never reach its peak; expected at most the number of steps, %d%s", run.steps, origin);
+}
+
+// ---- --fit: what can be trained in so much memory
+// Ways to train, as options and what they are set to; and ways to keep less, for each of them.
+using Values = std::vector<std::pair<const char*, int64_t>>;
+const struct { const char* name; Values values; } FIT_RECIPES[] = {
+    {"full", {}},
+    {"LoRA", {{"lora", 16}}},
+    {"QLoRA", {{"lora", 16}, {"base", 1}}},
+};
+const Values FIT_SAVINGS[] = {{{"recompute", 1}}, {{"recompute", 2}}, {{"recompute", 4}}, {{"recompute", 4}, {"offload", 1}}};
+const std::vector<std::string> FIT_OWN = {"batch", "total-batch", "recompute", "offload", "base", "double-quant",   // what recipes choose,
+                                          "adapter", "resume", "merge", "estimate"};                                // or is another task
+constexpr double GIB = 1 << 30, FIT_RESERVE = 0.75;   // GiB: what the driver and libraries may take where it was not measured
+
+struct FitAsked { double size; bool json; };   // GiB, or 0: what is free on the device
+FitAsked fit_asked(const Settings& s) {
+    FitAsked asked = {};
+    for (size_t at = 0, end; at < s.fit.size(); at = end + 1) {   // each word ends with a comma
+        end = s.fit.find(',', at);
+        const std::string word = s.fit.substr(at, end - at);
+        char* rest = nullptr;
+        const bool digits = !word.empty() && word.find_first_not_of("0123456789.") == word.size() - 1;   // up to the last letter
+        const double number = digits ? strtod(word.c_str(), &rest) : 0;
+        if (word == "json") asked.json = true;
+        else if (digits && strcmp(rest, "G") == 0 && number > FIT_RESERVE && number <= 1 << 20 && asked.size == 0) asked.size = number;
+        else if (!word.empty())
+            fail_usage("%s %s: expected one size in GiB (2^30 bytes), more than the %g that driver and libraries may take, such as 24G; "
+                       "json; or both as 24G,json", typed("fit").c_str(), word.c_str(), FIT_RESERVE);
+    }
+    return asked;
+}
+void fit_begin(Run& run) {   // before the model is read
+    fit_asked(run.s);
+    for (const std::string& name : FIT_OWN)
+        if (given(name.c_str())) fail_usage("%s: not with %s, whose table has all there is of it; leave one of them out",
+                                            typed(name.c_str()).c_str(), typed("fit").c_str());
+    if (!run.s.trains()) fail_usage("%s: %s is about training; leave one of them out", quoted("steps").c_str(), typed("fit").c_str());
+    if (run.s.lora == 0) run.s.lora = 16;   // the rank of recipes with adapters
+}
+struct FitPlan { int64_t B, T; size_t device, host, chunks; double again; };   // B 0: nothing fits. Bytes; chunks of the loss
+// The plan for B sequences of T tokens, if the tensors of its table take no more than `room` bytes.
+FitPlan fit_plan(Run& run, int64_t B, int64_t T, size_t room) {
+    run.s.T = T;
+    for (size_t chunk_bytes : {CHUNK_BYTES, SMALL_CHUNK_BYTES}) {
+        make_plan(run, B, chunk_bytes);
+        const Table table = model_table(run.model);
+        if (table_bytes(table) <= room)
+            return {B, T, table_bytes(table), table_bytes(table, true), (size_t)ceil_div(run.BT(), plan_chunk_rows(run.model.plan)),
+                    model_again_share(run.model, (int)T)};
+    }
+    return {};
+}
+// By bisection the plan of n, if it fits, or of an i from 1 on that fits while that of i + 1 does not.
+FitPlan fit_largest(int64_t n, const std::function<FitPlan(int64_t)>& plan) {
+    FitPlan best = plan(n);
+    for (int64_t low = 0, high = n; best.B == 0 && high - low > 1;) {
+        const int64_t middle = low + (high - low) / 2;
+        (plan(middle).B > 0 ? low : high) = middle;
+        if (high - low == 1 && low > 0) best = plan(low);
+    }
+    return best;
+}
+struct FitRow {
+    std::string recipe, saving, options;
+    FitPlan plans[2];   // of the largest batch, and of the longest sequence
+};
+std::vector<FitRow> fit_rows(Run& run, size_t room) {
+    Settings& s = run.s;
+    Model& model = run.model;
+    const Config c = model.config;
+    const int64_t T = s.T, most_T = model_longest(c), most_B = std::min<int64_t>(((1 << 30) - 1) / T, (int64_t)option("batch").high);
+    const int fusion = matmul_state.gelu_fusion;
+    const bool marks = model.plan.marks;
+    std::vector<FitRow> rows;
+    for (const auto& recipe : FIT_RECIPES)
+        for (const Values& saving : FIT_SAVINGS) {
+            const Settings before = s;
+            s.lora = 0;
+            FitRow row = {recipe.name};
+            for (const Values* values : {&recipe.values, &saving})
+                for (auto [name, value] : *values) {
+                    Option& o = option(name);
+                    o.set(o.value == &s.lora ? before.lora : value);
+                    (values == &saving ? row.saving : row.options) += std::string(" ") + (*o.alias ? o.alias : "--" + std::string(name)) +
+                                                                      " " + o.text(o.number());
+                }
+            row.options += row.saving;
+            if (!c.lora.quantized || s.base == 1) {   // or there are no weights in 16 bits
+                model.config.lora = {0, 0, c.lora.quantized}, model.lora.clear(), model.plan = {};
+                matmul_state.gelu_fusion = fusion;
+                if (s.lora > 0) pick_adapter(run);
+                model.plan.marks = marks;
+                row.plans[0] = fit_largest(most_B, [&](int64_t B) { return fit_plan(run, B, T, room); });
+                row.plans[1] = fit_largest(ceil_div(most_T, 256), [&](int64_t i) { return fit_plan(run, 1, std::min(256 * i, most_T), room); });
+                rows.push_back(row);
+            }
+            s = before;
+        }
+    return rows;
+}
+// The command that runs a plan.
+std::string fit_command(const Run& run, const FitRow& row, const FitPlan& p) {
+    auto word = [](const std::string& text) {   // as a shell reads it
+        std::string quoted = "'";
+        for (char c : text) quoted += c == '\'' ? "'\\''" : std::string(1, c);
+        const bool plain = std::all_of(text.begin(), text.end(), [](unsigned char c) { return isalnum(c) || strchr("_./:,=+-", c); });
+        return plain ? text : quoted + "'";
+    };
+    std::string line = std::string("./") + program_name + " -e " + word(run.model_name()) + row.options;
+    for (const Option& o : options) {   // and what was asked for besides
+        const std::string name = o.name;
+        const bool of_adapters = name.compare(0, 4, "lora") == 0 || name == "embedding-on";
+        if (o.typed.empty() || name == "fit" || name == "model" || name == "seq-len" || name == "lora") continue;
+        if (!of_adapters || row.options.find("--lora") != std::string::npos)
+            line += " " + o.typed + " " + word(o.type == TEXT ? *(std::string*)o.value : o.text(o.number()));
+    }
+    line += " -b " + std::to_string(p.B) + " -t " + std::to_string(p.T);
+    return line + (run.s.loss_chunks ? "" : " --loss-chunks " + std::to_string(p.chunks));
+}
+void fit_print_json(const Run& run, const std::vector<FitRow>& rows, const Config& c, double size, double reserve) {
+    auto number = [](double x) { return json_sizes({(size_t)x}).values[0]; };
+    Json all = json_object(), list = json_sizes({});
+    all.set("model", json_string(run.model_name())), all.set("parameters", number(param_count(c)));
+    all.set("size_bytes", number(size)), all.set("reserve_bytes", number(reserve)), all.set("seq_len", number(run.s.T));
+    all.set("trained_for", number(c.maxT)), all.set("precision", json_string(dtype_name(FLOATX)));
+    all.set("approx_act", number(kActBits)), all.set("ms_norm", number(kMsNorm));
+    for (const FitRow& row : rows) {
+        Json one = json_object();
+        one.set("recipe", json_string(row.recipe)), one.set("options", json_string(row.options.substr(1)));
+        for (int i = 0; i < 2; i++) {
+            const FitPlan& p = row.plans[i];
+            Json plan = json_object();
+            plan.set("batch", number(p.B)), plan.set("seq_len", number(p.T)), plan.set("device_bytes", number(p.device));
+            plan.set("host_bytes", number(p.host)), plan.set("recompute_share", json_number_value((float)p.again));
+            plan.set("beyond_trained", json_bool(p.T > c.maxT)), plan.set("command", json_string(fit_command(run, row, p)));
+            one.set(i == 0 ? "largest_batch" : "longest_sequence", p.B > 0 ? plan : Json{Json::JSON_NULL});
+        }
+        list.values.push_back(one);
+    }
+    all.set("recipes", list);
+    std::string text;
+    json_append(text, all, 0);
+    printf("%s\n", text.c_str());
+}
+void fit_print(const Run& run, const std::vector<FitRow>& rows, const Config& c, double size, double reserve) {
+    const bool asked = fit_asked(run.s).size > 0;
+    printf("model      %s: %s, %.2fM parameters, %s, %s\n", run.model_name(), model_sizes(c).c_str(), param_count(c) / 1e6, dtype_name(FLOATX),
+           kMsNorm || kActBits ? "in the modes of this build" : "exact");
+    printf("memory     %.2f GiB%s, less %.2f %s\n\n", size / GIB, asked ? "" : " that are free", reserve / GIB,
+           asked ? "in reserve for the driver and the libraries" : "for what libraries load later");
+    printf("%-6s %-18s %10s %8s %9s %12s %9s %9s\n", "", "", ("batch at"), "matmuls", "GiB of", "longest T", "matmuls", "GiB of");
+    printf("%-6s %-18s %10s %8s %9s %12s %9s %9s\n", "", "", ("-t " + std::to_string(run.s.T)).c_str(), "again", "the host", "at -b 1", "again",
+           "the host");
+    bool beyond = false;
+    for (const FitRow& row : rows) {
+        printf("%-6s%-19s", row.recipe.c_str(), row.saving.c_str());
+        for (int i = 0; i < 2; i++) {
+            const FitPlan& p = row.plans[i];
+            const bool marked = p.T > c.maxT;
+            beyond |= marked;
+            if (p.B == 0) printf(i ? " %11s  %9s %9s" : " %10s %8s %9s", "-", "", "");
+            else if (i == 0) printf(" %10lld %6.1f %% %9.2f", (long long)p.B, 100 * p.again, p.host / GIB);
+            else printf(" %11lld%c %7.1f %% %9.2f", (long long)p.T, marked ? '*' : ' ', 100 * p.again, p.host / GIB);
+        }
+        printf("\n");
+    }
+    if (beyond) printf("* beyond the %d positions that the model was made for\n", c.maxT);
+    if (model_longest(c) < MOST_T) printf("no sequence is longer than %d: the model has no more positions\n", model_longest(c));
+    if (!kMsNorm) printf("a build with MS_NORM=1 (make %s MS_NORM=1) has a table of its own: it keeps less at -r 1\n", program_name);
+    for (int i = 0; i < 2; i++) {
+        printf("\n%s\n", i ? "the longest sequence:" : "the largest batch:");
+        for (const FitRow& row : rows)
+            if (row.plans[i].B > 0) printf("  %s\n", fit_command(run, row, row.plans[i]).c_str());
+    }
+}
+// The table of --fit.
+void fit(Run& run) {
+    const FitAsked asked = fit_asked(run.s);
+    if (asked.size == 0 && run.free_bytes == 0)
+        fail_usage("%s: no GPU is visible whose free memory it could be; expected a size, as in --fit 24G", typed("fit").c_str());
+    const double size = asked.size > 0 ? asked.size * GIB : run.free_bytes;
+    const double reserve = asked.size > 0 ? FIT_RESERVE * GIB : run.free_bytes / 32;   // as choose_plan has it
+    const Config c = run.model.config;
+    const std::vector<FitRow> rows = fit_rows(run, (size_t)(size - reserve));
+    if (world.rank == 0) (asked.json ? fit_print_json : fit_print)(run, rows, c, size, reserve);
+    leave(0);
 }
 
 // ---- the output folder and the log
@@ -7647,6 +7897,7 @@ int main(int argc, char** argv) {
     options = settings_options(run.s);
     options_parse(argc, argv);
     settings_check(run.s);
+    if (given("fit")) fit_begin(run);
     pick_model(run);
     if (!run.s.merge.empty()) {
         merge(run);
@@ -7654,11 +7905,12 @@ int main(int argc, char** argv) {
     }
     pick_optimizer(run);
     pick_device(run);
-    const bool estimating = !run.s.estimate.empty();
+    const bool estimating = !run.s.estimate.empty() || given("fit");
     for (const char* data : {"train-data", "val-data"})   // marks take four bytes a token
         for (const std::string& name :
              estimating&& given(data) ? files_named(*(std::string*)option(data).value) : std::vector<std::string>())
             run.model.plan.marks |= shard_check_header(name.c_str()).marks;
+    if (given("fit")) fit(run);
     choose_plan(run, estimating ? 1 << 16 : open_data(run));
     if (estimating && speaks) print_plan(run, true);
     if (estimating) leave(0);

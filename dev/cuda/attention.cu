@@ -207,7 +207,7 @@ void backward(Way way, const Tensors& x, bool accumulate, const Shape& s) {
     if (way == TRAINER && x.dkv) {   // rows in two parts, as chunks of rows come
         const int rows = s.B * s.T, columns = s.NH * s.HS, half = (rows + 1) / 2;
         for (int first = 0; first < rows; first += half)
-            attention_delta(x.out + first * columns, x.delta, x.dout + first * columns, first, std::min(half, rows - first), s.T, s.NH, s.HS, 0);
+            attention_delta(x.out + (size_t)first * columns, x.delta, x.dout + (size_t)first * columns, first, std::min(half, rows - first), s.T, s.NH, s.HS, 0);
     }
     if (way == TRAINER)
         return attention_backward(x.dqkv, x.dkv, x.dbias, x.delta, x.scratch, x.dkv ? x.out : x.dout, x.qkv, x.dkv ? nullptr : x.out, x.lse,
@@ -621,6 +621,56 @@ void test_far(uint64_t seed) {
     report({&p});
 }
 
+// The end of a sequence of 2^24 tokens, the longest there is, and backward with dk and dv apart. All tokens are in documents of 48: a
+// query that sees all keys would take an hour here.
+void test_long(uint64_t seed) {
+    Property p("the last rows of a sequence of 2^24 tokens", "every bit of the same rows alone");
+    constexpr int T = 1 << 24, N = 128, DOCUMENT = 48;
+    const Shape near = {1, N, 2, 1, 128}, s = {1, T, near.NH, near.NKV, near.HS};
+    set_case("%s", describe(s, TRAINER));
+    const Problem problem(seed, near);
+    const size_t columns = s.NH * s.HS, keys = 2 * s.NKV * s.HS;
+    Far<floatX> qkv(s.qkv(), problem.qkv, s.stride(), s.stride()), dqkv(s.qkv(), near.qkv(), s.stride(), s.stride()),
+        out(s.out(), near.out(), columns, columns), dkv(T * keys, N * keys, keys, keys);
+    Far<float> lse(s.rows(), near.rows(), N, T), delta(s.rows(), near.rows(), N, T);
+    FarBuffer<int> far_document(T);
+    std::vector<int> document(T);
+    for (int t = 0; t < T; t++) document[t] = std::max(0, t - (t + DOCUMENT - (T - N) % DOCUMENT) % DOCUMENT);
+    if (!far_document.p) return report({&p});
+    far_document.write(0, document);
+    Buffer<int> near_document(N);
+    for (int t = 0; t < N; t++) document[t] = t - t % DOCUMENT;
+    near_document.write({document.begin(), document.begin() + N});
+    qkv.at = dqkv.at = (T - N) * s.stride(), out.at = (T - N) * columns, dkv.at = (T - N) * keys, lse.at = delta.at = T - N;
+    const int rows = 64, row_blocks = T / rows;
+    std::vector<int64_t> blocks;   // of these rows, in kernels by queries and by keys
+    for (bool queries : {true, false})
+        for (int i = 0, heads = queries ? s.NH : s.NKV; i < heads * row_blocks; i++)
+            if (att_place(i, heads, row_blocks, att_in_groups(s.device(), heads).together, queries).row_block >= row_blocks - N / rows)
+                blocks.push_back(i);
+    p.is((int)blocks.size() == (s.NH + s.NKV) * N / rows, "the last rows have more blocks or fewer");
+    auto of = [&](bool far) -> AttDocuments { return {far ? far_document.p : near_document.p}; };
+    const bool there = check_far(p, {&qkv, &out, &lse}, blocks, [&](bool far) {
+        attention_forward(out.p(far), lse.p(far), qkv.p(far), of(far).first, 1, far ? T : N, s.NH, s.NKV, s.HS, 0);
+    });
+    if (!there) return report({&p});
+    out.values = out.near.read(), lse.values = lse.near.read();
+    Buffer<floatX> dout(problem.dout);
+    std::vector<int64_t> all(N * s.NH * s.HS / (256 * VEC));
+    std::iota(all.begin(), all.end(), 0);
+    check_far(p, {&out, &delta}, all, [&](bool far) {   // of a chunk
+        attention_delta(out.p(far) + (far ? out.at : 0), delta.p(far), dout.p, far ? T - N : 0, N, far ? T : N, s.NH, s.HS, 0);
+    });
+    out.values = out.near.read(), delta.values = delta.near.read();
+    auto run = attention_backward_launch<4>;
+    if constexpr (!kFP32) run = attention_backward_tc<128, true>;
+    check_far(p, {&qkv, &out, &lse, &delta, &dqkv, &dkv}, blocks, [&](bool far) {
+        run({dqkv.p(far), dkv.p(far), (int)keys}, nullptr, delta.p(far), out.p(far), qkv.p(far), nullptr, lse.p(far), 1,
+            (far ? s : near).device(), of(far), 0);
+    });
+    report({&p});
+}
+
 // ---- the order of the trainer's blocks
 
 // Rows of a block, and how many blocks there are, of the kernels on tensor cores
@@ -762,6 +812,7 @@ int main(int argc, char** argv) {
     test_scores(o.seed);
     test_nan(o.seed);
     test_far(o.seed);
+    test_long(o.seed);
     test_order(o.seed);
     if (!kFP32) test_banks<64>(), test_banks<128>();
     return finish(o);

@@ -98,7 +98,7 @@ void qk_norm_rope_1(floatX* out, const floatX* qkv, const floatX* q_gamma, const
                     Shape s) {
     const size_t n = (size_t)s.rows() * (s.NH + 2 * s.NKV);
     head_norm_1_kernel<<<ceil_div(n, 128), 128>>>(out, qkv, q_gamma, k_gamma, eps, n, s);
-    rope_forward(out, out, nullptr, nullptr, angles, eps, nullptr, s.B, s.T, s.NH, s.NKV, s.HS, 0);
+    rope_forward(out, out, nullptr, nullptr, angles, eps, nullptr, 0, s.rows(), s.T, s.NH, s.NKV, s.HS, 0);
 }
 // Backward in version 1: turned back in a pass of its own (4); dgamma, a thread per channel down all rows and heads, which
 // computes rstd for each channel once more (4); then what comes through the norm, a thread per head (6): 14.
@@ -135,7 +135,7 @@ __global__ void head_norm_backward_1_kernel(floatX* d, const floatX* qkv, const 
 void qk_norm_rope_backward_1(floatX* d, Grad dq_gamma, Grad dk_gamma, const floatX* qkv, const floatX* q_gamma,
                              const floatX* k_gamma, const float2* angles, float eps, bool accumulate, Shape s) {
     const size_t n = (size_t)s.rows() * s.heads();
-    rope_backward(d, {}, {}, nullptr, nullptr, nullptr, nullptr, angles, eps, nullptr, false, s.B, s.T, s.NH, s.NKV, s.HS, 0);
+    rope_backward(d, {}, {}, nullptr, nullptr, nullptr, nullptr, angles, eps, nullptr, false, 0, s.rows(), s.T, s.NH, s.NKV, s.HS, 0);
     head_dgamma_1_kernel<<<1, 128>>>(dq_gamma, d, qkv, eps, accumulate, 0, s.NH, s);
     head_dgamma_1_kernel<<<1, 128>>>(dk_gamma, d, qkv, eps, accumulate, s.NH, s.NKV, s);
     head_norm_backward_1_kernel<<<ceil_div(n, 128), 128>>>(d, qkv, q_gamma, k_gamma, eps, n, s);
@@ -242,11 +242,12 @@ Head backward_reference(const Problem& p, size_t at, int t, int k, bool norms, D
 
 // ---- tests
 
-// Angles are products of fp32 numbers that have been rounded once each, as the models' own code has them.
+// Frequencies are rounded to fp32, as in the models' own code, and nothing else is: up to the last position.
 void test_table() {
-    Property table("the table: cosine and sine of t * frequency", "an angle of two roundings"),
+    Property table("the table: cosine and sine of t * frequency", "a frequency of one rounding"),
+        last("the table up to position 2^24 - 1", "results of one rounding"),
         branches("llama3: some frequencies stay, some are stretched, some lie in between"),
-        distance("the product of a query and a key depends on their distance alone", "as far as angles are rounded");
+        distance("the product of a query and a key depends on their distance alone", "but for the rounding of three entries");
     const int T = 4099;
     const struct { const char* name; Rope r; int HS; } cases[] = {
         {"plain", {10000}, 64}, {"linear", {10000, ROPE_LINEAR, 4}, 96}, {"8 channels", {500000}, 8},
@@ -262,19 +263,27 @@ void test_table() {
             stay += fabs(f / plain - 1) < 1e-9, stretched += fabs(f / plain * r.factor - 1) < 1e-9;
             for (int t = 0; t < T; t += t < 8 ? 1 : 13) {
                 const size_t at = (size_t)t * half + i;
-                const double bound = 2 * 1.01 * EPS32 * f * t + EPS32;
+                const double bound = 1.01 * EPS32 * f * t + EPS32;
                 table.within(at, angles[at].x, cos(f * t), bound);
                 table.within(at, angles[at].y, sin(f * t), bound);
                 const float2 q = angles[at], k = angles[(size_t)(t / 3) * half + i],
                              apart = angles[(size_t)(t - t / 3) * half + i];
-                distance.within(at, (double)q.x * k.x + (double)q.y * k.y, apart.x, 3 * bound);
+                distance.within(at, (double)q.x * k.x + (double)q.y * k.y, apart.x, 3 * EPS32);
+            }
+        }
+        for (int first : {(1 << 20) - 1, (1 << 24) - 2}) {
+            const std::vector<float2> far = rope_table(r, 2, HS, first);
+            for (int i = 0; i < HS; i++) {
+                const double angle = (double)(float)rope_frequency(r, i % half, HS) * (first + i / half);
+                last.within(i, far[i].x, cos(angle), EPS32);
+                last.within(i, far[i].y, sin(angle), EPS32);
             }
         }
         if (r.scaling == ROPE_LLAMA3)
             branches.is(stay > 0 && stretched > 0 && stay + stretched < half,
                         std::to_string(stay) + " stay, " + std::to_string(stretched) + " are stretched");
     }
-    report({&table, &branches, &distance});
+    report({&table, &last, &branches, &distance});
 }
 
 // Heads of each kind that the launcher tells apart: 8 and 4 pairs per thread; lanes of a head that are 1, 2, 4, 8 and 16, all of
@@ -292,9 +301,14 @@ std::string of(Shape s) {
 }
 const int* pointer(const Buffer<int>& document) { return document.n > 0 ? document.p : nullptr; }
 void turn(floatX* qkv, const Buffer<float2>& angles, bool back, Shape s, const int* document = nullptr) {   // without norms
-    if (back)
-        rope_backward(qkv, {}, {}, nullptr, nullptr, nullptr, nullptr, angles.p, 0, document, false, s.B, s.T, s.NH, s.NKV, s.HS, 0);
-    else rope_forward(qkv, qkv, nullptr, nullptr, angles.p, 0, document, s.B, s.T, s.NH, s.NKV, s.HS, 0);
+    const int half = (s.rows() + 1) / 2;   // in two parts, as chunks of rows come
+    for (int first = 0; first < s.rows(); first += half) {
+        const int rows = std::min(half, s.rows() - first);
+        floatX* at = qkv + (size_t)first * s.QKV();
+        if (back)
+            rope_backward(at, {}, {}, nullptr, nullptr, nullptr, nullptr, angles.p, 0, document, false, first, rows, s.T, s.NH, s.NKV, s.HS, 0);
+        else rope_forward(at, at, nullptr, nullptr, angles.p, 0, document, first, rows, s.T, s.NH, s.NKV, s.HS, 0);
+    }
 }
 // Whether v is as it was.
 bool same_values(const std::vector<floatX>& a, const std::vector<floatX>& b, Shape s) {
@@ -373,7 +387,7 @@ std::vector<floatX> norm_forward(const Problem& p, bool simple, Property& only_r
     Buffer<int> document(p.document);
     if (simple) qk_norm_rope_1(out.p, qkv.p, q_gamma.p, k_gamma.p, angles.p, (float)EPSILON, s);
     else
-        rope_forward(out.p, qkv.p, q_gamma.p, k_gamma.p, angles.p, (float)EPSILON, pointer(document), s.B, s.T, s.NH, s.NKV, s.HS, 0);
+        rope_forward(out.p, qkv.p, q_gamma.p, k_gamma.p, angles.p, (float)EPSILON, pointer(document), 0, s.rows(), s.T, s.NH, s.NKV, s.HS, 0);
     only_read.is(same_bits(qkv.read(), p.qkv), "qkv has changed");
     return out.read();
 }
@@ -392,7 +406,7 @@ Backward norm_backward(const Problem& p, bool simple, DType type, bool accumulat
     if (simple) qk_norm_rope_backward_1(d.p, gq, gk, qkv.p, q_gamma.p, k_gamma.p, angles.p, (float)EPSILON, accumulate, s);
     else
         rope_backward(d.p, gq, gk, scratch.p, qkv.p, q_gamma.p, k_gamma.p, angles.p, (float)EPSILON, pointer(document), accumulate,
-                      s.B, s.T, s.NH, s.NKV, s.HS, 0);
+                      0, s.rows(), s.T, s.NH, s.NKV, s.HS, 0);
     only_read.is(same_bits(qkv.read(), p.qkv), "qkv has changed");
     return {d.read(), {dq.read(), dk.read()}};
 }
@@ -544,7 +558,7 @@ void test_special(uint64_t seed) {
 // one head of each kind, 128 channels, one sequence. A block of 256 threads takes 32 heads. In the trainer backward has 512
 // slices at most; here it has one for each row, so that partial sums are many.
 void test_far(uint64_t seed) {
-    Property forward("turning beyond 2^31 elements, first and last rows", "every bit"),
+    Property forward("turning beyond 2^31 elements, first and last rows", "every bit"), chunk("and chunks of rows there", "every bit"),
         norms("norms, forward, beyond 2^31 elements", "every bit"), back("norms, backward, beyond 2^31 elements", "every bit");
     constexpr int HS = 128, QKV = 3 * HS, NEAR = 32;
     const Problem p(seed, {1, NEAR, 1, 1, HS});
@@ -557,7 +571,13 @@ void test_far(uint64_t seed) {
         for (int row : {0, rows / 16 * 16}) {   // 16 rows have 32 heads of q and k
             x.at = (size_t)row * QKV, angles.at = (size_t)row * (HS / 2), x.rows = angles.rows = std::min(rows - row, 16);
             check_far(forward, {&x, &angles}, {row / 16}, [&](bool far) {
-                rope_forward(x.p(far), x.p(far), nullptr, nullptr, angles.p(far), 0, nullptr, 1, far ? rows : (int)x.rows, 1, 1, HS, 0);
+                rope_forward(x.p(far), x.p(far), nullptr, nullptr, angles.p(far), 0, nullptr, 0, far ? rows : (int)x.rows,
+                             far ? rows : (int)x.rows, 1, 1, HS, 0);
+            });
+            check_far(chunk, {&x, &angles}, {0}, [&](bool far) {   // a chunk of these rows alone
+                floatX* at = x.p(far) + (far ? x.at : 0);
+                rope_forward(at, at, nullptr, nullptr, angles.p(far), 0, nullptr, far ? row : 0, (int)x.rows, far ? rows : (int)x.rows, 1, 1,
+                             HS, 0);
             });
         }
     }
@@ -574,7 +594,7 @@ void test_far(uint64_t seed) {
             if (x.rows > 10) blocks.push_back(block + 1), blocks.push_back(block + 2);
             check_far(norms, {&x, &out, &angles}, blocks, [&](bool far) {
                 rope_forward(out.p(far), x.p(far), q_gamma.p, k_gamma.p, angles.p(far), (float)EPSILON, nullptr,
-                             1, far ? rows : (int)x.rows, 1, 1, HS, 0);
+                             0, far ? rows : (int)x.rows, far ? rows : (int)x.rows, 1, 1, HS, 0);
             });
         }
     }
@@ -592,10 +612,10 @@ void test_far(uint64_t seed) {
                 const int all = far ? rows : 1;
                 qk_norm_rope_backward_kernel<8><<<all, 256>>>(d.p(far), partial.p(far), x.p(far),
                                                               first_head ? k_gamma.p : q_gamma.p, angles.p(far), (float)EPSILON,
-                                                              RopeShape{all, 1, 1, HS, 8}, first_head, 1, all);
+                                                              RopeShape{0, all, 1, 1, HS, 8}, first_head, 1, all);
             });
         }
-    report({&forward, &norms, &back});
+    report({&forward, &chunk, &norms, &back});
 }
 
 // ---- benchmark
@@ -620,14 +640,14 @@ void bench(const BenchModel& m) {
     t.row("norms, version 1: a thread per head, then the turning", 2 * X * all + 2 * X + table,
           [&] { qk_norm_rope_1(out.p, x.p, q_gamma.p, k_gamma.p, angles.p, 1e-6f, s); });
     t.row("norms, version 2: the trainer's, one pass (v moves too)", 2 * X * all + table, [&] {
-        rope_forward(out.p, x.p, q_gamma.p, k_gamma.p, angles.p, 1e-6f, nullptr, s.B, s.T, s.NH, s.NKV, s.HS, 0);
+        rope_forward(out.p, x.p, q_gamma.p, k_gamma.p, angles.p, 1e-6f, nullptr, 0, s.rows(), s.T, s.NH, s.NKV, s.HS, 0);
     });
     t.row("norms, backward, version 1: three passes", 7 * X + table, [&] {
         qk_norm_rope_backward_1(out.p, dq.grad(), dk.grad(), x.p, q_gamma.p, k_gamma.p, angles.p, 1e-6f, false, s);
     });
     t.row("norms, backward, version 2: the trainer's, one pass", 3 * X + table, [&] {
-        rope_backward(out.p, dq.grad(), dk.grad(), scratch.p, x.p, q_gamma.p, k_gamma.p, angles.p, 1e-6f, nullptr, false, s.B, s.T,
-                      s.NH, s.NKV, s.HS, 0);
+        rope_backward(out.p, dq.grad(), dk.grad(), scratch.p, x.p, q_gamma.p, k_gamma.p, angles.p, 1e-6f, nullptr, false, 0, s.rows(),
+                      s.T, s.NH, s.NKV, s.HS, 0);
     });
 }
 
@@ -636,16 +656,16 @@ int main(int argc, char** argv) {
         parse_arguments(argc, argv, "rope: turning queries and keys by their position, with a norm of each head or without");
     if (o.bench) return bench_models(bench);
     floatX other, *none = nullptr;
-    auto forward = [=](int HS) { rope_forward(none, none, none, none, nullptr, 0, nullptr, 1, 1, 1, 1, HS, 0); };
+    auto forward = [=](int HS) { rope_forward(none, none, none, none, nullptr, 0, nullptr, 0, 1, 1, 1, 1, HS, 0); };
     auto expected = [](int HS) { return "a head has " + std::to_string(HS) + " channels: expected a multiple of 8, up to 128"; };
     test_misuse(o, {{"12 channels", expected(12), [=] { forward(12); }},
                     {"0 channels", expected(0), [=] { forward(0); }},
                     {"136 channels", expected(136),
-                     [=] { rope_backward(none, {}, {}, nullptr, none, none, none, nullptr, 0, nullptr, false, 1, 1, 1, 1, 136, 0); }},
+                     [=] { rope_backward(none, {}, {}, nullptr, none, none, none, nullptr, 0, nullptr, false, 0, 1, 1, 1, 1, 136, 0); }},
                     {"norms in place", "with norms it does not",
-                     [&] { rope_forward(none, none, &other, &other, nullptr, 0, nullptr, 1, 1, 1, 1, 8, 0); }},
+                     [&] { rope_forward(none, none, &other, &other, nullptr, 0, nullptr, 0, 1, 1, 1, 1, 8, 0); }},
                     {"without norms into another tensor", "without norms it works in place",
-                     [&] { rope_forward(&other, none, none, none, nullptr, 0, nullptr, 1, 1, 1, 1, 8, 0); }}});
+                     [&] { rope_forward(&other, none, none, none, nullptr, 0, nullptr, 0, 1, 1, 1, 1, 8, 0); }}});
     printf("rope, %s\n", dtype_name(FLOATX));
     test_table();
     test_turning(o.seed);
