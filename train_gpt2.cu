@@ -6806,7 +6806,7 @@ void choose_plan(Run& run, size_t data_batch) {
     if (micro_batches(run, B) == 0)
         bad_option("total-batch", "expected a multiple of batch * seq-len * GPUs = %lld * %lld * %d = %lld", (long long)B, (long long)s.T,
                    world.size, (long long)BT * world.size);
-    if (plan.optimizer == ADALOMO && micro_batches(run, B) > 1)
+    if (s.optimizer == ADALOMO && micro_batches(run, B) > 1)
         bad_option("total-batch", "adalomo updates a layer as soon as it has a gradient, so a step is one micro-batch; expected batch * seq-len * "
                    "GPUs = %lld (a larger --batch, with -r 4 for the memory), or --optimizer adamw8", (long long)BT * world.size);
     if (s.row_chunks > BT) bad_option("row-chunks", "a micro-batch has %lld rows, so expected at most that", (long long)BT);
