@@ -2169,7 +2169,7 @@ attention_backward_dkv_tc_kernel(bf16* dkv, int dkv_stride, float* partial, cons
         const float* from = (thread < TC_ROWS ? lse : delta) + shape.lse_at(block.b, h, t0 + row);
         cp_async<4>(shared_address((float*)row_statistics[stage][thread / TC_ROWS] + row), from, t0 + row < T);
         if (DOCS && thread <= TC_ROWS)
-            cp_async<4>(shared_address(&row_documents[stage][thread]), documents.first + (size_t)block.b * T + t0 + thread,
+            cp_async<4>(shared_address(&row_documents[stage][thread]), documents.first + (block.b * T + t0 + thread),   // < 2^30
                         t0 + thread < T);
     };
     const int first_head = block.h * shape.group(), last_head = first_head + shape.group() - 1;   // that share these keys
