@@ -2007,7 +2007,7 @@ attention_backward_dkv_tc_kernel(bf16* dkv, int dkv_stride, float* partial, cons
         const float* from = (thread < TC_ROWS ? lse : delta) + shape.lse_at(block.b, h, t0 + row);
         cp_async<4>(shared_address((float*)row_statistics[stage][thread / TC_ROWS] + row), from, t0 + row < T);
         if (DOCS && thread <= TC_ROWS)
-            cp_async<4>(shared_address(&row_documents[stage][thread]), documents.first + (size_t)block.b * T + t0 + thread,
+            cp_async<4>(shared_address(&row_documents[stage][thread]), documents.first + (block.b * T + t0 + thread),   // < 2^30
                         t0 + thread < T);
     };
     const int first_head = block.h * shape.group(), last_head = first_head + shape.group() - 1;   // that share these keys
@@ -2983,7 +2983,7 @@ struct Model : BlockBuffers {
     cudaEvent_t wte_copied[2];
     int wte_turn;
     int* host_tokens;
-    // --offload: the stream before each block but the first two buffers' (L, B, T, C), and where it is on the device: block l reads
+    // --offload: the stream before each block but the last (L - 1, B, T, C), and where it is on the device: block l reads
     // stream_at[l % 2] and writes the other; the stream of copies; when what comes is there, and when a copy of each buffer is done.
     floatX *host_stream, *stream_at[2];
     cudaStream_t copies;
@@ -3214,7 +3214,10 @@ void table_add_host(Table& table, Model& model) {
         table_add(table, "wte", &model.host_wte, FLOATX, {(size_t)c.Vp, C}, PARAM, HOST, "--embedding-on device");
         table_add(table, "wte_rows", &model.wte_rows, FLOATX, {2, B, T, C}, SCRATCH, HOST, "--embedding-on device");
     }
-    if (plan.offload) table_add(table, "host_stream", &model.host_stream, FLOATX, {(size_t)c.L, B, T, C}, SAVED, HOST, "--offload 0");
+    if (plan.offload) {
+        const size_t inputs = std::max(c.L - 1, 1);   // the last block's stays
+        table_add(table, "host_stream", &model.host_stream, FLOATX, {inputs, B, T, C}, SAVED, HOST, "--offload 0");
+    }
     table_add(table, "host_tokens", &model.host_tokens, I32, {2, (size_t)plan.micro_batches, token_ints(B * T, c.V, plan.marks)}, SCRATCH, HOST,
               BATCH);
 }
@@ -3590,6 +3593,7 @@ bool linear_backward(const Model& model, floatX* dinp,   // (rows, C)
 }
 // --offload. The stream before block l, x_l, stands in stream_at[l % 2]. To the host as soon as it is whole, beside what the device does
 // next; from the host one block ahead. A copy waits for the work that was asked for before it; what uses its buffer waits for the copy.
+// None is left when a pass is over, so whatever writes the first block's input need not wait.
 void offload_copy(const Model& model, int l, int BT, bool back) {
     const size_t n = (size_t)BT * model.config.C;
     floatX *host = model.host_stream + l * n, *device = model.stream_at[l % 2];
@@ -3690,7 +3694,10 @@ void model_forward(Model& model, int B, int T) {
     });
     for (int l = 0; l < L; l++) {
         NvtxRange layer_range("forward layer " + std::to_string(l));
-        if (model.plan.offload) offload_copy(model, l, BT, false), offload_wait(model, l + 1);   // the other buffer's, of block l - 1
+        if (model.plan.offload) {
+            if (l + 1 < L) offload_copy(model, l, BT, false);   // backward finds the last one where it is
+            offload_wait(model, l + 1);                         // this one writes where the input of the one before stands
+        }
         block_attention(model, model_layer(model, l, BT), B, T);
         for_rows(model.plan, BT, [&](Rows rows) {
             const LayerTensors t = model_layer(model, l, BT, rows.first);
@@ -3856,7 +3863,7 @@ void model_backward(Model& model, int B, int T, int buckets, int micro_batch, co
         layer_begin(model);
         if (plan.offload) {
             if (l < L - 1) offload_wait(model, l);
-            if (l > 0) offload_copy(model, l - 1, BT, true);   // over the stream after this block, which nobody needs any more
+            if (l > model.lowest / 4) offload_copy(model, l - 1, BT, true);   // over the stream after this block, which is done with
         }
         if (recomputes_block(plan)) {
             for_rows(plan, BT, [&](Rows rows) {
@@ -4334,7 +4341,6 @@ int tokens_upload(int* device, int* host, int BT, int V, cudaStream_t stream) {
 void model_tokens(Model& model, const int* host, int BT, int buckets) {
     const size_t C = model.config.C;
     const size_t documents = documents_at(BT, model.config.V);
-    if (model.plan.offload) offload_wait(model, 0);   // of the forward before, the copy of what stands where the first block's input comes
     tokens_copy(model.tokens, host, BT, model.config.V, buckets, model.stream);
     if (model.plan.marks)
         cudaCheck(cudaMemcpyAsync(model.tokens + documents, host + documents, BT * sizeof(int), cudaMemcpyHostToDevice, model.stream));
