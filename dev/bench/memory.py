@@ -29,8 +29,8 @@ PANELS = {  # title: (program, model and shape, {recipe: options})
                                       {"full": "", "LoRA": "--lora 8", "QLoRA": "--lora 8 --base nf4"}),
     "GPT-2 124M, 64 x 1024 tokens": ("train_gpt2", "-e d12 -b 64 -t 1024", {"full": "", "LoRA q,v": "--lora 8 --lora-targets q,v"}),
 }
-# torchtune's README: 8B, batch 2, packed to 2048, compile, checkpointing, measured, in GiB; full with an optimizer in 8 bits. Checkpointing
-# computes a block's matmuls a second time: 2 operations a weight and token, to the 6 of full training or the 4 of an adapter's.
+# torchtune's README: 8B, batch 2, packed to 2048, compile, checkpointing, in GiB. Checkpointing computes a
+# block's matmuls a second time: 2 operations a weight and token, to the 6 of full training or the 4 of an adapter's.
 PUBLISHED = {"Llama-3.1-8B, 2 x 2048 tokens": [("full", 1 / 3, 18.9), ("LoRA", 1 / 2, 16.2), ("QLoRA", 1 / 2, 7.4)]}
 
 # ---- longest.png. Published: docs.unsloth.ai, basics/unsloth-benchmarks: QLoRA r=32 on all matrices, batch 1; None: out of memory
