@@ -16,7 +16,7 @@ CONTENTS, in the order in which one would teach them. Who knows the parts starts
     3. what backward keeps           Approx-BP: 2 bits of GELU's input; MS-LN: one tensor for a norm and its matmul; frozen
                                      weights in 4 bits, and what adapters need besides matmuls
     4. attention on tensor cores     the version that most models use
-    5. optimizer                     gradient norm, the verdict on a step, AdamW
+    5. optimizer                     gradient norm, the verdict on a step; AdamW, also in 8 bits, and AdaLomo
     6. many GPUs                     NCCL, optimizer sharding
     7. the model                     configuration, the tensor table (the ledger), forward, loss, backward, update
     8. files                         tokens, model directories, checkpoints, logs, text
@@ -350,8 +350,10 @@ void embedding_forward(floatX* out,                               // (B, T, C)
 // So the host sorts the positions by token (tokens_sort, section 8), and a block owns one token: each of its 8 warps takes every
 // eighth position, and their sums are added in the order of the warps.
 __global__ void embedding_backward_wte_kernel(Grad dwte, const floatX* dout, const int* positions, const int* bucket_token,
-                                              const int* bucket_start, bool accumulate, int C) {
+                                              const int* bucket_start, bool accumulate, int first_row, int rows, int C) {
     __shared__ float partial[8][32 * VEC];
+    const int row = bucket_token[blockIdx.x] - first_row;
+    if (row < 0 || row >= rows) return;
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     int c = (blockIdx.y * 32 + lane) * VEC;
     int first = bucket_start[blockIdx.x], end = bucket_start[blockIdx.x + 1];
@@ -361,13 +363,12 @@ __global__ void embedding_backward_wte_kernel(Grad dwte, const floatX* dout, con
     }
     for (int k = 0; k < VEC; k++) partial[warp][lane * VEC + k] = sum[k];
     __syncthreads();
-    size_t row = (size_t)bucket_token[blockIdx.x] * C;
     for (int j = threadIdx.x; j < 32 * VEC; j += 256) {
         int channel = blockIdx.y * 32 * VEC + j;
         if (channel >= C) continue;
         float total = 0;
         for (int w = 0; w < 8; w++) total += partial[w][j];
-        grad_store(dwte, row + channel, total, accumulate);
+        grad_store(dwte, (size_t)row * C + channel, total, accumulate);
     }
 }
 
@@ -391,11 +392,13 @@ void embedding_backward(Grad dwte,                // (Vp, C) or null; rows of to
                         const int* bucket_token,  // (buckets) the tokens that occur
                         const int* bucket_start,  // (buckets + 1) where each one's positions begin
                         const int* document,      // (B, T) as in forward, or null
-                        int buckets, bool accumulate_wte, bool accumulate_wpe, int B, int T, int C, cudaStream_t stream) {
+                        int buckets, bool accumulate_wte, bool accumulate_wpe, int B, int T, int C, cudaStream_t stream,
+                        int first_row = 0, int rows = INT_MAX) {   // of wte: dwte has these alone
     check_vec("embedding_backward: C", C);
     dim3 grid(buckets, ceil_div(C, 32 * VEC));
     if (dwte.p != nullptr)
-        embedding_backward_wte_kernel<<<grid, 256, 0, stream>>>(dwte, dout, positions, bucket_token, bucket_start, accumulate_wte, C);
+        embedding_backward_wte_kernel<<<grid, 256, 0, stream>>>(dwte, dout, positions, bucket_token, bucket_start, accumulate_wte,
+                                                               first_row, rows, C);
     if (dwpe.p != nullptr)
         embedding_backward_wpe_kernel<<<ceil_div((size_t)T * C, 256 * VEC), 256, 0, stream>>>(dwpe, dout, document, B, T, C,
                                                                                                       accumulate_wpe);
@@ -770,6 +773,7 @@ MatmulPlan* matmul_plan(const MatmulPlan::Key& key, const void* bias, const void
     return &plans.back();
 }
 
+// accumulate: adds to D. In bf16 that may round twice: on Hopper cuBLASLt rounds the product before it adds it (dev/cuda/matmul.cu).
 void matmul(void* D, DType out, const floatX* A, const floatX* B, const MatmulShape& shape, bool accumulate, cudaStream_t stream,
             cublasLtEpilogue_t epilogue = CUBLASLT_EPILOGUE_DEFAULT, const void* bias = nullptr, const void* aux = nullptr,
             float alpha = 1) {
@@ -1438,19 +1442,25 @@ const float NF4_VALUES[16] = {
     -1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f, -0.18477343022823334f,
     -0.09105003625154495f, 0.0f, 0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f, 0.33791524171829224f,
     0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f};
-// bitsandbytes' dynamic map of 8 bits: in each of 7 decades twice as many values as in the one below, between 0 and 1 and below 0.
-std::vector<float> nf4_tables() {
-    std::vector<float> tables(NF4_VALUES, NF4_VALUES + 16), map = {0, 1};
+// bitsandbytes' dynamic map of 8 bits (dynamic tree quantization: Dettmers et al., arXiv 2110.02861): in each of 7 decades twice as many
+// values as in the one below, between 0 and 1 and below 0; without a sign twice as many in each, above 0 alone. Ascending.
+std::vector<float> dynamic_map(bool with_sign) {
+    std::vector<float> map = {0, 1};
     for (int decade = 0; decade < 7; decade++) {
-        const int n = (1 << decade) + 1;   // from 0.1 to 1, of which neighbours' means count, as torch.linspace makes them in fp32:
+        const int n = (1 << (decade + !with_sign)) + 1;   // from 0.1 to 1, of which neighbours' means count, as torch.linspace makes them in fp32:
         const float step = (1.0f - 0.1f) / (n - 1);   // from the nearer end, rounded once
         auto point = [&](int i) { return i < n / 2 ? fmaf(step, (float)i, 0.1f) : fmaf(-step, (float)(n - 1 - i), 1.0f); };
         for (int i = 0; i + 1 < n; i++) {
             const float value = (float)pow(10.0, decade - 6) * ((point(i) + point(i + 1)) / 2.0f);
-            map.push_back(value), map.push_back(-value);
+            map.push_back(value);
+            if (with_sign) map.push_back(-value);
         }
     }
     std::sort(map.begin(), map.end());
+    return map;
+}
+std::vector<float> nf4_tables() {
+    std::vector<float> tables(NF4_VALUES, NF4_VALUES + 16), map = dynamic_map(true);
     tables.insert(tables.end(), map.begin(), map.end());
     return tables;
 }
@@ -2167,7 +2177,11 @@ void attention_backward(floatX* dqkv,                               // (B, T, (N
 
 // ==== 5. optimizer ===============================================================================================================
 // A step's update: the squares of all gradients and their sum, the verdict on the step (by what factor to clip, whether to skip it),
-// AdamW. The verdict stays on the device, where AdamW reads it, so that the host need not wait for it. (dev/cuda/optimizer.cu)
+// AdamW. The verdict stays on the device, where AdamW reads it, so that the host need not wait for it. Two others take less memory:
+// AdamW with m and v in 8 bits, and AdaLomo, which keeps sums of v's rows and columns and updates within backward.
+// (dev/cuda/optimizer.cu)
+
+enum Optimizer { ADAMW, ADAMW8, ADALOMO };   // --optimizer
 
 constexpr int ROUNDING_STREAMS = 64;   // streams of random numbers per step: one per tensor, with room for more tensors
 constexpr int OPT_BLOCK = 256 * VEC;   // elements per block
@@ -2253,31 +2267,221 @@ struct AdamW {
     float correction1, correction2;   // 1 - beta^t, t counting the updates that were made
     uint64_t seed, step;
 };
-__global__ void adamw_kernel(OptTensor tensor, const Verdict* verdict, AdamW a) {
-    if (verdict->skip) return;
-    float clip = verdict->clip;
-    const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC;
-    if (i >= tensor.n) return;
-    Floats grad = grad_load_vec(tensor.grad, i), m = load(tensor.m + i), v = load(tensor.v + i);
-    Floats x = tensor.master != nullptr ? load(tensor.master + i) : load(tensor.param + i);
+__device__ inline void adamw(Floats& x, Floats& m, Floats& v, Floats grad, float clip, float decay, const AdamW& a) {
     for (int k = 0; k < VEC; k++) {
         grad[k] *= clip;
         m[k] = a.beta1 * m[k] + (1 - a.beta1) * grad[k];
         v[k] = a.beta2 * v[k] + (1 - a.beta2) * grad[k] * grad[k];
-        x[k] -= a.lr * ((m[k] / a.correction1) / (sqrtf(v[k] / a.correction2) + a.eps) + tensor.decay * x[k]);
+        x[k] -= a.lr * ((m[k] / a.correction1) / (sqrtf(v[k] / a.correction2) + a.eps) + decay * x[k]);
     }
+}
+// A weight's new value. `first`: the element of its tensor, in `stream` of random numbers.
+__device__ inline void weight_store(floatX* param, float* master, const Floats& x, uint64_t seed, uint64_t stream, size_t first) {
+    if (master != nullptr) {
+        store(master, x);
+        store(param, x);
+    } else {
+        Vec rounded;
+        for (int k = 0; k < VEC; k++) rounded.x[k] = round_stochastic(x[k], (uint32_t)hash64(seed, stream, first + k));
+        *reinterpret_cast<Vec*>(param) = rounded;
+    }
+}
+__global__ void adamw_kernel(OptTensor tensor, const Verdict* verdict, AdamW a) {
+    if (verdict->skip) return;
+    const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC;
+    if (i >= tensor.n) return;
+    float* master = tensor.master != nullptr ? tensor.master + i : nullptr;
+    Floats m = load(tensor.m + i), v = load(tensor.v + i), x = master ? load(master) : load(tensor.param + i);
+    adamw(x, m, v, grad_load_vec(tensor.grad, i), verdict->clip, tensor.decay, a);
     store(tensor.m + i, m);
     store(tensor.v + i, v);
-    if (tensor.master != nullptr) {
-        store(tensor.master + i, x);
-        store(tensor.param + i, x);
-    } else {
-        const uint64_t stream = a.step * ROUNDING_STREAMS + tensor.stream;
-        Vec rounded;
-        for (int k = 0; k < VEC; k++)
-            rounded.x[k] = round_stochastic(x[k], (uint32_t)hash64(a.seed, stream, tensor.offset + i + k));
-        *reinterpret_cast<Vec*>(tensor.param + i) = rounded;
+    weight_store(tensor.param + i, master, x, a.seed, a.step * ROUNDING_STREAMS + tensor.stream, tensor.offset + i);
+}
+
+// --optimizer adamw8: m and v in 8 bits (Dettmers et al., arXiv 2110.02861). 256 neighbouring elements share a scale, their largest |m|
+// or v, and each keeps the index of the nearest of 256 values between -1 (v: 0) and 1, which are dense near 0 (dynamic_map): 2 + 8/256
+// bytes an element for AdamW's 8. The step is AdamW's, on the values before they are rounded. One thing is not bitsandbytes': a v that
+// is not 0 never becomes 0, because m divided by its root and eps would be a leap. Blocks begin anew at each rank's share, as those of
+// the squares do. Vectors are a thousandth of a model and keep 32 bits.
+constexpr int Q8_BLOCK = 32 * VEC;   // a warp's elements
+struct Moments8 {
+    uint8_t *m, *v;                // (n)
+    float *m_absmax, *v_absmax;    // of each block
+    const float* maps;             // (2, 256): m's values, then v's
+};
+inline size_t q8_blocks(size_t n, size_t share) { return n / share * ceil_div(share, Q8_BLOCK); }
+__device__ inline int nearest8(const float* map, float x) {   // of 256 ascending values
+    int i = 0;
+    for (int step = 128; step > 0; step /= 2)
+        if (map[i + step] <= x) i += step;
+    return i < 255 && map[i + 1] - x < x - map[i] ? i + 1 : i;
+}
+__device__ inline Floats unpack8(const uint8_t* codes, const float* map, float absmax) {
+    const uint64_t bits = *(const uint64_t*)codes;
+    Floats f;
+    for (int k = 0; k < VEC; k++) f[k] = map[bits >> 8 * k & 255] * absmax;
+    return f;
+}
+// tensor.m and tensor.v are not read. Blocks of threads as for square_sum_kernel.
+__global__ void adamw8_kernel(OptTensor tensor, Moments8 q, const Verdict* verdict, AdamW a, size_t share) {
+    __shared__ float maps[2][256];
+    maps[0][threadIdx.x] = q.maps[threadIdx.x], maps[1][threadIdx.x] = q.maps[256 + threadIdx.x];
+    __syncthreads();
+    const size_t at = (size_t)blockIdx.x * OPT_BLOCK + threadIdx.x * VEC, i = blockIdx.y * share + at;   // in the share, in the tensor
+    const size_t block = blockIdx.y * ((share + Q8_BLOCK - 1) / Q8_BLOCK) + at / Q8_BLOCK;
+    if (verdict->skip || at / Q8_BLOCK * Q8_BLOCK >= share) return;   // whole warps
+    float* master = tensor.master != nullptr ? tensor.master + i : nullptr;
+    Floats m = {}, v = {}, x = {};
+    if (at < share) {
+        m = unpack8(q.m + i, maps[0], q.m_absmax[block]), v = unpack8(q.v + i, maps[1], q.v_absmax[block]);
+        x = master ? load(master) : load(tensor.param + i);
+        adamw(x, m, v, grad_load_vec(tensor.grad, i), verdict->clip, tensor.decay, a);
     }
+    float most_m = 0, most_v = 0;
+    for (int k = 0; k < VEC; k++) most_m = fmaxf(most_m, fabsf(m[k])), most_v = fmaxf(most_v, v[k]);
+    most_m = warp_max(most_m), most_v = warp_max(most_v);
+    if (at >= share) return;
+    uint64_t codes_m = 0, codes_v = 0;
+    for (int k = 0; k < VEC; k++) {
+        const int code_m = nearest8(maps[0], most_m > 0 ? m[k] / most_m : 0.0f), code_v = nearest8(maps[1], most_v > 0 ? v[k] / most_v : 0.0f);
+        codes_m |= (uint64_t)code_m << 8 * k;
+        codes_v |= (uint64_t)(code_v == 0 && v[k] > 0 ? 1 : code_v) << 8 * k;
+    }
+    *(uint64_t*)(q.m + i) = codes_m, *(uint64_t*)(q.v + i) = codes_v;
+    if (threadIdx.x % 32 == 0) q.m_absmax[block] = most_m, q.v_absmax[block] = most_v;
+    weight_store(tensor.param + i, master, x, a.seed, a.step * ROUNDING_STREAMS + tensor.stream, tensor.offset + i);
+}
+
+// --optimizer adalomo (Lv et al., arXiv 2310.10195; the constants are those of its authors' code). v of a matrix is kept as means over
+// its rows and its columns, so the state is next to nothing:
+//     r_i = b r_i + (1 - b) (mean over j of g_ij^2 + eps1)     c_j = b c_j + (1 - b) (mean over i of g_ij^2 + eps1)
+//     u_ij = g_ij / sqrt(r_i c_j / mean(r))      x -= lr max(eps2, rms(x)) u / max(1, rms(u)) + lr decay x      b = 1 - t^-0.8
+// A vector is a matrix of one row, whose c is v itself. There is no m, and nothing about a step is known but the matrix: so a matrix is
+// updated as soon as it has its gradient (model_fused_update), and the gradients of one layer are all that there are at a time. A
+// matrix whose gradient is not finite stays as it is.
+constexpr float LOMO_EPS1 = 1e-30f, LOMO_EPS2 = 1e-3f;
+struct AdaLomo {
+    float lr, decay, beta2;
+    uint64_t seed, step;
+};
+struct LomoMatrix {
+    floatX* param;           // (rows, cols)
+    Grad grad;               // (rows, cols), or of some rows at a time
+    float *v_rows, *v_cols;  // (rows), (cols)
+    float* master;           // (rows, cols) or null
+    size_t rows, cols;       // cols: a multiple of VEC
+    size_t offset;           // where the matrix begins in its tensor
+    float decay;
+    unsigned stream;         // of random numbers
+};
+struct LomoState {
+    float mean_rows, rms_weight, step;   // of r; of x; what u is multiplied by
+    int skip;
+};
+// One matrix after the other has scratch for sums: over rows and over columns of g^2, then over rows of u^2; and over rows of x^2.
+struct LomoScratch {
+    LomoState* state;
+    float *cols, *partial, *rows, *weights;   // (cols), (COLSUM_SLICES, cols), (rows), (rows)
+    LomoScratch(float* p, size_t rows, size_t cols)
+        : state((LomoState*)p), cols(p + 8), partial(p + 8 + cols), rows(partial + COLSUM_SLICES * cols), weights(this->rows + rows) {}
+    static size_t floats(size_t rows, size_t cols) { return 8 + cols * (1 + COLSUM_SLICES) + 2 * rows; }
+};
+__device__ inline float lomo_row_factor(const LomoMatrix& m, const LomoState* s, size_t row) { return sqrtf(s->mean_rows / m.v_rows[row]); }
+__device__ inline Floats lomo_update(const LomoMatrix& m, Floats g, float row_factor, size_t c) {   // u, from column c on
+    Floats v = load(m.v_cols + c);
+    for (int k = 0; k < VEC; k++) g[k] *= row_factor * rsqrtf(v[k]);
+    return g;
+}
+// Sums over rows [first, first + count), whose gradient stands in m.grad. A warp owns a row.
+template <bool UPDATE>   // of u^2; else of g^2 and x^2
+__global__ void lomo_rows_kernel(LomoScratch s, LomoMatrix m, size_t first, size_t count) {
+    const int lane = threadIdx.x % 32;
+    const size_t i = (size_t)blockIdx.x * 8 + threadIdx.x / 32, row = first + i;
+    if (i >= count || (UPDATE && s.state->skip)) return;
+    const float factor = UPDATE ? lomo_row_factor(m, s.state, row) : 1;
+    float sum = 0, weight = 0;
+    for (size_t c = lane * VEC; c < m.cols; c += 32 * VEC) {
+        Floats g = grad_load_vec(m.grad, i * m.cols + c);
+        if constexpr (UPDATE) g = lomo_update(m, g, factor, c);
+        for (int k = 0; k < VEC; k++) sum += g[k] * g[k];
+        if constexpr (!UPDATE) {
+            const size_t at = row * m.cols + c;
+            const Floats x = m.master != nullptr ? load(m.master + at) : load(m.param + at);
+            for (int k = 0; k < VEC; k++) weight += x[k] * x[k];
+        }
+    }
+    sum = warp_sum(sum), weight = warp_sum(weight);
+    if (lane > 0) return;
+    s.rows[row] = sum;
+    if constexpr (!UPDATE) s.weights[row] = weight;
+}
+__global__ void lomo_cols_kernel(float* partial, LomoMatrix m, int count) {   // sums of g^2, as colsum_kernel
+    __shared__ float shared[8][32 * VEC];
+    ColsumPlace at(count);
+    Floats sum = {};
+    for (int r = at.first + at.warp; at.c < (int)m.cols && r < at.end; r += 8) {
+        const Floats g = grad_load_vec(m.grad, r * m.cols + at.c);
+        for (int k = 0; k < VEC; k++) sum[k] += g[k] * g[k];
+    }
+    colsum_store(partial, sum, shared, at, (int)m.cols);
+}
+// r, c, and what follows from them for all of the matrix. square_sum: of all gradients of the step.
+__global__ void lomo_factors_kernel(LomoScratch s, float* square_sum, LomoMatrix m, float beta2) {
+    __shared__ float shared[3][8], square;
+    float sum = 0, weight = 0, mean = 0;
+    for (size_t r = threadIdx.x; r < m.rows; r += 256) sum += s.rows[r], weight += s.weights[r];
+    sum = block_sum_256(sum, shared[0]), weight = block_sum_256(weight, shared[1]);
+    if (threadIdx.x == 0) square = sum, *square_sum += sum, s.state->skip = !isfinite(sum);
+    __syncthreads();
+    if (!isfinite(square)) return;
+    for (size_t r = threadIdx.x; r < m.rows; r += 256)
+        mean += m.v_rows[r] = beta2 * m.v_rows[r] + (1 - beta2) * (s.rows[r] / m.cols + LOMO_EPS1);
+    for (size_t c = threadIdx.x; c < m.cols; c += 256)
+        m.v_cols[c] = beta2 * m.v_cols[c] + (1 - beta2) * (s.cols[c] / m.rows + LOMO_EPS1);
+    mean = block_sum_256(mean, shared[2]);
+    if (threadIdx.x == 0) s.state->mean_rows = mean / m.rows, s.state->rms_weight = sqrtf(weight / m.rows / m.cols);
+}
+__global__ void lomo_step_kernel(LomoScratch s, LomoMatrix m, float lr) {
+    __shared__ float shared[8];
+    float sum = 0;
+    if (s.state->skip) return;
+    for (size_t r = threadIdx.x; r < m.rows; r += 256) sum += s.rows[r];
+    sum = block_sum_256(sum, shared);
+    if (threadIdx.x == 0) s.state->step = lr * fmaxf(LOMO_EPS2, s.state->rms_weight) / fmaxf(1.0f, sqrtf(sum / m.rows / m.cols));
+}
+__global__ void lomo_kernel(const LomoState* s, LomoMatrix m, AdaLomo a, size_t first, size_t count) {
+    const size_t i = ((size_t)blockIdx.x * 256 + threadIdx.x) * VEC, at = first * m.cols + i;
+    if (i >= count * m.cols || s->skip) return;
+    float* master = m.master != nullptr ? m.master + at : nullptr;
+    Floats x = master ? load(master) : load(m.param + at);
+    const Floats u = lomo_update(m, grad_load_vec(m.grad, i), lomo_row_factor(m, s, at / m.cols), i % m.cols);
+    for (int k = 0; k < VEC; k++) x[k] -= s->step * u[k] + a.lr * m.decay * x[k];
+    weight_store(m.param + at, master, x, a.seed, a.step * ROUNDING_STREAMS + m.stream, m.offset + at);
+}
+// Where m.grad has no room for all rows, gradient(first, count) puts some of them there, at most `room`; null: all are there.
+void adalomo(const LomoMatrix& m, const LomoScratch& s, float* square_sum, const AdaLomo& a, size_t room,
+             const std::function<void(size_t first, size_t count)>& gradient, cudaStream_t stream) {
+    check_vec("adalomo: cols", (int)m.cols);
+    auto by_rows = [&](auto f) {
+        for (size_t first = 0; first < m.rows; first += room) {
+            const size_t count = std::min(room, m.rows - first);
+            if (gradient) gradient(first, count);
+            f(first, count);
+            cudaCheck(cudaGetLastError());
+        }
+    };
+    by_rows([&](size_t first, size_t count) {
+        const int slices = colsum_slices((int)count);
+        lomo_rows_kernel<false><<<ceil_div(count, 8), 256, 0, stream>>>(s, m, first, count);
+        lomo_cols_kernel<<<dim3(ceil_div(m.cols, 32 * VEC), slices), 256, 0, stream>>>(s.partial, m, (int)count);
+        colsum_finish({{{s.cols, F32}}}, 1, s.partial, slices, (int)m.cols, first > 0, stream);
+    });
+    lomo_factors_kernel<<<1, 256, 0, stream>>>(s, square_sum, m, a.beta2);
+    by_rows([&](size_t first, size_t count) { lomo_rows_kernel<true><<<ceil_div(count, 8), 256, 0, stream>>>(s, m, first, count); });
+    lomo_step_kernel<<<1, 256, 0, stream>>>(s, m, a.lr);
+    by_rows([&](size_t first, size_t count) {
+        lomo_kernel<<<ceil_div(count * m.cols, OPT_BLOCK), 256, 0, stream>>>(s.state, m, a, first, count);
+    });
 }
 
 // A tensor that training starts from: normal random values (Box and Muller) for `drawn` elements, then a constant. `first`: the number
@@ -2659,6 +2863,7 @@ struct Plan {
     bool training;        // false: one layer's activations serve all layers, and there are no gradients
     int recompute;        // 0: keep all; 1: compute GELU again in backward; 2: the norms as well
     bool master;          // fp32 copies of bf16 weights
+    Optimizer optimizer;
     int chunk_rows;       // rows of logits that exist at a time; 0: all
     int rows;             // of B*T that a block works on at a time; 0: all
     size_t workspace;     // bytes for cuBLASLt; 0: what this model can use
@@ -2669,6 +2874,7 @@ struct Plan {
     float dropout;        // of adapters' inputs
     bool marks;           // the data say where documents begin, and which tokens have no loss
     bool trains(int p) const { return training && !(frozen >> p & 1); }
+    bool fuses() const { return optimizer == ADALOMO; }   // the update into backward
     bool quantizes(int p) const { return nf4 && linear_index(p) < 4; }
 };
 // Rows of a chunk of logits: a multiple of 256 (whole tiles of a matmul) where that gives the same number of chunks.
@@ -2751,7 +2957,9 @@ struct Model : BlockBuffers {
     floatX* param[NUM_PARAMS];
     Grad grad[NUM_PARAMS];
     float* layer_sum[NUM_PARAMS];   // in chunks, of a matrix (rows, cols): see sums_layer
-    float *m[NUM_PARAMS], *v[NUM_PARAMS], *master[NUM_PARAMS];   // (shard_size) each
+    void *m[NUM_PARAMS], *v[NUM_PARAMS];   // (shard_size) each, fp32; adamw8: bytes of matrices. adalomo: no m, v of rows
+    float *m_absmax[NUM_PARAMS], *v_absmax[NUM_PARAMS], *v_cols[NUM_PARAMS], *master[NUM_PARAMS];   // adamw8; adalomo; (shard_size)
+    float* q8_maps;            // adamw8: (2, 256)
     LayerTensors kept;         // with L in front of the shapes
     floatX *fold_w, *fold_b;   // of the largest shape: a weight and a bias with their norm's gamma and beta folded in; NF4: a weight
     // adapters: the rank and the scale of each target in each layer; where backward can stop; x A^T and its gradient (B, T, rank of all
@@ -2779,7 +2987,7 @@ struct Model : BlockBuffers {
     float* delta;       // (B, NH, T)     attention's backward
     floatX* logits;     // (chunk, Vp)    of one chunk of rows; then their gradient
     float* losses;      // (B, T)
-    float *colsum, *squares;   // partial sums: of bias and norm gradients, of squared gradients
+    float *colsum, *squares;   // partial sums: of bias and norm gradients, of squared gradients (adalomo: LomoScratch)
     int* tokens;        // inputs, targets, and the inputs sorted: see tokens_sort
     StepState* state;   // loss, norm, verdict
     void* workspace;    // cuBLASLt's
@@ -2792,15 +3000,20 @@ struct Model : BlockBuffers {
 const floatX* model_param(const Model& model, int p, int l) {
     return p < 0 || model.param[p] == nullptr ? nullptr : model.param[p] + l * param_shape(model.config, p).per_layer();
 }
+// With an update that is fused into backward, all layers share the gradients of matrices. Those of vectors, which are small, stand for
+// each: where biases belong to the gradient of the stream, the layer above makes them.
+bool shares_grad(const Plan& plan, const ParamShape& s) { return plan.fuses() && s.in_layer && s.cols > 0; }
 // In chunks of rows the gradient of a layer's matrix is a sum over them in fp32, for one layer at a time; layer_end rounds it to its place.
-// (A vector's gradient, and a sum over micro-batches, is fp32 in all layers.)
+// (A vector's gradient, one that all layers share, and a sum over micro-batches is fp32 in any case.)
 bool sums_layer(const Model& model, int p) {
     const ParamShape s = param_shape(model.config, p);
-    return in_chunks(model.plan) && !kFP32 && model.plan.micro_batches == 1 && s.in_layer && s.cols > 0;
+    return in_chunks(model.plan) && !kFP32 && model.plan.micro_batches == 1 && s.in_layer && s.cols > 0 && !model.plan.fuses();
 }
 Grad model_grad(const Model& model, int p, int l) {
-    if (p >= 0 && model.layer_sum[p] != nullptr) return {model.layer_sum[p], F32};
-    return p < 0 ? Grad{} : model.grad[p] + l * param_shape(model.config, p).per_layer();
+    if (p < 0) return {};
+    if (model.layer_sum[p] != nullptr) return {model.layer_sum[p], F32};
+    const ParamShape s = param_shape(model.config, p);
+    return model.grad[p] + (shares_grad(model.plan, s) ? 0 : l * s.per_layer());
 }
 std::vector<int> model_trained(const Model& model) {   // the parameters that are
     std::vector<int> trained;
@@ -2841,8 +3054,33 @@ const int* model_documents(const Model& model, int BT) {
 }
 
 inline size_t opt_blocks(size_t n) { return n / world_share(n) * ceil_div(world_share(n), OPT_BLOCK); }   // of all ranks
+// The matrices of a tensor, in one layer, as Hugging Face has them; a vector is a matrix of one row. first: element.
+struct Span { size_t first, rows, cols; };
+std::vector<Span> param_spans(const Config& c, int p);   // section 8
+struct SpanSums { size_t rows = 0, cols = 0, most_rows = 0, most_cols = 0; };
+SpanSums span_sums(const Config& c, int p) {
+    SpanSums n;
+    for (const Span& s : param_spans(c, p)) {
+        n.rows += s.rows, n.cols += s.cols;
+        n.most_rows = std::max(n.most_rows, s.rows), n.most_cols = std::max(n.most_cols, s.cols);
+    }
+    return n;
+}
+LomoScratch model_lomo_scratch(const Model& model, size_t* floats = nullptr) {   // floats: how many it has
+    size_t rows = 0, cols = 0;
+    for (int p : model_trained(model)) {
+        const SpanSums n = span_sums(model.config, p);
+        rows = std::max(rows, n.most_rows), cols = std::max(cols, n.most_cols);
+    }
+    if (floats) *floats = LomoScratch::floats(rows, cols);
+    return {model.squares, rows, cols};
+}
 size_t model_opt_blocks(const Model& model) {
     size_t blocks = 0;
+    if (model.plan.fuses()) {
+        model_lomo_scratch(model, &blocks);
+        return blocks;
+    }
     for (int p : model_trained(model)) blocks += opt_blocks(param_shape(model.config, p).elements());
     return blocks;
 }
@@ -2860,6 +3098,8 @@ void table_add(Table& table, const std::string& name, X** where, DType dtype, st
                const char* shrink, const char* alias_of = "") {
     table.push_back({name, dtype, std::move(shape), kind, scope, where, shrink, alias_of});
 }
+// An embedding that is not the head as well has few rows with a gradient. With a fused update it is made of some rows at a time.
+bool embedding_in_parts(const Model& model, int p) { return model.plan.fuses() && p == WTE && head_param(model.config) != WTE; }
 // Parameters, and what training keeps for each.
 void table_add_params(Table& table, Model& model) {
     const Config& c = model.config;
@@ -2893,17 +3133,36 @@ void table_add_params(Table& table, Model& model) {
     }
     if (plan.nf4) table_add(table, "nf4_tables", &model.nf4_tables, F32, {NF4_TABLES}, PARAM, MODEL, SMALLER);
     for (int p : model_trained(model)) {
-        // the head's gradient is a sum over chunks of the loss in any case
         const ParamShape s = param_shape(c, p);
-        const bool sums = sums_layer(model, p), sum = plan.micro_batches > 1 || p == head_param(c) || (in_chunks(plan) && s.in_layer && !sums);
-        model.grad[p].type = sum ? F32 : FLOATX;
+        const size_t n = s.elements();
+        // the head's gradient is a sum over chunks of the loss in any case
+        const bool sums = sums_layer(model, p);
+        model.grad[p].type = plan.micro_batches > 1 || p == head_param(c) || (in_chunks(plan) && s.in_layer && !sums) ? F32 : FLOATX;
+        const char* hint = plan.micro_batches > 1 ? "one micro-batch a step (--total-batch)" : SMALLER;
         if (sums) table_add(table, std::string("sum_") + s.name, &model.layer_sum[p], F32, {s.rows, s.cols}, GRAD, MODEL, SMALLER);
-        add("d_", p, &model.grad[p].p, model.grad[p].type, false, GRAD,
-            plan.micro_batches > 1 ? "one micro-batch a step (--total-batch)" : SMALLER);
-        add("m_", p, &model.m[p], F32, true, OPTIMIZER, "--zero 1 on several GPUs");
-        add("v_", p, &model.v[p], F32, true, OPTIMIZER, "--zero 1 on several GPUs");
+        if (shares_grad(plan, s))
+            table_add(table, std::string("d_") + s.name, &model.grad[p].p, model.grad[p].type, {s.rows, s.cols}, GRAD, MODEL, hint);
+        else if (!embedding_in_parts(model, p)) add("d_", p, &model.grad[p].p, model.grad[p].type, false, GRAD, hint);
+        auto add_state = [&](const std::string& name, auto** where, DType dtype, std::vector<size_t> shape) {
+            table_add(table, name, where, dtype, shape, OPTIMIZER, s.in_layer ? LAYER : MODEL, SMALLER);
+        };
+        if (plan.fuses()) {
+            const SpanSums sums = span_sums(c, p);
+            add_state(std::string("v_") + s.name, &model.v[p], F32, {s.layers, sums.rows});
+            add_state(std::string("v_") + s.name + "_cols", &model.v_cols[p], F32, {s.layers, sums.cols});
+        } else {
+            const bool bytes = plan.optimizer == ADAMW8 && s.cols > 0;
+            const size_t blocks = world_shards(n) ? q8_blocks(shard_size(n), shard_size(n)) : q8_blocks(n, world_share(n));
+            for (bool m : {true, false}) {
+                add(m ? "m_" : "v_", p, m ? &model.m[p] : &model.v[p], bytes ? BYTE : F32, true, OPTIMIZER,
+                    bytes ? "--zero 1 on several GPUs" : "--optimizer adamw8; --zero 1 on several GPUs");
+                if (bytes)
+                    add_state(std::string(m ? "m_" : "v_") + s.name + "_absmax", m ? &model.m_absmax[p] : &model.v_absmax[p], F32, {blocks});
+            }
+        }
         if (plan.master && !kFP32) add("master_", p, &model.master[p], F32, true, OPTIMIZER, "--master-weights 0");
     }
+    if (plan.training && plan.optimizer == ADAMW8) table_add(table, "q8_maps", &model.q8_maps, F32, {2, 256}, SCRATCH, MODEL, SMALLER);
     for (auto [gamma, weight] : FOLDED)   // unfolding makes the gradients of all four from those of weight and bias
         for (int p : {gamma, beta_of(gamma), bias_of(c, weight)})
             if (kMsNorm && p >= 0 && plan.trains(weight) && !plan.trains(p))
@@ -3088,16 +3347,16 @@ void model_allocate(Model& model) {
     matmul_state.workspace_bytes = model.table.back().bytes();
     if (matmul_state.handle == nullptr) cublasCheck(cublasLtCreate(&matmul_state.handle));
     model_constants(model);
-    cudaCheck(cudaMemsetAsync(model.state, 0, sizeof(StepState), model.stream));
     for (int p = 0; p < NUM_PARAMS; p++) {
-        size_t n = param_shape(model.config, p).elements();
+        const size_t n = param_shape(model.config, p).elements();
         if (p >= LORA_A && model.param[p]) cudaCheck(cudaMemsetAsync(model.param[p], 0, n * sizeof(floatX), model.stream));
-        if (p >= LORA_A && model.master[p]) cudaCheck(cudaMemsetAsync(model.master[p], 0, shard_size(n) * sizeof(float), model.stream));
-        if (model.m[p]) cudaCheck(cudaMemsetAsync(model.m[p], 0, shard_size(n) * sizeof(float), model.stream));
-        if (model.v[p]) cudaCheck(cudaMemsetAsync(model.v[p], 0, shard_size(n) * sizeof(float), model.stream));
-        // most gradients are written before they are read, but for example positions from T on never get one
-        if (model.grad[p].p) cudaCheck(cudaMemsetAsync(model.grad[p].p, 0, n * dtype_size(model.grad[p].type), model.stream));
     }
+    // the optimizer's state; and most gradients are written before they are read, but for example positions from T on never get one
+    for (const Row& r : model.table)
+        if (r.kind == OPTIMIZER || r.kind == GRAD) cudaCheck(cudaMemsetAsync(r.get(), 0, r.bytes(), model.stream));
+    for (bool v : {false, true})
+        if (model.q8_maps != nullptr)
+            cudaCheck(cudaMemcpy(model.q8_maps + 256 * v, dynamic_map(!v).data(), 256 * sizeof(float), cudaMemcpyHostToDevice));
     model.updates = 0;
     model.lowest = model_lowest(model);
     for (cudaEvent_t& event : model.wte_copied)
@@ -3477,6 +3736,36 @@ void model_loss(Model& model, int B, int T, bool train, bool first_micro_batch, 
     cudaCheck(cudaGetLastError());
 }
 
+// ---- an update that is fused into backward: of layer l, when all that reads its weights and all that adds to its gradients is done; -1: of
+// the tensors outside the blocks. Null: none. make(grad, first, count) makes the gradient of some rows of an embedding.
+void model_fused_update(const Model& model, const AdaLomo* a, int l,
+                        const std::function<void(Grad grad, size_t first, size_t count)>& make = nullptr) {
+    if (a == nullptr) return;
+    const Config& c = model.config;
+    for (int p : model_trained(model)) {
+        const ParamShape s = param_shape(c, p);
+        if (s.in_layer != (l >= 0)) continue;
+        const size_t layer = std::max(l, 0), begin = layer * s.per_layer();
+        const SpanSums sums = span_sums(c, p);
+        const bool parts = embedding_in_parts(model, p);
+        const Grad grad = parts ? model.grad[LINEAR[2]] : model_grad(model, p, (int)layer);   // which is done with, and has many rows
+        if (!parts) world_reduce_gradient(grad, s.per_layer(), model.stream);
+        float *v_rows = (float*)model.v[p] + layer * sums.rows, *v_cols = model.v_cols[p] + layer * sums.cols;
+        for (const Span& span : param_spans(c, p)) {
+            const size_t at = begin + span.first, room = parts ? param_shape(c, LINEAR[2]).per_layer() / span.cols : span.rows;
+            const LomoMatrix matrix = {model.param[p] + at, grad + span.first, v_rows, v_cols, model.master[p] ? model.master[p] + at : nullptr,
+                                       span.rows, span.cols, at, s.decay ? a->decay : 0.0f, (unsigned)p};
+            auto some = [&](size_t first, size_t count) {
+                make(grad, first, count);
+                world_reduce_gradient(grad, count * span.cols, model.stream);
+            };
+            adalomo(matrix, model_lomo_scratch(model), &model.state->square_sum, *a, room,
+                    parts ? some : std::function<void(size_t, size_t)>(), model.stream);
+            v_rows += span.rows, v_cols += span.cols;
+        }
+    }
+}
+
 // ==== end twin
 // ---- backward: the figure, from bottom to top
 // Where each of the 16 gradients is written. A bias's gradient is the column sum of the gradient of its layer's output. It costs
@@ -3492,7 +3781,7 @@ void model_loss(Model& model, int B, int T, bool train, bool first_micro_batch, 
 //     lnfw lnfb                     the final norm
 
 // From the gradient of the final norm's output, which model_loss has left in model.lnf, to all gradients.
-void model_backward(Model& model, int B, int T, int buckets, int micro_batch) {
+void model_backward(Model& model, int B, int T, int buckets, int micro_batch, const AdaLomo* fused = nullptr) {
     NvtxRange range("backward");
     const Config& c = model.config;
     const int C = c.C, NH = c.NH, L = c.L, BT = B * T;
@@ -3575,6 +3864,7 @@ void model_backward(Model& model, int B, int T, int buckets, int micro_batch) {
                            chunks ? nullptr : t.atty, t.lse, model_documents(model, BT), pass.add, B, T, NH, NH, c.HS(), stream);
         if (!all_rows(l, before)) return layer_end(model, l);
         layer_end(model, l);
+        model_fused_update(model, fused, l);
     }
     const floatX* dresid = model.dresid;
     const int* document = model_documents(model, BT);
@@ -3583,6 +3873,7 @@ void model_backward(Model& model, int B, int T, int buckets, int micro_batch) {
     const int* bucket_start = bucket_token + token_cap(BT, c.V);
     embedding_backward(model.grad[WTE], model.grad[WPE], dresid, positions, bucket_token, bucket_start, document,
                        buckets, true, pass.add, B, T, C, stream);   // to what the head has written
+    model_fused_update(model, fused, -1);
 }
 
 // ==== twin: update, files
@@ -3596,8 +3887,8 @@ struct Hyper {
 // host can work while the device does.
 Verdict model_update(Model& model, const Hyper& h, uint64_t step, double with_loss, const std::function<void()>& meanwhile = nullptr) {
     NvtxRange range("update");
+    const std::vector<int> trained = model.plan.fuses() ? std::vector<int>() : model_trained(model);   // that are still to be updated
     world_group(true);
-    const std::vector<int> trained = model_trained(model);
     for (int p : trained) world_reduce_gradient(model.grad[p], param_shape(model.config, p).elements(), model.stream);
     world_group(false);
     const size_t squares = model_opt_blocks(model);
@@ -3614,7 +3905,8 @@ Verdict model_update(Model& model, const Hyper& h, uint64_t step, double with_lo
         partial += opt_blocks(n);
     }
     if (world.sharded) world_sum_floats(model.squares, squares, model.stream);   // x + 0 is x: exact in whatever order
-    sum_kernel<<<1, 256, 0, model.stream>>>(&model.state->square_sum, model.squares, false, (unsigned)squares);
+    if (!model.plan.fuses())   // or backward has added them up
+        sum_kernel<<<1, 256, 0, model.stream>>>(&model.state->square_sum, model.squares, false, (unsigned)squares);
     cudaCheck(cudaGetLastError());
     world_sum_floats(&model.state->loss_sum, 1, model.stream);
     float loss_scale = 1.0f / (float)with_loss;
@@ -3625,9 +3917,13 @@ Verdict model_update(Model& model, const Hyper& h, uint64_t step, double with_lo
     for (int p : trained) {
         const ParamShape shape = param_shape(model.config, p);
         const size_t n = shape.elements(), offset = shard_offset(n), share = shard_size(n);
-        const OptTensor tensor = {model.param[p] + offset, model.grad[p] + offset, model.m[p], model.v[p], model.master[p], share, offset,
-                                  shape.decay ? h.weight_decay : 0.0f, (unsigned)p};
-        adamw_kernel<<<ceil_div(share, OPT_BLOCK), 256, 0, model.stream>>>(tensor, &model.state->verdict, a);
+        const OptTensor tensor = {model.param[p] + offset, model.grad[p] + offset, (float*)model.m[p], (float*)model.v[p], model.master[p],
+                                  share, offset, shape.decay ? h.weight_decay : 0.0f, (unsigned)p};
+        const size_t part = std::min(share, world_share(n));   // of a rank
+        const Moments8 moments = {(uint8_t*)model.m[p], (uint8_t*)model.v[p], model.m_absmax[p], model.v_absmax[p], model.q8_maps};
+        if (model.m_absmax[p] != nullptr)
+            adamw8_kernel<<<dim3(ceil_div(part, OPT_BLOCK), share / part), 256, 0, model.stream>>>(tensor, moments, &model.state->verdict, a, part);
+        else adamw_kernel<<<ceil_div(share, OPT_BLOCK), 256, 0, model.stream>>>(tensor, &model.state->verdict, a);
         cudaCheck(cudaGetLastError());
     }
     world_group(true);
@@ -4557,6 +4853,15 @@ void hf_walk(const Config& c, const std::function<void(int p, size_t first, cons
             size_t first = layer >= 0 ? layer * s.per_layer() : 0;
             for (const HfPiece& piece : hf_pieces(c, p, layer)) f(p, first, piece), first += piece.elements();
         }
+}
+std::vector<Span> param_spans(const Config& c, int p) {
+    std::vector<Span> spans;
+    size_t first = 0;
+    for (const HfPiece& piece : hf_pieces(c, p, base_shape(c, p).in_layer ? 0 : -1)) {
+        spans.push_back({first, piece.cols ? piece.rows : 1, piece.cols ? piece.cols : piece.rows});
+        first += piece.elements();
+    }
+    return spans;
 }
 
 // The same for a weight that is kept in 4 bits. A matrix's elements come in their order, in any number of calls.
@@ -5581,7 +5886,7 @@ struct RunState {
 };
 // llm.c's header of a state, with more in slots that llm.c leaves free. Beside a line stands the slot of its first name.
 struct StateHeader {
-    int32_t magic, version, ranks, rank, master, shuffle, zero, weights, unused8[2];   // 0; weights: bytes of each, if it holds them
+    int32_t magic, version, ranks, rank, master, shuffle, zero, weights, optimizer, unused9;   // 0; weights: bytes of each, if it holds them
     int32_t step, T, shards, chunk_rows;                                      // 10
     size_t tokens;                                                            // 14
     int32_t B, unused17[3];                                                   // 16
@@ -5594,11 +5899,13 @@ struct StateHeader {
 };
 static_assert(sizeof(StateHeader) == HEADER_BYTES, "a header has 256 int32");
 constexpr int STATE_MAGIC = 20240527;
+const char* OPTIMIZERS[] = {"adamw", "adamw8", "adalomo"};
 const char* STATE_REMEDY = "remove this checkpoint's directory to resume from the one before, or start afresh with another --out";
 
 StateHeader state_header(const Model& model, const RunState& r, const Loader& train) {
     StateHeader h = {STATE_MAGIC, 1, world.size, world.rank, model.plan.master && !kFP32, 1, world.sharded};
     h.weights = model.weights_in_state ? sizeof(floatX) : 0;
+    h.optimizer = model.plan.optimizer;
     h.step = r.step, h.position = r.position;
     h.T = train.T, h.shards = (int)train.shards.size(), h.tokens = train.tokens, h.checksum = train.checksum;
     h.B = model.plan.B, h.chunk_rows = model.plan.chunk_rows;
@@ -5609,9 +5916,9 @@ StateHeader state_header(const Model& model, const RunState& r, const Loader& tr
 }
 // Calls f(device pointer, bytes) for each thing that follows the header, in the order of the file.
 void state_walk(const Model& model, const std::function<void(void* device, size_t bytes)>& f) {
-    for (float* const* tensors : {model.m, model.v, model.master})
-        for (int p = 0; p < NUM_PARAMS; p++)
-            if (tensors[p] != nullptr) f(tensors[p], shard_size(param_shape(model.config, p).elements()) * sizeof(float));
+    for (const std::string prefix : {"m_", "v_", "master_"})
+        for (const Row& r : model.table)
+            if (r.kind == OPTIMIZER && r.name.compare(0, prefix.size(), prefix) == 0) f(r.get(), r.bytes());
     for (int p = 0; model.weights_in_state && p < NUM_PARAMS; p++)
         if (model.param[p] != nullptr && model.plan.trains(p))
             f(model.param[p], param_shape(model.config, p).elements() * sizeof(floatX));
@@ -5664,6 +5971,10 @@ RunState state_load(Model& model, Loader& train, const std::string& folder, int 
     if (was.ranks != now.ranks || was.rank != now.rank || was.zero != now.zero)
         fail("%s: was written by rank %d of %d with --zero %d, this is rank %d of %d with --zero %d; resume with as many GPUs "
              "and the same --zero", path, was.rank, was.ranks, was.zero, now.rank, now.ranks, now.zero);
+    if (was.optimizer != now.optimizer)
+        fail("%s: its run had --optimizer %s, this one has %s; resume with the same, or take the weights to a new run: -e %s and another --out",
+             path, was.optimizer < 0 || was.optimizer > ADALOMO ? "of another version" : OPTIMIZERS[was.optimizer], OPTIMIZERS[now.optimizer],
+             folder.c_str());
     if (was.master != now.master)
         fail("%s: its run %s fp32 master weights, this one %s them; resume with the same --master-weights and PRECISION", path,
              was.master ? "kept" : "did without", now.master ? "keeps" : "does without");
@@ -6058,7 +6369,7 @@ struct Settings {
     int64_t lora = 0, freeze_a = 0, train_norms = 0, base = 0, double_quant = 1, embedding_on = -1;
     double lora_alpha = 0, lora_dropout = 0;
     int64_t B = 4, T = 1024, total_batch = 0, steps = -1, schedule = COSINE, warmup = 0, seed = 1337;
-    int64_t recompute = 1, row_chunks = 0, offload = 0, master = 1, loss_chunks = 0, workspace = 0, tf32 = 1, zero = 0;
+    int64_t optimizer = ADAMW, recompute = 1, row_chunks = 0, offload = 0, master = 1, loss_chunks = 0, workspace = 0, tf32 = 1, zero = 0;
     int64_t val_every = 20, val_batches = 20, sample_every = 20, sample_tokens = 64, top_k = 40, overfit = 0;
     int64_t checkpoint_every = -1, keep = 0, resume = 0, save_dtype = 0;   // -1: at the end alone
     int64_t act_bits = kActBits, ms_norm = kMsNorm, fp32 = kFP32;   // the build's
@@ -6080,11 +6391,13 @@ std::vector<Option> settings_options(Settings& s) {
         {"steps", "-x", INTEGER, &s.steps, 0, 1 << 30, "one epoch", "optimizer steps; 0 validates and samples only", 0},
         {"schedule", "-k", INTEGER, &s.schedule, 1, 0, "cosine", "cosine, linear, constant, wsd", 1,
          {"cosine", "linear", "constant", "wsd"}},
+        {"optimizer", "", INTEGER, &s.optimizer, 1, 0, "adamw", "adamw, adamw8 (its state in 8 bits), adalomo (hardly a state, gradients of a layer)",
+         -1, {OPTIMIZERS, OPTIMIZERS + 3}},
         {"lr", "-l", REAL, &s.lr, 0, 1e9, "3e-4", "learning rate at its peak", 2},
         {"warmup", "-u", INTEGER, &s.warmup, 0, BIG, "0", "steps in which the rate rises to its peak", 3},
         {"final-lr-fraction", "-q", REAL, &s.final_fraction, 0, 1, "0.1", "the rate at the end, as a share of its peak", 4},
         {"weight-decay", "-c", REAL, &s.weight_decay, 0, 1e9, "0", "of 2-D tensors", 5},
-        {"grad-clip", "", REAL, &s.grad_clip, 0, 1e30, "1.0", "largest norm of the gradient; 0: no limit", 6},
+        {"grad-clip", "", REAL, &s.grad_clip, 0, 1e30, "1.0; adalomo: 0", "largest norm of the gradient; 0: no limit", 6},
         {"skip-loss-z", "-sl", REAL, &s.skip_loss_z, 0, 1e30, "0", "skip steps so many deviations above the last 128; 0: never", 7},
         {"skip-grad-z", "-sg", REAL, &s.skip_grad_z, 0, 1e30, "0", "the same for the gradient's norm", 8},
         {"seed", "", INTEGER, &s.seed, 0, BIG, "1337", "of weights, data order, rounding and samples"},
@@ -6352,6 +6665,22 @@ void pick_model(Run& run) {
         warn("note: %s: the model was made for %d positions; those beyond them are new to it", quoted("seq-len").c_str(), c.maxT);
 }
 
+// What AdaLomo's update cannot have, because it is made within backward, of a matrix after the other.
+void pick_optimizer(Run& run) {
+    Settings& s = run.s;
+    if (s.optimizer != ADALOMO) return;
+    const char* early = "adalomo updates a layer before backward has reached those below it";
+    if (!given("grad-clip")) s.grad_clip = 0;   // it bounds each matrix's update instead
+    if (s.grad_clip > 0) bad_option("grad-clip", "needs the norm of all gradients, and %s; expected 0, or --optimizer adamw8", early);
+    for (const char* name : {"skip-loss-z", "skip-grad-z"})
+        if (option(name).number() > 0) bad_option(name, "%s, so a step cannot be taken back; expected 0, or --optimizer adamw8", early);
+    if (s.zero) bad_option("zero", "adalomo's state is a few vectors, of which each GPU has all; expected 0, or --optimizer adamw8");
+    if (!s.dump_gradients.empty())
+        bad_option("dump-gradients", "%s, and their gradients take the place of its own; expected another --optimizer", early);
+    if (run.model.config.lora.rank > 0)
+        bad_option("optimizer", "adapters have small gradients and a small state, so there is nothing to save; expected adamw or adamw8, or "
+                   "all of the model in training, without --lora and --adapter");
+}
 // The device. --estimate and --fit can do without.
 void pick_device(Run& run) {
     const bool estimating = !run.s.estimate.empty() || given("fit");
@@ -6433,7 +6762,7 @@ void make_plan(Run& run, int64_t B, size_t chunk_bytes, int chunk_rows = 0) {
     Plan& plan = run.model.plan;
     const size_t rows = (size_t)B * s.T;
     plan.B = (int)B, plan.T = (int)s.T, plan.micro_batches = (int)micro_batches(run, B), plan.training = s.trains();
-    plan.offload = s.offload && plan.training;
+    plan.offload = s.offload && plan.training, plan.optimizer = (Optimizer)s.optimizer;
     plan.recompute = (int)s.recompute, plan.master = s.master != 0, plan.workspace = (size_t)s.workspace << 20;
     if (plan.training && recomputes_block(plan))   // memory is short: where the gradient of the stream will be there is room for them
         chunk_bytes = std::clamp(rows * run.model.config.C * sizeof(floatX), SMALL_CHUNK_BYTES / 4, SMALL_CHUNK_BYTES);
@@ -6477,6 +6806,9 @@ void choose_plan(Run& run, size_t data_batch) {
     if (micro_batches(run, B) == 0)
         bad_option("total-batch", "expected a multiple of batch * seq-len * GPUs = %lld * %lld * %d = %lld", (long long)B, (long long)s.T,
                    world.size, (long long)BT * world.size);
+    if (plan.optimizer == ADALOMO && micro_batches(run, B) > 1)
+        bad_option("total-batch", "adalomo updates a layer as soon as it has a gradient, so a step is one micro-batch; expected batch * seq-len * "
+                   "GPUs = %lld (a larger --batch, with -r 4 for the memory), or --optimizer adamw8", (long long)BT * world.size);
     if (s.row_chunks > BT) bad_option("row-chunks", "a micro-batch has %lld rows, so expected at most that", (long long)BT);
     if (s.loss_chunks > BT) bad_option("loss-chunks", "a micro-batch has %lld rows, so expected at most that", (long long)BT);
     if (!fits(B, CHUNK_BYTES)) fits(B, SMALL_CHUNK_BYTES);
@@ -6991,12 +7323,14 @@ Verdict run_step(Run& run, const Hyper& h) {
     if (run.first_tokens.empty()) run.first_tokens.assign(run.host_region(0), run.host_region(0) + run.region_ints());
     const double with_loss = model.plan.marks ? world_sum(run.with_loss) : run.with_loss;
     if (with_loss == 0) return skip_step(run);
+    const AdaLomo fused = {h.lr, h.weight_decay, (float)(1 - pow(model.updates + 1, -0.8)), model.seed, (uint64_t)run.state.step};
+    cudaCheck(cudaMemsetAsync(&model.state->square_sum, 0, sizeof(float), model.stream));
     for (int micro = 0; micro < micro_batches; micro++) {
         model_tokens(model, run.host_region(micro), B * T, run.buckets[micro]);
         model.micro_batch = ((uint64_t)run.state.step * micro_batches + micro) * world.size + world.rank + 1;
         model_forward(model, B, T);
         model_loss(model, B, T, true, micro == 0, with_loss);
-        model_backward(model, B, T, run.buckets[micro], micro);
+        model_backward(model, B, T, run.buckets[micro], micro, model.plan.fuses() ? &fused : nullptr);
     }
     model.micro_batch = 0;
     return model_update(model, h, run.state.step, with_loss, [&] { next_tokens(run); });   // while the device works
@@ -7021,7 +7355,8 @@ void report_step(Run& run, float lr, const Verdict& v, double took) {   // on th
     if (!terminal && run.timed == (run.on_cpu() ? 0 : 1) && rest > 60)   // as soon as it is known
         printf("  %d steps of about %.1f s are to come: %s\n", to_come, each, duration(rest).c_str());
     if (run.state.not_finite_in_row > 0)
-        printf("  the loss or the gradient is not finite: this step changed nothing (%d in a row)\n", run.state.not_finite_in_row);
+        printf("  the loss or the gradient is not finite: this step changed %s (%d in a row)\n",
+               run.model.plan.fuses() ? "nothing whose gradient was not" : "nothing", run.state.not_finite_in_row);
     else if (v.skip)
         printf("  skipped: loss %.1f, gradient norm %.1f deviations above the last %d steps\n", v.loss_z, v.grad_z, HISTORY);
     log_line(run.log, "{\"step\": %d, \"train_loss\": %s, \"grad_norm\": %s, \"lr\": %s, \"ms\": %.3f, \"tokens_per_s\": %.1f, \"mfu\": "
@@ -7163,6 +7498,8 @@ void print_plan(Run& run, bool all) {
             printf("step       %d sequences x %d tokens x %d micro-batches x %d GPUs = %zu tokens; %d steps, an epoch has %zu\n", plan.B,
                    plan.T, plan.micro_batches, world.size, run.step_tokens(), run.steps,
                    run.train.batches_per_epoch() / plan.micro_batches);
+        if (plan.optimizer != ADAMW && plan.training)
+            printf("optimizer  %s%s\n", OPTIMIZERS[plan.optimizer], plan.fuses() ? ", within backward, a layer at a time; no --grad-clip" : "");
         printf("memory     (--estimate lists parameters, gradients and optimizer state row by row)\n");
     }
     const double again = model_again_share(run.model, plan.T);
@@ -7320,6 +7657,7 @@ int main(int argc, char** argv) {
         merge(run);
         leave(0);
     }
+    pick_optimizer(run);
     pick_device(run);
     const bool estimating = !run.s.estimate.empty() || given("fit");
     for (const char* data : {"train-data", "val-data"})   // marks take four bytes a token

@@ -31,7 +31,7 @@ PLAYS = "dev/bench/fixtures/shakespeare.txt"
 # what the command line leaves open: steps, sequences a step, their tokens, rank, rates of adapters and of full training
 FIELDS = ("steps", "batch", "seq_len", "rank", "lr", "full_lr")
 USUAL = {"gpt2": (120, 8, 64, 8, "1e-2", "1e-3"), "smollm2_shakespeare": (40, 1, 256, 16, "1e-3", "5e-5"),
-         "smollm2_instructions": (40, 4, 64, 16, "2e-3", "1e-4")}
+         "smollm2_instructions": (40, 4, 64, 16, "1e-3", "1e-4")}
 
 def options_of(which, a):
     """What makes a run one with these adapters."""
@@ -68,7 +68,7 @@ def data_of(a, files):
     if a.size == "gpt2":
         return loss.tokens(files, out)
     if a.task == "instructions":
-        demo_llama.instructions(a.model, out, a.seq_len, 600, a.answers)
+        demo_llama.instructions(a.model, out, a.seq_len, a.examples, a.answers)
         files = ["dev/bench/instructions.py"]
     else:
         common.script("prepro/text.py", *files, "--tokenizer", a.model, "--out", out, *common.rows_of(files, a.seq_len))
@@ -185,6 +185,7 @@ def main():
     parser.add_argument("--model", metavar="WHAT", help=f"gpt2: its size (gpt2:L4,H4,C128,T64,V257); smollm2: a directory ({demo_llama.MODEL})")
     parser.add_argument("--base-text", metavar="FILE", help="gpt2: what it has learnt before (train_gpt2.cu)")
     parser.add_argument("--base-steps", type=int, default=800, metavar="N", help="gpt2: steps in which it did (800)")
+    parser.add_argument("--examples", type=int, default=600, metavar="N", help="instructions: how many to learn from (600)")
     parser.add_argument("--answers", type=int, default=demo_llama.TEST, metavar="N", help=f"instructions: how many to be examined on ({demo_llama.TEST})")
     for i, (field, option, what) in enumerate(zip(FIELDS, ("--steps", "-b", "-t", "--rank", "--lr", "--full-lr"),
                                                   ("", "sequences a step ", "tokens a sequence ", "of adapters ", "of adapters ", "of full training "))):

@@ -86,6 +86,8 @@ TINY = {program: ["-e", size, "-b", "2", "-t", "64", "-x", "3", "-v", "0", "-s",
         for program, size in (("train_gpt2", "gpt2:L2,H2,C128,T64,V257"), ("train_llama", "llama:L2,H4,K2,C128,D64,F192,T64,V257"))}
 # three steps, and the same losses and norms once more
 TWICE = "(?s)" + ".*".join([r"loss (\d\.\d+) \| norm (\d{1,2}\.\d+) "] * 3 + [rf"loss \{i} \| norm \{i + 1} " for i in (1, 3, 5)])
+# tests of make test that run as well with programs for a GPU in place of the CPU's
+SUITE = [f"dev/test/test_{name}.py" for name in ("train", "llama", "masks", "nf4", "modes", "lora", "hf", "resume", "ends", "files", "determinism")]
 CHECKED = ["gpu-bf16", "gpu-fp32", "gpu-approxbp-bf16", "gpu-approxbp-fp32", "gpu-norm-bf16", "gpu-norm-fp32"]
 
 def check_jobs(a, m):
@@ -94,9 +96,9 @@ def check_jobs(a, m):
     jobs = [Job(f"{v} test_gpt2", [path(v, "test_gpt2")], r"^(?P<passed>[1-9]\d*) passed, 0 failed$", 10) for v in CHECKED]
     jobs += [Job(f"{v} {k}", [path(v, k)], "^all is well$", 10) for v in ("gpu-bf16", "gpu-fp32") for k in kernels]
     jobs += [Job(f"{v} {program}, twice", ["sh", "-c", '"$@" && "$@"', "sh", path(v, program), *run], TWICE, 10)
-             for v in CHECKED for program, run in TINY.items()]
-    jobs += [Job("determinism", [sys.executable, "-B", "-m", "pytest", "-q", "-k", "gpu", "-p", "no:cacheprovider",
-                                 "dev/test/test_determinism.py"], r"[1-9]\d* passed", 30)] * a.pytest
+             for v in (*CHECKED, "gpu-act-bf16") for program, run in TINY.items()]
+    jobs += [Job("make test's, on the GPU", ["env", "ON_GPU=1", sys.executable, "-B", "-m", "pytest", "-q", "--tb=line", "-p", "no:cacheprovider", *a.pytest,
+                                            *SUITE], r"^(?P<passed>[1-9]\d*) passed, 0 failed, ", 200)] * (a.pytest is not None)
 
     def sanitized(tool, variant, program, *options):
         # racecheck looks at our kernels alone: cuBLAS's are not ours to check, and slow to
@@ -471,11 +473,13 @@ def main():
     a.llmc = a.llmc and os.path.abspath(a.llmc)
     a.models, a.steps, a.warmup = (TRY, TRY_STEPS, 2) if a.try_it else ([SMALL, LARGE], STEPS, WARMUP)
     m = Machine() if a.dry_run else Machine().find()
-    a.pytest = a.dry_run or subprocess.run([sys.executable, "-c", "import pytest"], capture_output=True).returncode == 0
+    can = {what: subprocess.run([sys.executable, "-c", f"import {what}"], capture_output=True).returncode == 0 for what in ("pytest", "xdist")}
+    # its options; None: it is not there
+    a.pytest = (["-n", str(max(1, (os.cpu_count() or 1) - 4))] if can["xdist"] else []) if a.dry_run or can["pytest"] else None
     if not a.python:
         pythons = [sys.executable, shutil.which("python3"), "/usr/bin/python3"]
         a.python = "python3" if a.dry_run else next((p for p in pythons if p and torch_of(p)), None)
-    for tool, what in ((m.sanitizer, "compute-sanitizer"), (m.ncu, "ncu"), (a.pytest, "pytest"), (a.python, "PyTorch")):
+    for tool, what in ((m.sanitizer, "compute-sanitizer"), (m.ncu, "ncu"), (a.pytest is not None, "pytest"), (a.python, "PyTorch")):
         if not tool:
             print(f"{what} is not installed: what needs it is left out")
     failed = [run_stage(name, a, m) for name in (["check", "bench", "peers"] if a.stage == "all" else [a.stage])]

@@ -1,11 +1,11 @@
 """What a kernel takes of a multiprocessor: registers, and how many blocks and warps fit there, on each architecture.
 
     make variants VARIANTS="nvcc-bf16 nvcc-approxbp-bf16"
-    python3 dev/bench/occupancy.py [--write] [LOG ...]
+    python3 dev/bench/occupancy.py [--write]
 
-Reads what ptxas says of train_gpt2's kernels (build/nvcc-bf16/train_gpt2.log, and build/nvcc-approxbp-bf16's for the kernels that only
-that build has), compiles those that only train_llama has, and prints a table, or with --write puts it into dev/cuda/README.md.
-Compiled, not run: no GPU is needed.
+Reads what ptxas says of train_gpt2's kernels (build/nvcc-bf16/train_gpt2.log), assembles those that only build/nvcc-approxbp-bf16 has,
+compiles those that only train_llama has, and prints a table, or with --write puts it into dev/cuda/README.md. Compiled, not run: no GPU
+is needed.
 """
 import argparse
 import os
@@ -23,7 +23,7 @@ from common import ROOT
 sys.path.insert(0, os.path.join(ROOT, "dev/test"))
 from ptx import template  # noqa: E402
 
-LOGS = ["build/nvcc-bf16/train_gpt2.log", "build/nvcc-approxbp-bf16/train_gpt2.log"]
+BUILDS = [Path(ROOT) / "build" / variant for variant in ("nvcc-bf16", "nvcc-approxbp-bf16")]
 # Of train_llama, with the kernels of the mode that it is not built for
 LLAMA = """#include "train_llama.cu"
 namespace other_mode {
@@ -51,12 +51,14 @@ LAUNCHES = {
     "attention_forward_tc_kernel<64>": (128, 32 << 10), "attention_forward_tc_kernel<128>": (128, 64 << 10),
     "attention_backward_dq_tc_kernel<64>": (128, 32 << 10), "attention_backward_dq_tc_kernel<128>": (128, 64 << 10),
     "attention_backward_dkv_tc_kernel<64>": (128, 48 << 10), "attention_backward_dkv_tc_kernel<128>": (128, 80 << 10),
+    "attention_delta_kernel": (256, 0),
     "act_forward_kernel": (256, 0), "act_backward_kernel": (256, 0), "classifier_kernel": (1024, 0), "square_sum_kernel": (256, 0),
-    "adamw_kernel": (256, 0), "dropout_kernel": (256, 0), "adapter_unfold_kernel": (256, 0), "likeliest_kernel": (256, 0),
+    "adamw_kernel": (256, 0), "adamw8_kernel": (256, 0), "lomo_rows_kernel": (256, 0), "lomo_cols_kernel": (256, 0), "lomo_kernel": (256, 0),
+    "dropout_kernel": (256, 0), "adapter_unfold_kernel": (256, 0), "likeliest_kernel": (256, 0),
     "rope_kernel": (256, 0), "qk_norm_rope_kernel": (256, 0), "qk_norm_rope_backward_kernel": (256, 0), "swiglu_forward_kernel": (256, 0),
     "swiglu_backward_kernel": (256, 0)}
 # In one block, or before the first step: how many of them fit is of no interest
-ALONE = ["sum_kernel", "verdict_kernel", "init_kernel", "widen_kernel"]
+ALONE = ["sum_kernel", "verdict_kernel", "init_kernel", "widen_kernel", "lomo_factors_kernel", "lomo_step_kernel"]
 
 Used = namedtuple("Used", "registers shared spills")
 
@@ -80,6 +82,10 @@ def read_log(text):
 
 def toolkit(program):
     return shutil.which(program) or f"/usr/local/cuda/bin/{program}"
+
+def kept_ptx(build):
+    """{architecture: PTX} of a build of train_gpt2 with --keep."""
+    return {a: file.read_text() for a in (80, 90, 100) for file in [build / f"train_gpt2.compute_{a}.ptx"]}
 
 def compile_llama(folder, *flags, architectures=(80, 100)):
     """What nvcc says, and the PTX by architecture. Those from 100 on have instructions of their own that it makes use of."""
@@ -132,18 +138,16 @@ def table(used):
 
 def main():
     parser = argparse.ArgumentParser(description="Registers, blocks and warps of the kernels, by architecture.")
-    parser.add_argument("logs", nargs="*", metavar="LOG", default=[os.path.join(ROOT, log) for log in LOGS], help="(" + ", ".join(LOGS) + ")")
     parser.add_argument("--write", action="store_true", help="puts the table into dev/cuda/README.md, between its markers")
     a = parser.parse_args()
-    used = {}
-    for path in a.logs:
-        try:
-            with open(path) as f:
-                used = {**read_log(f.read()), **used}
-        except OSError as e:
-            parser.error(f"{path}: {e.strerror}; expected the log of a build with PTXAS=1 (--help has the command)")
+    try:
+        used = read_log((BUILDS[0] / "train_gpt2.log").read_text())
+        texts = kept_ptx(BUILDS[1])
+    except OSError as e:
+        parser.error(f"{e.filename}: {e.strerror}; expected what a build leaves (--help has the command)")
     with tempfile.TemporaryDirectory() as folder:
-        used.update(assemble(Path(folder), compile_llama(Path(folder))[1], {kernel for kernel, _ in used})[1])
+        for of in (texts, compile_llama(Path(folder))[1]):
+            used.update(assemble(Path(folder), of, {kernel for kernel, _ in used})[1])
     lines = table(used)
     if not a.write:
         print("\n".join(lines))

@@ -1,6 +1,6 @@
 /*
-The optimizer's step over all parameter tensors: the norm of all gradients, the verdict that follows from it, and AdamW; and the
-weights that training starts from. The trainer's kernels, tested, and simpler ones beside them to learn from. Section 5 of
+The optimizer's step over all parameter tensors: the norm of all gradients, the verdict that follows from it, and AdamW; AdamW with m
+and v in 8 bits, and AdaLomo, which section 5 describes; and the weights that training starts from. The trainer's kernels, tested, and simpler ones beside them to learn from. Section 5 of
 train_gpt2.cu has them.
 
     make dev/cuda/optimizer && ./dev/cuda/optimizer [--bench]
@@ -450,15 +450,18 @@ struct Comparison {
         const Update r = reference(before.grad[i], before.m[i], before.v[i], x, clip, t.decay, a);
         moments.within(i, after.m[i], r.m.x, r.m.error);
         moments.within(i, after.v[i], r.v.x, r.v.error);
+        weights(rounding, t, a.seed, a.step, which, i, r.x, after);
+    }
+    void weights(Rounding rounding, const Tensor& t, uint64_t seed, uint64_t step, int which, size_t i, Real x, const State& after) {
         if (t.master) {
-            master.within(i, after.master[i], r.x.x, r.x.error);
+            master.within(i, after.master[i], x.x, x.error);
             master.equal(i, (float)after.param[i], (float)(floatX)after.master[i]);
         } else if (kFP32) {
-            weight.within(i, (float)after.param[i], r.x.x, r.x.error);
+            weight.within(i, (float)after.param[i], x.x, x.error);
         } else {   // all that the fp32 number may be is rounded in the same direction, but for one element in a hundred at most
-            const uint32_t random = (uint32_t)hash64(a.seed, a.step * ROUNDING_STREAMS + which, t.offset + i);
-            const float low = round_reference(nextafterf((float)(r.x.x - r.x.error), -INFINITY), rounding, random),
-                        high = round_reference(nextafterf((float)(r.x.x + r.x.error), INFINITY), rounding, random),
+            const uint32_t random = (uint32_t)hash64(seed, step * ROUNDING_STREAMS + which, t.offset + i);
+            const float low = round_reference(nextafterf((float)(x.x - x.error), -INFINITY), rounding, random),
+                        high = round_reference(nextafterf((float)(x.x + x.error), INFINITY), rounding, random),
                         ours = (float)after.param[i];
             weight.is(low <= ours && ours <= high, "a weight was rounded to where it must not be");
             (low == high ? decided : undecided)++;
@@ -512,6 +515,190 @@ void test_step(uint64_t seed) {
     shipped.weight.is(shipped.undecided * 100 <= shipped.decided, "for too many it is not clear how they are to be rounded");
     printf("AdamW\n");
     report({&shipped.moments, &shipped.master, &shipped.weight, &untouched, &again, &skipped, &simple.moments, &simple.weight});
+}
+
+// ---- tests of AdamW in 8 bits
+
+// Dettmers et al.: the values of a decade are the means of neighbours among evenly spaced points of [0.1, 1].
+std::vector<double> map_reference(bool with_sign) {
+    std::vector<double> map = {0, 1};
+    for (int decade = 0; decade < 7; decade++) {
+        const int values = (1 << decade) * (with_sign ? 1 : 2);
+        for (int i = 0; i < values; i++) {
+            const double value = pow(10, decade - 6) * (0.1 + 0.9 * (i + 0.5) / values);
+            map.push_back(value);
+            if (with_sign) map.push_back(-value);
+        }
+    }
+    std::sort(map.begin(), map.end());
+    return map;
+}
+void test_8bits(uint64_t seed) {
+    const char* counted = "the roundings that the reference counts";
+    Property map("8 bits: the map", "4 roundings"), scale("8 bits: a block's scale is its largest |m|, or v", counted),
+        code("8 bits: an element is the nearest value", counted), zero("8 bits: only a v of 0 is 0"),
+        again("8 bits: the same bits in a second run"), skipped("8 bits: a step that is skipped changes nothing", "every bit");
+    Comparison weight = {{""}, {"8 bits: master copy, and the weight that is the nearest to it", counted},
+                         {"8 bits: weight", kFP32 ? counted : "every bit, where those leave no doubt"}};
+    std::vector<float> maps;
+    for (bool with_sign : {true, false}) {
+        const std::vector<float> ours = dynamic_map(with_sign);
+        const std::vector<double> theirs = map_reference(with_sign);
+        map.is(ours.size() == 256 && theirs.size() == 256, "expected 256 values");
+        for (int i = 0; i < 256; i++) map.within(i, ours[i], theirs[i], 4 * EPS32 * fabs(theirs[i]));
+        maps.insert(maps.end(), ours.begin(), ours.end());
+    }
+    Buffer<float> device_maps(maps);
+    Random random(seed, 20);
+    for (size_t n : {8, 248, 256, 264, 2040, 2048, 2056, 6152})
+        for (int shares : {1, 3})
+            for (int t : {1, 3, 1000}) {
+                const Tensor tensor = {n, t == 3 ? F32 : BF16, shares == 3, t > 1 ? 0.1f : 0.0f, t == 3 ? ((size_t)1 << 33) + 8 : 0, shares};
+                set_case("%zu elements in %d shares, step %d", n, shares, t);
+                State before = random_state(tensor, random, true);
+                const size_t all = tensor.size(), each = ceil_div(n, 256), blocks = q8_blocks(all, n);
+                map.is(blocks == each * shares, "another number of blocks");
+                std::vector<uint8_t> codes[2];
+                std::vector<float> absmax[2];
+                for (int v : {0, 1}) {
+                    for (size_t i = 0; i < all; i++) codes[v].push_back(t == 1 ? 0 : (uint8_t)random.bits());
+                    for (size_t b = 0; b < blocks; b++) absmax[v].push_back(t == 1 || b % 5 == 4 ? 0 : powf(10, -6 * random.uniform()));
+                }
+                auto block_of = [&](size_t i) { return i / n * each + i % n / 256; };
+                for (size_t i = 0; i < all; i++) {
+                    before.m[i] = maps[codes[0][i]] * absmax[0][block_of(i)];
+                    before.v[i] = maps[256 + codes[1][i]] * absmax[1][block_of(i)];
+                }
+                Device d({tensor});
+                Buffer<uint8_t> m(all), v(all);
+                Buffer<float> m_absmax(blocks), v_absmax(blocks);
+                const float clip = t == 3 ? 0.37f : 1;
+                const AdamW a = hyper(seed, t + 7, t);
+                auto step = [&](bool skip) {
+                    d.write({before}, clip, skip);
+                    m.write(codes[0]), v.write(codes[1]), m_absmax.write(absmax[0]), v_absmax.write(absmax[1]);
+                    const Moments8 moments = {m.p, v.p, m_absmax.p, v_absmax.p, device_maps.p};
+                    adamw8_kernel<<<dim3(ceil_div(n, OPT_BLOCK), shares), 256>>>(d.table.t[0], moments, d.verdict.p, a, n);
+                    return d.read()[0];
+                };
+                const State after = step(false);
+                const std::vector<uint8_t> after_codes[2] = {m.read(), v.read()};
+                const std::vector<float> after_absmax[2] = {m_absmax.read(), v_absmax.read()};
+                std::vector<double> most[2], error[2];
+                most[0].resize(blocks), most[1] = error[0] = error[1] = most[0];
+                std::vector<Update> expected;
+                for (size_t i = 0; i < all; i++) {
+                    const float x = tensor.master ? before.master[i] : (float)before.param[i];
+                    expected.push_back(reference(before.grad[i], before.m[i], before.v[i], x, clip, tensor.decay, a));
+                    weight.weights(STOCHASTIC, tensor, a.seed, a.step, 0, i, expected[i].x, after);
+                    for (int k : {0, 1}) {
+                        const Real r = k ? expected[i].v : expected[i].m;
+                        most[k][block_of(i)] = std::max(most[k][block_of(i)], fabs(r.x));
+                        error[k][block_of(i)] = std::max(error[k][block_of(i)], r.error);
+                    }
+                }
+                for (int k : {0, 1}) {
+                    for (size_t b = 0; b < blocks; b++) scale.within(b, after_absmax[k][b], most[k][b], error[k][b]);
+                    for (size_t i = 0; i < all; i++) {
+                        const double of = after_absmax[k][block_of(i)], x = (k ? expected[i].v : expected[i].m).x;
+                        double nearest = INFINITY;
+                        for (int c = 0; c < 256; c++) nearest = std::min(nearest, fabs(maps[256 * k + c] * of - x));
+                        const int found = after_codes[k][i];
+                        if (k && found == 1) nearest = maps[257] * of;   // it may be nearer to 0
+                        code.within(i, fabs(maps[256 * k + found] * of - x), nearest, error[k][block_of(i)] + 8 * EPS32 * of);
+                        if (k) zero.is(found > 0 || x <= error[1][block_of(i)], "a v has become 0");
+                    }
+                }
+                again.is(after == step(false) && same_bits(m.read(), after_codes[0]) && same_bits(v.read(), after_codes[1]), "other bits");
+                skipped.is(before.param == step(true).param && same_bits(m.read(), codes[0]) && same_bits(v_absmax.read(), absmax[1]),
+                           "something has changed");
+            }
+    printf("AdamW in 8 bits\n");
+    report({&map, &scale, &code, &zero, &weight.master, &weight.weight, &again, &skipped});
+}
+
+// ---- tests of AdaLomo
+
+constexpr double LOMO_ROUNDINGS = 300 * EPS32;   // a lane adds up to 128 squares one after the other, and there are trees of these
+
+void test_adalomo(uint64_t seed) {
+    const char* bound = "300 roundings";
+    Property factors("AdaLomo: second moments of rows and columns", bound), squares("AdaLomo: the sum of all squares", bound),
+        again("AdaLomo: the same bits in a second run"),
+        nan("AdaLomo: a gradient that is not finite changes nothing, and is seen by the norm", "every bit");
+    Comparison weight = {{""}, {"AdaLomo: master copy, and the weight that is the nearest to it", bound},
+                         {"AdaLomo: weight", kFP32 ? bound : "every bit, where those leave no doubt"}};
+    const struct { size_t rows, cols, room; } shapes[] = {{1, 8, 1}, {1, 4096, 1}, {3, 264, 1}, {300, 40, 300}, {300, 40, 128}, {70, 2056, 70}, {513, 256, 100}};
+    Random random(seed, 30);
+    int number = 0;
+    for (auto& shape : shapes)
+        for (int t : {1, 5}) {
+            const size_t R = shape.rows, C = shape.cols, n = R * C;
+            const Tensor tensor = {n, number % 2 ? F32 : BF16, number++ % 3 == 0, t > 1 ? 0.1f : 0.0f, t > 1 ? ((size_t)1 << 33) + 8 : 0};
+            set_case("%zu x %zu, %zu rows at a time, step %d", R, C, shape.room, t);
+            State before = random_state(tensor, random, true);
+            for (size_t i = 0; i < n; i++)   // rows without a gradient, as an embedding has them
+                if (R > 4 && i / C % 3 == 1) before.grad[i] = 0;
+            std::vector<float> rows(R), cols(C);
+            for (float& r : rows) r = t == 1 ? 0 : powf(10, -8 * random.uniform());
+            for (float& c : cols) c = t == 1 ? 0 : powf(10, -8 * random.uniform());
+            const AdaLomo a = {t == 1 ? 0.05f : 0.5f, tensor.decay, (float)(1 - pow(t, -0.8)), seed, (uint64_t)t + 7};
+            Device d({tensor});
+            Buffer<float> v_rows(R), v_cols(C), scratch(LomoScratch::floats(R, C)), total(1);
+            GradBuffer part(shape.room * C, tensor.grad_type);
+            const OptTensor& o = d.table.t[0];
+            auto step = [&](const State& from) {
+                d.write({from});
+                v_rows.write(rows), v_cols.write(cols), total.write({1});
+                const bool parts = shape.room < R;
+                const LomoMatrix m = {o.param, parts ? part.grad() : o.grad, v_rows.p, v_cols.p, o.master, R, C, tensor.offset, tensor.decay, 0};
+                auto copy = [&](size_t first, size_t count) {
+                    const size_t bytes = dtype_size(tensor.grad_type);
+                    cudaCheck(cudaMemcpy(part.memory.p, (o.grad + first * C).p, count * C * bytes, cudaMemcpyDeviceToDevice));
+                };
+                adalomo(m, LomoScratch(scratch.p, R, C), total.p, a, shape.room, parts ? copy : std::function<void(size_t, size_t)>(), nullptr);
+                return d.read()[0];
+            };
+            const State after = step(before);
+            const std::vector<float> after_rows = v_rows.read(), after_cols = v_cols.read();
+            std::vector<double> r(R, LOMO_EPS1), c(C, LOMO_EPS1), x(n);
+            double sum = 0, mean = 0, weights = 0, updates = 0;
+            for (size_t i = 0; i < n; i++) {
+                const double g2 = (double)before.grad[i] * before.grad[i];
+                r[i / C] += g2 / C, c[i % C] += g2 / R, sum += g2;
+                x[i] = tensor.master ? before.master[i] : (float)before.param[i];
+                weights += x[i] * x[i] / n;
+            }
+            squares.within(0, total.read()[0], 1 + sum, LOMO_ROUNDINGS * (1 + sum));
+            for (size_t i = 0; i < R; i++) {
+                r[i] = a.beta2 * rows[i] + (1 - (double)a.beta2) * r[i], mean += r[i] / R;
+                factors.within(i, after_rows[i], r[i], LOMO_ROUNDINGS * r[i]);
+            }
+            for (size_t j = 0; j < C; j++) {
+                c[j] = a.beta2 * cols[j] + (1 - (double)a.beta2) * c[j];
+                factors.within(j, after_cols[j], c[j], LOMO_ROUNDINGS * c[j]);
+            }
+            auto u = [&](size_t i) { return before.grad[i] / sqrt(r[i / C] * c[i % C] / mean); };
+            for (size_t i = 0; i < n; i++) updates += u(i) * u(i) / n;
+            const double size = a.lr * std::max(1e-3, sqrt(weights)) / std::max(1.0, sqrt(updates));
+            for (size_t i = 0; i < n; i++)
+                weight.weights(STOCHASTIC, tensor, a.seed, a.step, 0, i,
+                               Real(x[i] - size * u(i) - (double)a.lr * tensor.decay * x[i], 2 * LOMO_ROUNDINGS * fabs(size * u(i)) + 4 * EPS32 * fabs(x[i])),
+                               after);
+            again.is(after == step(before) && same_bits(v_rows.read(), after_rows) && same_bits(v_cols.read(), after_cols), "other bits");
+            for (float value : {NAN, -INFINITY, 1e20f}) {
+                State broken = before;
+                broken.grad[n - 3] = value;
+                const State kept = step(broken);
+                nan.is(same_bits(kept.param, before.param) && same_bits(kept.master, before.master) && same_bits(v_rows.read(), rows) &&
+                           same_bits(v_cols.read(), cols), "something has changed");
+                nan.is(!std::isfinite(total.read()[0]), "the sum of squares is finite");
+            }
+        }
+    set_case("all weights");
+    weight.weight.is(weight.undecided * 50 <= weight.decided, "for too many it is not clear how they are to be rounded");
+    printf("AdaLomo\n");
+    report({&factors, &squares, &weight.master, &weight.weight, &again, &nan});
 }
 
 // What is no number goes where its element is and nowhere else; what overflows is still well defined.
@@ -741,6 +928,31 @@ void bench(const char* model, const Config& config) {
     t.row("AdamW, version 2: the trainer's, 8 elements a thread", 16 + 3 * X, [&] { adamw_2(plain, verdict.p, a); });
     t.row("AdamW, version 2 with a master copy", 24 + 2 * X, [&] { adamw_2(exact, verdict.p, a); });
     if (!kFP32) t.row("AdamW, version 2 with a master copy, gradients in fp32", 28 + X, [&] { adamw_2(wide, verdict.p, a); });
+    Buffer<uint8_t> codes(2 * m);
+    Buffer<float> absmax(2 * ceil_div(m, 256) + LORA_A), maps(512);
+    for (bool with_sign : {true, false})
+        cudaCheck(cudaMemcpy(maps.p + 256 * !with_sign, dynamic_map(with_sign).data(), 256 * sizeof(float), cudaMemcpyHostToDevice));
+    cudaCheck(cudaMemset(codes.p, 77, codes.bytes()));
+    absmax.fill(0, 1);
+    t.row("AdamW in 8 bits", 4 + 16.0 / 256 + 3 * X, [&] {
+        size_t at = 0, block = 0;
+        for (const OptTensor& tensor : plain.t) {
+            const Moments8 moments = {codes.p + at, codes.p + m + at, absmax.p + block, absmax.p + absmax.n / 2 + block, maps.p};
+            adamw8_kernel<<<ceil_div(tensor.n, OPT_BLOCK), 256>>>(tensor, moments, verdict.p, a, tensor.n);
+            at += tensor.n, block += ceil_div(tensor.n, 256);
+        }
+    });
+    // AdaLomo reads a gradient four times, a weight twice, and writes it; the rest is small. Layers lie below one another here.
+    Buffer<float> v_rows(m / VEC), v_cols(8 * (size_t)config.C), scratch(LomoScratch::floats(m / VEC, 8 * (size_t)config.C)), total(1);
+    v_rows.fill(1e-8f, 1e-6f), v_cols.fill(1e-8f, 1e-6f), total.fill();
+    t.row("AdaLomo", 7 * X, [&] {
+        for (const OptTensor& tensor : plain.t) {
+            const size_t cols = std::max<size_t>(VEC, param_shape(config, (int)tensor.stream).cols), rows = std::max<size_t>(1, tensor.n / cols);
+            const size_t some = std::min(cols, tensor.n);
+            adalomo({tensor.param, tensor.grad, v_rows.p, v_cols.p, nullptr, rows, some, 0, 0, tensor.stream},
+                    LomoScratch(scratch.p, rows, some), total.p, {1e-3f, 0, 0.9f, 1337, 1}, rows, nullptr, nullptr);
+        }
+    });
 }
 
 int main(int argc, char** argv) {
@@ -756,6 +968,8 @@ int main(int argc, char** argv) {
     test_known();
     test_edges();
     test_step(o.seed);
+    test_8bits(o.seed);
+    test_adalomo(o.seed);
     test_special(o.seed);
     test_far<float>(o.seed);
     test_far<__nv_bfloat16>(o.seed);

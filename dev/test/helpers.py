@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import struct
 import subprocess
@@ -23,6 +24,7 @@ FIXTURES = ROOT / "dev/test/fixtures"
 # ---- programs, as `make variants` leaves them ----------------------------------------------------
 
 NO_NVCC = "nvcc is not installed (CUDA Toolkit)"
+ON_GPU = os.environ.get("ON_GPU") == "1"   # dev/bench/gpu.sh check: tests that name a build for the CPU get the GPU's
 
 @functools.lru_cache(None)
 def nvcc():
@@ -39,6 +41,10 @@ def gpu():
 
 def program(variant, name="train_gpt2"):
     """The path of a built program. What this machine cannot build is a skip, what was not built a failure."""
+    if ON_GPU and not variant.startswith("gpu-"):
+        if not variant.startswith("cpu-") or "multi" in variant:
+            pytest.skip(f"{variant} is for the CPU alone")
+        variant = variant.replace("cpu-", "gpu-")
     if variant.startswith(("nvcc", "gpu")) and not nvcc():
         pytest.skip(NO_NVCC)
     if variant.startswith("gpu") and not gpu():
@@ -50,7 +56,24 @@ def program(variant, name="train_gpt2"):
         pytest.skip(f"make quick does not build {variant}")
     if not path.exists():
         pytest.fail(f"{path} was not built: make variants", pytrace=False)
-    return path
+    return without_tf32(path) if ON_GPU and "fp32" in variant and name.startswith("train") else path
+
+def without_tf32(path):
+    """A script that runs a trainer so that its fp32 is fp32, unless -f says otherwise: what tests expect is of the CPU."""
+    wrapper = path.parent / "exact" / path.name
+    if not wrapper.exists():
+        wrapper.parent.mkdir(exist_ok=True)
+        own = wrapper.with_name(f"{path.name}.{os.getpid()}")   # others may be writing it, too
+        own.write_text(f"""#!/bin/sh
+case " $* " in *" -f "*|*tf32*) exec {path} "$@";; *) exec {path} "$@" -f 0;; esac
+""")
+        own.chmod(0o755)
+        own.rename(wrapper)
+    return wrapper
+
+def allocated_peak(ran):
+    """What the CPU backend saw allocated at the most; a GPU has nobody who counts but the program."""
+    return ran.done["peak_bytes"] if ON_GPU else int(re.search(r"simt: peak (\d+) bytes", ran.err)[1])
 
 def library(name, package=None):
     """A Python library that some tests use, or a skip that says what would bring it."""

@@ -41,6 +41,9 @@ ONE_BY_ONE = {
     **{(f"{kernel}<4>", tensor): (2, False, HALVES)
        for kernel, tensors in (("rope_kernel", ["qkv"]), ("qk_norm_rope_kernel", ["qkv", "k_gamma or q_gamma"]),
                                ("qk_norm_rope_backward_kernel", ["qkv", "d", "gamma"])) for tensor in tensors},
+    ("adamw8_kernel", "q"): (6, False, "a thread's 8 codes, all of them in one load, a scale for a warp's 256, and the maps, once per block"),
+    ("lomo_rows_kernel<1>", "m"): (1, True, "a row's factor"), ("lomo_kernel", "m"): (1, True, "a row's factor"),
+    ("lomo_factors_kernel", "m"): (2, False, "neighbouring lanes, neighbouring floats"), ("lomo_factors_kernel", "square_sum"): (1, False, "one float"),
     ("widen_kernel", "inp"): (1, False, "once, before the first step"),
     ("sum_kernel", "x"): (ANY, False, "neighbouring lanes, neighbouring floats"),
     ("attention_forward_tc_kernel", "qkv"): (ANY, True, FRAGMENT),

@@ -40,7 +40,7 @@ def test_dry_run_needs_no_gpu_and_names_every_program():
         names = [job.name for job in jobs(ARGUMENTS, gpu.Machine())]
         assert len(set(names)) == len(names)
 
-ARGUMENTS = SimpleNamespace(models=[gpu.SMALL, gpu.LARGE], steps=gpu.STEPS, warmup=gpu.WARMUP, pytest=True, python="python3", llmc=None)
+ARGUMENTS = SimpleNamespace(models=[gpu.SMALL, gpu.LARGE], steps=gpu.STEPS, warmup=gpu.WARMUP, pytest=[], python="python3", llmc=None)
 
 def test_the_trainer_takes_every_command():
     """Every run of bench and peers, asked of the CPU build of the same variant for its memory."""

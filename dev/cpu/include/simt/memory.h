@@ -26,6 +26,7 @@ constexpr size_t kAlignment = 256;            // cudaMalloc's
 struct Memory {
     std::map<char*, Allocation> blocks;
     size_t now = 0, peak = 0;                 // device bytes
+    size_t pinned_now = 0, pinned_peak = 0;   // of the host
     std::mutex mutex;
 
     // The allocation that p points into (or to the end of), or blocks.end()
@@ -63,7 +64,9 @@ inline void check_canaries(const char* found_by) {
 inline void at_exit() {
     finish_streams();
     check_canaries("the end of the program");
-    if (options.report) fprintf(stderr, "simt: peak %zu bytes, now %zu bytes\n", memory().peak, memory().now);
+    if (options.report)
+        fprintf(stderr, "simt: peak %zu bytes, now %zu bytes; of the host, pinned: peak %zu, now %zu\n", memory().peak, memory().now,
+                memory().pinned_peak, memory().pinned_now);
 }
 // A program that never allocates still gets its report line.
 inline const bool memory_is_reported = (memory(), true);
@@ -83,9 +86,10 @@ inline cudaError_t allocate(void** result, size_t bytes, bool device, Site site)
     if (device) {
         if (options.poison) memset(p, 0xff, bytes);
         if (guard) fill_canary(p - guard, guard), fill_canary(p + bytes, guard);
-        m.now += bytes;
-        if (m.now > m.peak) m.peak = m.now;
     } else if (options.poison && streams_queue()) memset(p, 0xff, bytes);      // a host that reads before the copy shows
+    size_t &now = device ? m.now : m.pinned_now, &peak = device ? m.peak : m.pinned_peak;
+    now += bytes;
+    if (now > peak) peak = now;
     m.blocks[p] = {bytes, site, device};
     *result = p;
     return cudaSuccess;
@@ -102,7 +106,7 @@ inline cudaError_t release(void* p, bool device, const char* function, Site site
         return set_error(cudaErrorInvalidValue);
     }
     check_canary(i->first, i->second, function);
-    if (device) m.now -= i->second.bytes;
+    (device ? m.now : m.pinned_now) -= i->second.bytes;
     m.blocks.erase(i);
     free((char*)p - (device ? kGuard : 0));
     return cudaSuccess;
