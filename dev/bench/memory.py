@@ -26,12 +26,13 @@ BUILDS = {"exact": "cpu-bf16", "MS_NORM=1": "cpu-norm-bf16", "USE_APPROXBP=1": "
 SAVINGS = ["-r 0", "-r 1", "-r 2", "-r 3", "-r 4", "-r 4 --offload 1"]
 PANELS = {  # title: (program, model and shape, {recipe: options})
     "Llama-3.1-8B, 2 x 2048 tokens": ("train_llama", "-e llama3.1-8b -b 2 -t 2048",
-                                      {"full": "", "LoRA": "--lora 8", "QLoRA": "--lora 8 --base nf4"}),
-    "GPT-2 124M, 64 x 1024 tokens": ("train_gpt2", "-e d12 -b 64 -t 1024", {"full": "", "LoRA q,v": "--lora 8 --lora-targets q,v"}),
+                                      {"full, AdamW": "", "full, AdaLomo": "--optimizer adalomo -w 0", "LoRA": "--lora 8",
+                                       "QLoRA": "--lora 8 --base nf4"}),
+    "GPT-2 124M, 64 x 1024 tokens": ("train_gpt2", "-e d12 -b 64 -t 1024", {"full, AdamW": "", "full, AdamW in 8 bits": "--optimizer adamw8", "LoRA q,v": "--lora 8 --lora-targets q,v"}),
 }
 # torchtune's README: 8B, batch 2, packed to 2048, compile, checkpointing, in GiB. Checkpointing computes a
 # block's matmuls a second time: 2 operations a weight and token, to the 6 of full training or the 4 of an adapter's.
-PUBLISHED = {"Llama-3.1-8B, 2 x 2048 tokens": [("full", 1 / 3, 18.9), ("LoRA", 1 / 2, 16.2), ("QLoRA", 1 / 2, 7.4)]}
+PUBLISHED = {"Llama-3.1-8B, 2 x 2048 tokens": [("full, AdaLomo", 1 / 3, 18.9), ("LoRA", 1 / 2, 16.2), ("QLoRA", 1 / 2, 7.4)]}
 
 # ---- longest.png. Published: docs.unsloth.ai, basics/unsloth-benchmarks: QLoRA r=32 on all matrices, batch 1; None: out of memory
 SIZES = [8, 12, 16, 24, 40, 48, 80]
@@ -107,14 +108,14 @@ def draw_recipes(panels, path):
     plt = pyplot()
     figure, axes = plt.subplots(1, len(panels), figsize=(10, 4.6), constrained_layout=True)
     for ax, (title, found) in zip(axes, panels.items()):
-        recipes = dict(zip(PANELS[title][2], ("tab:blue", "tab:orange", "tab:green")))
+        recipes = dict(zip(PANELS[title][2], ("tab:blue", "tab:purple", "tab:orange", "tab:green")))
         for (recipe, build), of in found.items():
             marker, style = {"exact": ("o", "-"), "MS_NORM=1": ("s", "--"), "USE_APPROXBP=1": ("^", ":")}[build]
             ax.plot([100 * x for x, _ in of], [y / 2**30 for _, y in of], style, marker=marker, color=recipes[recipe], markersize=4, linewidth=1,
                     label=f"{recipe}, {build}")
         for recipe, share, size in PUBLISHED.get(title, []):
             ax.plot(100 * share, size, "*", color=recipes[recipe], markersize=11, markeredgecolor="black",
-                    label="torchtune, published" if recipe == "full" else None)
+                    label="torchtune, published" if recipe == "QLoRA" else None)
         ax.set(title=title, xlabel="matmuls computed again, % of a step's", yscale="log")
         top = max(y for of in found.values() for _, y in of) / 2**30
         low = min(y for of in found.values() for _, y in of) / 2**30

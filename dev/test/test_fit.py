@@ -12,6 +12,7 @@ from helpers import ROOT, execute, program, says, words
 GIB, RESERVE = 2**30, 0.75 * 2**30
 LLAMA, GPT2 = "llama3.1-8b", "gpt2-xl"
 TRAINER = {LLAMA: "train_llama", GPT2: "train_gpt2"}
+RECIPES = ["full, adamw", "full, adamw8", "full, adalomo", "LoRA", "QLoRA"]
 SAVINGS = ["-r 1", "-r 2", "-r 4", "-r 4 --offload 1"]
 PLAN = ["batch", "seq_len", "device_bytes", "host_bytes", "recompute_share", "beyond_trained", "command"]
 
@@ -40,7 +41,7 @@ def auto(command):
 def test_each_plan_is_what_estimate_says_and_the_next_one_does_not_fit(model, size, more):
     table = fit(TRAINER[model], f"--fit={size}G,json", "-e", model, *more)
     assert table["size_bytes"] == size * GIB and table["reserve_bytes"] == RESERVE and table["model"] == model
-    assert [r["recipe"] for r in table["recipes"]] == [name for name in ("full", "LoRA", "QLoRA") for _ in SAVINGS]
+    assert [r["recipe"] for r in table["recipes"]] == [name for name in RECIPES for _ in SAVINGS]
     room, seen = size * GIB - RESERVE, 0
     for found in table["recipes"]:
         for kind in ("largest_batch", "longest_sequence"):
@@ -64,15 +65,15 @@ def test_each_plan_is_what_estimate_says_and_the_next_one_does_not_fit(model, si
 
 def test_what_does_not_fit_is_a_dash_and_null():
     table = fit("train_llama", "--fit", "24G,json", "-e", LLAMA)
-    assert row(table, "full", "-r 1")["largest_batch"] is row(table, "full", "-r 1")["longest_sequence"] is None
+    assert row(table, "full, adamw", "-r 1")["largest_batch"] is row(table, "full, adamw", "-r 1")["longest_sequence"] is None
     assert estimate("train_llama -e llama3.1-8b -r 1 -b 1 -t 256 --loss-chunks 1")["total_bytes"] > 24 * GIB - RESERVE
     text = run("train_llama", "--fit", "24G", "-e", LLAMA).out
-    assert re.search(r"^full +-r 1 +- +-\s*$", text, re.M) and "24.00 GiB, less 0.75 in reserve for the driver and the libraries" in text
+    assert re.search(r"^full, adamw +-r 1 +- +-\s*$", text, re.M) and "24.00 GiB, less 0.75 in reserve for the driver and the libraries" in text
 
 @pytest.mark.parametrize("model, size", [(LLAMA, 24), (GPT2, 16)])
 def test_the_text_has_what_the_json_has(model, size):
     text, table = run(TRAINER[model], "--fit", f"{size}G", "-e", model).out, fit(TRAINER[model], f"--fit={size}G", "--fit=json", "-e", model)
-    lines = [line.split() for line in re.findall(r"^(?:full|LoRA|QLoRA) .*$", text, re.M)]
+    lines = [line.split() for line in re.findall(r"^(?:full|LoRA|QLoRA)\b.* -r .*$", text, re.M)]
     assert len(lines) == len(table["recipes"])
     for line, found in zip(lines, table["recipes"]):
         numbers = [x for x in line if re.fullmatch(r"\d+\*?|-", x)]  # the levels of -r and of --offload come first
@@ -90,6 +91,8 @@ def test_beyond_what_a_model_was_made_for():
         plan = found["longest_sequence"]
         assert plan is None or plan["beyond_trained"] == (plan["seq_len"] > 131072)
     assert row(table, "QLoRA", "--offload 1")["longest_sequence"]["beyond_trained"]
+    assert row(table, "full, adalomo", "--offload 1")["longest_sequence"]["command"].startswith(
+        "./train_llama -e llama3.1-8b --optimizer adalomo -w 0 -r 4 --offload 1 -b 1 -t ")
     assert "* beyond the 131072 positions that the model was made for" in run("train_llama", "--fit=80G", "-e", LLAMA).out
     text = run("train_gpt2", "--fit=80G", "-e", "gpt2:L2,H2,C32,T1000,V257").out
     assert "no sequence is longer than 1000" in text and "-b 1 -t 1000 " in text and "*" not in text
@@ -102,7 +105,7 @@ def test_a_directory_and_the_options_beside(tmp_path):
     table = fit("train_llama", "--fit", "2G,json", "-e", folder, "--lora", 4, "--lora-targets", "q,v", "-w", 0)
     plan = row(table, "QLoRA", "-r 2")["longest_sequence"]
     assert shlex.split(plan["command"])[:3] == ["./train_llama", "-e", folder] and "--lora 4 --base nf4 -r 2" in plan["command"]
-    assert "--lora-targets q,v" in plan["command"] and "--lora" not in row(table, "full", "-r 2")["longest_sequence"]["command"]
+    assert "--lora-targets q,v" in plan["command"] and "--lora" not in row(table, "full, adamw", "-r 2")["longest_sequence"]["command"]
     assert all("-w 0" in r["longest_sequence"]["command"] for r in table["recipes"])
     assert estimate(plan["command"])["total_bytes"] == plan["device_bytes"] <= 2 * GIB - RESERVE
 
@@ -135,6 +138,7 @@ EXPECTED = "expected one size in GiB (2^30 bytes), more than the 0.75 that drive
     (["--fit=8G,16G"], ["--fit 16G: expected one size"]), (["--fit=-8G"], ["--fit -8G: expected one size"]),
     (["--fit", "8G", "-r", 4], ["-r: not with --fit", "leave one of them out"]),
     (["--fit", "8G", "--base", "nf4"], ["--base: not with --fit"]),
+    (["--fit", "8G", "--optimizer", "adamw8"], ["--optimizer: not with --fit"]),
     (["--fit", "8G", "--estimate"], ["--estimate: not with --fit"]),
     (["-x", 0, "--fit"], ["-x 0: --fit is about training"])])
 def test_errors(trainer, given, message):
@@ -145,7 +149,8 @@ def test_errors(trainer, given, message):
 QLORA = "-e llama3.1-8b --base nf4 --lora 32 -b 1 -r 4 --offload 1"
 
 def test_the_longest_context_of_each_card():
-    """The slope is what one layer needs of all its tokens; nothing else grows with them."""
+    """The slope is what one layer needs of all its tokens; nothing else grows with them. And all of an 8B model is trained on 24 GiB."""
+    assert estimate("train_llama -e llama3.1-8b --optimizer adalomo -w 0 -b 1 -t 32768 -r 4 --offload 1")["total_bytes"] < 24 * GIB - RESERVE
     def total(model, T):
         return estimate(f"train_llama {QLORA.replace('llama3.1-8b', model)} -t {T}")["total_bytes"]
     assert (total("llama3.1-8b", 131072) - total("llama3.1-8b", 65536)) / 65536 <= 57344
