@@ -49,20 +49,22 @@ L layers, rows = B*T. All matrices are row-major; a weight is (out, in) as in Py
 
 ONE BLOCK, from top to bottom; backward goes up. "Kept" is what forward leaves for backward, in units of B*T*C elements.
 
-                                                                           exact                APPROX_   MS_     both, that is
-    tensor            shape      is                                        -r 0   -r 1   -r 2   ACT=2     NORM=1  USE_APPROXBP=1
+                                                                             exact                         APPROX_  MS_     both, that is
+    tensor            shape      is                                          -r 0  -r 1  -r 2  -r 3  -r 4  ACT=2    NORM=1  USE_APPROXBP=1
     resid ----.       B,T,C      what comes in: resid_out of the block before
-    ln1       |       B,T,C      norm(resid), gamma ln1w, beta ln1b          1      1      .      1        1 (z)    1 (z)
-    qkv       |       B,T,3C     ln1 qkvw^T + qkvb                           3      3      3      3        3        3
-    atty      |       B,T,C      attention(qkv)                              1      1      1      1        1        1
-    resid_mid +       B,T,C      resid + atty attprojw^T + attprojb          1      1      1      1        .        .
-    ln2       |       B,T,C      norm(resid_mid), gamma ln2w, beta ln2b      1      1      .      1        1 (z)    1 (z)
-    fch       |       B,T,4C     ln2 fcw^T + fcb                             4      4      4      0.5      4        0.5
-    fch_gelu  |       B,T,4C     GELU(fch)                                   4      .      .      4        4        4
-    resid_out +       B,T,C      resid_mid + fch_gelu fcprojw^T + fcprojb    1      1      1      1        .        .
-                                                                            16     12     10     12.5     14       10.5
+    ln1       |       B,T,C      norm(resid), gamma ln1w, beta ln1b          1     1     .     .     .     1        1 (z)   1 (z)
+    qkv       |       B,T,3C     ln1 qkvw^T + qkvb                           3     3     3     3     .     3        3       3
+    atty      |       B,T,C      attention(qkv)                              1     1     1     1     .     1        1       1
+    resid_mid +       B,T,C      resid + atty attprojw^T + attprojb          1     1     1     1     .     1        .       .
+    ln2       |       B,T,C      norm(resid_mid), gamma ln2w, beta ln2b      1     1     .     .     .     1        1 (z)   1 (z)
+    fch       |       B,T,4C     ln2 fcw^T + fcb                             4     4     4     .     .     0.5      4       0.5
+    fch_gelu  |       B,T,4C     GELU(fch)                                   4     .     .     .     .     4        4       4
+    resid_out +       B,T,C      resid_mid + fch_gelu fcprojw^T + fcprojb    1     1     1     1     1     1        .       .
+                                                                             16    12    10    6     1     12.5     14      10.5
 
-A tensor marked . is not kept: backward computes it again (-r), or does not need it. MS_NORM=1 with -r 1 keeps 10. With adapters
+A tensor marked . is not kept: backward computes it again (-r), or does not need it. MS_NORM=1 with -r 1 keeps 10. -r 3 multiplies
+by fcw twice, and -r 4 computes the whole block again, from resid: all but attention in chunks of rows (--row-chunks), so that one
+layer's qkv and atty are what is left; with --offload 1 the streams between the blocks wait on the host meanwhile. With adapters
 (--lora; section 7, "a linear layer") an input of a matmul is kept where that matmul has an adapter whose A is trained. So with
 adapters that leave fcproj alone, or with A frozen, fch_gelu is not kept, and USE_APPROXBP=1 keeps 6.5.
 Nothing here uses a float atomic and every sum has one fixed order, so two runs with one seed, batch and number of loss chunks are
@@ -6806,7 +6808,7 @@ void choose_plan(Run& run, size_t data_batch) {
     if (micro_batches(run, B) == 0)
         bad_option("total-batch", "expected a multiple of batch * seq-len * GPUs = %lld * %lld * %d = %lld", (long long)B, (long long)s.T,
                    world.size, (long long)BT * world.size);
-    if (plan.optimizer == ADALOMO && micro_batches(run, B) > 1)
+    if (s.optimizer == ADALOMO && micro_batches(run, B) > 1)
         bad_option("total-batch", "adalomo updates a layer as soon as it has a gradient, so a step is one micro-batch; expected batch * seq-len * "
                    "GPUs = %lld (a larger --batch, with -r 4 for the memory), or --optimizer adamw8", (long long)BT * world.size);
     if (s.row_chunks > BT) bad_option("row-chunks", "a micro-batch has %lld rows, so expected at most that", (long long)BT);

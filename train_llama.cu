@@ -51,23 +51,25 @@ the matmuls of the MLP, V vocabulary, Vp the vocabulary padded to a multiple of 
 row of queries, keys and values. All matrices are row-major; a weight is (out, in) as in PyTorch.
 
 ONE BLOCK, from top to bottom; backward goes up. "Kept" is what forward leaves for backward, in units of B*T*C elements, with
-q = NH HS / C, which is mostly 1, k = NKV HS / C and f = F / C. The sums are for Llama 3.1 8B: k = 0.25, f = 3.5.
+q = NH HS / C, which is mostly 1, k = NKV HS / C and f = F / C. The sums are for Llama 3.1 8B: k = 0.25, f = 3.5; of the builds at -r 1.
 
-                                                                         exact                 APPROX_   MS_       both, that is
-    tensor            shape      is                                      -r 0    -r 1   -r 2   ACT=2 -r1 NORM=1-r1 USE_APPROXBP=1 -r 1
-    resid ----.       B,T,C      what comes in: resid_out of the block before
-    ln1       |       B,T,C      norm(resid), gamma ln1w                 1       1      .      1         1 (z)     1 (z)
-    qkv       |       B,T,QKV    ln1 qkvw^T + qkvb; q, k turned          q + 2k  q + 2k q + 2k q + 2k    q + 2k    q + 2k
-    atty      |       B,T,NH HS  attention(qkv)                          q       q      q      q         q         q
-    resid_mid +       B,T,C      resid + atty attprojw^T                 1       1      1      1         .         .
-    ln2       |       B,T,C      norm(resid_mid), gamma ln2w             1       1      .      1         1 (z)     1 (z)
-    gateup    |       B,T,2F     ln2 gateupw^T: gate, and beside it up   2f      2f     2f     2.125f    2f        2.125f
-    h         |       B,T,F      silu(gate) up                           f       .      .      .         .         .
-    resid_out +       B,T,C      resid_mid + h downw^T                   1       1      1      1         .         .
-                                                                         17      13.5   11.5   13.9      11.5      11.9
+                                                                    exact                             APPROX_  MS_     both, that is
+    tensor        shape      is                                     -r 0   -r 1   -r 2   -r 3   -r 4  ACT=2    NORM=1  USE_APPROXBP=1
+    resid ----.   B,T,C      what comes in: resid_out of the block
+    ln1       |   B,T,C      norm(resid), gamma ln1w                1      1      .      .      .     1        1 (z)   1 (z)
+    qkv       |   B,T,QKV    ln1 qkvw^T + qkvb; q, k turned         q + 2k q + 2k q + 2k q + 2k .     q + 2k   q + 2k  q + 2k
+    atty      |   B,T,NH HS  attention(qkv)                         q      q      q      q      .     q        q       q
+    resid_mid +   B,T,C      resid + atty attprojw^T                1      1      1      1      .     1        .       .
+    ln2       |   B,T,C      norm(resid_mid), gamma ln2w            1      1      .      .      .     1        1 (z)   1 (z)
+    gateup    |   B,T,2F     ln2 gateupw^T: gate, and beside it up  2f     2f     2f     .      .     2.125f   2f      2.125f
+    h         |   B,T,F      silu(gate) up                          f      .      .      .      .     .        .       .
+    resid_out +   B,T,C      resid_mid + h downw^T                  1      1      1      1      1     1        .       .
+                                                                    17     13.5   11.5   4.5    1     13.9     11.5    11.9
 
 A tensor marked . is not kept: backward computes it again (-r), or does not need it. Codes of SiLU's input come on top here: whatever
 gives silu(gate) gives its derivative too, so that exact backward needs gate and up and nothing else (section 3). What pays is MS_NORM=1.
+-r 3 multiplies by gateupw twice, and -r 4 computes the whole block again, from resid: all but attention in chunks of rows (--row-chunks),
+so that one layer's qkv and atty are what is left; with --offload 1 the streams between the blocks wait on the host meanwhile.
 With adapters (--lora; section 7, "a linear layer") an input of a matmul is kept where that matmul has an adapter whose A is trained;
 the same sums come out where all have one. Frozen weights have neither gradients nor optimizer state.
 Nothing here uses a float atomic and every sum has one fixed order, so two runs with one seed, batch and number of loss chunks are
@@ -7052,7 +7054,7 @@ void choose_plan(Run& run, size_t data_batch) {
     if (micro_batches(run, B) == 0)
         bad_option("total-batch", "expected a multiple of batch * seq-len * GPUs = %lld * %lld * %d = %lld", (long long)B, (long long)s.T,
                    world.size, (long long)BT * world.size);
-    if (plan.optimizer == ADALOMO && micro_batches(run, B) > 1)
+    if (s.optimizer == ADALOMO && micro_batches(run, B) > 1)
         bad_option("total-batch", "adalomo updates a layer as soon as it has a gradient, so a step is one micro-batch; expected batch * seq-len * "
                    "GPUs = %lld (a larger --batch, with -r 4 for the memory), or --optimizer adamw8", (long long)BT * world.size);
     if (s.row_chunks > BT) bad_option("row-chunks", "a micro-batch has %lld rows, so expected at most that", (long long)BT);
