@@ -3189,7 +3189,7 @@ const floatX* model_param(const Model& model, int p, int l) {
 // With an update that is fused into backward, all layers share the gradients of matrices. Those of vectors, which are small, stand for
 // each: where biases belong to the gradient of the stream, the layer above makes them.
 bool shares_grad(const Plan& plan, const ParamShape& s) { return plan.fuses() && s.in_layer && s.cols > 0; }
-// In chunks of rows the gradient of a layer's matrix is a sum over them in fp32, for one layer at a time; layer_end rounds it to its place.
+// In chunks of rows the gradient of a matrix is a sum over them in fp32, for one layer at a time; layer_end rounds it to its place.
 // (A vector's gradient, one that all layers share, and a sum over micro-batches is fp32 in any case.)
 bool sums_layer(const Model& model, int p) {
     const ParamShape s = param_shape(model.config, p);
@@ -7103,13 +7103,15 @@ void count_steps(Run& run) {
 // Ways to train, as options and what they are set to; and ways to keep less, for each of them.
 using Values = std::vector<std::pair<const char*, int64_t>>;
 const struct { const char* name; Values values; } FIT_RECIPES[] = {
-    {"full", {}},
+    {"full, adamw", {}},
+    {"full, adamw8", {{"optimizer", ADAMW8}}},
+    {"full, adalomo", {{"optimizer", ADALOMO}, {"master-weights", 0}}},
     {"LoRA", {{"lora", 16}}},
     {"QLoRA", {{"lora", 16}, {"base", 1}}},
 };
 const Values FIT_SAVINGS[] = {{{"recompute", 1}}, {{"recompute", 2}}, {{"recompute", 4}}, {{"recompute", 4}, {"offload", 1}}};
-const std::vector<std::string> FIT_OWN = {"batch", "total-batch", "recompute", "offload", "base", "double-quant",   // what recipes choose,
-                                          "adapter", "resume", "merge", "estimate"};                                // or is another task
+const std::vector<std::string> FIT_OWN = {"batch", "total-batch", "optimizer", "recompute", "offload", "base", "double-quant",   // what recipes choose,
+                                          "adapter", "resume", "merge", "estimate"};                                             // or is another task
 constexpr double GIB = 1 << 30, FIT_RESERVE = 0.75;   // GiB: what the driver and libraries may take where it was not measured
 
 struct FitAsked { double size; bool json; };   // GiB, or 0: what is free on the device
@@ -7180,6 +7182,7 @@ std::vector<FitRow> fit_rows(Run& run, size_t room) {
             for (const Values* values : {&recipe.values, &saving})
                 for (auto [name, value] : *values) {
                     Option& o = option(name);
+                    if (o.value != &s.lora && given(name)) continue;   // what was asked for counts
                     o.set(o.value == &s.lora ? before.lora : value);
                     (values == &saving ? row.saving : row.options) += std::string(" ") + (*o.alias ? o.alias : "--" + std::string(name)) +
                                                                       " " + o.text(o.number());
@@ -7248,12 +7251,12 @@ void fit_print(const Run& run, const std::vector<FitRow>& rows, const Config& c,
            kMsNorm || kActBits ? "in the modes of this build" : "exact");
     printf("memory     %.2f GiB%s, less %.2f %s\n\n", size / GIB, asked ? "" : " that are free", reserve / GIB,
            asked ? "in reserve for the driver and the libraries" : "for what libraries load later");
-    printf("%-6s %-18s %10s %8s %9s %12s %9s %9s\n", "", "", ("batch at"), "matmuls", "GiB of", "longest T", "matmuls", "GiB of");
-    printf("%-6s %-18s %10s %8s %9s %12s %9s %9s\n", "", "", ("-t " + std::to_string(run.s.T)).c_str(), "again", "the host", "at -b 1", "again",
+    printf("%-14s %-18s %10s %8s %9s %12s %9s %9s\n", "", "", "batch at", "matmuls", "GiB of", "longest T", "matmuls", "GiB of");
+    printf("%-14s %-18s %10s %8s %9s %12s %9s %9s\n", "", "", ("-t " + std::to_string(run.s.T)).c_str(), "again", "the host", "at -b 1", "again",
            "the host");
     bool beyond = false;
     for (const FitRow& row : rows) {
-        printf("%-6s%-19s", row.recipe.c_str(), row.saving.c_str());
+        printf("%-14s%-19s", row.recipe.c_str(), row.saving.c_str());
         for (int i = 0; i < 2; i++) {
             const FitPlan& p = row.plans[i];
             const bool marked = p.T > c.maxT;
