@@ -1502,9 +1502,12 @@ struct Nf4Host {
             for (size_t i = first; i < end; i++) most = std::max(most, fabsf(w[i]));
             const float scale = 1.0f / most;   // of zeros: infinite, and 0 times it is NaN, whose index is 0
             absmax.push_back(most);
-            for (size_t i = first; i < end; i += 2)
-                codes.push_back(
-                    (uint8_t)(nf4_nearest(w[i] * scale, NF4_BORDERS, 15) << 4 | nf4_nearest(w[i + 1] * scale, NF4_BORDERS, 15)));
+            float x[NF4_BLOCK] = {};
+            int index[NF4_BLOCK] = {};   // the nearest value's: border by border for all, without a branch, since a model has billions
+            for (size_t i = first; i < end; i++) x[i - first] = w[i] * scale;
+            for (float border : NF4_BORDERS)
+                for (int i = 0; i < NF4_BLOCK; i++) index[i] += x[i] > border;
+            for (size_t i = 0; i < end - first; i += 2) codes.push_back((uint8_t)(index[i] << 4 | index[i + 1]));
         }
     }
     void finish(bool twice, const float* tables) {   // twice: double quantization
