@@ -285,10 +285,10 @@ def written(command):
 ERROR = r"^=+ (Invalid|Uninitialized|Error: Race|Warning: Race)"  # as compute-sanitizer says it
 
 def state(job, done):
-    """What ran out of time without an error has neither passed nor failed, nor has a sanitizer that does not know the GPU."""
+    """What ran out of time without an error has neither passed nor failed, nor has a sanitizer that does not know the GPU or fails itself."""
     if done.status == 0 and re.search(job.expect, done.text, re.M):
         return "ok"
-    no_answer = done.timed_out or "Device not supported" in done.text
+    no_answer = done.timed_out or re.search("Device not supported|Internal Sanitizer Error", done.text)
     return "unfinished" if no_answer and not re.search(ERROR, done.text, re.M) else "failed"
 
 def load(file):
