@@ -1449,8 +1449,9 @@ const float NF4_VALUES[16] = {
 std::vector<float> dynamic_map(bool with_sign) {
     std::vector<float> map = {0, 1};
     for (int decade = 0; decade < 7; decade++) {
-        const int n = (1 << (decade + !with_sign)) + 1;   // from 0.1 to 1, of which neighbours' means count, as torch.linspace makes them in fp32:
-        const float step = (1.0f - 0.1f) / (n - 1);   // from the nearer end, rounded once
+        // from 0.1 to 1, of which neighbours' means count, as torch.linspace makes them in fp32: from the nearer end, rounded once
+        const int n = (1 << (decade + !with_sign)) + 1;
+        const float step = (1.0f - 0.1f) / (n - 1);
         auto point = [&](int i) { return i < n / 2 ? fmaf(step, (float)i, 0.1f) : fmaf(-step, (float)(n - 1 - i), 1.0f); };
         for (int i = 0; i + 1 < n; i++) {
             const float value = (float)pow(10.0, decade - 6) * ((point(i) + point(i + 1)) / 2.0f);
@@ -2006,7 +2007,7 @@ attention_backward_dkv_tc_kernel(bf16* dkv, int dkv_stride, float* partial, cons
         const float* from = (thread < TC_ROWS ? lse : delta) + shape.lse_at(block.b, h, t0 + row);
         cp_async<4>(shared_address((float*)row_statistics[stage][thread / TC_ROWS] + row), from, t0 + row < T);
         if (DOCS && thread <= TC_ROWS)
-            cp_async<4>(shared_address(&row_documents[stage][thread]), documents.first + (size_t)block.b * T + t0 + thread,
+            cp_async<4>(shared_address(&row_documents[stage][thread]), documents.first + (block.b * T + t0 + thread),   // < 2^30
                         t0 + thread < T);
     };
     const int first_head = block.h * shape.group(), last_head = first_head + shape.group() - 1;   // that share these keys
@@ -2345,8 +2346,8 @@ __global__ void adamw8_kernel(OptTensor tensor, Moments8 q, const Verdict* verdi
     if (at >= share) return;
     uint64_t codes_m = 0, codes_v = 0;
     for (int k = 0; k < VEC; k++) {
-        const int code_m = nearest8(maps[0], most_m > 0 ? m[k] / most_m : 0.0f), code_v = nearest8(maps[1], most_v > 0 ? v[k] / most_v : 0.0f);
-        codes_m |= (uint64_t)code_m << 8 * k;
+        const int code_v = nearest8(maps[1], most_v > 0 ? v[k] / most_v : 0.0f);
+        codes_m |= (uint64_t)nearest8(maps[0], most_m > 0 ? m[k] / most_m : 0.0f) << 8 * k;
         codes_v |= (uint64_t)(code_v == 0 && v[k] > 0 ? 1 : code_v) << 8 * k;
     }
     *(uint64_t*)(q.m + i) = codes_m, *(uint64_t*)(q.v + i) = codes_v;
@@ -2388,7 +2389,9 @@ struct LomoScratch {
         : state((LomoState*)p), cols(p + 8), partial(p + 8 + cols), rows(partial + COLSUM_SLICES * cols), weights(this->rows + rows) {}
     static size_t floats(size_t rows, size_t cols) { return 8 + cols * (1 + COLSUM_SLICES) + 2 * rows; }
 };
-__device__ inline float lomo_row_factor(const LomoMatrix& m, const LomoState* s, size_t row) { return sqrtf(s->mean_rows / m.v_rows[row]); }
+__device__ inline float lomo_row_factor(const LomoMatrix& m, const LomoState* s, size_t row) {
+    return sqrtf(s->mean_rows / m.v_rows[row]);
+}
 __device__ inline Floats lomo_update(const LomoMatrix& m, Floats g, float row_factor, size_t c) {   // u, from column c on
     Floats v = load(m.v_cols + c);
     for (int k = 0; k < VEC; k++) g[k] *= row_factor * rsqrtf(v[k]);
@@ -2980,7 +2983,7 @@ struct Model : BlockBuffers {
     cudaEvent_t wte_copied[2];
     int wte_turn;
     int* host_tokens;
-    // --offload: the stream before each block but the first two buffers' (L, B, T, C), and where it is on the device: block l reads
+    // --offload: the stream before each block but the last (L - 1, B, T, C), and where it is on the device: block l reads
     // stream_at[l % 2] and writes the other; the stream of copies; when what comes is there, and when a copy of each buffer is done.
     floatX *host_stream, *stream_at[2];
     cudaStream_t copies;
@@ -3155,12 +3158,12 @@ void table_add_params(Table& table, Model& model) {
         } else {
             const bool bytes = plan.optimizer == ADAMW8 && s.cols > 0;
             const size_t blocks = world_shards(n) ? q8_blocks(shard_size(n), shard_size(n)) : q8_blocks(n, world_share(n));
-            for (bool m : {true, false}) {
-                add(m ? "m_" : "v_", p, m ? &model.m[p] : &model.v[p], bytes ? BYTE : F32, true, OPTIMIZER,
-                    bytes ? "--zero 1 on several GPUs" : "--optimizer adamw8; --zero 1 on several GPUs");
-                if (bytes)
-                    add_state(std::string(m ? "m_" : "v_") + s.name + "_absmax", m ? &model.m_absmax[p] : &model.v_absmax[p], F32, {blocks});
-            }
+            auto add_moment = [&](const char* prefix, void** moment, float** absmax) {
+                add(prefix, p, moment, bytes ? BYTE : F32, true, OPTIMIZER, bytes ? "--zero 1 on several GPUs" : "--optimizer adamw8");
+                if (bytes) add_state(std::string(prefix) + s.name + "_absmax", absmax, F32, {blocks});
+            };
+            add_moment("m_", &model.m[p], &model.m_absmax[p]);
+            add_moment("v_", &model.v[p], &model.v_absmax[p]);
         }
         if (plan.master && !kFP32) add("master_", p, &model.master[p], F32, true, OPTIMIZER, "--master-weights 0");
     }
@@ -3211,7 +3214,10 @@ void table_add_host(Table& table, Model& model) {
         table_add(table, "wte", &model.host_wte, FLOATX, {(size_t)c.Vp, C}, PARAM, HOST, "--embedding-on device");
         table_add(table, "wte_rows", &model.wte_rows, FLOATX, {2, B, T, C}, SCRATCH, HOST, "--embedding-on device");
     }
-    if (plan.offload) table_add(table, "host_stream", &model.host_stream, FLOATX, {(size_t)c.L, B, T, C}, SAVED, HOST, "--offload 0");
+    if (plan.offload) {
+        const size_t inputs = std::max(c.L - 1, 1);   // the last block's stays
+        table_add(table, "host_stream", &model.host_stream, FLOATX, {inputs, B, T, C}, SAVED, HOST, "--offload 0");
+    }
     table_add(table, "host_tokens", &model.host_tokens, I32, {2, (size_t)plan.micro_batches, token_ints(B * T, c.V, plan.marks)}, SCRATCH, HOST,
               BATCH);
 }
@@ -3587,6 +3593,7 @@ bool linear_backward(const Model& model, floatX* dinp,   // (rows, C)
 }
 // --offload. The stream before block l, x_l, stands in stream_at[l % 2]. To the host as soon as it is whole, beside what the device does
 // next; from the host one block ahead. A copy waits for the work that was asked for before it; what uses its buffer waits for the copy.
+// None is left when a pass is over, so whatever writes the first block's input need not wait.
 void offload_copy(const Model& model, int l, int BT, bool back) {
     const size_t n = (size_t)BT * model.config.C;
     floatX *host = model.host_stream + l * n, *device = model.stream_at[l % 2];
@@ -3687,7 +3694,10 @@ void model_forward(Model& model, int B, int T) {
     });
     for (int l = 0; l < L; l++) {
         NvtxRange layer_range("forward layer " + std::to_string(l));
-        if (model.plan.offload) offload_copy(model, l, BT, false), offload_wait(model, l + 1);   // the other buffer's, of block l - 1
+        if (model.plan.offload) {
+            if (l + 1 < L) offload_copy(model, l, BT, false);   // backward finds the last one where it is
+            offload_wait(model, l + 1);                         // this one writes where the input of the one before stands
+        }
         block_attention(model, model_layer(model, l, BT), B, T);
         for_rows(model.plan, BT, [&](Rows rows) {
             const LayerTensors t = model_layer(model, l, BT, rows.first);
@@ -3738,12 +3748,14 @@ void model_loss(Model& model, int B, int T, bool train, bool first_micro_batch, 
     cudaCheck(cudaGetLastError());
 }
 
-// ---- an update that is fused into backward: of layer l, when all that reads its weights and all that adds to its gradients is done; -1: of
-// the tensors outside the blocks. Null: none. make(grad, first, count) makes the gradient of some rows of an embedding.
+// ---- an update that is fused into backward
+// Of layer l, when all that reads its weights and all that adds to its gradients is done; -1: of the tensors outside the blocks.
+// a null: none. make(grad, first, count) makes the gradient of some rows of an embedding.
 void model_fused_update(const Model& model, const AdaLomo* a, int l,
                         const std::function<void(Grad grad, size_t first, size_t count)>& make = nullptr) {
     if (a == nullptr) return;
     const Config& c = model.config;
+    const LomoScratch scratch = model_lomo_scratch(model);
     for (int p : model_trained(model)) {
         const ParamShape s = param_shape(c, p);
         if (s.in_layer != (l >= 0)) continue;
@@ -3755,14 +3767,14 @@ void model_fused_update(const Model& model, const AdaLomo* a, int l,
         float *v_rows = (float*)model.v[p] + layer * sums.rows, *v_cols = model.v_cols[p] + layer * sums.cols;
         for (const Span& span : param_spans(c, p)) {
             const size_t at = begin + span.first, room = parts ? param_shape(c, LINEAR[2]).per_layer() / span.cols : span.rows;
-            const LomoMatrix matrix = {model.param[p] + at, grad + span.first, v_rows, v_cols, model.master[p] ? model.master[p] + at : nullptr,
-                                       span.rows, span.cols, at, s.decay ? a->decay : 0.0f, (unsigned)p};
+            float* master = model.master[p] ? model.master[p] + at : nullptr;
+            const LomoMatrix matrix = {model.param[p] + at, grad + span.first, v_rows, v_cols, master, span.rows, span.cols, at,
+                                       s.decay ? a->decay : 0.0f, (unsigned)p};
             auto some = [&](size_t first, size_t count) {
                 make(grad, first, count);
                 world_reduce_gradient(grad, count * span.cols, model.stream);
             };
-            adalomo(matrix, model_lomo_scratch(model), &model.state->square_sum, *a, room,
-                    parts ? some : std::function<void(size_t, size_t)>(), model.stream);
+            adalomo(matrix, scratch, &model.state->square_sum, *a, room, parts ? some : std::function<void(size_t, size_t)>(), model.stream);
             v_rows += span.rows, v_cols += span.cols;
         }
     }
@@ -3851,7 +3863,7 @@ void model_backward(Model& model, int B, int T, int buckets, int micro_batch, co
         layer_begin(model);
         if (plan.offload) {
             if (l < L - 1) offload_wait(model, l);
-            if (l > 0) offload_copy(model, l - 1, BT, true);   // over the stream after this block, which nobody needs any more
+            if (l > model.lowest / 4) offload_copy(model, l - 1, BT, true);   // over the stream after this block, which is done with
         }
         if (recomputes_block(plan)) {
             for_rows(plan, BT, [&](Rows rows) {
@@ -3919,12 +3931,13 @@ Verdict model_update(Model& model, const Hyper& h, uint64_t step, double with_lo
     for (int p : trained) {
         const ParamShape shape = param_shape(model.config, p);
         const size_t n = shape.elements(), offset = shard_offset(n), share = shard_size(n);
-        const OptTensor tensor = {model.param[p] + offset, model.grad[p] + offset, (float*)model.m[p], (float*)model.v[p], model.master[p],
-                                  share, offset, shape.decay ? h.weight_decay : 0.0f, (unsigned)p};
+        const OptTensor tensor = {model.param[p] + offset, model.grad[p] + offset, (float*)model.m[p], (float*)model.v[p],
+                                  model.master[p], share, offset, shape.decay ? h.weight_decay : 0.0f, (unsigned)p};
         const size_t part = std::min(share, world_share(n));   // of a rank
         const Moments8 moments = {(uint8_t*)model.m[p], (uint8_t*)model.v[p], model.m_absmax[p], model.v_absmax[p], model.q8_maps};
         if (model.m_absmax[p] != nullptr)
-            adamw8_kernel<<<dim3(ceil_div(part, OPT_BLOCK), share / part), 256, 0, model.stream>>>(tensor, moments, &model.state->verdict, a, part);
+            adamw8_kernel<<<dim3(ceil_div(part, OPT_BLOCK), share / part), 256, 0, model.stream>>>(tensor, moments,
+                                                                                               &model.state->verdict, a, part);
         else adamw_kernel<<<ceil_div(share, OPT_BLOCK), 256, 0, model.stream>>>(tensor, &model.state->verdict, a);
         cudaCheck(cudaGetLastError());
     }
@@ -4328,7 +4341,6 @@ int tokens_upload(int* device, int* host, int BT, int V, cudaStream_t stream) {
 void model_tokens(Model& model, const int* host, int BT, int buckets) {
     const size_t C = model.config.C;
     const size_t documents = documents_at(BT, model.config.V);
-    if (model.plan.offload) offload_wait(model, 0);   // of the forward before, the copy of what stands where the first block's input comes
     tokens_copy(model.tokens, host, BT, model.config.V, buckets, model.stream);
     if (model.plan.marks)
         cudaCheck(cudaMemcpyAsync(model.tokens + documents, host + documents, BT * sizeof(int), cudaMemcpyHostToDevice, model.stream));
@@ -5888,7 +5900,7 @@ struct RunState {
 };
 // llm.c's header of a state, with more in slots that llm.c leaves free. Beside a line stands the slot of its first name.
 struct StateHeader {
-    int32_t magic, version, ranks, rank, master, shuffle, zero, weights, optimizer, unused9;   // 0; weights: bytes of each, if it holds them
+    int32_t magic, version, ranks, rank, master, shuffle, zero, weights, optimizer, unused9;   // 0; weights: bytes of each, if any
     int32_t step, T, shards, chunk_rows;                                      // 10
     size_t tokens;                                                            // 14
     int32_t B, unused17[3];                                                   // 16
@@ -5974,9 +5986,9 @@ RunState state_load(Model& model, Loader& train, const std::string& folder, int 
         fail("%s: was written by rank %d of %d with --zero %d, this is rank %d of %d with --zero %d; resume with as many GPUs "
              "and the same --zero", path, was.rank, was.ranks, was.zero, now.rank, now.ranks, now.zero);
     if (was.optimizer != now.optimizer)
-        fail("%s: its run had --optimizer %s, this one has %s; resume with the same, or take the weights to a new run: -e %s and another --out",
-             path, was.optimizer < 0 || was.optimizer > ADALOMO ? "of another version" : OPTIMIZERS[was.optimizer], OPTIMIZERS[now.optimizer],
-             folder.c_str());
+        fail("%s: its run had --optimizer %s, this one has %s; resume with the same, or take the weights to a new run: -e %s and "
+             "another --out", path, was.optimizer < 0 || was.optimizer > ADALOMO ? "of another version" : OPTIMIZERS[was.optimizer],
+             OPTIMIZERS[now.optimizer], folder.c_str());
     if (was.master != now.master)
         fail("%s: its run %s fp32 master weights, this one %s them; resume with the same --master-weights and PRECISION", path,
              was.master ? "kept" : "did without", now.master ? "keeps" : "does without");
@@ -6393,8 +6405,8 @@ std::vector<Option> settings_options(Settings& s) {
         {"steps", "-x", INTEGER, &s.steps, 0, 1 << 30, "one epoch", "optimizer steps; 0 validates and samples only", 0},
         {"schedule", "-k", INTEGER, &s.schedule, 1, 0, "cosine", "cosine, linear, constant, wsd", 1,
          {"cosine", "linear", "constant", "wsd"}},
-        {"optimizer", "", INTEGER, &s.optimizer, 1, 0, "adamw", "adamw, adamw8 (its state in 8 bits), adalomo (hardly a state, gradients of a layer)",
-         -1, {OPTIMIZERS, OPTIMIZERS + 3}},
+        {"optimizer", "", INTEGER, &s.optimizer, 1, 0, "adamw",
+         "adamw, adamw8 (its state in 8 bits), adalomo (hardly a state, gradients of one layer)", -1, {OPTIMIZERS, OPTIMIZERS + 3}},
         {"lr", "-l", REAL, &s.lr, 0, 1e9, "3e-4", "learning rate at its peak", 2},
         {"warmup", "-u", INTEGER, &s.warmup, 0, BIG, "0", "steps in which the rate rises to its peak", 3},
         {"final-lr-fraction", "-q", REAL, &s.final_fraction, 0, 1, "0.1", "the rate at the end, as a share of its peak", 4},
@@ -6680,8 +6692,8 @@ void pick_optimizer(Run& run) {
     if (!s.dump_gradients.empty())
         bad_option("dump-gradients", "%s, and their gradients take the place of its own; expected another --optimizer", early);
     if (run.model.config.lora.rank > 0)
-        bad_option("optimizer", "adapters have small gradients and a small state, so there is nothing to save; expected adamw or adamw8, or "
-                   "all of the model in training, without --lora and --adapter");
+        bad_option("optimizer", "adapters have small gradients and a small state, so there is nothing to save; expected adamw or "
+                   "adamw8, or all of the model in training, without --lora and --adapter");
 }
 // The device. --estimate and --fit can do without.
 void pick_device(Run& run) {
@@ -6809,8 +6821,8 @@ void choose_plan(Run& run, size_t data_batch) {
         bad_option("total-batch", "expected a multiple of batch * seq-len * GPUs = %lld * %lld * %d = %lld", (long long)B, (long long)s.T,
                    world.size, (long long)BT * world.size);
     if (s.optimizer == ADALOMO && micro_batches(run, B) > 1)
-        bad_option("total-batch", "adalomo updates a layer as soon as it has a gradient, so a step is one micro-batch; expected batch * seq-len * "
-                   "GPUs = %lld (a larger --batch, with -r 4 for the memory), or --optimizer adamw8", (long long)BT * world.size);
+        bad_option("total-batch", "adalomo updates a layer as soon as it has a gradient, so a step is one micro-batch; expected batch * "
+                   "seq-len * GPUs = %lld (a larger --batch, with -r 4 for the memory), or --optimizer adamw8", (long long)BT * world.size);
     if (s.row_chunks > BT) bad_option("row-chunks", "a micro-batch has %lld rows, so expected at most that", (long long)BT);
     if (s.loss_chunks > BT) bad_option("loss-chunks", "a micro-batch has %lld rows, so expected at most that", (long long)BT);
     if (!fits(B, CHUNK_BYTES)) fits(B, SMALL_CHUNK_BYTES);
@@ -7329,7 +7341,7 @@ Verdict run_step(Run& run, const Hyper& h) {
     const double with_loss = model.plan.marks ? world_sum(run.with_loss) : run.with_loss;
     if (with_loss == 0) return skip_step(run);
     const AdaLomo fused = {h.lr, h.weight_decay, (float)(1 - pow(model.updates + 1, -0.8)), model.seed, (uint64_t)run.state.step};
-    cudaCheck(cudaMemsetAsync(&model.state->square_sum, 0, sizeof(float), model.stream));
+    if (model.plan.fuses()) cudaCheck(cudaMemsetAsync(&model.state->square_sum, 0, sizeof(float), model.stream));
     for (int micro = 0; micro < micro_batches; micro++) {
         model_tokens(model, run.host_region(micro), B * T, run.buckets[micro]);
         model.micro_batch = ((uint64_t)run.state.step * micro_batches + micro) * world.size + world.rank + 1;
@@ -7474,8 +7486,9 @@ int run_loop(Run& run) {   // returns the exit status
             return 3;
         }
         if (at.not_finite_in_row >= 10) {
-            warn("the loss or the gradient was not finite for 10 steps in a row, up to step %d. The weights are those of before. Lower "
-                 "the rate (--lr), lengthen --warmup, or resume from a checkpoint (--resume 1)", at.step);
+            warn("the loss or the gradient was not finite for 10 steps in a row, up to step %d. %sLower the rate (--lr), lengthen "
+                 "--warmup, or resume from a checkpoint (--resume 1)", at.step,
+                 run.model.plan.fuses() ? "" : "The weights are those of before. ");
             return 3;
         }
     }
@@ -7504,7 +7517,8 @@ void print_plan(Run& run, bool all) {
                    plan.T, plan.micro_batches, world.size, run.step_tokens(), run.steps,
                    run.train.batches_per_epoch() / plan.micro_batches);
         if (plan.optimizer != ADAMW && plan.training)
-            printf("optimizer  %s%s\n", OPTIMIZERS[plan.optimizer], plan.fuses() ? ", within backward, a layer at a time; no --grad-clip" : "");
+            printf("optimizer  %s%s\n", OPTIMIZERS[plan.optimizer],
+                   plan.fuses() ? ", within backward, a layer at a time; no --grad-clip" : "");
         printf("memory     (--estimate lists parameters, gradients and optimizer state row by row)\n");
     }
     const double again = model_again_share(run.model, plan.T);

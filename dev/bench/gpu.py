@@ -84,10 +84,14 @@ def kernel_programs():
 # a run of each trainer, on tensor cores in bf16
 TINY = {program: ["-e", size, "-b", "2", "-t", "64", "-x", "3", "-v", "0", "-s", "0", "-i", TINY_TOKENS]
         for program, size in (("train_gpt2", "gpt2:L2,H2,C128,T64,V257"), ("train_llama", "llama:L2,H4,K2,C128,D64,F192,T64,V257"))}
+# and what the memory plane and the other optimizers do besides: (program, what, options)
+MORE = [(program, what, [*TINY[program], *options.split()]) for program in TINY for what, options in
+        (("-r 4 --offload 1", "-r 4 --offload 1 --row-chunks 3"), ("adamw8", "--optimizer adamw8"), ("adalomo", "--optimizer adalomo -r 4"))]
 # three steps, and the same losses and norms once more
 TWICE = "(?s)" + ".*".join([r"loss (\d\.\d+) \| norm (\d{1,2}\.\d+) "] * 3 + [rf"loss \{i} \| norm \{i + 1} " for i in (1, 3, 5)])
 # tests of make test that run as well with programs for a GPU in place of the CPU's
-SUITE = [f"dev/test/test_{name}.py" for name in ("train", "llama", "masks", "nf4", "modes", "lora", "hf", "resume", "ends", "files", "determinism")]
+SUITE = [f"dev/test/test_{name}.py" for name in ("train", "llama", "masks", "nf4", "modes", "lora", "hf", "resume", "ends", "files", "determinism",
+                                                   "plane", "optimizers")]
 CHECKED = ["gpu-bf16", "gpu-fp32", "gpu-approxbp-bf16", "gpu-approxbp-fp32", "gpu-norm-bf16", "gpu-norm-fp32"]
 
 def check_jobs(a, m):
@@ -97,18 +101,21 @@ def check_jobs(a, m):
     jobs += [Job(f"{v} {k}", [path(v, k)], "^all is well$", 10) for v in ("gpu-bf16", "gpu-fp32") for k in kernels]
     jobs += [Job(f"{v} {program}, twice", ["sh", "-c", '"$@" && "$@"', "sh", path(v, program), *run], TWICE, 10)
              for v in (*CHECKED, "gpu-act-bf16") for program, run in TINY.items()]
+    jobs += [Job(f"gpu-bf16 {program} {what}, twice", ["sh", "-c", '"$@" && "$@"', "sh", path("gpu-bf16", program), *run], TWICE, 10)
+             for program, what, run in MORE]
     jobs += [Job("make test's, on the GPU", ["env", "ON_GPU=1", sys.executable, "-B", "-m", "pytest", "-q", "--tb=line", "-p", "no:cacheprovider", *a.pytest,
                                             *SUITE], r"^(?P<passed>[1-9]\d*) passed, 0 failed, ", 200)] * (a.pytest is not None)
 
-    def sanitized(tool, variant, program, *options):
+    def sanitized(tool, variant, program, *options, what=""):
         # racecheck looks at our kernels alone: cuBLAS's are not ours to check, and slow to
         more = ["--kernel-name", "kns=_kernel"] if tool == "racecheck" else []
-        return Job(f"{variant} {program} {tool}", [m.sanitizer, "--tool", tool, "--error-exitcode", "77", "--print-limit", "20",
+        return Job(f"{variant} {program} {what}{tool}", [m.sanitizer, "--tool", tool, "--error-exitcode", "77", "--print-limit", "20",
                    "--target-processes", "application-only", *more, path(variant, program), *options],
                    "ERROR SUMMARY: 0 errors|RACECHECK SUMMARY: 0 hazards", 30)
     # initcheck does not see what bf16 matmuls write through the copy engine, so it gets builds whose matmuls write plainly
     checked = [sanitized(tool, v, program, *run) for tool in ("memcheck", "racecheck") for v in ("gpu-bf16", "gpu-approxbp-bf16")
                for program, run in TINY.items()]
+    checked += [sanitized(tool, "gpu-bf16", program, *run, what=f"{what}, ") for program, what, run in MORE for tool in ("memcheck", "racecheck")]
     checked += [sanitized("initcheck", v, program, *run, "-f", "0") for v in ("gpu-fp32", "gpu-approxbp-fp32") for program, run in TINY.items()]
     checked += [sanitized(tool, v, k, "--tight", "--small") for v in ("gpu-bf16", "gpu-fp32")
                 for tool in ("memcheck", "racecheck", "initcheck") for k in kernels]
@@ -420,7 +427,7 @@ def run_stage(name, a, m):
     clock = Clock(a.minutes)
     signal.signal(signal.SIGINT, clock.stop)
     signal.signal(signal.SIGTERM, clock.stop)
-    jobs = {"check": check_jobs, "bench": bench_jobs, "peers": peers_jobs}[name](a, m)
+    jobs = [job for job in {"check": check_jobs, "bench": bench_jobs, "peers": peers_jobs}[name](a, m) if re.search(a.only or "", job.name)]
     if a.dry_run:
         makes = [make_command(*item, m.arch) for item in wanted(jobs).items()]
         for command in makes + [fill(job, {}, 0) or job.command for job in jobs]:
@@ -462,6 +469,7 @@ def main():
     parser.add_argument("--llmc", metavar="DIR", help="a folder that holds a built llm.c (train_gpt2cu), to time it as well")
     parser.add_argument("--python", metavar="PATH", help="the Python that has PyTorch (one that is found)")
     parser.add_argument("--commit", metavar="ID", help="what to record as the commit where there is no git")
+    parser.add_argument("--only", metavar="REGEX", help="of a stage's jobs those in whose name it is found")
     parser.add_argument("--again", action="store_true", help="runs everything, also what an earlier call has done")
     parser.add_argument("--try", dest="try_it", action="store_true", help="toy models: to see that it runs, not to measure")
     parser.add_argument("--dry-run", action="store_true", help="prints the commands, and runs none; needs no GPU")

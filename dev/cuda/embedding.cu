@@ -77,8 +77,8 @@ __global__ void embedding_backward_1_kernel(Grad dwte, Grad dwpe, const floatX* 
 
 // ---- tests
 
-// The trainer's in a second run, where nothing has been written to dwte before, and where rows have documents.
-enum Version { ONE = 1, TRAINERS, AGAIN, WRITTEN, DOCUMENTS };
+// The trainer's in a second run, some rows of dwte at a time, where nothing has been written to dwte before, and where rows have documents.
+enum Version { ONE = 1, TRAINERS, AGAIN, PARTS, WRITTEN, DOCUMENTS };
 
 // A micro-batch on the device, as the trainer has it: inputs, targets (nobody wants them here), then what tokens_upload sorts.
 struct Batch {
@@ -99,6 +99,10 @@ struct Batch {
     void backward(int version, Grad dwte, Grad dwpe, const floatX* dout, const int* document, bool accumulate, int C) const {
         if (version == ONE)
             embedding_backward_1_kernel<<<ceil_div(C, 32), 32>>>(dwte, dwpe, dout, device.p, accumulate, B, T, C);
+        else if (version == PARTS)
+            for (int first = 0, rows = ceil_div(V, 3); first < V; first += rows)
+                embedding_backward(dwte + (size_t)first * C, first > 0 ? Grad{} : dwpe, dout, positions, bucket_token, bucket_start, document,
+                                   buckets, true, accumulate, B, T, C, 0, first, std::min(rows, V - first));
         else
             embedding_backward(dwte, dwpe, dout, positions, bucket_token, bucket_start, document, buckets, version != WRITTEN,
                                accumulate, B, T, C, 0);
@@ -215,7 +219,7 @@ void test_backward(uint64_t seed) {
                         if (count[v] == 0) before[(size_t)v * C] = -0.0f, before[(size_t)v * C + C - 1] = NAN;
                     if (!accumulate) std::fill(before.begin() + te, before.end(), NAN);
                     std::vector<float> first;
-                    for (Version version : {TRAINERS, AGAIN, WRITTEN, DOCUMENTS, ONE}) {
+                    for (Version version : {TRAINERS, AGAIN, PARTS, WRITTEN, DOCUMENTS, ONE}) {
                         if (version == ONE && type == BF16) continue;   // rounds too often to say much
                         set_case("B %d, T %d, V %d, C %d, %s, %s gradients, dwpe %s, version %d", B, T, V, C, TEXT_NAMES[kind],
                                  dtype_name(type), accumulate ? "added to" : "written", version);
@@ -226,7 +230,7 @@ void test_backward(uint64_t seed) {
                         std::vector<float> got = dwte.read(), got_pe = dwpe.read();
                         got.insert(got.end(), got_pe.begin(), got_pe.end());
                         if (version == TRAINERS) first = got;
-                        if (version == AGAIN) again.is(same_bits(got, first), "other bits");
+                        if (version == AGAIN || version == PARTS) again.is(same_bits(got, first), "other bits");
                         Property& sums = version == ONE ? simple : version == DOCUMENTS ? in_documents : type == F32 ? sums32 : sums16;
                         for (size_t i = 0; i < all; i++) {
                             const size_t of = version == DOCUMENTS && i >= te ? i + all - te : i;

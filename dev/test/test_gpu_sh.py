@@ -28,7 +28,7 @@ def test_dry_run_needs_no_gpu_and_names_every_program():
     check, bench, peers = dry("check"), dry("bench"), dry("peers", "--llmc", "/nowhere")
     kernels = gpu.kernel_programs()
     assert kernels and all(["./build/gpu-bf16/" + k] in check and ["./build/gpu-fp32/" + k] in check for k in kernels)
-    assert sum("compute-sanitizer" in c[0] for c in check) == 12 + 6 * len(kernels)
+    assert sum("compute-sanitizer" in c[0] for c in check) == 24 + 6 * len(kernels)
     builds = [c for c in check if c[0] == "make"]
     assert any("USE_APPROXBP=1" in c for c in builds) and any("MS_NORM=1" in c for c in builds)
     assert [c for c in bench if c[-1] == "--json"] == [["./build/gpu-bf16/" + k, "--json"] for k in kernels]
