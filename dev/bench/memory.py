@@ -55,8 +55,8 @@ def asked(command):
     return json.loads(done.stdout)
 
 def parts(rows):
-    """{part: bytes} of a ledger, the parts in order."""
-    of = [(KINDS.get(row["kind"], PARTS[-1]) if row["name"] != "logits" else "logits", row["bytes"]) for row in rows]
+    """{part: bytes} of a ledger, the parts in order; on the device."""
+    of = [(KINDS.get(row["kind"], PARTS[-1]) if row["name"] != "logits" else "logits", row["bytes"]) for row in rows if row["scope"] != "host"]
     return {name: sum(n for part, n in of if part == name) for name in PARTS}
 
 def bars():
