@@ -210,6 +210,8 @@ void check_against_reference(const char* file, const Reference& r) {
     std::vector<Way> ways = {
         {"--recompute 1", {r.B, r.T, 1, true, 1, true}, 0},
         {"--recompute 2", {r.B, r.T, 1, true, 2, true}, 0},
+        {"--recompute 3", {r.B, r.T, 1, true, 3, true}, 0},
+        {"--recompute 4, --row-chunks 3", {r.B, r.T, 1, true, 4, true, 0, loss_chunk_rows(r.B * r.T, 3)}, 0},
         {"--loss-chunks 3", {r.B, r.T, 1, true, 0, true, loss_chunk_rows(r.B * r.T, 3)}, 0},
     };
     if (kActBits == 0) {

@@ -2866,11 +2866,11 @@ struct Plan {
     int B, T;             // one micro-batch on one GPU
     int micro_batches;    // whose gradients are summed into one step
     bool training;        // false: one layer's activations serve all layers, and there are no gradients
-    int recompute;        // 0: keep all; 1: compute GELU again in backward; 2: the norms as well
+    int recompute;        // 0: keep all; 1: compute GELU again in backward; 2: norms as well; 3: the matmul before it; 4: the block
     bool master;          // fp32 copies of bf16 weights
-    Optimizer optimizer;
     int chunk_rows;       // rows of logits that exist at a time; 0: all
     int rows;             // of B*T that a block works on at a time; 0: all
+    Optimizer optimizer;
     size_t workspace;     // bytes for cuBLASLt; 0: what this model can use
     unsigned frozen;      // bit p: parameter p is not trained, and has neither gradient nor optimizer state
     bool nf4, nested;     // the weights of the blocks are in 4 bits; their absmax in 8
