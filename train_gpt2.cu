@@ -3613,15 +3613,15 @@ void layer_begin(const Model& model) {
         if (model.layer_sum[p])
             cudaCheck(cudaMemsetAsync(model.layer_sum[p], 0, param_shape(model.config, p).per_layer() * sizeof(float), model.stream));
 }
-__global__ void round_kernel(floatX* out, const float* inp, size_t n) {
-    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i < n) out[i] = (floatX)inp[i];
+__global__ void round_kernel(floatX* out, const float* inp, size_t n) {   // n: a matrix has whole vectors
+    size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC;
+    if (i < n) store(out + i, load(inp + i));
 }
 void layer_end(const Model& model, int l) {
     for (int p : model_trained(model)) {
         const size_t n = param_shape(model.config, p).per_layer();
         if (model.layer_sum[p])
-            round_kernel<<<ceil_div(n, 256), 256, 0, model.stream>>>((floatX*)(model.grad[p] + l * n).p, model.layer_sum[p], n);
+            round_kernel<<<ceil_div(n, 256 * VEC), 256, 0, model.stream>>>((floatX*)(model.grad[p] + l * n).p, model.layer_sum[p], n);
     }
     cudaCheck(cudaGetLastError());
 }

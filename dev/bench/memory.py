@@ -55,8 +55,8 @@ def asked(command):
     return json.loads(done.stdout)
 
 def parts(rows):
-    """{part: bytes} of a ledger, the parts in order."""
-    of = [(KINDS.get(row["kind"], PARTS[-1]) if row["name"] != "logits" else "logits", row["bytes"]) for row in rows]
+    """{part: bytes} of a ledger, the parts in order; on the device."""
+    of = [(KINDS.get(row["kind"], PARTS[-1]) if row["name"] != "logits" else "logits", row["bytes"]) for row in rows if row["scope"] != "host"]
     return {name: sum(n for part, n in of if part == name) for name in PARTS}
 
 def bars():
@@ -107,12 +107,19 @@ def draw_recipes(panels, path):
     """panels: {title: points(title)}."""
     plt = pyplot()
     figure, axes = plt.subplots(1, len(panels), figsize=(10, 4.6), constrained_layout=True)
+    marks = dict(zip(BUILDS, (("o", "-"), ("s", "--"), ("^", ":"))))
     for ax, (title, found) in zip(axes, panels.items()):
         recipes = dict(zip(PANELS[title][2], ("tab:blue", "tab:purple", "tab:orange", "tab:green")))
         for (recipe, build), of in found.items():
-            marker, style = {"exact": ("o", "-"), "MS_NORM=1": ("s", "--"), "USE_APPROXBP=1": ("^", ":")}[build]
-            ax.plot([100 * x for x, _ in of], [y / 2**30 for _, y in of], style, marker=marker, color=recipes[recipe], markersize=4, linewidth=1,
-                    label=f"{recipe}, {build}")
+            marker, style = marks[build]
+            ax.plot([100 * x for x, _ in of], [y / 2**30 for _, y in of], style, marker=marker, color=recipes[recipe], markersize=4, linewidth=1)
+        for name, (x, y) in zip(SAVINGS, found.get(("QLoRA", "exact"), [])):  # along one line
+            ax.annotate(name, (100 * x, y / 2**30), textcoords="offset points", xytext=(-6, -8) if "-r 3" <= name else (6, -2), fontsize=6,
+                        ha="right" if "-r 3" <= name else "left", color="0.4")
+        for color, name in zip(recipes.values(), recipes):
+            ax.plot([], [], color=color, linewidth=3, label=name)
+        for build in dict.fromkeys(build for _, build in found):
+            ax.plot([], [], marks[build][1], marker=marks[build][0], color="0.4", markersize=4, linewidth=1, label=build)
         for recipe, share, size in PUBLISHED.get(title, []):
             ax.plot(100 * share, size, "*", color=recipes[recipe], markersize=11, markeredgecolor="black",
                     label="torchtune, published" if recipe == "QLoRA" else None)
@@ -137,9 +144,12 @@ def draw_longest(panels, path):
         for (name, found), color in zip(lines.items(), ("0.5", "tab:orange", "tab:blue")):
             shown = [(size, n) for size, n in zip(SIZES, found) if n]
             ax.plot([size for size, _ in shown], [n for _, n in shown], "o-", color=color, label=name, markersize=4)
-            for size, n in shown[-1:] if len(shown) < 3 else shown[::2] if name == OURS else shown[-1:]:
-                ax.annotate(f"{n:,}", (size, n), textcoords="offset points", xytext=(0, 6), ha="center", fontsize=7, color=color)
-        ax.set(title=f"{title}, QLoRA r=32, batch 1", xlabel="GiB of the card (ours: less 0.75)", yscale="log", xlim=(4, 88), ylim=(5e2, 6e6))
+            for size, n in shown:
+                if size == 80 or (name == OURS and size in (8, 24, 48)):
+                    steep = size == 8
+                    ax.annotate(f"{n:,}", (size, n), textcoords="offset points", xytext=(-6, -2) if steep else (-4 if size < 80 else 0, 6),
+                                ha="right" if steep else "center", fontsize=7, color=color)
+        ax.set(title=f"{title}, QLoRA r=32, batch 1", xlabel="GiB of the card (ours: less 0.75)", yscale="log", xlim=(-1, 88), ylim=(5e2, 6e6))
         ax.set_xticks(SIZES)
         ax.grid(axis="y", linewidth=0.3)
         ax.spines[["top", "right"]].set_visible(False)

@@ -51,7 +51,7 @@ LAUNCHES = {
     "attention_forward_tc_kernel<64>": (128, 32 << 10), "attention_forward_tc_kernel<128>": (128, 64 << 10),
     "attention_backward_dq_tc_kernel<64>": (128, 32 << 10), "attention_backward_dq_tc_kernel<128>": (128, 64 << 10),
     "attention_backward_dkv_tc_kernel<64>": (128, 48 << 10), "attention_backward_dkv_tc_kernel<128>": (128, 80 << 10),
-    "attention_delta_kernel": (256, 0),
+    "attention_delta_kernel": (256, 0), "round_kernel": (256, 0),
     "act_forward_kernel": (256, 0), "act_backward_kernel": (256, 0), "classifier_kernel": (1024, 0), "square_sum_kernel": (256, 0),
     "adamw_kernel": (256, 0), "adamw8_kernel": (256, 0), "lomo_rows_kernel": (256, 0), "lomo_cols_kernel": (256, 0), "lomo_kernel": (256, 0),
     "dropout_kernel": (256, 0), "adapter_unfold_kernel": (256, 0), "likeliest_kernel": (256, 0),

@@ -117,6 +117,9 @@ def test_memory_is_the_estimates(tmp_path, monkeypatch):
     library("matplotlib", "python3-matplotlib")
     drawn = {}
     monkeypatch.setattr(memory, "draw", lambda bars, title, path: drawn.update(bars))
+    recipes, lengths = {}, {}
+    monkeypatch.setattr(memory, "draw_recipes", lambda panels, path: recipes.update(panels))
+    monkeypatch.setattr(memory, "draw_longest", lambda panels, path: lengths.update(panels))
     monkeypatch.setattr(sys, "argv", ["memory.py"])
     memory.main()
     for name, variant, options in memory.MODES:
@@ -124,10 +127,24 @@ def test_memory_is_the_estimates(tmp_path, monkeypatch):
         estimate = json.loads(done.out)
         assert sum(drawn[name].values()) == estimate["total_bytes"] and list(drawn[name]) == memory.PARTS
         assert drawn[name]["activations kept for backward"] == common.kept(estimate["rows"])[0]
-    assert (ROOT / "dev/bench/results/cpu/memory.png").read_bytes()[:4] == b"\x89PNG"
+    for title, (trainer, shape, ways) in memory.PANELS.items():
+        for (recipe, build), points in recipes[title].items():
+            for saving, point in list(zip(memory.SAVINGS, points))[::5]:
+                done = execute(program(memory.BUILDS[build], trainer), *shape.split(), *ways[recipe].split(), *saving.split(), "--estimate=json", cwd=ROOT)
+                estimate = json.loads(done.out)
+                assert point == (estimate["recompute_share"], estimate["total_bytes"])
+            assert [share for share, _ in points] == sorted(share for share, _ in points) and points[-1][1] < points[0][1]
+    readme = (ROOT / "README.md").read_text()
+    for name in ("Llama-3.1-8B", "Llama-3.1-70B"):
+        ours = lengths[name][memory.OURS]
+        assert all(f" {n:,} " in readme for n in ours if n) and ours == sorted(ours, key=lambda n: n or 0)
+        assert all(n is None or n > (other or 0) for line in lengths[name].values() if line is not ours for n, other in zip(ours, line))
     monkeypatch.undo()
-    memory.draw(drawn, "title", str(tmp_path / "x.png"))
-    assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
+    memory.draw(drawn, "title", str(tmp_path / "memory.png"))
+    memory.draw_recipes(recipes, str(tmp_path / "recipes.png"))
+    memory.draw_longest(lengths, str(tmp_path / "longest.png"))
+    for name in ("memory.png", "recipes.png", "longest.png"):
+        assert (tmp_path / name).read_bytes()[:4] == (ROOT / "dev/bench/results/cpu" / name).read_bytes()[:4] == b"\x89PNG"
 
 # ---- loss.py -------------------------------------------------------------------------------------
 
