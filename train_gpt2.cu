@@ -1033,8 +1033,8 @@ void attention_forward_launch(floatX* out, float* lse, const floatX* qkv, int B,
 }
 // Gradients of queries make delta, which those of keys read; or delta is there (out is null), and queries may be overwritten at last.
 struct AttGradients {
-    floatX *dqkv, *dkv;   // (B, T, (NH + 2 NKV)*HS), where dq goes; from a row's dk, its dv being behind it, dkv_stride elements to the next
-    int dkv_stride;
+    floatX *dqkv, *dkv;   // (B, T, (NH + 2 NKV)*HS), where dq goes; where a row's dk goes, its dv behind it
+    int dkv_stride;       // elements from there to the next row's
 };
 template <int SHARES>
 void attention_backward_launch(AttGradients to, float* partial, float* delta, const floatX* dout, const floatX* qkv, const floatX* out,
@@ -1934,7 +1934,8 @@ attention_backward_dq_tc_kernel(bf16* dqkv, float* partial, float* delta, const 
     TcRows<HS> q, dout_rows;
     TcSums<HS> dq = {};
     float lse_row[2 * M], delta_row[2 * M] = {};   // of the lane's rows
-    if (out != nullptr) tc_load_rows<HS>(q, out + out_head, shape.NH * HS, first_query, T);   // it needs registers for a moment only: those of q
+    if (out != nullptr)
+        tc_load_rows<HS>(q, out + out_head, shape.NH * HS, first_query, T);   // it needs registers for a moment only: those of q
     tc_load_rows<HS>(dout_rows, dout + out_head, shape.NH * HS, first_query, T);
 #pragma unroll
     for (int r = 0; r < 2 * M; r++) {
@@ -2130,7 +2131,8 @@ inline size_t attention_scratch(size_t B, size_t T, size_t NH, size_t NKV, size_
     return std::max((size_t)COLSUM_SLICES, B * ceil_div(T, 64)) * (NH + 2 * NKV) * HS;
 }
 // delta = row sums of dout * out, of each head; and dout takes the place of out.
-__global__ void attention_delta_kernel(floatX* out, float* delta, const floatX* dout, size_t first, size_t heads, int T, int NH, int HS, int lanes) {
+__global__ void attention_delta_kernel(floatX* out, float* delta, const floatX* dout, size_t first, size_t heads, int T, int NH, int HS,
+                                       int lanes) {
     const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, head = i / lanes;
     const int c = (int)(i % lanes) * VEC;
     const bool exists = head < heads && c < HS;
@@ -2672,8 +2674,8 @@ void table_allocate(Table& table) {
         cudaError_t error = host ? cudaMallocHost(&memory, r.bytes()) : cudaMalloc(&memory, r.bytes());
         r.set(memory);
         if (host && error != cudaSuccess)
-            fail("out of memory at %s: the host cannot give %.1f MiB of pinned memory; smaller by %s", r.name.c_str(), r.bytes() / 1048576.0,
-                 r.shrink);
+            fail("out of memory at %s: the host cannot give %.1f MiB of pinned memory; smaller by %s", r.name.c_str(),
+                 r.bytes() / 1048576.0, r.shrink);
         if (error == cudaErrorMemoryAllocation) {
             cudaGetLastError();   // it would come up again at the next launch
             Table largest = table;
@@ -2749,8 +2751,8 @@ void table_print(const Table& table, size_t layers, size_t BTC, const char* mode
 }
 
 void table_print_json(const Table& table, double again) {
-    printf("{\"total_bytes\": %zu, \"host_bytes\": %zu, \"recompute_share\": %.6f, \"rows\": [", table_bytes(table), table_bytes(table, true),
-           again);
+    printf("{\"total_bytes\": %zu, \"host_bytes\": %zu, \"recompute_share\": %.6f, \"rows\": [", table_bytes(table),
+           table_bytes(table, true), again);
     for (size_t i = 0; i < table.size(); i++) {
         const Row& r = table[i];
         printf("%s\n  {\"name\": \"%s\", \"dtype\": \"%s\", \"shape\": [%s], \"bytes\": %zu, \"kind\": \"%s\", \"scope\": \"%s\"",
@@ -3100,7 +3102,8 @@ Nf4Sizes nf4_sizes(const Config& c, int p) {
             n.blocks += nf4_blocks(t.rows * param_shape(c, p).cols), n.nested += nf4_nested(t.rows * param_shape(c, p).cols);
     return n;
 }
-const char *SMALLER = "a smaller model (-e)", *CHUNKS = "--row-chunks", *BATCH = "--batch (halving it halves this; --total-batch keeps the step's size)";
+const char *SMALLER = "a smaller model (-e)", *CHUNKS = "--row-chunks",
+           *BATCH = "--batch (halving it halves this; --total-batch keeps the step's size)";
 template <class X>
 void table_add(Table& table, const std::string& name, X** where, DType dtype, std::vector<size_t> shape, Kind kind, Scope scope,
                const char* shrink, const char* alias_of = "") {
@@ -3221,8 +3224,8 @@ void table_add_host(Table& table, Model& model) {
         const size_t inputs = std::max(c.L - 1, 1);   // the last block's stays
         table_add(table, "host_stream", &model.host_stream, FLOATX, {inputs, B, T, C}, SAVED, HOST, "--offload 0");
     }
-    table_add(table, "host_tokens", &model.host_tokens, I32, {2, (size_t)plan.micro_batches, token_ints(B * T, c.V, plan.marks)}, SCRATCH, HOST,
-              BATCH);
+    table_add(table, "host_tokens", &model.host_tokens, I32, {2, (size_t)plan.micro_batches, token_ints(B * T, c.V, plan.marks)}, SCRATCH,
+              HOST, BATCH);
 }
 // Two rows that are never in use at the same time: the smaller one lies in the larger.
 void table_share(Table& table, const char* a, const char* b) {
@@ -3288,7 +3291,8 @@ Table model_table(Model& model) {
     LayerTensors& kept = model.kept;
     auto keep = [&](const std::string& name, auto** where, DType dtype, std::vector<size_t> shape, const char* shrink) {
         if (blocks) shape.erase(shape.begin());
-        table_add(table, name, where, dtype, std::move(shape), plan.training && !blocks ? SAVED : SCRATCH, blocks ? MODEL : LAYER, shrink);
+        table_add(table, name, where, dtype, std::move(shape), plan.training && !blocks ? SAVED : SCRATCH, blocks ? MODEL : LAYER,
+                  shrink);
     };
     const char* norm_hint = kMsNorm || plan.recompute == 2 ? BATCH : "--recompute 2, or a build with MS_NORM=1";
     // Outputs of norms and of GELU that no backward wants are kept by nobody: scratch holds them.
@@ -3308,7 +3312,8 @@ Table model_table(Model& model) {
         table_add(table, "scratch_fch", &model.scratch_fch, act_type, chunk_shape(plan, act_kept(FF)), SCRATCH, MODEL, CHUNKS);
     else keep(kActBits ? "fch_codes" : "fch", &kept.fch, act_type, {L, B, T, act_kept(FF)}, "--recompute 3");
     if (keeps_act(model)) keep("fch_gelu", &kept.fch_gelu, FLOATX, {L, B, T, FF}, kActBits ? BATCH : "--recompute 1");
-    if (blocks && !plan.offload) table_add(table, "resid_out", &kept.resid_out, FLOATX, {(size_t)c.L, B, T, C}, SAVED, LAYER, "--offload 1");
+    if (blocks && !plan.offload)
+        table_add(table, "resid_out", &kept.resid_out, FLOATX, {(size_t)c.L, B, T, C}, SAVED, LAYER, "--offload 1");
     else if (!kMsNorm && !blocks) keep("resid_out", &kept.resid_out, FLOATX, {L, B, T, C}, norm_hint);
     if (blocks) table_add(table, "scratch_mid", &model.scratch_mid, FLOATX, chunk_shape(plan, C), SCRATCH, MODEL, CHUNKS);
 
@@ -3498,7 +3503,8 @@ Linear model_linear(const Model& model, int weight, int l, Rows rows, int norm =
     linear.B = model_param(model, LORA_B + index, l), linear.dB = model_grad(model, LORA_B + index, l);
     linear.R = model.config.lora.rank, linear.t = model.lora_t;
     if (model.kept_t[index])
-        linear.t = model.kept_t[index] + ((size_t)l * model.plan.B * model.plan.T + rows.first) * param_shape(model.config, LORA_A + index).rows;
+        linear.t =
+            model.kept_t[index] + ((size_t)l * model.plan.B * model.plan.T + rows.first) * param_shape(model.config, LORA_A + index).rows;
     const float dropout = model.micro_batch > 0 ? model.plan.dropout : 0;
     linear.dropout = {dropout, model.seed, (1ull << 44) + (model.micro_batch * model.config.L + l) * 4 + index, rows.first * s.cols};
     const std::vector<LoraTarget> targets = lora_targets(model.config);
@@ -3777,7 +3783,8 @@ void model_fused_update(const Model& model, const AdaLomo* a, int l,
                 make(grad, first, count);
                 world_reduce_gradient(grad, count * span.cols, model.stream);
             };
-            adalomo(matrix, scratch, &model.state->square_sum, *a, room, parts ? some : std::function<void(size_t, size_t)>(), model.stream);
+            adalomo(matrix, scratch, &model.state->square_sum, *a, room, parts ? some : std::function<void(size_t, size_t)>(),
+                    model.stream);
             v_rows += span.rows, v_cols += span.cols;
         }
     }
@@ -3809,7 +3816,8 @@ void model_backward(Model& model, int B, int T, int buckets, int micro_batch, co
     auto W = [&](int p, int l) { return model_param(model, p, l); };
     auto G = [&](int p, int l) { return l >= 0 ? model_grad(model, p, l) : Grad{}; };
     auto norm_again = [&](int gamma, floatX* out, float* mean, float* rstd, const floatX* inp, int l, Rows rows) {
-        add_norm_forward<kMsNorm>(nullptr, out, mean, rstd, inp, nullptr, W(gamma, l), W(beta_of(gamma), l), c.eps, rows.count, C, stream);
+        add_norm_forward<kMsNorm>(nullptr, out, mean, rstd, inp, nullptr, W(gamma, l), W(beta_of(gamma), l), c.eps, rows.count, C,
+                                  stream);
     };
     auto pass_of = [&](Rows rows) { return Pass{pass.add || rows.first > 0, pass.last && rows.first + rows.count == BT}; };
     const bool act = needs_input(model, FCPROJW), ln2 = needs_input(model, FCW), atty = needs_input(model, ATTPROJW);
@@ -3831,9 +3839,11 @@ void model_backward(Model& model, int B, int T, int buckets, int micro_batch, co
         if (!linear_backward(model, d_wide, dresid, act ? t.fch_gelu : nullptr, model_linear(model, FCPROJW, l, rows), rows.count, pass,
                              act_backward_is_fused<kActBits>() ? t.fch : nullptr)) return false;
         act_backward<kActBits>(d_wide, G(FCB, l), model.colsum, t.fch, pass.add, rows.count, c.FF(), stream);
-        if (!linear_backward(model, d, d_wide, ln2 ? t.ln2 : nullptr, model_linear(model, FCW, l, rows, LN2W), rows.count, pass)) return false;
-        add_norm_backward<kMsNorm>(dresid, G(ATTPROJB, l), norm_grad(model, LN2W, FCW, l), norm_grad(model, LN2B, FCW, l), model.colsum, d,
-                                   kMsNorm ? t.ln2 : t.resid_mid, t.ln2_mean, t.ln2_rstd, W(LN2W, l), true, pass.add, rows.count, C, stream);
+        if (!linear_backward(model, d, d_wide, ln2 ? t.ln2 : nullptr, model_linear(model, FCW, l, rows, LN2W), rows.count, pass))
+            return false;
+        add_norm_backward<kMsNorm>(dresid, G(ATTPROJB, l), norm_grad(model, LN2W, FCW, l), norm_grad(model, LN2B, FCW, l), model.colsum,
+                                   d, kMsNorm ? t.ln2 : t.resid_mid, t.ln2_mean, t.ln2_rstd, W(LN2W, l), true, pass.add, rows.count, C,
+                                   stream);
         if (!linear_backward(model, d, dresid, atty ? t.atty : nullptr, model_linear(model, ATTPROJW, l, rows), rows.count, pass))
             return false;
         if (chunks) attention_delta(t.atty, model.delta, d, rows.first, rows.count, T, NH, c.HS(), stream);
@@ -3845,8 +3855,9 @@ void model_backward(Model& model, int B, int T, int buckets, int micro_batch, co
         const Pass pass = pass_of(rows);
         if ((ln1 || (kMsNorm && recomputes_block(plan))) && !keeps_norm(model, QKVW))
             norm_again(LN1W, t.ln1, t.ln1_mean, t.ln1_rstd, t.resid, l, rows);
-        if (!linear_backward(model, d, chunks ? t.qkv : d_wide, ln1 ? t.ln1 : nullptr, model_linear(model, QKVW, l, rows, LN1W), rows.count,
-                             pass)) return false;
+        if (!linear_backward(model, d, chunks ? t.qkv : d_wide, ln1 ? t.ln1 : nullptr, model_linear(model, QKVW, l, rows, LN1W),
+                             rows.count, pass))
+            return false;
         add_norm_backward<kMsNorm>(model.dresid + (size_t)rows.first * C, G(FCPROJB, l - 1), norm_grad(model, LN1W, QKVW, l),
                                    norm_grad(model, LN1B, QKVW, l), model.colsum, d, kMsNorm ? t.ln1 : t.resid, t.ln1_mean, t.ln1_rstd,
                                    W(LN1W, l), true, pass.add, rows.count, C, stream);
@@ -6419,7 +6430,8 @@ std::vector<Option> settings_options(Settings& s) {
         {"skip-grad-z", "-sg", REAL, &s.skip_grad_z, 0, 1e30, "0", "the same for the gradient's norm", 8},
         {"seed", "", INTEGER, &s.seed, 0, BIG, "1337", "of weights, data order, rounding and samples"},
         {"recompute", "-r", INTEGER, &s.recompute, 0, RECOMPUTE_MOST, "1", RECOMPUTE_HELP},
-        {"row-chunks", "", INTEGER, &s.row_chunks, 1, BIG, "auto", "parts of B*T that a block works on, but attention; auto: with -r 4, 256 MiB", 25,
+        {"row-chunks", "", INTEGER, &s.row_chunks, 1, BIG, "auto", "parts of B*T that a block works on, but attention; auto: with -r 4, 256 MiB",
+         25,
          {"auto"}},
         {"offload", "", INTEGER, &s.offload, 0, 1, "0", "1, with -r 4: blocks' inputs wait on the host for backward", 26},
         {"master-weights", "-w", INTEGER, &s.master, 0, 1, "1", "fp32 copies of bf16 weights; 0: stochastic rounding instead"},
@@ -6867,8 +6879,8 @@ const struct { const char* name; Values values; } FIT_RECIPES[] = {
     {"QLoRA", {{"lora", 16}, {"base", 1}}},
 };
 const Values FIT_SAVINGS[] = {{{"recompute", 1}}, {{"recompute", 2}}, {{"recompute", 4}}, {{"recompute", 4}, {"offload", 1}}};
-const std::vector<std::string> FIT_OWN = {"batch", "total-batch", "optimizer", "recompute", "offload", "base", "double-quant",   // what recipes choose,
-                                          "adapter", "resume", "merge", "estimate"};                                             // or is another task
+const std::vector<std::string> FIT_OWN = {   // what recipes choose, or is another task
+    "batch", "total-batch", "optimizer", "recompute", "offload", "base", "double-quant", "adapter", "resume", "merge", "estimate"};
 constexpr double GIB = 1 << 30, FIT_RESERVE = 0.75;   // GiB: what the driver and libraries may take where it was not measured
 
 struct FitAsked { double size; bool json; };   // GiB, or 0: what is free on the device
@@ -6951,7 +6963,8 @@ std::vector<FitRow> fit_rows(Run& run, size_t room) {
                 if (s.lora > 0) pick_adapter(run);
                 model.plan.marks = marks;
                 row.plans[0] = fit_largest(most_B, [&](int64_t B) { return fit_plan(run, B, T, room); });
-                row.plans[1] = fit_largest(ceil_div(most_T, 256), [&](int64_t i) { return fit_plan(run, 1, std::min(256 * i, most_T), room); });
+                row.plans[1] =
+                    fit_largest(ceil_div(most_T, 256), [&](int64_t i) { return fit_plan(run, 1, std::min(256 * i, most_T), room); });
                 rows.push_back(row);
             }
             s = before;
@@ -7004,13 +7017,13 @@ void fit_print_json(const Run& run, const std::vector<FitRow>& rows, const Confi
 }
 void fit_print(const Run& run, const std::vector<FitRow>& rows, const Config& c, double size, double reserve) {
     const bool asked = fit_asked(run.s).size > 0;
-    printf("model      %s: %s, %.2fM parameters, %s, %s\n", run.model_name(), model_sizes(c).c_str(), param_count(c) / 1e6, dtype_name(FLOATX),
-           kMsNorm || kActBits ? "in the modes of this build" : "exact");
+    printf("model      %s: %s, %.2fM parameters, %s, %s\n", run.model_name(), model_sizes(c).c_str(), param_count(c) / 1e6,
+           dtype_name(FLOATX), kMsNorm || kActBits ? "in the modes of this build" : "exact");
     printf("memory     %.2f GiB%s, less %.2f %s\n\n", size / GIB, asked ? "" : " that are free", reserve / GIB,
            asked ? "in reserve for the driver and the libraries" : "for what libraries load later");
     printf("%-14s %-18s %10s %8s %9s %12s %9s %9s\n", "", "", "batch at", "matmuls", "GiB of", "longest T", "matmuls", "GiB of");
-    printf("%-14s %-18s %10s %8s %9s %12s %9s %9s\n", "", "", ("-t " + std::to_string(run.s.T)).c_str(), "again", "the host", "at -b 1", "again",
-           "the host");
+    printf("%-14s %-18s %10s %8s %9s %12s %9s %9s\n", "", "", ("-t " + std::to_string(run.s.T)).c_str(), "again", "the host", "at -b 1",
+           "again", "the host");
     bool beyond = false;
     for (const FitRow& row : rows) {
         printf("%-14s%-19s", row.recipe.c_str(), row.saving.c_str());
@@ -7527,7 +7540,8 @@ void print_plan(Run& run, bool all) {
     const double again = model_again_share(run.model, plan.T);
     if (run.s.estimate == "json") table_print_json(table, again);
     else table_print(table, plan.training ? c.L : 1, run.BT() * c.C, model_mode(plan).c_str(), all);
-    if (run.s.estimate != "json" && again > 0) printf("computed again for backward: %.1f %% of a step's matmul operations\n", 100 * again);
+    if (run.s.estimate != "json" && again > 0)
+        printf("computed again for backward: %.1f %% of a step's matmul operations\n", 100 * again);
     if (run.s.estimate == "text" && !*run.device.name)
         printf("no GPU is visible here, so whether this fits is for you to say; chunks of logits are as if it did\n");
     else if (run.s.estimate == "text")
@@ -7574,7 +7588,8 @@ void free_model(Run& run) {
     Model& model = run.model;
     cudaCheck(cudaDeviceSynchronize());
     table_free(model.table);
-    for (cudaEvent_t* event : {&model.wte_copied[0], &model.wte_copied[1], &model.stream_ready, &model.stream_copied[0], &model.stream_copied[1]})
+    for (cudaEvent_t* event :
+         {&model.wte_copied[0], &model.wte_copied[1], &model.stream_ready, &model.stream_copied[0], &model.stream_copied[1]})
         if (*event != nullptr) cudaCheck(cudaEventDestroy(*event)), *event = nullptr;
     if (model.copies != nullptr) cudaCheck(cudaStreamDestroy(model.copies)), model.copies = nullptr;
     cudaCheck(cudaStreamDestroy(model.stream));
@@ -7703,8 +7718,9 @@ int main(int argc, char** argv) {
     int status = run_loop(run);
     if (status == 0 && speaks) status = model_finish(run.model);
     const size_t announced = table_bytes(run.model.table);
-    if (speaks) printf("device memory: %zu bytes at the peak, %zu announced; of the host, pinned: %zu, %zu\n", device_peak, announced, host_peak,
-                       table_bytes(run.model.table, true));
+    if (speaks)
+        printf("device memory: %zu bytes at the peak, %zu announced; of the host, pinned: %zu, %zu\n", device_peak, announced, host_peak,
+               table_bytes(run.model.table, true));
     log_line(run.log, "{\"done\": %s, \"steps\": %d, \"peak_bytes\": %zu, \"estimate_bytes\": %zu}", status == 0 ? "true" : "false",
              run.state.step, device_peak, announced);
     if (!log_close(run.log) && status == 0) status = 1;

@@ -1038,8 +1038,8 @@ void attention_forward_launch(floatX* out, float* lse, const floatX* qkv, int B,
 }
 // Gradients of queries make delta, which those of keys read; or delta is there (out is null), and queries may be overwritten at last.
 struct AttGradients {
-    floatX *dqkv, *dkv;   // (B, T, (NH + 2 NKV)*HS), where dq goes; from a row's dk, its dv being behind it, dkv_stride elements to the next
-    int dkv_stride;
+    floatX *dqkv, *dkv;   // (B, T, (NH + 2 NKV)*HS), where dq goes; where a row's dk goes, its dv behind it
+    int dkv_stride;       // elements from there to the next row's
 };
 template <int SHARES>
 void attention_backward_launch(AttGradients to, float* partial, float* delta, const floatX* dout, const floatX* qkv, const floatX* out,
@@ -2108,7 +2108,8 @@ attention_backward_dq_tc_kernel(bf16* dqkv, float* partial, float* delta, const 
     TcRows<HS> q, dout_rows;
     TcSums<HS> dq = {};
     float lse_row[2 * M], delta_row[2 * M] = {};   // of the lane's rows
-    if (out != nullptr) tc_load_rows<HS>(q, out + out_head, shape.NH * HS, first_query, T);   // it needs registers for a moment only: those of q
+    if (out != nullptr)
+        tc_load_rows<HS>(q, out + out_head, shape.NH * HS, first_query, T);   // it needs registers for a moment only: those of q
     tc_load_rows<HS>(dout_rows, dout + out_head, shape.NH * HS, first_query, T);
 #pragma unroll
     for (int r = 0; r < 2 * M; r++) {
@@ -2304,7 +2305,8 @@ inline size_t attention_scratch(size_t B, size_t T, size_t NH, size_t NKV, size_
     return std::max((size_t)COLSUM_SLICES, B * ceil_div(T, 64)) * (NH + 2 * NKV) * HS;
 }
 // delta = row sums of dout * out, of each head; and dout takes the place of out.
-__global__ void attention_delta_kernel(floatX* out, float* delta, const floatX* dout, size_t first, size_t heads, int T, int NH, int HS, int lanes) {
+__global__ void attention_delta_kernel(floatX* out, float* delta, const floatX* dout, size_t first, size_t heads, int T, int NH, int HS,
+                                       int lanes) {
     const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, head = i / lanes;
     const int c = (int)(i % lanes) * VEC;
     const bool exists = head < heads && c < HS;
@@ -2846,8 +2848,8 @@ void table_allocate(Table& table) {
         cudaError_t error = host ? cudaMallocHost(&memory, r.bytes()) : cudaMalloc(&memory, r.bytes());
         r.set(memory);
         if (host && error != cudaSuccess)
-            fail("out of memory at %s: the host cannot give %.1f MiB of pinned memory; smaller by %s", r.name.c_str(), r.bytes() / 1048576.0,
-                 r.shrink);
+            fail("out of memory at %s: the host cannot give %.1f MiB of pinned memory; smaller by %s", r.name.c_str(),
+                 r.bytes() / 1048576.0, r.shrink);
         if (error == cudaErrorMemoryAllocation) {
             cudaGetLastError();   // it would come up again at the next launch
             Table largest = table;
@@ -2923,8 +2925,8 @@ void table_print(const Table& table, size_t layers, size_t BTC, const char* mode
 }
 
 void table_print_json(const Table& table, double again) {
-    printf("{\"total_bytes\": %zu, \"host_bytes\": %zu, \"recompute_share\": %.6f, \"rows\": [", table_bytes(table), table_bytes(table, true),
-           again);
+    printf("{\"total_bytes\": %zu, \"host_bytes\": %zu, \"recompute_share\": %.6f, \"rows\": [", table_bytes(table),
+           table_bytes(table, true), again);
     for (size_t i = 0; i < table.size(); i++) {
         const Row& r = table[i];
         printf("%s\n  {\"name\": \"%s\", \"dtype\": \"%s\", \"shape\": [%s], \"bytes\": %zu, \"kind\": \"%s\", \"scope\": \"%s\"",
@@ -3281,7 +3283,8 @@ Nf4Sizes nf4_sizes(const Config& c, int p) {
             n.blocks += nf4_blocks(t.rows * param_shape(c, p).cols), n.nested += nf4_nested(t.rows * param_shape(c, p).cols);
     return n;
 }
-const char *SMALLER = "a smaller model (-e)", *CHUNKS = "--row-chunks", *BATCH = "--batch (halving it halves this; --total-batch keeps the step's size)";
+const char *SMALLER = "a smaller model (-e)", *CHUNKS = "--row-chunks",
+           *BATCH = "--batch (halving it halves this; --total-batch keeps the step's size)";
 template <class X>
 void table_add(Table& table, const std::string& name, X** where, DType dtype, std::vector<size_t> shape, Kind kind, Scope scope,
                const char* shrink, const char* alias_of = "") {
@@ -3402,8 +3405,8 @@ void table_add_host(Table& table, Model& model) {
         const size_t inputs = std::max(c.L - 1, 1);   // the last block's stays
         table_add(table, "host_stream", &model.host_stream, FLOATX, {inputs, B, T, C}, SAVED, HOST, "--offload 0");
     }
-    table_add(table, "host_tokens", &model.host_tokens, I32, {2, (size_t)plan.micro_batches, token_ints(B * T, c.V, plan.marks)}, SCRATCH, HOST,
-              BATCH);
+    table_add(table, "host_tokens", &model.host_tokens, I32, {2, (size_t)plan.micro_batches, token_ints(B * T, c.V, plan.marks)}, SCRATCH,
+              HOST, BATCH);
 }
 // Two rows that are never in use at the same time: the smaller one lies in the larger.
 void table_share(Table& table, const char* a, const char* b) {
@@ -3469,7 +3472,8 @@ Table model_table(Model& model) {
     LayerTensors& kept = model.kept;
     auto keep = [&](const std::string& name, auto** where, DType dtype, std::vector<size_t> shape, const char* shrink) {
         if (blocks) shape.erase(shape.begin());
-        table_add(table, name, where, dtype, std::move(shape), plan.training && !blocks ? SAVED : SCRATCH, blocks ? MODEL : LAYER, shrink);
+        table_add(table, name, where, dtype, std::move(shape), plan.training && !blocks ? SAVED : SCRATCH, blocks ? MODEL : LAYER,
+                  shrink);
     };
     const char* norm_hint = kMsNorm || plan.recompute == 2 ? BATCH : "--recompute 2, or a build with MS_NORM=1";
     // Without a backward that wants them, outputs of norms and h are kept by nobody: scratch holds them.
@@ -3488,10 +3492,12 @@ Table model_table(Model& model) {
         if (kActBits) keep("gate_codes", &kept.gate_codes, BYTE, {L, B, T, act_codes(F)}, "a build with APPROX_ACT=0");
     } else {
         table_add(table, "scratch_gateup", &model.scratch_gateup, FLOATX, chunk_shape(plan, 2 * F), SCRATCH, MODEL, CHUNKS);
-        if (kActBits) table_add(table, "scratch_codes", &model.scratch_codes, BYTE, chunk_shape(plan, act_codes(F)), SCRATCH, MODEL, CHUNKS);
+        if (kActBits)
+            table_add(table, "scratch_codes", &model.scratch_codes, BYTE, chunk_shape(plan, act_codes(F)), SCRATCH, MODEL, CHUNKS);
     }
     if (keeps_act(model)) keep("h", &kept.h, FLOATX, {L, B, T, F}, "--recompute 1");
-    if (blocks && !plan.offload) table_add(table, "resid_out", &kept.resid_out, FLOATX, {(size_t)c.L, B, T, C}, SAVED, LAYER, "--offload 1");
+    if (blocks && !plan.offload)
+        table_add(table, "resid_out", &kept.resid_out, FLOATX, {(size_t)c.L, B, T, C}, SAVED, LAYER, "--offload 1");
     else if (!kMsNorm && !blocks) keep("resid_out", &kept.resid_out, FLOATX, {L, B, T, C}, norm_hint);
     if (blocks) table_add(table, "scratch_mid", &model.scratch_mid, FLOATX, chunk_shape(plan, C), SCRATCH, MODEL, CHUNKS);
 
@@ -3509,8 +3515,8 @@ Table model_table(Model& model) {
     table_add(table, "scratch_c", &model.scratch_c, FLOATX, chunk_shape(plan, std::max(C, ATT)), SCRATCH, MODEL, CHUNKS);
     table_add(table, "lnf", &model.lnf, FLOATX, {B, T, C}, SCRATCH, MODEL, BATCH, !chunks ? "scratch_c" : shared && QKV >= C ? "qkv" : "");
     if (!keeps_act(model) || plan.training)
-        table_add(table, "scratch_f", &model.scratch_f, FLOATX, chunk_shape(plan, plan.training && !chunks ? std::max(F, QKV) : F), SCRATCH,
-                  MODEL, CHUNKS);
+        table_add(table, "scratch_f", &model.scratch_f, FLOATX, chunk_shape(plan, plan.training && !chunks ? std::max(F, QKV) : F),
+                  SCRATCH, MODEL, CHUNKS);
     if (plan.training && chunks)
         table_add(table, "scratch_dkv", &model.scratch_dkv, FLOATX, {B, T, QKV - ATT}, SCRATCH, MODEL, BATCH);
     if (c.qk_norm) table_add(table, "scratch_qkv", &model.scratch_qkv, FLOATX, {B, T, QKV}, SCRATCH, MODEL, BATCH);
@@ -3690,7 +3696,8 @@ Linear model_linear(const Model& model, int weight, int l, Rows rows, int norm =
     linear.B = model_param(model, LORA_B + index, l), linear.dB = model_grad(model, LORA_B + index, l);
     linear.R = model.config.lora.rank, linear.t = model.lora_t;
     if (model.kept_t[index])
-        linear.t = model.kept_t[index] + ((size_t)l * model.plan.B * model.plan.T + rows.first) * param_shape(model.config, LORA_A + index).rows;
+        linear.t =
+            model.kept_t[index] + ((size_t)l * model.plan.B * model.plan.T + rows.first) * param_shape(model.config, LORA_A + index).rows;
     const float dropout = model.micro_batch > 0 ? model.plan.dropout : 0;
     linear.dropout = {dropout, model.seed, (1ull << 44) + (model.micro_batch * model.config.L + l) * 4 + index, rows.first * s.cols};
     const std::vector<LoraTarget> targets = lora_targets(model.config);
@@ -3865,8 +3872,8 @@ void block_attention(const Model& model, const LayerTensors& t, int B, int T) {
 void block_mid(const Model& model, const LayerTensors& t, int l, Rows rows) {
     const Config& c = model.config;
     linear_forward(model, model.scratch_c, t.atty, model_linear(model, ATTPROJW, l, rows), rows.count);
-    add_norm_forward<kMsNorm>(t.resid_mid, t.ln2, nullptr, t.ln2_rstd, t.resid, model.scratch_c, model_param(model, LN2W, l), nullptr, c.eps,
-                              rows.count, c.C, model.stream);
+    add_norm_forward<kMsNorm>(t.resid_mid, t.ln2, nullptr, t.ln2_rstd, t.resid, model.scratch_c, model_param(model, LN2W, l), nullptr,
+                              c.eps, rows.count, c.C, model.stream);
 }
 void block_act(const Model& model, const LayerTensors& t, int l, Rows rows) {
     linear_forward(model, t.gateup, t.ln2, model_linear(model, GATEUPW, l, rows, LN2W), rows.count);
@@ -3884,7 +3891,8 @@ void model_forward(Model& model, int B, int T) {
         embedding_forward(model.resid_in, model.tokens, W(WTE, 0), nullptr, nullptr, B, T, C, stream);   // or model_tokens did
     for_rows(model.plan, BT, [&](Rows rows) {
         const LayerTensors t = model_layer(model, 0, BT, rows.first);
-        add_norm_forward<kMsNorm>(nullptr, t.ln1, nullptr, t.ln1_rstd, t.resid, nullptr, W(LN1W, 0), nullptr, c.eps, rows.count, C, stream);
+        add_norm_forward<kMsNorm>(nullptr, t.ln1, nullptr, t.ln1_rstd, t.resid, nullptr, W(LN1W, 0), nullptr, c.eps, rows.count, C,
+                                  stream);
         block_qkv(model, t, 0, BT, T, rows);
     });
     for (int l = 0; l < L; l++) {
@@ -3907,8 +3915,8 @@ void model_forward(Model& model, int B, int T) {
                                           nullptr, c.eps, rows.count, C, stream);
                 block_qkv(model, next, l + 1, BT, T, rows);
             } else {   // it always applies gamma: its matmul may use wte, as the embedding does, so nothing can be folded in
-                add_norm_forward<false>(t.resid_out, model.lnf + (size_t)rows.first * C, nullptr, model.lnf_rstd + rows.first, t.resid_mid,
-                                        model.scratch_c, W(LNFW, 0), nullptr, c.eps, rows.count, C, stream);
+                add_norm_forward<false>(t.resid_out, model.lnf + (size_t)rows.first * C, nullptr, model.lnf_rstd + rows.first,
+                                        t.resid_mid, model.scratch_c, W(LNFW, 0), nullptr, c.eps, rows.count, C, stream);
             }
         });
     }
@@ -3968,7 +3976,8 @@ void model_fused_update(const Model& model, const AdaLomo* a, int l,
                 make(grad, first, count);
                 world_reduce_gradient(grad, count * span.cols, model.stream);
             };
-            adalomo(matrix, scratch, &model.state->square_sum, *a, room, parts ? some : std::function<void(size_t, size_t)>(), model.stream);
+            adalomo(matrix, scratch, &model.state->square_sum, *a, room, parts ? some : std::function<void(size_t, size_t)>(),
+                    model.stream);
             v_rows += span.rows, v_cols += span.cols;
         }
     }
@@ -4014,7 +4023,8 @@ void model_backward(Model& model, int B, int T, int buckets, int micro_batch, co
         else if ((ln2 || recomputes_fc(plan)) && !keeps_norm(model, GATEUPW)) norm_again(LN2W, t.ln2, t.ln2_rstd, t.resid_mid, l, rows);
         if (recomputes_fc(plan)) block_act(model, t, l, rows);
         else if (h && !keeps_act(model)) swiglu_forward<kActBits, true>(t.h, t.gateup, t.gate_codes, rows.count, c.F, stream);
-        if (!linear_backward(model, d_wide, dresid, h ? t.h : nullptr, model_linear(model, DOWNW, l, rows), rows.count, pass)) return false;
+        if (!linear_backward(model, d_wide, dresid, h ? t.h : nullptr, model_linear(model, DOWNW, l, rows), rows.count, pass))
+            return false;
         swiglu_backward<kActBits>(t.gateup, d_wide, t.gate_codes, rows.count, c.F, stream);
         if (!linear_backward(model, d, t.gateup, ln2 ? t.ln2 : nullptr, model_linear(model, GATEUPW, l, rows, LN2W), rows.count, pass))
             return false;
@@ -4033,8 +4043,10 @@ void model_backward(Model& model, int B, int T, int buckets, int micro_batch, co
         rope_backward(dqkv, G(QNORMW, l), G(KNORMW, l), model.colsum, t.qkv, W(QNORMW, l), W(KNORMW, l), model.angles, c.eps,
                       model_documents(model, BT), pass.add, rows.first, rows.count, T, c.NH, c.NKV, c.HS(), stream);
         bias_backward(G(QKVB, l), model.colsum, dqkv, pass.add, rows.count, c.QKV(), stream);
-        if ((ln1 || (kMsNorm && recomputes_block(plan))) && !keeps_norm(model, QKVW)) norm_again(LN1W, t.ln1, t.ln1_rstd, t.resid, l, rows);
-        if (!linear_backward(model, d, dqkv, ln1 ? t.ln1 : nullptr, model_linear(model, QKVW, l, rows, LN1W), rows.count, pass)) return false;
+        if ((ln1 || (kMsNorm && recomputes_block(plan))) && !keeps_norm(model, QKVW))
+            norm_again(LN1W, t.ln1, t.ln1_rstd, t.resid, l, rows);
+        if (!linear_backward(model, d, dqkv, ln1 ? t.ln1 : nullptr, model_linear(model, QKVW, l, rows, LN1W), rows.count, pass))
+            return false;
         add_norm_backward<kMsNorm>(model.dresid + (size_t)rows.first * C, {}, norm_grad(model, LN1W, QKVW, l), {}, model.colsum, d,
                                    kMsNorm ? t.ln1 : t.resid, nullptr, t.ln1_rstd, W(LN1W, l), true, pass.add, rows.count, C, stream);
         return true;
@@ -4079,8 +4091,8 @@ void model_backward(Model& model, int B, int T, int buckets, int micro_batch, co
     auto embedding = [&](Grad dwte, size_t first, size_t rows) {
         if (!c.tied && !pass.add && dwte.p != nullptr)   // rows of tokens that do not occur are written by nobody
             cudaCheck(cudaMemsetAsync(dwte.p, 0, rows * C * dtype_size(dwte.type), stream));
-        embedding_backward(dwte, {}, dresid, positions, bucket_token, bucket_start, document, buckets, true, false, B, T, C, stream, (int)first,
-                           (int)rows);
+        embedding_backward(dwte, {}, dresid, positions, bucket_token, bucket_start, document, buckets, true, false, B, T, C, stream,
+                           (int)first, (int)rows);
     };
     embedding(model.grad[WTE], 0, c.Vp);
     model_fused_update(model, fused, -1, embedding);
@@ -6526,7 +6538,8 @@ void parse_letters(const char* at, std::vector<SizeLetter> letters, const char* 
 const char *USUAL_MODEL = "smollm2-135m", *USUAL_TYPED = "smollm2-135m";
 const char* MODEL_HELP = "DIR of a model, llama3.2-1b, or a size like llama:L4,H4,K2,C128,F352,T128,V257";
 const char* LORA_HELP = "all, or some of q,k,v,o,gate,up,down";
-const char* RECOMPUTE_HELP = "keep less for backward: computed again are 1: SwiGLU's output, 2: and norms, 3: gate and up, 4: whole blocks";
+const char* RECOMPUTE_HELP =
+    "keep less for backward: computed again are 1: SwiGLU's output, 2: and norms, 3: gate and up, 4: whole blocks";
 constexpr int RECOMPUTE_MOST = 4;
 // The longest sequence: RoPE turns by any position, but where a window slides over the keys a longer one would need it.
 inline int model_longest(const Config& c) { return c.window > 0 ? c.window : MOST_T; }
@@ -6665,7 +6678,8 @@ std::vector<Option> settings_options(Settings& s) {
         {"skip-grad-z", "-sg", REAL, &s.skip_grad_z, 0, 1e30, "0", "the same for the gradient's norm", 8},
         {"seed", "", INTEGER, &s.seed, 0, BIG, "1337", "of weights, data order, rounding and samples"},
         {"recompute", "-r", INTEGER, &s.recompute, 0, RECOMPUTE_MOST, "1", RECOMPUTE_HELP},
-        {"row-chunks", "", INTEGER, &s.row_chunks, 1, BIG, "auto", "parts of B*T that a block works on, but attention; auto: with -r 4, 256 MiB", 25,
+        {"row-chunks", "", INTEGER, &s.row_chunks, 1, BIG, "auto", "parts of B*T that a block works on, but attention; auto: with -r 4, 256 MiB",
+         25,
          {"auto"}},
         {"offload", "", INTEGER, &s.offload, 0, 1, "0", "1, with -r 4: blocks' inputs wait on the host for backward", 26},
         {"master-weights", "-w", INTEGER, &s.master, 0, 1, "1", "fp32 copies of bf16 weights; 0: stochastic rounding instead"},
@@ -7113,8 +7127,8 @@ const struct { const char* name; Values values; } FIT_RECIPES[] = {
     {"QLoRA", {{"lora", 16}, {"base", 1}}},
 };
 const Values FIT_SAVINGS[] = {{{"recompute", 1}}, {{"recompute", 2}}, {{"recompute", 4}}, {{"recompute", 4}, {"offload", 1}}};
-const std::vector<std::string> FIT_OWN = {"batch", "total-batch", "optimizer", "recompute", "offload", "base", "double-quant",   // what recipes choose,
-                                          "adapter", "resume", "merge", "estimate"};                                             // or is another task
+const std::vector<std::string> FIT_OWN = {   // what recipes choose, or is another task
+    "batch", "total-batch", "optimizer", "recompute", "offload", "base", "double-quant", "adapter", "resume", "merge", "estimate"};
 constexpr double GIB = 1 << 30, FIT_RESERVE = 0.75;   // GiB: what the driver and libraries may take where it was not measured
 
 struct FitAsked { double size; bool json; };   // GiB, or 0: what is free on the device
@@ -7197,7 +7211,8 @@ std::vector<FitRow> fit_rows(Run& run, size_t room) {
                 if (s.lora > 0) pick_adapter(run);
                 model.plan.marks = marks;
                 row.plans[0] = fit_largest(most_B, [&](int64_t B) { return fit_plan(run, B, T, room); });
-                row.plans[1] = fit_largest(ceil_div(most_T, 256), [&](int64_t i) { return fit_plan(run, 1, std::min(256 * i, most_T), room); });
+                row.plans[1] =
+                    fit_largest(ceil_div(most_T, 256), [&](int64_t i) { return fit_plan(run, 1, std::min(256 * i, most_T), room); });
                 rows.push_back(row);
             }
             s = before;
@@ -7250,13 +7265,13 @@ void fit_print_json(const Run& run, const std::vector<FitRow>& rows, const Confi
 }
 void fit_print(const Run& run, const std::vector<FitRow>& rows, const Config& c, double size, double reserve) {
     const bool asked = fit_asked(run.s).size > 0;
-    printf("model      %s: %s, %.2fM parameters, %s, %s\n", run.model_name(), model_sizes(c).c_str(), param_count(c) / 1e6, dtype_name(FLOATX),
-           kMsNorm || kActBits ? "in the modes of this build" : "exact");
+    printf("model      %s: %s, %.2fM parameters, %s, %s\n", run.model_name(), model_sizes(c).c_str(), param_count(c) / 1e6,
+           dtype_name(FLOATX), kMsNorm || kActBits ? "in the modes of this build" : "exact");
     printf("memory     %.2f GiB%s, less %.2f %s\n\n", size / GIB, asked ? "" : " that are free", reserve / GIB,
            asked ? "in reserve for the driver and the libraries" : "for what libraries load later");
     printf("%-14s %-18s %10s %8s %9s %12s %9s %9s\n", "", "", "batch at", "matmuls", "GiB of", "longest T", "matmuls", "GiB of");
-    printf("%-14s %-18s %10s %8s %9s %12s %9s %9s\n", "", "", ("-t " + std::to_string(run.s.T)).c_str(), "again", "the host", "at -b 1", "again",
-           "the host");
+    printf("%-14s %-18s %10s %8s %9s %12s %9s %9s\n", "", "", ("-t " + std::to_string(run.s.T)).c_str(), "again", "the host", "at -b 1",
+           "again", "the host");
     bool beyond = false;
     for (const FitRow& row : rows) {
         printf("%-14s%-19s", row.recipe.c_str(), row.saving.c_str());
@@ -7773,7 +7788,8 @@ void print_plan(Run& run, bool all) {
     const double again = model_again_share(run.model, plan.T);
     if (run.s.estimate == "json") table_print_json(table, again);
     else table_print(table, plan.training ? c.L : 1, run.BT() * c.C, model_mode(plan).c_str(), all);
-    if (run.s.estimate != "json" && again > 0) printf("computed again for backward: %.1f %% of a step's matmul operations\n", 100 * again);
+    if (run.s.estimate != "json" && again > 0)
+        printf("computed again for backward: %.1f %% of a step's matmul operations\n", 100 * again);
     if (run.s.estimate == "text" && !*run.device.name)
         printf("no GPU is visible here, so whether this fits is for you to say; chunks of logits are as if it did\n");
     else if (run.s.estimate == "text")
@@ -7820,7 +7836,8 @@ void free_model(Run& run) {
     Model& model = run.model;
     cudaCheck(cudaDeviceSynchronize());
     table_free(model.table);
-    for (cudaEvent_t* event : {&model.wte_copied[0], &model.wte_copied[1], &model.stream_ready, &model.stream_copied[0], &model.stream_copied[1]})
+    for (cudaEvent_t* event :
+         {&model.wte_copied[0], &model.wte_copied[1], &model.stream_ready, &model.stream_copied[0], &model.stream_copied[1]})
         if (*event != nullptr) cudaCheck(cudaEventDestroy(*event)), *event = nullptr;
     if (model.copies != nullptr) cudaCheck(cudaStreamDestroy(model.copies)), model.copies = nullptr;
     cudaCheck(cudaStreamDestroy(model.stream));
@@ -7949,8 +7966,9 @@ int main(int argc, char** argv) {
     int status = run_loop(run);
     if (status == 0 && speaks) status = model_finish(run.model);
     const size_t announced = table_bytes(run.model.table);
-    if (speaks) printf("device memory: %zu bytes at the peak, %zu announced; of the host, pinned: %zu, %zu\n", device_peak, announced, host_peak,
-                       table_bytes(run.model.table, true));
+    if (speaks)
+        printf("device memory: %zu bytes at the peak, %zu announced; of the host, pinned: %zu, %zu\n", device_peak, announced, host_peak,
+               table_bytes(run.model.table, true));
     log_line(run.log, "{\"done\": %s, \"steps\": %d, \"peak_bytes\": %zu, \"estimate_bytes\": %zu}", status == 0 ? "true" : "false",
              run.state.step, device_peak, announced);
     if (!log_close(run.log) && status == 0) status = 1;
