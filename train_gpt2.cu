@@ -7041,6 +7041,11 @@ void fit_print(const Run& run, const std::vector<FitRow>& rows, const Config& c,
     if (model_longest(c) < MOST_T) printf("no sequence is longer than %d: the model has no more positions\n", model_longest(c));
     if (!kMsNorm) printf("a build with MS_NORM=1 (make %s MS_NORM=1) has a table of its own: it keeps less at -r 1\n", program_name);
     for (int i = 0; i < 2; i++) {
+        if (std::none_of(rows.begin(), rows.end(), [&](const FitRow& row) { return row.plans[i].B > 0; })) {
+            printf("\n%s\n", i ? "no sequence fits, not even one of 256 tokens; try a smaller model (-e)"
+                              : "no batch fits; try a shorter -t or a smaller model (-e)");
+            continue;
+        }
         printf("\n%s\n", i ? "the longest sequence:" : "the largest batch:");
         for (const FitRow& row : rows)
             if (row.plans[i].B > 0) printf("  %s\n", fit_command(run, row, row.plans[i]).c_str());
