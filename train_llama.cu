@@ -1086,14 +1086,17 @@ double rope_frequency(const Rope& r, int i, int HS) {   // in radians per positi
     const double share = (turns - r.low) / (r.high - r.low);   // in between from one to the other
     return (1 - share) * f / r.factor + share * f;
 }
-// (count, HS/2) pairs of cosine and sine, for positions from `first` on. Frequencies are rounded to fp32, as in the models' own code. Angles
-// are not: at position 2^23 fp32 knows whole radians alone.
-std::vector<float2> rope_table(const Rope& r, int count, int HS, int first = 0) {
+// (count, HS/2) pairs of cosine and sine, for positions from `first` on. Frequencies, and the angles of the positions that the model was
+// made for, are rounded to fp32, as in the models' own code. Beyond them angles are not: at position 2^23 fp32 knows whole radians alone.
+std::vector<float2> rope_table(const Rope& r, int count, int HS, int made_for, int first = 0) {
     std::vector<float2> table((size_t)count * (HS / 2));
     for (int i = 0; i < HS / 2; i++) {
-        const double frequency = (float)rope_frequency(r, i, HS);
-        for (int t = 0; t < count; t++)
-            table[(size_t)t * (HS / 2) + i] = {(float)cos((first + t) * frequency), (float)sin((first + t) * frequency)};
+        const float frequency = (float)rope_frequency(r, i, HS);
+        for (int t = 0; t < count; t++) {
+            const int position = first + t;
+            const double angle = position < made_for ? (float)position * frequency : position * (double)frequency;
+            table[(size_t)t * (HS / 2) + i] = {(float)cos(angle), (float)sin(angle)};
+        }
     }
     return table;
 }
@@ -2557,7 +2560,7 @@ struct LomoMatrix {
     unsigned stream;         // of random numbers
 };
 struct LomoState {
-    float mean_rows, rms_weight, step;   // of r; of x; what u is multiplied by
+    float mean_rows, rms_weight, rate, step;   // of r; of x; the rate for a matrix of that size; what u is multiplied by
     int skip;
 };
 // One matrix after the other has scratch for sums: over rows and over columns of g^2, then over rows of u^2; and over rows of x^2.
@@ -2569,11 +2572,11 @@ struct LomoScratch {
     static size_t floats(size_t rows, size_t cols) { return 8 + cols * (1 + COLSUM_SLICES) + 2 * rows; }
 };
 __device__ inline float lomo_row_factor(const LomoMatrix& m, const LomoState* s, size_t row) {
-    return sqrtf(s->mean_rows / m.v_rows[row]);
+    return sqrtf(s->mean_rows) * rsqrtf(m.v_rows[row]);   // the quotient may be beyond fp32: a row without gradients has 1e-30
 }
 __device__ inline Floats lomo_update(const LomoMatrix& m, Floats g, float row_factor, size_t c) {   // u, from column c on
     Floats v = load(m.v_cols + c);
-    for (int k = 0; k < VEC; k++) g[k] *= row_factor * rsqrtf(v[k]);
+    for (int k = 0; k < VEC; k++) g[k] = g[k] * row_factor * rsqrtf(v[k]);
     return g;
 }
 // Sums over rows [first, first + count), whose gradient stands in m.grad. A warp owns a row.
@@ -2631,7 +2634,10 @@ __global__ void lomo_step_kernel(LomoScratch s, LomoMatrix m, float lr) {
     if (s.state->skip) return;
     for (size_t r = threadIdx.x; r < m.rows; r += 256) sum += s.rows[r];
     sum = block_sum_256(sum, shared);
-    if (threadIdx.x == 0) s.state->step = lr * fmaxf(LOMO_EPS2, s.state->rms_weight) / fmaxf(1.0f, sqrtf(sum / m.rows / m.cols));
+    if (threadIdx.x > 0) return;
+    s.state->rate = lr * fmaxf(LOMO_EPS2, s.state->rms_weight);
+    s.state->step = s.state->rate / fmaxf(1.0f, sqrtf(sum / m.rows / m.cols));
+    s.state->skip = !isfinite(sum);
 }
 __global__ void lomo_kernel(const LomoState* s, LomoMatrix m, AdaLomo a, size_t first, size_t count) {
     const size_t i = ((size_t)blockIdx.x * 256 + threadIdx.x) * VEC, at = first * m.cols + i;
@@ -2639,7 +2645,7 @@ __global__ void lomo_kernel(const LomoState* s, LomoMatrix m, AdaLomo a, size_t 
     float* master = m.master != nullptr ? m.master + at : nullptr;
     Floats x = master ? load(master) : load(m.param + at);
     const Floats u = lomo_update(m, grad_load_vec(m.grad, i), lomo_row_factor(m, s, at / m.cols), i % m.cols);
-    for (int k = 0; k < VEC; k++) x[k] -= s->step * u[k] + a.lr * m.decay * x[k];
+    for (int k = 0; k < VEC; k++) x[k] -= s->step * u[k] + s->rate * m.decay * x[k];
     weight_store(m.param + at, master, x, a.seed, a.step * ROUNDING_STREAMS + m.stream, m.offset + at);
 }
 // Where m.grad has no room for all rows, gradient(first, count) puts some of them there, at most `room`; null: all are there.
@@ -2927,8 +2933,11 @@ void table_print(const Table& table, size_t layers, size_t BTC, const char* mode
 void table_print_json(const Table& table, double again) {
     printf("{\"total_bytes\": %zu, \"host_bytes\": %zu, \"recompute_share\": %.6f, \"rows\": [", table_bytes(table),
            table_bytes(table, true), again);
+    // The batch's tokens are the host's in every run; they are a row where there are others, so that elsewhere the rows' sum is the total.
+    const bool host = std::count_if(table.begin(), table.end(), [](const Row& r) { return r.scope == HOST; }) > 1;
     for (size_t i = 0; i < table.size(); i++) {
         const Row& r = table[i];
+        if (r.scope == HOST && !host) continue;
         printf("%s\n  {\"name\": \"%s\", \"dtype\": \"%s\", \"shape\": [%s], \"bytes\": %zu, \"kind\": \"%s\", \"scope\": \"%s\"",
                i ? "," : "", r.name.c_str(), dtype_name(r.dtype), r.shape_text(", ").c_str(), r.bytes(), KIND_NAME[r.kind],
                SCOPE_NAME[r.scope]);
@@ -3378,8 +3387,8 @@ void table_add_adapters(Table& table, Model& model) {
             table_add(table, std::string(base_shape(c, LINEAR[i]).name) + "_t", &model.kept_t[i], FLOATX,
                       {(size_t)c.L, B, T, param_shape(c, LORA_A + i).rows}, SAVED, LAYER, "--lora");
     if (ranks == 0) return;
-    table_add(table, "lora_t", &model.lora_t, FLOATX, chunk_shape(plan, ranks), SCRATCH, MODEL, BATCH);
-    if (plan.training) table_add(table, "lora_dt", &model.lora_dt, FLOATX, chunk_shape(plan, ranks), SCRATCH, MODEL, BATCH);
+    table_add(table, "lora_t", &model.lora_t, FLOATX, chunk_shape(plan, ranks), SCRATCH, MODEL, CHUNKS);
+    if (plan.training) table_add(table, "lora_dt", &model.lora_dt, FLOATX, chunk_shape(plan, ranks), SCRATCH, MODEL, CHUNKS);
     if (kMsNorm && folded > 0) {
         const size_t C = c.C;
         table_add(table, "lora_fold", &model.lora_fold, FLOATX, {folded, C}, SCRATCH, MODEL, "--lora");
@@ -3390,7 +3399,7 @@ void table_add_adapters(Table& table, Model& model) {
         if (plan.training) table_add(table, "lora_G", &model.lora_G, F32, {folded, C}, SCRATCH, MODEL, "--lora");
     }
     if (plan.training && plan.dropout > 0)
-        table_add(table, "dropped", &model.dropped, FLOATX, chunk_shape(plan, input), SCRATCH, MODEL, "--lora-dropout 0");
+        table_add(table, "dropped", &model.dropped, FLOATX, chunk_shape(plan, input), SCRATCH, MODEL, CHUNKS);
 }
 // On the host.
 void table_add_host(Table& table, Model& model) {
@@ -3528,7 +3537,7 @@ Table model_table(Model& model) {
 void model_constants(Model& model) {
     const int T = model.plan.T, HS = model.config.HS(), most = 1 << 16;   // at a time: the host should not hold all of them
     for (int t = 0; t < T; t += most) {
-        const std::vector<float2> table = rope_table(model.config.rope, std::min(most, T - t), HS, t);
+        const std::vector<float2> table = rope_table(model.config.rope, std::min(most, T - t), HS, model.config.maxT, t);
         cudaCheck(cudaMemcpy(model.angles + (size_t)t * (HS / 2), table.data(), table.size() * sizeof(float2), cudaMemcpyHostToDevice));
     }
 }
@@ -3881,7 +3890,8 @@ void block_act(const Model& model, const LayerTensors& t, int l, Rows rows) {
 }
 
 // From the inputs in model.tokens to the final norm's output, model.lnf. B and T may be smaller than the plan's.
-void model_forward(Model& model, int B, int T) {
+// keep: for a backward, so that with --offload what it wants goes to the host.
+void model_forward(Model& model, int B, int T, bool keep = true) {
     NvtxRange range("forward");
     const Config& c = model.config;
     const int C = c.C, L = c.L, BT = B * T;
@@ -3898,8 +3908,8 @@ void model_forward(Model& model, int B, int T) {
     for (int l = 0; l < L; l++) {
         NvtxRange layer_range("forward layer " + std::to_string(l));
         if (model.plan.offload) {
-            if (l + 1 < L) offload_copy(model, l, BT, false);   // backward finds the last one where it is
-            offload_wait(model, l + 1);                         // this one writes where the input of the one before stands
+            if (l + 1 < L && keep) offload_copy(model, l, BT, false);   // backward finds the last one where it is
+            offload_wait(model, l + 1);                                 // this one writes where the input of the one before stands
         }
         block_attention(model, model_layer(model, l, BT), B, T);
         for_rows(model.plan, BT, [&](Rows rows) {
@@ -6074,10 +6084,11 @@ Config hf_config(const HfModel& m) {
     }
     const bool silent = m.config["sliding_window"].type == Json::ABSENT;
     const int window = !slides ? 0 : silent ? 4096 : (int)config_int(m, "sliding_window", 0);   // 4096: Mistral's, unless it says null
+    if (window > 0) c.window = window;
     if (window > 0 && window < c.maxT) {
         if (world.rank == 0)
             warn("note: %s/config.json has a sliding window; sequences may be as long as it, %d", m.folder.c_str(), window);
-        c.maxT = c.window = window;
+        c.maxT = window;
     }
     return c;
 }
@@ -6150,7 +6161,7 @@ struct StateHeader {
     double setting[(HEADER_INTS - 42) / 2];                                   // 42
 };
 static_assert(sizeof(StateHeader) == HEADER_BYTES, "a header has 256 int32");
-constexpr int STATE_MAGIC = 20240527;
+constexpr int STATE_MAGIC = 20240527, ROW_CHUNKS_SLOT = 25;   // which of the settings is how many chunks of rows there were
 const char* OPTIMIZERS[] = {"adamw", "adamw8", "adalomo"};
 const char* STATE_REMEDY = "remove this checkpoint's directory to resume from the one before, or start afresh with another --out";
 
@@ -6206,6 +6217,8 @@ Plan state_plan(const std::string& folder) {
              world.size);
     Plan was = {};
     was.B = std::max(h.B, 0), was.chunk_rows = std::max(h.chunk_rows, 0);
+    const int chunks = h.settings > ROW_CHUNKS_SLOT ? (int)h.setting[ROW_CHUNKS_SLOT] : 0;
+    if (chunks > 1) was.rows = loss_chunk_rows((size_t)was.B * std::max(h.T, 0), chunks);
     return was;
 }
 // Puts model and loader where the run stood after `step` steps. A run that only evaluates needs its seed alone.
@@ -6679,7 +6692,7 @@ std::vector<Option> settings_options(Settings& s) {
         {"seed", "", INTEGER, &s.seed, 0, BIG, "1337", "of weights, data order, rounding and samples"},
         {"recompute", "-r", INTEGER, &s.recompute, 0, RECOMPUTE_MOST, "1", RECOMPUTE_HELP},
         {"row-chunks", "", INTEGER, &s.row_chunks, 1, BIG, "auto", "parts of B*T that a block works on, but attention; auto: with -r 4, 256 MiB",
-         25,
+         ROW_CHUNKS_SLOT,
          {"auto"}},
         {"offload", "", INTEGER, &s.offload, 0, 1, "0", "1, with -r 4: blocks' inputs wait on the host for backward", 26},
         {"master-weights", "-w", INTEGER, &s.master, 0, 1, "1", "fp32 copies of bf16 weights; 0: stochastic rounding instead"},
@@ -7033,8 +7046,8 @@ int64_t micro_batches(const Run& run, int64_t B) {
     const int64_t tokens = B * run.s.T * world.size;
     return run.s.total_batch == 0 ? 1 : run.s.total_batch % tokens == 0 ? run.s.total_batch / tokens : 0;
 }
-// The plan for B sequences of s.T tokens. Chunks of the loss as given, or for auto of `chunk_bytes` each, or `chunk_rows` where it is not 0.
-void make_plan(Run& run, int64_t B, size_t chunk_bytes, int chunk_rows = 0) {
+// The plan for B sequences of s.T tokens. Chunks as given; for auto as in `was`, or if it says nothing, of the loss of `chunk_bytes` each.
+void make_plan(Run& run, int64_t B, size_t chunk_bytes, const Plan& was = {}) {
     const Settings& s = run.s;
     Plan& plan = run.model.plan;
     const size_t rows = (size_t)B * s.T;
@@ -7044,27 +7057,38 @@ void make_plan(Run& run, int64_t B, size_t chunk_bytes, int chunk_rows = 0) {
     if (plan.training && recomputes_block(plan))   // memory is short: where the gradient of the stream will be there is room for them
         chunk_bytes = std::clamp(rows * run.model.config.C * sizeof(floatX), SMALL_CHUNK_BYTES / 4, SMALL_CHUNK_BYTES);
     if (s.loss_chunks) plan.chunk_rows = loss_chunk_rows(rows, std::min<size_t>(rows, s.loss_chunks));
-    else plan.chunk_rows = chunk_rows ? chunk_rows : loss_auto_rows(rows, run.model.config.Vp, chunk_bytes);
-    plan.rows = s.row_chunks ? loss_chunk_rows(rows, std::min<size_t>(rows, s.row_chunks)) : 0;
-    if (!s.row_chunks && plan.training && recomputes_block(plan)) {   // auto
+    else plan.chunk_rows = was.chunk_rows ? was.chunk_rows : loss_auto_rows(rows, run.model.config.Vp, chunk_bytes);
+    plan.rows = s.row_chunks ? loss_chunk_rows(rows, std::min<size_t>(rows, s.row_chunks)) : was.rows;
+    if (plan.rows == 0 && plan.training && recomputes_block(plan)) {   // auto
         size_t scratch = 0;
         for (const Row& r : model_table(run.model)) scratch += r.shrink == CHUNKS ? r.bytes() : 0;
         plan.rows = loss_auto_rows(rows, ceil_div(scratch, rows * sizeof(floatX)), SMALL_CHUNK_BYTES);
     }
 }
+// What pinned tensors of a rank may take: its share of the machine's memory, less an eighth for all else.
+size_t host_room() {
+    int ranks = 1;
+#ifdef MULTI_GPU
+    MPI_Comm_size(world.local, &ranks);
+#endif
+    return (size_t)sysconf(_SC_PHYS_PAGES) * sysconf(_SC_PAGE_SIZE) / 8 * 7 / ranks;
+}
 // B as given. For auto, that of the run which is resumed, or the largest power of two, up to `data_batch`, whose tensors fit into the
-// free memory. Chunks of the loss as given. For auto, those of the run which is resumed, or large ones if they fit. Where no device is
+// free memory. Chunks as given. For auto, those of the run which is resumed, or of the loss large ones if they fit. Where no device is
 // visible, everything fits.
 void choose_plan(Run& run, size_t data_batch) {
     const Settings& s = run.s;
     const Plan was = run.resume_step >= 0 && s.trains() ? state_plan(run.resumed) : Plan{};
+    const size_t pinned = (size_t)world_min((double)host_room());
     auto fits = [&](int64_t B, size_t chunk_bytes) {   // makes the plan for B
         const size_t page = 2 << 20;   // cudaMalloc's, for tensors that have it
-        make_plan(run, B, chunk_bytes, B == was.B ? was.chunk_rows : 0);
+        make_plan(run, B, chunk_bytes, B == was.B ? was : Plan{});
         size_t need = 0;
-        for (const Row& r : model_table(run.model))
+        const Table table = model_table(run.model);
+        for (const Row& r : table)
             if (r.scope != HOST) need += r.bytes() < page / 2 ? r.bytes() : (r.bytes() + page - 1) / page * page;
-        return run.free_bytes == 0 || need <= run.free_bytes - run.free_bytes / 32;   // libraries load kernels when first called
+        return run.free_bytes == 0 || (need <= run.free_bytes - run.free_bytes / 32 &&   // libraries load kernels when first called
+                                       table_bytes(table, true) <= pinned);
     };
     int64_t B = s.B;
     if (B == 0 && was.B > 0 && was.B <= (int64_t)data_batch && micro_batches(run, was.B) > 0 && fits(was.B, SMALL_CHUNK_BYTES)) B = was.B;
@@ -7128,7 +7152,8 @@ const struct { const char* name; Values values; } FIT_RECIPES[] = {
 };
 const Values FIT_SAVINGS[] = {{{"recompute", 1}}, {{"recompute", 2}}, {{"recompute", 4}}, {{"recompute", 4}, {"offload", 1}}};
 const std::vector<std::string> FIT_OWN = {   // what recipes choose, or is another task
-    "batch", "total-batch", "optimizer", "recompute", "offload", "base", "double-quant", "adapter", "resume", "merge", "estimate"};
+    "batch", "total-batch", "optimizer", "recompute", "offload", "base", "double-quant", "grad-clip", "skip-loss-z", "skip-grad-z",
+    "zero", "adapter", "resume", "merge", "estimate", "dump-gradients"};
 constexpr double GIB = 1 << 30, FIT_RESERVE = 0.75;   // GiB: what the driver and libraries may take where it was not measured
 
 struct FitAsked { double size; bool json; };   // GiB, or 0: what is free on the device
@@ -7160,6 +7185,7 @@ struct FitPlan { int64_t B, T; size_t device, host, chunks; double again; };   /
 // The plan for B sequences of T tokens, if the tensors of its table take no more than `room` bytes.
 FitPlan fit_plan(Run& run, int64_t B, int64_t T, size_t room) {
     run.s.T = T;
+    if (std::max(run.s.row_chunks, run.s.loss_chunks) > B * T) return {};   // as choose_plan has it
     for (size_t chunk_bytes : {CHUNK_BYTES, SMALL_CHUNK_BYTES}) {
         make_plan(run, B, chunk_bytes);
         const Table table = model_table(run.model);
@@ -7429,7 +7455,7 @@ bool stop_wanted(const Run& run) {   // by a signal to any of the ranks, or beca
 float model_batch_loss(Model& model, int* host) {
     const int B = model.plan.B, T = model.plan.T;
     model_tokens(model, host, B * T, tokens_sort(host, B * T, model.config.V));
-    model_forward(model, B, T);
+    model_forward(model, B, T, false);
     model_loss(model, B, T, false, true, B * T);
     float loss;
     cudaCheck(cudaMemcpyAsync(&loss, &model.state->loss_sum, sizeof loss, cudaMemcpyDeviceToHost, model.stream));
@@ -7517,7 +7543,7 @@ bool write_on(Run& run, std::vector<int> text, int64_t most, int stop, uint64_t 
         std::copy(host, host + padded, host + padded);
         if (model.plan.marks) std::fill_n(host + documents_at(padded, V), padded, 0);
         model_tokens(model, host, padded, tokens_sort(host, padded, V));
-        model_forward(model, 1, padded);
+        model_forward(model, 1, padded, false);
         const floatX *last = model.lnf + (size_t)(T - 1) * C, *head = model.param[head_param(model.config)];
         matmul_forward(model.logits, last, head, nullptr, 1, C, Vp, model.stream);
         cudaCheck(cudaMemcpyAsync(logits.data(), model.logits, Vp * sizeof(floatX), cudaMemcpyDeviceToHost, model.stream));
@@ -7799,7 +7825,9 @@ void print_plan(Run& run, bool all) {
         printf("no GPU is visible here, so whether this fits is for you to say; chunks of logits are as if it did\n");
     else if (run.s.estimate == "text")
         printf("%s has %.1f MiB, %.1f MiB of them free: this %s\n", run.device.name, total, room,
-               table_bytes(table) < run.free_bytes ? "fits" : "does not fit");
+               table_bytes(table) >= run.free_bytes      ? "does not fit"
+               : table_bytes(table, true) > host_room() ? "fits there, but not what it pins of the host's memory"
+                                                         : "fits");
     fflush(stdout);
 }
 

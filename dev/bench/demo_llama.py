@@ -38,23 +38,28 @@ def instructions(model, out, T, train, test, show=0):
     os.replace(f"{out}/train/tokenizer.bin", f"{out}/tokenizer.bin")
 
 def ledger(program, options):
-    """{what: bytes} of --estimate, in a few lines."""
+    """{what: bytes} of --estimate on the device, in a few lines, and the bytes of the host."""
     done = subprocess.run([program, *options, "--estimate=json"], stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if done.returncode != 0:
         sys.exit(done.stderr.strip())
-    found = {"weights that stay as they are": 0, "adapters": 0, "their gradients and AdamW's state": 0, "kept for backward": 0, "scratch": 0}
+    host, found = 0, {"weights that stay as they are": 0, "adapters": 0, "their gradients and AdamW's state": 0, "kept for backward": 0, "scratch": 0}
     for row in json.loads(done.stdout)["rows"]:
         kind = row["kind"]
         what = ("adapters" if row["name"].endswith(("_A", "_B")) else "weights that stay as they are") if kind == "param" else \
             "their gradients and AdamW's state" if kind in ("grad", "optimizer") else "kept for backward" if kind == "saved" else "scratch"
-        found[what] += 0 if "alias_of" in row else row["bytes"]
-    return found
+        size = 0 if "alias_of" in row else row["bytes"]
+        if row["scope"] == "host":
+            host += size
+        else:
+            found[what] += size
+    return found, host
 
 def say_ledger(program, shape):
-    of, plain = ledger(program, [*shape, *ADAPTERS]), ledger(program, [*shape])
+    (of, host), (plain, _) = ledger(program, [*shape, *ADAPTERS]), ledger(program, [*shape])
     for what, size in of.items():
         print(f"  {what:36s} {size / 2**20:8.1f} MiB")
     print(f"  {'sum':36s} {sum(of.values()) / 2**20:8.1f} MiB; training all weights, in 16 bits, would take {sum(plain.values()) / 2**20:.1f}\n"
+          f"  {'and on the host, pinned':36s} {host / 2**20:8.1f} MiB\n"
           f"Tensor by tensor: {program} {' '.join([*shape, *ADAPTERS])} --estimate")
 
 def main():

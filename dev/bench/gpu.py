@@ -307,7 +307,8 @@ def run_jobs(file, head, jobs, clock, m, env=None, known={}, again=False):
     if other and old:
         os.replace(file, file + ".before")
         print(f"{file}: is of other sources, another GPU or another driver; kept as {os.path.basename(file)}.before")
-    entries = {} if other or again else entries
+    again = {job.name for job in jobs} if again else set()   # not those that --only leaves out
+    entries = {} if other else {name: e for name, e in entries.items() if name not in again}
     with atomic(file) as (f,):
         f.write("".join(json.dumps(x) + "\n" for x in (head, *entries.values())).encode())
     lock = threading.Lock()
@@ -428,6 +429,8 @@ def run_stage(name, a, m):
     signal.signal(signal.SIGINT, clock.stop)
     signal.signal(signal.SIGTERM, clock.stop)
     jobs = [job for job in {"check": check_jobs, "bench": bench_jobs, "peers": peers_jobs}[name](a, m) if re.search(a.only or "", job.name)]
+    if not jobs:
+        sys.exit(f"gpu.sh: --only {a.only}: no job of {name} has that in its name; --dry-run lists their commands")
     if a.dry_run:
         makes = [make_command(*item, m.arch) for item in wanted(jobs).items()]
         for command in makes + [fill(job, {}, 0) or job.command for job in jobs]:

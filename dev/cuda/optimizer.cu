@@ -680,10 +680,10 @@ void test_adalomo(uint64_t seed) {
             }
             auto u = [&](size_t i) { return before.grad[i] / sqrt(r[i / C] * c[i % C] / mean); };
             for (size_t i = 0; i < n; i++) updates += u(i) * u(i) / n;
-            const double size = a.lr * std::max(1e-3, sqrt(weights)) / std::max(1.0, sqrt(updates));
+            const double rate = a.lr * std::max(1e-3, sqrt(weights)), size = rate / std::max(1.0, sqrt(updates));
             for (size_t i = 0; i < n; i++)
                 weight.weights(STOCHASTIC, tensor, a.seed, a.step, 0, i,
-                               Real(x[i] - size * u(i) - (double)a.lr * tensor.decay * x[i], 2 * LOMO_ROUNDINGS * fabs(size * u(i)) + 4 * EPS32 * fabs(x[i])),
+                               Real(x[i] - size * u(i) - rate * tensor.decay * x[i], 2 * LOMO_ROUNDINGS * fabs(size * u(i)) + 4 * EPS32 * fabs(x[i])),
                                after);
             again.is(after == step(before) && same_bits(v_rows.read(), after_rows) && same_bits(v_cols.read(), after_cols), "other bits");
             for (float value : {NAN, -INFINITY, 1e20f}) {

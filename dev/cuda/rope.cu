@@ -177,7 +177,7 @@ struct Problem {
         for (int i = 0; i < s.HS; i++) qkv[i] = (floatX)0.0f;   // a head of zeros
         d = random.normals(s.all());
         q_gamma = random.normals(s.HS, 1, 0.5f), k_gamma = random.normals(s.HS, -1, 0.5f);
-        angles = rope_table({10000}, s.T, s.HS);
+        angles = rope_table({10000}, s.T, s.HS, s.T);
         before[0] = random.grads(s.HS), before[1] = random.grads(s.HS);
     }
     // f(where a head of q or k begins, its position, 0 for q and 1 for k)
@@ -242,9 +242,11 @@ Head backward_reference(const Problem& p, size_t at, int t, int k, bool norms, D
 
 // ---- tests
 
-// Frequencies are rounded to fp32, as in the models' own code, and nothing else is: up to the last position.
+// Frequencies are rounded to fp32, as in the models' own code, and up to the positions that a model was made for (`rounded`) so are
+// angles; beyond them nothing else is, up to the last position.
 void test_table() {
     Property table("the table: cosine and sine of t * frequency", "a frequency of one rounding"),
+        rounded("the table where the model was made for it", "an angle of two roundings"),
         last("the table up to position 2^24 - 1", "results of one rounding"),
         branches("llama3: some frequencies stay, some are stretched, some lie in between"),
         distance("the product of a query and a key depends on their distance alone", "but for the rounding of three entries");
@@ -254,7 +256,7 @@ void test_table() {
         {"Llama 3.1", {500000, ROPE_LLAMA3, 8, 1, 4, 8192}, 128}, {"Llama 3.2", {500000, ROPE_LLAMA3, 32, 1, 4, 8192}, 64},
         {"a short original", {10000, ROPE_LLAMA3, 4, 1.5f, 6, 256}, 40}};
     for (auto [name, r, HS] : cases) {
-        const std::vector<float2> angles = rope_table(r, T, HS);
+        const std::vector<float2> angles = rope_table(r, T, HS, 0), within = rope_table(r, T, HS, T - 1);
         const int half = HS / 2;
         int stay = 0, stretched = 0;
         set_case("%s", name);
@@ -266,13 +268,18 @@ void test_table() {
                 const double bound = 1.01 * EPS32 * f * t + EPS32;
                 table.within(at, angles[at].x, cos(f * t), bound);
                 table.within(at, angles[at].y, sin(f * t), bound);
+                rounded.within(at, within[at].x, cos(f * t), 2 * bound);
+                rounded.within(at, within[at].y, sin(f * t), 2 * bound);
+                const float angle = (float)t * (float)rope_frequency(r, i, HS);   // and it is that one, to the bit
+                if (t < T - 1) rounded.equal(at, within[at].x, (float)cos((double)angle));
+                else rounded.equal(at, within[at].x, angles[at].x);
                 const float2 q = angles[at], k = angles[(size_t)(t / 3) * half + i],
                              apart = angles[(size_t)(t - t / 3) * half + i];
                 distance.within(at, (double)q.x * k.x + (double)q.y * k.y, apart.x, 3 * EPS32);
             }
         }
         for (int first : {(1 << 20) - 1, (1 << 24) - 2}) {
-            const std::vector<float2> far = rope_table(r, 2, HS, first);
+            const std::vector<float2> far = rope_table(r, 2, HS, 0, first);
             for (int i = 0; i < HS; i++) {
                 const double angle = (double)(float)rope_frequency(r, i % half, HS) * (first + i / half);
                 last.within(i, far[i].x, cos(angle), EPS32);
@@ -283,7 +290,7 @@ void test_table() {
             branches.is(stay > 0 && stretched > 0 && stay + stretched < half,
                         std::to_string(stay) + " stay, " + std::to_string(stretched) + " are stretched");
     }
-    report({&table, &last, &branches, &distance});
+    report({&table, &rounded, &last, &branches, &distance});
 }
 
 // Heads of each kind that the launcher tells apart: 8 and 4 pairs per thread; lanes of a head that are 1, 2, 4, 8 and 16, all of
@@ -630,7 +637,7 @@ void bench(const BenchModel& m) {
     Buffer<floatX> x(here), out(here), half(turned), q_gamma(random.normals(m.HS, 1, 0.5f)),
         k_gamma(random.normals(m.HS, 1, 0.5f));
     x.fill(), out.fill();
-    Buffer<float2> angles(rope_table({10000}, m.T, m.HS));
+    Buffer<float2> angles(rope_table({10000}, m.T, m.HS, m.T));
     Buffer<float> scratch((size_t)NORM_SLICES * m.HS);
     GradBuffer dq(m.HS, F32), dk(m.HS, F32);
     t.row("version 1: rotate_half, then two products", 5 * X + table, [&] { rope_1(out.p, half.p, x.p, angles.p, false, s); });

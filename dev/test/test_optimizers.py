@@ -37,7 +37,7 @@ def adalomo(state, step, x, g, lr, decay):
     v = np.outer(state[0], state[1]) / state[0].mean() if g.ndim == 2 else state[0]
     u = g / np.sqrt(v)
     u /= max(1, np.sqrt((u * u).mean()))
-    return x - lr * max(1e-3, np.sqrt((x * x).mean())) * u - lr * decay * x * (g.ndim == 2)
+    return x - lr * max(1e-3, np.sqrt((x * x).mean())) * (u + decay * x * (g.ndim == 2))
 
 @pytest.mark.parametrize("variant", ["cpu-fp32", "cpu-approxbp-fp32"])
 @pytest.mark.parametrize("mode", [["-r", 1], ["-r", 4, "--row-chunks", 3]], ids=["plain", "chunks"])
