@@ -624,7 +624,7 @@ constexpr double LOMO_ROUNDINGS = 300 * EPS32;   // a lane adds up to 128 square
 void test_adalomo(uint64_t seed) {
     const char* bound = "300 roundings";
     Property factors("AdaLomo: second moments of rows and columns", bound), squares("AdaLomo: the sum of all squares", bound),
-        again("AdaLomo: the same bits in a second run"),
+        again("AdaLomo: the same bits in a second run"), finite("AdaLomo: rows without a gradient, beside large ones, stay as they are"),
         nan("AdaLomo: a gradient that is not finite changes nothing, and is seen by the norm", "every bit");
     Comparison weight = {{""}, {"AdaLomo: master copy, and the weight that is the nearest to it", bound},
                          {"AdaLomo: weight", kFP32 ? bound : "every bit, where those leave no doubt"}};
@@ -686,6 +686,14 @@ void test_adalomo(uint64_t seed) {
                                Real(x[i] - size * u(i) - rate * tensor.decay * x[i], 2 * LOMO_ROUNDINGS * fabs(size * u(i)) + 4 * EPS32 * fabs(x[i])),
                                after);
             again.is(after == step(before) && same_bits(v_rows.read(), after_rows) && same_bits(v_cols.read(), after_cols), "other bits");
+            if (R > 4) {
+                State large = before;   // as gradients of 1e13 would be, so that a row without has 1e-43 of the mean
+                std::fill(rows.begin(), rows.end(), 0), std::fill(cols.begin(), cols.end(), 0);
+                for (float& g : large.grad) g *= tensor.grad_type == BF16 ? 0x1p40f : 1e13f;
+                const State moved = step(large);
+                for (size_t i = 0; i < n; i++) finite.is(std::isfinite((float)moved.param[i]), "a weight is no number");
+                for (size_t i = C; i < 2 * C && tensor.decay == 0 && tensor.master; i++) finite.is(moved.master[i] == large.master[i], "it has moved");
+            }
             for (float value : {NAN, -INFINITY, 1e20f}) {
                 State broken = before;
                 broken.grad[n - 3] = value;
@@ -698,7 +706,7 @@ void test_adalomo(uint64_t seed) {
     set_case("all weights");
     weight.weight.is(weight.undecided * 50 <= weight.decided, "for too many it is not clear how they are to be rounded");
     printf("AdaLomo\n");
-    report({&factors, &squares, &weight.master, &weight.weight, &again, &nan});
+    report({&factors, &squares, &weight.master, &weight.weight, &again, &finite, &nan});
 }
 
 // What is no number goes where its element is and nowhere else; what overflows is still well defined.

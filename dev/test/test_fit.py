@@ -140,6 +140,8 @@ EXPECTED = "expected one size in GiB (2^30 bytes), more than the 0.75 that drive
     (["--fit", "8G", "--base", "nf4"], ["--base: not with --fit"]),
     (["--fit", "8G", "--optimizer", "adamw8"], ["--optimizer: not with --fit"]),
     (["--fit", "8G", "--estimate"], ["--estimate: not with --fit"]),
+    *[(["--fit", "8G", option, value], [f"{option}: not with --fit"]) for option, value in   # adalomo would refuse the command
+      (("--grad-clip", 1), ("--skip-loss-z", 3), ("--skip-grad-z", 3), ("--zero", 1), ("--dump-gradients", "g.safetensors"))],
     (["-x", 0, "--fit"], ["-x 0: --fit is about training"])])
 def test_errors(trainer, given, message):
     says(run(trainer, *given, status=2).err, *message)

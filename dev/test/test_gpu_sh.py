@@ -96,6 +96,9 @@ def test_jobs(tmp_path):
     assert states == {"passes": "ok", "says nothing": "failed", "exits with 1": "failed", "is not there": "failed"}
     head, entries = gpu.load(file)
     assert head == HEAD and entries["passes"]["passed"] == 7 and entries["exits with 1"]["output"] == ["done"]
+    again = gpu.run_jobs(str(file), HEAD, [sh("exits with 1", "echo done")], gpu.Clock(1), gpu.Machine(), again=True)  # others keep their lines
+    assert again == gpu.load(file)[1] and {name: e["status"] for name, e in again.items()} == {**states, "exits with 1": "ok"}
+    run(file, sh("exits with 1", "echo done; exit 1"))
     file.write_text(file.read_text() + '{"id": "cut o')  # killed while it wrote
     assert run(file, *jobs(False))["says nothing"] == "ok" and (tmp_path / "ran").read_text() == "x\n"
     # but all of it where sources, GPU or driver are others; the old results stay beside

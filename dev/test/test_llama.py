@@ -298,6 +298,7 @@ def test_what_it_does_not_know_of_a_config_stays(lab):
     ({"tie_word_embeddings": "yes"}, ["tie_word_embeddings: expected true or false"]),
     ({"model_type": "qwen2"}, ["no tensor model.layers.0.self_attn.q_proj.bias"]),
     ({"sliding_window": 16, "model_type": "mistral"}, ["--seq-len 32", "longest sequence is 16"]),
+    ({"sliding_window": 24, "model_type": "mistral", "max_position_embeddings": 20}, ["--seq-len 32", "longest sequence is 24"]),
     ({"num_hidden_layers": 1}, ["model.layers.1.input_layernorm.weight is none of the model"]),
 ], ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items())[:60] if isinstance(value, dict) else "")
 def test_what_a_config_asks_for_and_we_do_not(lab, change, parts):

@@ -291,6 +291,10 @@ def test_a_resumed_run_says_what_is_otherwise(bench):
     bench.train(*given, "-x", 1, "--row-chunks", 3, variant="cpu-fp32")
     ran = bench.train(*given, "-x", 2, "-y", 1, "--row-chunks", 7, "--offload", 1, variant="cpu-fp32")
     says(ran.out, "--row-chunks was 3, is 7", "--offload was 0, is 1")
+    straight = bench.train(*given[:-1], "straight", "-x", 3, "--row-chunks", 3, "-k", "constant", variant="cpu-fp32")
+    bench.train(*given[:-1], "parts", "-x", 2, "-n", 2, "--row-chunks", 3, "-k", "constant", variant="cpu-fp32")
+    went_on = bench.train(*given[:-1], "parts", "-x", 3, "-y", 1, "-k", "constant", variant="cpu-fp32")   # auto: as it was
+    assert "--row-chunks was" not in went_on.out and [line["train_loss"] for line in went_on.steps] == straight.losses[2:]
     vals = [bench.train("-e", "said/step_00000002", "-j", "vplain.bin", "-b", B, "-t", T, "-x", 0, "-v", 1, "-f", 0, *more, variant="cpu-fp32").vals
             for more in ([], ["-r", 0], ["--row-chunks", 7], ["-r", 4, "--row-chunks", 7, "--offload", 1])]
     assert len(vals[0]) == 1 and all(close(v, vals[0], 1e-6) for v in vals)
