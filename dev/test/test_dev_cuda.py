@@ -21,7 +21,7 @@ OUT = ROOT / "build/dev_cuda"
 NAMES = sorted(path.stem for path in (ROOT / "dev/cuda").glob("*.cu"))
 PRECISIONS = {"bf16": 0, "fp32": 1}
 BOTH = [(name, precision) for name in NAMES for precision in PRECISIONS]
-ORDERS = {"forward": {}, "reverse": {}, "priority1": {"SIMT_SEED": 1}}
+ORDERS = {"forward": {}, "reverse": {}, "priority": {"SIMT_SEED": 1, "OMP_NUM_THREADS": 2}}   # the last on two threads
 
 # ---- building, all of it at once on two cores, as soon as the first test wants something -----------
 
@@ -47,16 +47,15 @@ def build_gpu(name):
     return execute(nvcc(), "-Xcicc", "-O0", "-std=c++17", "-arch=sm_90", "-ptx", "-Idev/cuda", f"dev/cuda/{name}.cu", "-o", OUT / f"{name}.ptx", cwd=ROOT, timeout=600)
 
 def build_and_run(name, precision, san=False):
-    """A build, and {which run: what it said} in each order; where threads are told by two of them, with another seed."""
+    """A build, and {which run: what it said} in each order (fp32: in the first and the last), and in bf16 with another seed."""
     done, program = build_cpu(name, precision, san)
     if done.status != 0:
         return done, {}
     if san:
         return done, {"san": run(program)}
-    runs = {order: run(program, SIMT_ORDER=order.rstrip("12"), **env) for order, env in ORDERS.items()}
+    runs = {order: run(program, SIMT_ORDER=order, **env) for order, env in ORDERS.items() if precision == "bf16" or order != "reverse"}
     if precision == "bf16":
-        runs.update({f"{n} threads": run(program, "--seed", 7, OMP_NUM_THREADS=n) for n in (1, 2)}, bench=run(program, "--bench"))
-        runs["json"] = run(program, "--json")
+        runs.update(seed=run(program, "--seed", 7), bench=run(program, "--bench"), json=run(program, "--json"))
     return done, runs
 
 @pytest.fixture(scope="module")
@@ -86,10 +85,11 @@ def run(program, *arguments, **env):
 def test_in_every_order(runs, name, precision):
     """What is printed has every error that was found and a digest of every result: all of it is the same in any order."""
     of = runs(name, precision)
-    for order in ORDERS:
+    orders = [order for order in ORDERS if order in of]
+    for order in orders:
         assert of[order].status == 0, f"{order}\n{of[order].out}{of[order].err}"
         assert re.search(r"^checksum [0-9a-f]{16} \(seed 1337\)\nall is well$", of[order].out, re.M), of[order].out
-    assert len({of[order].out for order in ORDERS}) == 1, [of[order].out for order in ORDERS]
+    assert len(orders) > 1 and len({of[order].out for order in orders}) == 1, [of[order].out for order in orders]
 
 @pytest.mark.parametrize("name", NAMES)
 def test_with_sanitizers(runs, name):
@@ -97,13 +97,11 @@ def test_with_sanitizers(runs, name):
     assert (done.status, done.err) == (0, ""), done.out[-500:] + done.err
 
 @pytest.mark.parametrize("name", NAMES)
-def test_two_threads_another_seed(runs, name):
-    """Blocks on two threads, and other numbers; the digest tells that they are others."""
+def test_another_seed(runs, name):
+    """Other numbers; the digest tells that they are others."""
     of = runs(name, "bf16")
-    one, two = of["1 threads"], of["2 threads"]
-    assert one.status == two.status == 0, one.out + two.out
-    assert one.out == two.out and "(seed 7)" in one.out
-    assert one.out.splitlines()[-2].split()[1] != of["forward"].out.splitlines()[-2].split()[1]
+    assert of["seed"].status == 0 and "(seed 7)" in of["seed"].out, of["seed"].out
+    assert of["seed"].out.splitlines()[-2].split()[1] != of["forward"].out.splitlines()[-2].split()[1]
 
 BYTES = {"layernorm": {"forward, version 1": 14, "forward, version 2: the": 8, "backward, version 1": 26, "backward, version 2: the": 8,
                        "unfold": 10},

@@ -196,8 +196,8 @@ def test_several_ranks(lab, trainer, size):
     assert size_of("zero1") < 0.7 * size_of("zero0")
     run("two", 2, "--optimizer", "adalomo", "-b", 1), run("one", 1, "--optimizer", "adalomo", "-b", 2)
     one, two = (arrays(lab.path(f"{name}/step_00000003/model.safetensors")) for name in ("one", "two"))
-    for name, x in one.items():
-        assert np.abs(two[name] - x).max() < 1e-3 * 1e-2 * 3, name
+    for name, x in one.items():   # a key's bias has no gradient but rounding, which an update of its own size is made of
+        assert np.abs(two[name] - x).max() < 1e-3 * 1e-2 * 3 * (10 if name.endswith("c_attn.bias") else 1), name
 
 # ---- what is refused -------------------------------------------------------------------------------------
 

@@ -28,7 +28,8 @@ def build(tmp_path_factory):
     def of(variant):
         folder, source = tmp_path_factory.mktemp(variant), (ROOT / f"train_{'llama' if variant in LLAMA else 'gpt2'}.cu").read_text()
         if variant in LLAMA:
-            said, texts = occupancy.compile_llama(folder, *(["-DFP32=1"] if variant == "llama-fp32" else []))
+            said, texts = occupancy.compile_llama(folder, *(["-DFP32=1"] if variant == "llama-fp32" else []),
+                                                   architectures=(80,) if variant == "llama-fp32" else (80, 100))
             assembled, used = occupancy.assemble(folder, texts, {kernel for twin in GPT2[:2] for kernel, _ in of(twin).used})
             return SimpleNamespace(said=said + assembled, used=used, ptx=texts[80], source=source)
         if variant == "fp32":
