@@ -6,7 +6,7 @@ import struct
 import numpy as np
 import pytest
 
-from finetune import PLAIN, adapters, arrays, batch, check_gradients, distance, hf_names, model, reference, trainer_of, write_adapter, write_base, write_marked
+from finetune import PLAIN, adapters, arrays, batch, check_gradients, distance, hf_names, model, reference, settled, trainer_of, write_adapter, write_base, write_marked
 from helpers import Lab, close, execute, learned, mpirun, options, program, read_log, says, write_tokens
 
 V = 131
@@ -191,10 +191,10 @@ def test_accumulation_and_ranks_are_one_batch(bench, sizes, given):
         done = execute(*launch, program("cpu-multi-fp32", lab.how["trainer"]), *arguments, cwd=lab.folder, env={"OMP_NUM_THREADS": 1})
         assert done.status == 0, done.err[-2000:]
         steps = [line for line in read_log(lab.path(f"{name}.jsonl")) if "train_loss" in line]
-        found.append(([x for line in steps for x in (line["train_loss"], line["grad_norm"])], weights(lab, name)))
+        found.append(([x for line in steps for x in (line["train_loss"], line["grad_norm"])], settled(weights(lab, name))))
     for numbers, after in found[1:]:
         assert close(numbers, found[0][0], 1e-5)
-        assert all(np.abs(after[name] - t).max() < 2e-4 for name, t in found[0][1].items())   # AdamW's first steps are of 1e-3, whatever the gradient
+        assert all(np.abs(after[name] - t).max() < 5e-5 for name, t in found[0][1].items())   # AdamW's first steps are of 1e-3, whatever the gradient
 
 def test_a_step_without_anything_to_train(bench):
     """It is counted, said and left out: weights and moments stay, and the next step is what it would have been without it."""
