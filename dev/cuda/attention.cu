@@ -389,13 +389,6 @@ struct Statements {   // of each version
     }
 };
 
-// With the sanitizers, which look at each access, a part of the cases is enough, and all would take long.
-#if defined(SIMT_ASAN) && SIMT_ASAN
-constexpr bool SANITIZED = true;
-#else
-constexpr bool SANITIZED = false;
-#endif
-
 void test_random(uint64_t seed, bool large) {
     Statements statements, in_place;
     Property again("the same bits in a second run"), no_bias("without a gradient of the bias: the same dqkv, and no scratch");

@@ -8,6 +8,13 @@
 
 #include <cmath>
 
+// With the sanitizers, which look at each access, a part of the cases is enough, and all would take long.
+#if defined(SIMT_ASAN) && SIMT_ASAN
+constexpr bool SANITIZED = true;
+#else
+constexpr bool SANITIZED = false;
+#endif
+
 // ---- arguments
 
 struct Arguments {
@@ -21,9 +28,7 @@ size_t guard_bytes = 256;   // on either side of a tensor (cudaMalloc's alignmen
 Arguments parse_arguments(int argc, char** argv, const char* what) {
     Arguments o;
     program_name = argv[0];
-#if defined(SIMT_ASAN) && SIMT_ASAN
-    guard_bytes = 0;   // the sanitizer has guards of its own, and they catch reading too
-#endif
+    if (SANITIZED) guard_bytes = 0;   // the sanitizer has guards of its own, and they catch reading too
     for (int i = 1; i < argc; i++) {
         std::string a = argv[i];
         char* end = nullptr;

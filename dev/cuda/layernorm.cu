@@ -240,8 +240,10 @@ bool is_large(const Shape& s) { return s.rows * s.C > 20000; }
 std::vector<Shape> shapes() {
     std::vector<Shape> all;
     for (int C : {8, 24, 136, 256, 264, 1000})
-        for (int rows : {1, 3, 8, 9, 65}) all.push_back({rows, C});
-    for (Shape s : {Shape{301, 24}, {301, 264}, {8195, 8}, {17, 4096}, {17, 4104}}) all.push_back(s);
+        for (int rows : {1, 3, 8, 9, 65})
+            if (!SANITIZED || rows == 3 || rows == 9) all.push_back({rows, C});
+    for (Shape s : {Shape{301, 24}, {301, 264}, {8195, 8}, {17, 4096}, {17, 4104}})
+        if (!SANITIZED || s.rows == 17) all.push_back(s);
     const int most = (int)(48 * 1024 / sizeof(floatX));
     for (int C : {most / 4, most / 4 + 8, most / 3 / 8 * 8 + 8, most / 2, most / 2 + 8, most}) all.push_back({5, C});
     if (kRMSNorm) all.erase(std::remove_if(all.begin(), all.end(), is_large), all.end());   // LayerNorm goes the same ways
@@ -592,7 +594,8 @@ void test_fold(uint64_t seed) {
         nan("a NaN or an infinity in any input reaches what it is part of, and only that");
     std::vector<Shape> shapes = {{1101, 24}};   // 17 slices, which two warps add up
     for (int C : {8, 24, 136, 264, 1000})
-        for (int OC : {1, 7, 13, 40, 264}) shapes.push_back({OC, C});
+        for (int OC : {1, 7, 13, 40, 264})
+            if (!SANITIZED || OC < 40) shapes.push_back({OC, C});
     for (auto [OC, C] : shapes)
         for (DType type : {F32, BF16})
             for (Has has : {BETA_AND_B, NEITHER, BETA}) {

@@ -5,7 +5,7 @@ An input is the header of a file of tensors. Whatever it is, nothing may be read
 tensors that lie in the file without gap or overlap; and JSON that is read, is read again to the same from what we write of it.
 
     make dev/test/fuzz_readers CPU=1 SAN=1 && dev/test/fuzz_readers 1000000 7        so many inputs, a seed; or files to try
-    make dev/test/fuzz_readers CPU=1 CPU_CXX=clang++ CXXFLAGS="-fsanitize=fuzzer,address,undefined -DLIBFUZZER" && dev/test/fuzz_readers -runs=10000000
+    make fuzz RUNS=10000000        by clang's libFuzzer, which looks for inputs that take new ways through the code
 */
 #define TESTING
 #include "../../train_llama.cu"
