@@ -2308,8 +2308,8 @@ __global__ void adamw_kernel(OptTensor tensor, const Verdict* verdict, AdamW a) 
 
 // --optimizer adamw8: m and v in 8 bits (Dettmers et al., arXiv 2110.02861). 256 neighbouring elements share a scale, their largest |m|
 // or v, and each keeps the index of the nearest of 256 values between -1 (v: 0) and 1, which are dense near 0 (dynamic_map): 2 + 8/256
-// bytes an element for AdamW's 8. The step is AdamW's, on the values before they are rounded. One thing is not bitsandbytes': a v that
-// is not 0 never becomes 0, because m divided by its root and eps would be a leap. Blocks begin anew at each rank's share, as those of
+// bytes an element for AdamW's 8. The step is AdamW's, on the values before they are rounded. Two things are not bitsandbytes': a v that
+// is not 0 never becomes 0, because m divided by its root and eps would be a leap; and a negative m may, where theirs stays below. Blocks begin anew at each rank's share, as those of
 // the squares do. Vectors are a thousandth of a model and keep 32 bits.
 constexpr int Q8_BLOCK = 32 * VEC;   // a warp's elements
 struct Moments8 {
@@ -2363,7 +2363,7 @@ __global__ void adamw8_kernel(OptTensor tensor, Moments8 q, const Verdict* verdi
 // --optimizer adalomo (Lv et al., arXiv 2310.10195; the constants are those of its authors' code). v of a matrix is kept as means over
 // its rows and its columns, so the state is next to nothing:
 //     r_i = b r_i + (1 - b) (mean over j of g_ij^2 + eps1)     c_j = b c_j + (1 - b) (mean over i of g_ij^2 + eps1)
-//     u_ij = g_ij / sqrt(r_i c_j / mean(r))      x -= lr max(eps2, rms(x)) u / max(1, rms(u)) + lr decay x      b = 1 - t^-0.8
+//     u_ij = g_ij / sqrt(r_i c_j / mean(r))      x -= lr max(eps2, rms(x)) (u / max(1, rms(u)) + decay x)      b = 1 - t^-0.8
 // A vector is a matrix of one row, whose c is v itself. There is no m, and nothing about a step is known but the matrix: so a matrix is
 // updated as soon as it has its gradient (model_fused_update), and the gradients of one layer are all that there are at a time. A
 // matrix whose gradient is not finite stays as it is.
@@ -2669,7 +2669,24 @@ size_t table_bytes(const Table& table, bool host = false) {   // of the device, 
 // What cudaMalloc was asked for, and cudaMallocHost: now, and at most.
 size_t device_bytes = 0, device_peak = 0, host_bytes = 0, host_peak = 0;
 
+// What pinned tensors of a rank may take: its share of the memory that the machine, or the container, has, less an eighth for all else.
+size_t host_room() {
+    size_t room = (size_t)sysconf(_SC_PHYS_PAGES) * sysconf(_SC_PAGE_SIZE), limit;
+    for (const char* path : {"/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"})
+        if (FILE* f = fopen(path, "re")) {
+            if (fscanf(f, "%zu", &limit) == 1) room = std::min(room, limit);   // or it says "max"
+            fclose(f);
+        }
+    int ranks = 1;
+#ifdef MULTI_GPU
+    MPI_Comm_size(world.local, &ranks);
+#endif
+    return room / 8 * 7 / ranks;
+}
 void table_allocate(Table& table) {
+    if (table_bytes(table, true) > host_room())   // to ask for it could end other programs, or this one without a word
+        fail("out of memory: the plan pins %.1f MiB of the host's memory, which has %.1f MiB for it; smaller by --offload 0, "
+             "--embedding-on device, --batch or --seq-len", table_bytes(table, true) / 1048576.0, host_room() / 1048576.0);
     for (Row& r : table) {
         if (!r.alias_of.empty()) continue;
         void* memory = nullptr;
@@ -2681,7 +2698,8 @@ void table_allocate(Table& table) {
                  r.bytes() / 1048576.0, r.shrink);
         if (error == cudaErrorMemoryAllocation) {
             cudaGetLastError();   // it would come up again at the next launch
-            Table largest = table;
+            Table largest;   // the host's rows would not help
+            std::copy_if(table.begin(), table.end(), std::back_inserter(largest), [](const Row& a) { return a.scope != HOST; });
             std::sort(largest.begin(), largest.end(), [](const Row& a, const Row& b) { return a.bytes() > b.bytes(); });
             std::string text;
             for (const Row& big : {largest[0], largest[1], largest[2]}) {
@@ -2693,7 +2711,8 @@ void table_allocate(Table& table) {
             cudaMemGetInfo(&free_bytes, &total);
             fail("out of memory at %s (%.1f MiB): the plan takes %.1f MiB, the device has room for %.1f MiB (%.1f MiB in all).\n"
                 "  The three largest tensors, and what makes each smaller:%s\n"
-                "  --estimate prints the whole plan without a GPU; --batch auto takes the largest batch that fits.",
+                "  --estimate prints the whole plan without a GPU; --batch auto takes the largest batch that fits; --fit says what else does:\n"
+                "  full training by other optimizers, LoRA, QLoRA, how much is computed again or waits on the host.",
                 r.name.c_str(), r.bytes() / 1048576.0, table_bytes(table) / 1048576.0, (device_bytes + free_bytes) / 1048576.0,
                 total / 1048576.0, text.c_str());
         }
@@ -3109,7 +3128,7 @@ Nf4Sizes nf4_sizes(const Config& c, int p) {
     return n;
 }
 const char *SMALLER = "a smaller model (-e)", *CHUNKS = "--row-chunks",
-           *BATCH = "--batch (halving it halves this; --total-batch keeps the step's size)";
+           *BATCH = "--batch (halving it halves this; --total-batch keeps the step's size), or a shorter --seq-len";
 template <class X>
 void table_add(Table& table, const std::string& name, X** where, DType dtype, std::vector<size_t> shape, Kind kind, Scope scope,
                const char* shrink, const char* alias_of = "") {
@@ -3138,7 +3157,8 @@ void table_add_params(Table& table, Model& model) {
         const ParamShape s = param_shape(c, p);
         if (s.elements() == 0 || (p == WTE && plan.host_wte)) continue;
         if (!plan.quantizes(p)) {
-            add("", p, &model.param[p], FLOATX, false, PARAM, p < LORA_A ? SMALLER : "--lora");
+            const char* frozen = linear_index(p) < 4 ? "--base nf4" : p == WTE && head_param(c) != WTE ? "--embedding-on host" : SMALLER;
+            add("", p, &model.param[p], FLOATX, false, PARAM, p >= LORA_A ? "--lora" : plan.trains(p) ? SMALLER : frozen);
             continue;
         }
         Quantized& q = model.quantized[linear_index(p)];
@@ -3263,7 +3283,7 @@ void table_add_rest(Table& table, Model& model, size_t colsum) {
     if (plan.training) {
         table_add(table, "dresid", &model.dresid, FLOATX, {B, T, C}, SCRATCH, MODEL, BATCH);
         table_add(table, "delta", &model.delta, F32, {B, NH, T}, SCRATCH, MODEL, BATCH);
-        table_add(table, "colsum", &model.colsum, F32, {colsum}, SCRATCH, MODEL, BATCH);
+        table_add(table, "colsum", &model.colsum, F32, {colsum}, SCRATCH, MODEL, SMALLER);
         table_add(table, "squares", &model.squares, F32, {model_opt_blocks(model)}, SCRATCH, MODEL, SMALLER);
     }
     table_add(table, "tokens", &model.tokens, I32, {token_ints(B * T, c.V, plan.marks)}, SCRATCH, MODEL, BATCH);
@@ -3298,9 +3318,9 @@ Table model_table(Model& model) {
     auto keep = [&](const std::string& name, auto** where, DType dtype, std::vector<size_t> shape, const char* shrink) {
         if (blocks) shape.erase(shape.begin());
         table_add(table, name, where, dtype, std::move(shape), plan.training && !blocks ? SAVED : SCRATCH, blocks ? MODEL : LAYER,
-                  shrink);
+                  shared ? BATCH : shrink);
     };
-    const char* norm_hint = kMsNorm || plan.recompute == 2 ? BATCH : "--recompute 2, or a build with MS_NORM=1";
+    const char* norm_hint = kMsNorm || plan.recompute >= 2 ? BATCH : "--recompute 2, or a build with MS_NORM=1";
     // Outputs of norms and of GELU that no backward wants are kept by nobody: scratch holds them.
     auto keep_norm = [&](const std::string& name, floatX** out, float** mean, float** rstd, int weight) {
         if (keeps_norm(model, weight)) keep(name, out, FLOATX, {L, B, T, C}, norm_hint);
@@ -4065,23 +4085,29 @@ std::string follow_links(std::string path) {
         path = (link[0] == '/' ? "" : folder_of(path) + "/") + std::string(link, n);
     return path;
 }
-// Writes a file that appears under its name when it is whole. `fill` gives its bytes to put(data, bytes). After the first failure
-// nothing more is written and nothing is left. Returns what went wrong, or an empty text.
+// Writes a file that appears under its name when it is whole. `fill` gives its bytes to put(data, bytes), and is called in any case,
+// because other ranks may wait for their part in it. After the first failure nothing more is written and nothing is left. Returns what
+// went wrong, or an empty text.
 using Put = std::function<void(const void* data, size_t bytes)>;
 std::string write_file(const std::string& name, const std::function<void(const Put& put)>& fill) {
     const std::string path = follow_links(name), temporary = path + ".tmp";   // a link stays a link
     auto cannot = [&](const char* what) { return std::string("cannot ") + what + " " + name + ": " + strerror(errno); };
+    std::string error;
     struct stat old;
     const bool exists = stat(path.c_str(), &old) == 0;
-    if (exists && !S_ISREG(old.st_mode)) return "cannot write " + name + ": it is no regular file";
-    unlink(temporary.c_str());   // a killed run may have left it
-    const int fd = open(temporary.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
-    if (fd < 0) return cannot("create");
-    if (exists) (void)!fchown(fd, old.st_uid, old.st_gid), fchmod(fd, old.st_mode & 0777);   // only root can give a file away
-    std::string error;
+    int fd = -1;
+    if (exists && !S_ISREG(old.st_mode)) {
+        error = "cannot write " + name + ": it is no regular file";
+    } else {
+        unlink(temporary.c_str());   // a killed run may have left it
+        fd = open(temporary.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+        if (fd < 0) error = cannot("create");
+    }
+    if (exists && fd >= 0) (void)!fchown(fd, old.st_uid, old.st_gid), fchmod(fd, old.st_mode & 0777);   // only root can give a file away
     fill([&](const void* data, size_t bytes) {
         if (error.empty() && write_bytes(fd, data, bytes) != bytes) error = cannot("write");
     });
+    if (fd < 0) return error;
     if (error.empty() && fsync(fd) != 0) error = cannot("write");
     if (close(fd) != 0 && error.empty()) error = cannot("write");
     if (error.empty() && rename(temporary.c_str(), path.c_str()) != 0) error = cannot("rename to");
@@ -4292,8 +4318,9 @@ void loader_set_batch(Loader& d, int B) {
     d.B = B;
     for (const Shard& s : d.shards)
         if (d.windows(s) < d.batch_windows())
-            fail("%s: its %zu tokens make %zu sequences of %d, but a batch takes %zu (%d on each of %d GPUs); take a smaller -b "
-                 "or -t, or more text", s.path.c_str(), s.tokens, d.windows(s), d.T, d.batch_windows(), B, world.size);
+            fail("%s: its %zu tokens make %zu sequences of %d, but a batch takes %zu (%d on each of %d GPUs); take a smaller -b%s, or more "
+                 "text", s.path.c_str(), s.tokens, d.windows(s), d.T, d.batch_windows(), B, world.size,
+                 s.marks ? "" : " or -t");   // rows were packed for this -t
     loader_seek(d, 0, 0, 0);
 }
 void loader_close(Loader& d) {
@@ -5989,8 +6016,8 @@ Plan state_plan(const std::string& folder) {
              world.size);
     Plan was = {};
     was.B = std::max(h.B, 0), was.chunk_rows = std::max(h.chunk_rows, 0);
-    const int chunks = h.settings > ROW_CHUNKS_SLOT ? (int)h.setting[ROW_CHUNKS_SLOT] : 0;
-    if (chunks > 1) was.rows = loss_chunk_rows((size_t)was.B * std::max(h.T, 0), chunks);
+    const double rows = (double)was.B * std::max(h.T, 0), chunks = h.settings > ROW_CHUNKS_SLOT ? h.setting[ROW_CHUNKS_SLOT] : 0;
+    if (chunks >= 1 && chunks <= rows && rows < 1 << 30) was.rows = loss_chunk_rows((size_t)rows, (size_t)chunks);   // a NaN is neither
     return was;
 }
 // Puts model and loader where the run stood after `step` steps. A run that only evaluates needs its seed alone.
@@ -6386,9 +6413,6 @@ void model_check_options() {
     if (kActBits > 0 && gelu_fusion > 0)
         bad_option("gelu-fusion", "this build keeps GELU's input in %d bits, which no epilogue of cuBLASLt makes; expected 0, or a build "
                    "with APPROX_ACT=0", kActBits);
-    for (const char* name : {"lora", "adapter"})
-        if (given(name) && gelu_fusion > 0)
-            bad_option("gelu-fusion", "an adapter adds to what GELU takes; expected 0 with %s", typed(name).c_str());
     matmul_state.gelu_fusion = (int)gelu_fusion;
     check_output("write-bin", write_bin, 0, std::string((const char*)&BIN_MAGIC, sizeof BIN_MAGIC));
     const std::string& model = *(std::string*)option("model").value;
@@ -6595,7 +6619,7 @@ void pick_adapter(Run& run) {
     const std::string folder = continues ? run.resumed : s.adapter;
     for (const char* name : {"lora-alpha", "lora-targets"})
         if (!s.adapter.empty() && given(name)) bad_option(name, "%s brings its own; expected one of the two", quoted("adapter").c_str());
-    for (const char* name : {"lora-alpha", "lora-targets", "lora-dropout", "lora-freeze-a", "lora-train-norms", "merge"})
+    for (const char* name : {"lora-alpha", "lora-targets", "lora-dropout", "lora-freeze-a", "lora-train-norms"})
         if (given(name) && s.lora == 0 && folder.empty()) bad_option(name, "expected --lora R or --adapter DIR with it");
     const StateHeader was = continues ? state_peek(run.resumed) : StateHeader{};
     run.model.seed = continues ? was.seed : s.seed;   // from which a model that stands in no file is drawn again
@@ -6628,7 +6652,9 @@ void pick_adapter(Run& run) {
             if (c.lora.targets >> i % targets & 1) run.model.lora[i] = {(int)s.lora, (float)(s.lora_alpha / s.lora)};
     }
     const bool adapts = c.lora.rank > 0;
-    if (adapts) matmul_state.gelu_fusion = 0;   // an adapter adds to what GELU takes, and to its gradient
+    if (adapts && matmul_state.gelu_fusion > 0 && !given("fit"))   // whose recipes for adapters leave it out
+        bad_option("gelu-fusion", "an adapter adds to what GELU takes, and to its gradient; expected 0");
+    if (adapts) matmul_state.gelu_fusion = 0;
     plan = {};
     unsigned norms = 0;   // in training: those that the adapter has, or all
     for (int p = 0; p < LORA_A; p++) norms |= is_norm(p) ? 1u << p : 0;
@@ -6813,14 +6839,6 @@ void make_plan(Run& run, int64_t B, size_t chunk_bytes, const Plan& was = {}) {
         plan.rows = loss_auto_rows(rows, ceil_div(scratch, rows * sizeof(floatX)), SMALL_CHUNK_BYTES);
     }
 }
-// What pinned tensors of a rank may take: its share of the machine's memory, less an eighth for all else.
-size_t host_room() {
-    int ranks = 1;
-#ifdef MULTI_GPU
-    MPI_Comm_size(world.local, &ranks);
-#endif
-    return (size_t)sysconf(_SC_PHYS_PAGES) * sysconf(_SC_PAGE_SIZE) / 8 * 7 / ranks;
-}
 // B as given. For auto, that of the run which is resumed, or the largest power of two, up to `data_batch`, whose tensors fit into the
 // free memory. Chunks as given. For auto, those of the run which is resumed, or of the loss large ones if they fit. Where no device is
 // visible, everything fits.
@@ -6828,6 +6846,7 @@ void choose_plan(Run& run, size_t data_batch) {
     const Settings& s = run.s;
     const Plan was = run.resume_step >= 0 && s.trains() ? state_plan(run.resumed) : Plan{};
     const size_t pinned = (size_t)world_min((double)host_room());
+    bool host_is_short = false;
     auto fits = [&](int64_t B, size_t chunk_bytes) {   // makes the plan for B
         const size_t page = 2 << 20;   // cudaMalloc's, for tensors that have it
         make_plan(run, B, chunk_bytes, B == was.B ? was : Plan{});
@@ -6835,8 +6854,8 @@ void choose_plan(Run& run, size_t data_batch) {
         const Table table = model_table(run.model);
         for (const Row& r : table)
             if (r.scope != HOST) need += r.bytes() < page / 2 ? r.bytes() : (r.bytes() + page - 1) / page * page;
-        return run.free_bytes == 0 || (need <= run.free_bytes - run.free_bytes / 32 &&   // libraries load kernels when first called
-                                       table_bytes(table, true) <= pinned);
+        host_is_short = table_bytes(table, true) > pinned;
+        return run.free_bytes == 0 || (need <= run.free_bytes - run.free_bytes / 32 && !host_is_short);   // libraries load kernels later
     };
     int64_t B = s.B;
     if (B == 0 && was.B > 0 && was.B <= (int64_t)data_batch && micro_batches(run, was.B) > 0 && fits(was.B, SMALL_CHUNK_BYTES)) B = was.B;
@@ -6849,8 +6868,9 @@ void choose_plan(Run& run, size_t data_batch) {
     }
     const int64_t BT = B * s.T;
     if (B == 0)
-        fail_option("batch", "not even one sequence of %lld tokens fits into the %.1f MiB that are free%s; --estimate -b 1 shows what "
-                    "takes the room", (long long)s.T, run.free_bytes / 1048576.0, s.total_batch ? " and divides --total-batch" : "");
+        fail_option("batch", "not even one sequence of %lld tokens fits into the %.1f MiB that %s%s; --estimate -b 1 shows what "
+                    "takes the room", (long long)s.T, (host_is_short ? pinned : run.free_bytes) / 1048576.0,
+                    host_is_short ? "the host can pin" : "are free", s.total_batch ? " and divides --total-batch" : "");
     if (BT >= 1 << 30) bad_option("batch", "%lld tokens in one micro-batch; expected fewer than 2^30", (long long)BT);
     if (micro_batches(run, B) == 0)
         bad_option("total-batch", "expected a multiple of batch * seq-len * GPUs = %lld * %lld * %d = %lld", (long long)B, (long long)s.T,
@@ -6901,7 +6921,7 @@ const struct { const char* name; Values values; } FIT_RECIPES[] = {
 const Values FIT_SAVINGS[] = {{{"recompute", 1}}, {{"recompute", 2}}, {{"recompute", 4}}, {{"recompute", 4}, {"offload", 1}}};
 const std::vector<std::string> FIT_OWN = {   // what recipes choose, or is another task
     "batch", "total-batch", "optimizer", "recompute", "offload", "base", "double-quant", "grad-clip", "skip-loss-z", "skip-grad-z",
-    "zero", "adapter", "resume", "merge", "estimate", "dump-gradients"};
+    "zero", "adapter", "resume", "merge", "estimate", "dump-gradients", "write-bin"};
 constexpr double GIB = 1 << 30, FIT_RESERVE = 0.75;   // GiB: what the driver and libraries may take where it was not measured
 
 struct FitAsked { double size; bool json; };   // GiB, or 0: what is free on the device
@@ -6923,33 +6943,35 @@ FitAsked fit_asked(const Settings& s) {
 }
 void fit_begin(Run& run) {   // before the model is read
     fit_asked(run.s);
-    for (const std::string& name : FIT_OWN)
-        if (given(name.c_str())) fail_usage("%s: not with %s, whose table has all there is of it; leave one of them out",
-                                            typed(name.c_str()).c_str(), typed("fit").c_str());
+    for (const Option& o : options)
+        if (!o.typed.empty() && std::count(FIT_OWN.begin(), FIT_OWN.end(), o.name))
+            fail_usage("%s: not with %s, %s; leave one of them out", o.typed.c_str(), typed("fit").c_str(),
+                       o.value == &run.s.total_batch ? "whose plans have one micro-batch a step (more of them sum gradients in fp32; --estimate says "
+                                               "what a plan takes then)" : "whose table has all there is of it");
     if (!run.s.trains()) fail_usage("%s: %s is about training; leave one of them out", quoted("steps").c_str(), typed("fit").c_str());
     if (run.s.lora == 0) run.s.lora = 16;   // the rank of recipes with adapters
 }
 struct FitPlan { int64_t B, T; size_t device, host, chunks; double again; };   // B 0: nothing fits. Bytes; chunks of the loss
-// The plan for B sequences of T tokens, if the tensors of its table take no more than `room` bytes.
-FitPlan fit_plan(Run& run, int64_t B, int64_t T, size_t room) {
+// The plan for B sequences of T tokens, if the tensors of its table take no more than `room` bytes, and no more than `pinned` of the host.
+FitPlan fit_plan(Run& run, int64_t B, int64_t T, size_t room, size_t pinned) {
     run.s.T = T;
     if (std::max(run.s.row_chunks, run.s.loss_chunks) > B * T) return {};   // as choose_plan has it
     for (size_t chunk_bytes : {CHUNK_BYTES, SMALL_CHUNK_BYTES}) {
         make_plan(run, B, chunk_bytes);
         const Table table = model_table(run.model);
-        if (table_bytes(table) <= room)
+        if (table_bytes(table) <= room && table_bytes(table, true) <= pinned)
             return {B, T, table_bytes(table), table_bytes(table, true), (size_t)ceil_div(run.BT(), plan_chunk_rows(run.model.plan)),
                     model_again_share(run.model, (int)T)};
     }
     return {};
 }
-// By bisection the plan of n, if it fits, or of an i from 1 on that fits while that of i + 1 does not.
-FitPlan fit_largest(int64_t n, const std::function<FitPlan(int64_t)>& plan) {
+// By bisection the plan of n, if it fits, or of an i from `least` on that fits while that of i + 1 does not.
+FitPlan fit_largest(int64_t least, int64_t n, const std::function<FitPlan(int64_t)>& plan) {
     FitPlan best = plan(n);
-    for (int64_t low = 0, high = n; best.B == 0 && high - low > 1;) {
+    for (int64_t low = least - 1, high = n; best.B == 0 && high - low > 1;) {
         const int64_t middle = low + (high - low) / 2;
         (plan(middle).B > 0 ? low : high) = middle;
-        if (high - low == 1 && low > 0) best = plan(low);
+        if (high - low == 1 && low >= least) best = plan(low);
     }
     return best;
 }
@@ -6957,11 +6979,12 @@ struct FitRow {
     std::string recipe, saving, options;
     FitPlan plans[2];   // of the largest batch, and of the longest sequence
 };
-std::vector<FitRow> fit_rows(Run& run, size_t room) {
+std::vector<FitRow> fit_rows(Run& run, size_t room, size_t pinned) {
     Settings& s = run.s;
     Model& model = run.model;
     const Config c = model.config;
     const int64_t T = s.T, most_T = model_longest(c), most_B = std::min<int64_t>(((1 << 30) - 1) / T, (int64_t)option("batch").high);
+    const int64_t least = std::max<int64_t>({1, s.row_chunks, s.loss_chunks});   // rows, or there are chunks without any
     const int fusion = matmul_state.gelu_fusion;
     const bool marks = model.plan.marks;
     std::vector<FitRow> rows;
@@ -6984,9 +7007,10 @@ std::vector<FitRow> fit_rows(Run& run, size_t room) {
                 matmul_state.gelu_fusion = fusion;
                 if (s.lora > 0) pick_adapter(run);
                 model.plan.marks = marks;
-                row.plans[0] = fit_largest(most_B, [&](int64_t B) { return fit_plan(run, B, T, room); });
-                row.plans[1] =
-                    fit_largest(ceil_div(most_T, 256), [&](int64_t i) { return fit_plan(run, 1, std::min(256 * i, most_T), room); });
+                row.plans[0] =
+                    fit_largest(ceil_div(least, T), most_B, [&](int64_t B) { return fit_plan(run, B, T, room, pinned); });
+                row.plans[1] = fit_largest(ceil_div(least, (int64_t)256), ceil_div(most_T, (int64_t)256),
+                                           [&](int64_t i) { return fit_plan(run, 1, std::min(256 * i, most_T), room, pinned); });
                 rows.push_back(row);
             }
             s = before;
@@ -7005,8 +7029,9 @@ std::string fit_command(const Run& run, const FitRow& row, const FitPlan& p) {
     for (const Option& o : options) {   // and what was asked for besides
         const std::string name = o.name;
         const bool of_adapters = name.compare(0, 4, "lora") == 0 || name == "embedding-on";
-        if (o.typed.empty() || name == "fit" || name == "model" || name == "seq-len" || name == "lora") continue;
-        if (!of_adapters || row.options.find("--lora") != std::string::npos)
+        const bool adapts = row.options.find("--lora") != std::string::npos;
+        if (o.typed.empty() || o.value == nullptr || name == "fit" || name == "model" || name == "seq-len" || name == "lora") continue;
+        if (adapts ? name != "gelu-fusion" : !of_adapters)
             line += " " + o.typed + " " + word(o.type == TEXT ? *(std::string*)o.value : o.text(o.number()));
     }
     line += " -b " + std::to_string(p.B) + " -t " + std::to_string(p.T);
@@ -7047,12 +7072,13 @@ void fit_print(const Run& run, const std::vector<FitRow>& rows, const Config& c,
     printf("%-14s %-18s %10s %8s %9s %12s %9s %9s\n", "", "", ("-t " + std::to_string(run.s.T)).c_str(), "again", "the host", "at -b 1",
            "again", "the host");
     bool beyond = false;
+    size_t host = 0;   // the most that a plan pins
     for (const FitRow& row : rows) {
         printf("%-14s%-19s", row.recipe.c_str(), row.saving.c_str());
         for (int i = 0; i < 2; i++) {
             const FitPlan& p = row.plans[i];
             const bool marked = p.T > c.maxT;
-            beyond |= marked;
+            beyond |= marked, host = std::max(host, p.host);
             if (p.B == 0) printf(i ? " %11s  %9s %9s" : " %10s %8s %9s", "-", "", "");
             else if (i == 0) printf(" %10lld %6.1f %% %9.2f", (long long)p.B, 100 * p.again, p.host / GIB);
             else printf(" %11lld%c %7.1f %% %9.2f", (long long)p.T, marked ? '*' : ' ', 100 * p.again, p.host / GIB);
@@ -7060,6 +7086,7 @@ void fit_print(const Run& run, const std::vector<FitRow>& rows, const Config& c,
         printf("\n");
     }
     if (beyond) printf("* beyond the %d positions that the model was made for\n", c.maxT);
+    if (host > host_room()) printf("this machine can pin %.2f GiB for the device; plans of more are for another one\n", host_room() / GIB);
     if (model_longest(c) < MOST_T) printf("no sequence is longer than %d: the model has no more positions\n", model_longest(c));
     if (!kMsNorm) printf("a build with MS_NORM=1 (make %s MS_NORM=1) has a table of its own: it keeps less at -r 1\n", program_name);
     for (int i = 0; i < 2; i++) {
@@ -7081,7 +7108,7 @@ void fit(Run& run) {
     const double size = asked.size > 0 ? asked.size * GIB : run.free_bytes;
     const double reserve = asked.size > 0 ? FIT_RESERVE * GIB : run.free_bytes / 32;   // as choose_plan has it
     const Config c = run.model.config;
-    const std::vector<FitRow> rows = fit_rows(run, (size_t)(size - reserve));
+    const std::vector<FitRow> rows = fit_rows(run, (size_t)(size - reserve), asked.size > 0 ? SIZE_MAX : host_room());
     if (world.rank == 0) (asked.json ? fit_print_json : fit_print)(run, rows, c, size, reserve);
     leave(0);
 }
@@ -7555,10 +7582,10 @@ void print_plan(Run& run, bool all) {
                    target_names(run.model.config).c_str(), run.s.lora_alpha, run.s.lora_dropout > 0 ? ", dropout" : "", trained / 1e6,
                    run.s.freeze_a ? ", B alone (LoRA-FA)" : "");
         }
+        const double epoch = (double)run.train.batches_per_epoch() / plan.micro_batches;
         if (run.steps > 0)
-            printf("step       %d sequences x %d tokens x %d micro-batches x %d GPUs = %zu tokens; %d steps, an epoch has %zu\n", plan.B,
-                   plan.T, plan.micro_batches, world.size, run.step_tokens(), run.steps,
-                   run.train.batches_per_epoch() / plan.micro_batches);
+            printf("step       %d sequences x %d tokens x %d micro-batches x %d GPUs = %zu tokens; %d steps, an epoch has %.*f\n", plan.B,
+                   plan.T, plan.micro_batches, world.size, run.step_tokens(), run.steps, epoch < 10, epoch);
         if (plan.optimizer != ADAMW && plan.training)
             printf("optimizer  %s%s\n", OPTIMIZERS[plan.optimizer],
                    plan.fuses() ? ", within backward, a layer at a time; no --grad-clip" : "");
@@ -7599,6 +7626,7 @@ void make_model(Run& run) {
             adapter_load(model, run.adapter, run.source);
             run.source.adapter.set("base_model_name_or_path", json_string(real_path(run.model_name())));
             run.source.adapter.set("task_type", json_string("CAUSAL_LM")), run.source.adapter.set("inference_mode", json_bool(true));
+            if (given("lora-dropout")) run.source.adapter.set("lora_dropout", json_number_value((float)run.s.lora_dropout));
             if (run.s.train_norms && run.s.trains()) run.source.adapter.set("modules_to_save", adapter_norms(model));
         }
     }
@@ -7684,8 +7712,6 @@ void merge(Run& run) {
         pick_device(run);
         choose_plan(run, open_data(run));
         loader_set_batch(run.val, run.model.plan.B);
-        const std::string base = run.model_file;
-        measure(1, base, true), measure(0, base, false);
     }
     for (const SafeTensor& t : run.adapter.tensors.tensors) adapter_read(run.adapter, t.name);   // are they finite?
     remove_folder(unfinished);   // a killed one may have left it
@@ -7701,7 +7727,11 @@ void merge(Run& run) {
     }
     printf("base and adapter, as one model, in %s\n", folder.c_str());
     if (!compare) return;
-    measure(2, folder, false);
+    printf("its loss, and theirs (that takes the model on the device: --base nf4 makes it smaller, and without %s nothing is measured)\n",
+           typed("val-data").c_str());
+    fflush(stdout);
+    const std::string base = run.model_file;
+    measure(1, base, true), measure(0, base, false), measure(2, folder, false);
     printf("loss of a batch: base %.6f, base with adapter %.6f, merged %.6f%s\n", loss[0], loss[1], loss[2],
            run.model.plan.nf4 ? "; all three in 4 bits" : "");
 }

@@ -1,13 +1,15 @@
 """--fit: what fits into so much memory, by the table that --estimate prints; and sequences of up to 2^24 tokens."""
 import json
+import os
 import re
 import shlex
 import time
 
+import numpy as np
 import pytest
 
 from finetune import write_marked
-from helpers import ROOT, execute, program, says, words
+from helpers import ROOT, execute, program, says, words, write_tokens
 
 GIB, RESERVE = 2**30, 0.75 * 2**30
 LLAMA, GPT2 = "llama3.1-8b", "gpt2-xl"
@@ -109,6 +111,28 @@ def test_a_directory_and_the_options_beside(tmp_path):
     assert all("-w 0" in r["longest_sequence"]["command"] for r in table["recipes"])
     assert estimate(plan["command"])["total_bytes"] == plan["device_bytes"] <= 2 * GIB - RESERVE
 
+def test_options_that_are_not_for_every_recipe(tmp_path):
+    """GELU in a matmul's epilogue is nothing for adapters; llm.c's -h 0 is nothing at all; a number of chunks wants so many rows."""
+    table = fit("train_gpt2", "--fit=8G,json", "-e", "d12", "-ge", 1, "-h", 0)
+    commands = {recipe: row(table, recipe, "-r 1")["largest_batch"]["command"] for recipe in ("full, adamw8", "LoRA")}
+    assert "-ge 1" in commands["full, adamw8"] and "-ge" not in commands["LoRA"]
+    for command in commands.values():
+        estimate(command)
+    says(run("train_gpt2", "--fit=8G", "-e", "d12", "--write-bin", tmp_path / "m.bin", status=2).err, "--write-bin: not with --fit")
+    few, many = (row(fit("train_llama", "--fit=6G,json", "-e", "llama3.2-1b", "--row-chunks", n), "QLoRA", "-r 4")["largest_batch"] for n in (3000, 20000))
+    assert few["batch"] > 0 and many["batch"] * 1024 >= 20000
+
+def test_more_than_the_host_can_pin(tmp_path):
+    """Plans for this machine stay within its memory; a run that does not is refused before it asks for it."""
+    here, there = (fit("train_llama", *how, "-e", LLAMA, env={"SIMT_MEMORY": 4000 * GIB}) for how in (["--fit=json"], ["--fit=4000G,json"]))
+    most = lambda table: max(plan["host_bytes"] for r in table["recipes"] for plan in (r["largest_batch"], r["longest_sequence"]))
+    assert most(here) < 0.9 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < most(there)
+    assert "this machine can pin" in run("train_llama", "--fit=4000G", "-e", LLAMA).out
+    write_tokens(tmp_path / "t.bin", np.zeros(2**20 + 1, int))
+    done = run("train_llama", *"-e llama:L64,H64,C8192,F64,V257 -i t.bin -r 4 --offload 1 -b 1 -t 1048576 -x 1 -v 0 -s 0".split(), status=1,
+               env={"SIMT_MEMORY": 4000 * GIB}, cwd=tmp_path)   # a MiB a token
+    says(done.err, "out of memory", "pins", "--offload 0")
+
 def test_what_is_free_on_the_device():
     table = fit("train_gpt2", "--fit=json", "-e", "d12", env={"SIMT_MEMORY": 4 * GIB})
     assert table["size_bytes"] <= 4 * GIB and table["reserve_bytes"] == table["size_bytes"] // 32
@@ -140,6 +164,7 @@ EXPECTED = "expected one size in GiB (2^30 bytes), more than the 0.75 that drive
     (["--fit", "8G", "--base", "nf4"], ["--base: not with --fit"]),
     (["--fit", "8G", "--optimizer", "adamw8"], ["--optimizer: not with --fit"]),
     (["--fit", "8G", "--estimate"], ["--estimate: not with --fit"]),
+    (["--fit", "8G", "-d", 65536], ["-d: not with --fit", "one micro-batch a step"]),
     *[(["--fit", "8G", option, value], [f"{option}: not with --fit"]) for option, value in   # adalomo would refuse the command
       (("--grad-clip", 1), ("--skip-loss-z", 3), ("--skip-grad-z", 3), ("--zero", 1), ("--dump-gradients", "g.safetensors"))],
     (["-x", 0, "--fit"], ["-x 0: --fit is about training"])])

@@ -134,7 +134,8 @@ def damage(path, at=None, value=None, cut=None):
 @pytest.mark.parametrize("how, named", [
     (dict(cut=-1), ["expected", "found"]), (dict(cut=600), [600]), (dict(cut=0), [0]), (None, []),
     (dict(at=0, value=20240326), [20240527, 20240326]), (dict(at=4, value=99), [99]),   # magic, version
-    (dict(at=8, value=2), [2]), (dict(at=12, value=1), []), (dict(at=40, value=3), [3])],   # ranks, this one's number, step
+    (dict(at=8, value=2), [2]), (dict(at=12, value=1), []), (dict(at=40, value=3), [3]),   # ranks, this one's number, step
+    (dict(at=44, value=0), []), (dict(at=44, value=-5), [])],   # T
     ids=str)
 def test_damaged_state(stopped, how, named):
     damage(stopped.path(STATE), **how) if how else stopped.path(STATE).unlink()
