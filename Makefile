@@ -130,6 +130,8 @@ ARCHS := $(or $(strip $(ARCH)),\
            $(sort $(subst .,,$(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep '^[0-9.]*$$'))),80 89 90 PTX)
 $(if $(shell printf '%s\n' $(ARCHS) | grep -vxE '[1-9][0-9]+[af]?|PTX'),\
   $(error ARCH=$(ARCH): expected compute capabilities without the dot, as in ARCH=90 or ARCH="80 89 90"))
+$(foreach a,$(ARCHS),$(if $(shell [ "$(a)" = PTX ] || [ $(shell tr -dc 0-9 <<<"$(a)") -ge 80 ] || echo old),\
+  $(error compute capability $(a): expected 80 or more (A100, RTX 30 and later), whose bf16 and asynchronous copies the kernels are made of)))
 
 COMPILE := $(NVCC) -O3 -std=c++17 -lineinfo $(if $(word 2,$(ARCHS)),--threads 0) \
            $(foreach a,$(ARCHS),-gencode arch=compute_$(a:PTX=90),code=$(if $(filter PTX,$(a)),compute_90,sm_$(a))) \
@@ -199,7 +201,7 @@ echo "Needed are $$required: $$failed $$required $$wanted" >&2; exit 1
 endef
 
 setup:
-	$(call install,$(missing_demo))
+	$(call install,$(missing_demo),$(call imports,ensurepip,venv))
 
 # What Debian does not package goes into an environment of its own: tokenizers and vocabularies, Hugging Face's libraries, a real Llama
 # (93 MB), and pytest-xdist, which runs two files of tests at a time. Without a network the tests that need them are skipped, and files
@@ -264,7 +266,7 @@ nvcc_flags   = ARCH="80 $(if $(findstring llama,$(1)),,$(if $(findstring approxb
 flags_of     = $(foreach part,$(subst -, ,$(1)),$(patsubst $(part):%,%,$(filter $(part):%,$(PARTS)))) $(if $(filter nvcc-%,$(1)),$(nvcc_flags)) \
                $(if $(filter cpu-bf16 nvcc-% gpu-%,$(1)),,CXXFLAGS="$(if $(filter san-%,$(1)),-Og,-O1) $(CXXFLAGS)")
 programs_of = $(if $(filter $(TRAIN_ALONE),$(1)),train_$(if $(findstring llama,$(1)),llama,gpt2),$(if $(filter $(TEST_ALONE),$(1)),test_gpt2,$(filter-out train_llama,$(PROGRAMS)))) \
-              $(if $(filter-out cpu-act-bf16,$(filter cpu-% san-bf16,$(1))),train_llama) $(if $(filter san-bf16,$(1)),dev/test/fuzz_readers)
+              $(if $(filter cpu-% san-bf16,$(1)),train_llama) $(if $(filter san-bf16,$(1)),dev/test/fuzz_readers)
 VARIANTS   := $(filter-out $(if $(shell command -v mpicxx),,%-multi-fp32) $(if $(NVCC),,nvcc-% gpu-%) $(if $(filter 0,$(gpus)),gpu-%),$(KNOWN))
 
 QUICK_TESTS := $(patsubst %,dev/test/test_%.py,approxbp_tools cli ends files gpt2_numbers mutate prepro prepro_llama report resume train twins)

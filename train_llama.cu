@@ -2486,8 +2486,8 @@ __global__ void adamw_kernel(OptTensor tensor, const Verdict* verdict, AdamW a) 
 // --optimizer adamw8: m and v in 8 bits (Dettmers et al., arXiv 2110.02861). 256 neighbouring elements share a scale, their largest |m|
 // or v, and each keeps the index of the nearest of 256 values between -1 (v: 0) and 1, which are dense near 0 (dynamic_map): 2 + 8/256
 // bytes an element for AdamW's 8. The step is AdamW's, on the values before they are rounded. Two things are not bitsandbytes': a v that
-// is not 0 never becomes 0, because m divided by its root and eps would be a leap; and a negative m may, where theirs stays below. Blocks begin anew at each rank's share, as those of
-// the squares do. Vectors are a thousandth of a model and keep 32 bits.
+// is not 0 never becomes 0, because m divided by its root and eps would be a leap; and a negative m may, where theirs stays below.
+// Blocks begin anew at each rank's share, as those of the squares do. Vectors are a thousandth of a model and keep 32 bits.
 constexpr int Q8_BLOCK = 32 * VEC;   // a warp's elements
 struct Moments8 {
     uint8_t *m, *v;                // (n)

@@ -513,6 +513,8 @@ def write_all(folder, outputs, pieces, tokenizer, marked=False):
             os.unlink(path)
             say(f"removed {path}, which an earlier run had left")
 
+EPOCHS = 3   # of examples, in the command that we print
+
 def batch_that_fits(tokens, T=None):
     """-b and -t for the command that we print: 16 x 64 or less where the shortest file is short, or 4 rows. It reads one token more than it has."""
     most = 4 if T else 16
@@ -520,12 +522,14 @@ def batch_that_fits(tokens, T=None):
     B = next(B for B in (16, 8, 4, 2, 1) if B <= most and (B * T < tokens or B == 1))
     return B, T
 
-def model_to_train(tokenizer, V, T=64):
-    """The trainer, and the model, of the command that we print: the one whose tokenizer it was, or else a small one from scratch."""
+def model_to_train(tokenizer, V, T=64, steps=None):
+    """The trainer, and the model, of the command that we print: the one whose tokenizer it was, or else a small one from scratch. And what
+    follows: a model that has learnt something gets adapters from examples (in so many steps), or a small rate from a text."""
     kind = hf.read_json(os.path.join(tokenizer, "config.json")).get("model_type") if os.path.isdir(tokenizer) else None
     if kind is None:
-        return f"a small model on it:\n./train_gpt2 -e gpt2:L4,H4,C128,T{T},V{V}"
-    return f"that model on it:\n./train_{'gpt2' if kind == 'gpt2' else 'llama'} -e {shlex.quote(tokenizer)}"
+        return f"a small model on it:\n./train_gpt2 -e gpt2:L4,H4,C128,T{T},V{V}", ""
+    how = f"--lora 16 -l 2e-4 -x {steps} -o run" if steps else "-l 2e-5 -o run"
+    return f"that model on it:\n./train_{'gpt2' if kind == 'gpt2' else 'llama'} -e {shlex.quote(tokenizer)}", f" {how}"
 
 def check_paths(paths, out):
     """What can fail at once fails before the long part."""
@@ -672,7 +676,11 @@ def say_what_next(out, train, val, tok, tokenizer, shard_tokens, row=None):
         say(f"note: the shortest file has {shortest} tokens, so -b times -t can be at most {shortest - 1}")
     if row:
         say(f"rows have {T} tokens, so the trainer's -t is {T}, no other")
-    say(f"to train {model_to_train(tokenizer, V, T if row else 64)} {' '.join(flags)} -b {B} -t {T}")
+    steps = -(-EPOCHS * sum(n // T for _, n in train) // B) if row else None
+    model, how = model_to_train(tokenizer, V, T if row else 64, steps)
+    say(f"to train {model} {' '.join(flags)} -b {B} -t {T}{how}")
+    if row and how:
+        say(f"({EPOCHS} epochs of adapters; --fit instead of the last options says what fits on your card, --base nf4 makes the model small)")
 
 def add_options(parser, out):
     """Options that have the names of prepare()'s parameters."""

@@ -201,12 +201,12 @@ def test_longer_than_the_model():
     assert "-t 2048: the model was made for 1024 positions" in run("train_llama", "-e", "llama:L2,H2,C32,V257", "-t", 2048, "--estimate").err
     says(run("train_gpt2", "-e", "d12", "-t", 2048, "--estimate", status=2).err, "-t 2048: the model's longest sequence is 1024")
 
-@pytest.mark.parametrize("more", [[], ["--base", "nf4", "--lora", 4]])
-def test_a_step_of_16384_tokens(tmp_path, more):
-    """In documents of a hundred, or attention would take minutes here."""
+@pytest.mark.parametrize("size, document, more", [("C16,H1,D8,F32", 16384, []), ("C64,H2,K1,D16,F128", 100, ["--base", "nf4", "--lora", 4])], ids=["whole", "nf4"])
+def test_a_step_of_16384_tokens(tmp_path, size, document, more):
+    """As one text, of which attention takes most of a minute here, and in documents of a hundred."""
     ids = words(16385, 257)
-    write_marked(tmp_path / "train.bin", ids, range(0, len(ids), 100))
-    command = ["-e", "llama:L2,H2,K1,C64,D16,F128,V257", "-i", "train.bin", "-b", 1, "-t", 16384, "-r", 4, "--offload", 1, "--row-chunks", 4,
+    write_marked(tmp_path / "train.bin", ids, range(0, len(ids), document))
+    command = ["-e", f"llama:L2,{size},V257", "-i", "train.bin", "-b", 1, "-t", 16384, "-r", 4, "--offload", 1, "--row-chunks", 4,
                "-x", 1, "-v", 0, "-s", 0, *more]
     done = run("train_llama", *command, cwd=tmp_path)
     device, announced, host, pinned = map(int, re.search(r"device memory: (\d+) bytes at the peak, (\d+) announced; of the host, pinned: (\d+), (\d+)",
