@@ -4965,7 +4965,8 @@ struct HfModel {
     }
 };
 constexpr size_t HEADER_MOST = (size_t)16 << 20;   // of JSON, which may take 60 times that in memory; 100,000 tensors have 10 MiB
-const char* HF_REMEDY = "expected a model's directory as transformers writes it: config.json and model.safetensors";
+const char* HF_REMEDY = "expected a model's directory as transformers writes it: config.json and model.safetensors (one that stands on a hub: "
+                        "huggingface-cli download NAME --local-dir DIR; one of ours: OUT/step_...)";
 
 // The bytes of a small file.
 std::string read_text(const std::string& path, size_t most) {
@@ -5429,7 +5430,8 @@ std::string safetensors_write(const std::string& path, const std::vector<HfPart>
     return error.empty() ? beyond : error;
 }
 // ---- adapters, in PEFT's format: adapter_config.json and adapter_model.safetensors
-const char* ADAPTER_REMEDY = "expected an adapter's directory as PEFT writes it: adapter_config.json and adapter_model.safetensors";
+const char* ADAPTER_REMEDY = "expected an adapter's directory as PEFT writes it: adapter_config.json and adapter_model.safetensors (one of "
+                             "ours: OUT/step_...)";
 
 // A matrix of Hugging Face's in a layer, and the targets that it consists of: itself, or parts of it. `index`: in lora_targets().
 struct LoraPart { int index, slot; size_t row; int rank; };   // slot: among those of its weight in memory; row: of the module's

@@ -112,12 +112,23 @@ def speed_table(data, model):
             "largest B", "tokens/s", "GPU's peak, GiB"]
     return [*table(head, rows), ""] if rows else []
 
+def tally(these):
+    """How many passed, and which did not: the program, or where several have the same last word (the tool) that, with their number."""
+    count, said = Counter(e["status"] for e in these), []
+    for status, words in (("failed", "failed"), ("unfinished", "not finished")):
+        which = Counter(e["id"].split()[-1] for e in these if e["status"] == status)
+        names = ", ".join(f"{name} of {n} programs" if n > 1 else name for name, n in which.items())
+        said.append(f"{count[status]} {words}" + (f" ({names})" if names else ""))
+    return f"{count['ok']} passed, {', '.join(said)}"
+
 def results_section(found):
     lines = []
     for data in found.values():
         head = next(iter(data.values()))[0]
         peers = data.get("peers", ({},))[0].get("python")
-        lines += [f"**{head['gpu']}**, driver {head['driver']}, CUDA {head['cuda']}, commit {head['commit'][:12]}"
+        commits = {stage: data[stage][0]["commit"][:12] for stage in ("bench", "peers") if stage in data} or {"check": head["commit"][:12]}
+        at = f"commit {head['commit'][:12]}" if len(set(commits.values())) == 1 else " and ".join(f"{stage} at commit {c}" for stage, c in commits.items())
+        lines += [f"**{head['gpu']}**, driver {head['driver']}, CUDA {head['cuda']}, {at}"
                   + (f"; peers: {peers}" if peers else "") + ".", ""]
         lines += speed_table(data, gpu.SMALL) + speed_table(data, gpu.LARGE)
         twice = [f"{row} {' and '.join(format(e['tokens_per_s'], ',.0f') for e in both)}" for stage in ("bench", "peers")
@@ -125,12 +136,13 @@ def results_section(found):
                  for both in [measured(data, stage, gpu.SMALL.name, "fixed", row)] if len(both) > 1]
         if twice:  # how far two measurements of one mode lie apart
             lines += ["Measured twice, at the beginning and at the end (tokens/s): " + "; ".join(twice) + ".", ""]
-        count = Counter(e["status"] for e in entries(data, "check", "status"))
-        if count:
-            lines += [f"Tests on this GPU (`dev/bench/gpu.sh check`): {count['ok']} passed, {count['failed']} failed, "
-                      f"{count['unfinished']} not finished.", ""]
+        stages = sorted((stage for stage in data if re.match("check(_|$)", stage)), key=lambda stage: stage == "check")   # the newest last
+        checks = [(data[stage][0], tally(entries(data, stage, "status"))) for stage in stages]
+        if checks:
+            lines += ["Tests on this GPU (`dev/bench/gpu.sh check`): " + "; ".join(
+                f"at commit {of['commit'][:12]} {how}" for of, how in checks) + ".", ""]
     lines += ["tokens/s: of the median step of 25 after 5 (of 21 at the largest B). \"Of exact\": against `exact, -r 0` measured "
-              "in the same call. GPU's peak: what the GPU holds more than before the run, by nvidia-smi ten times a second. Modes "
+              "in the same call. GPU's peak: what the GPU holds more than before the run, by nvidia-smi ten times a second. –: not run. Modes "
               "and peers are explained in [dev/bench/README.md](dev/bench/README.md)."]
     return lines if found else NOT_YET
 

@@ -77,7 +77,7 @@ def results(tmp_path):
              {"id": "dev/cuda/other", "status": "failed"}]
     peers = [entry("124M", "fixed", "exact, -r 0", 390000, 64),
              {**entry("124M", "fixed", "torch.compile", 351000, 64, program="torch.compile"), "ledger_bytes": None}]
-    check = [{"id": str(i), "status": status} for i, status in enumerate(30 * ["ok"] + ["failed", "unfinished", "unfinished"])]
+    check = [{"id": f"{i} race", "status": status} for i, status in enumerate(30 * ["ok"] + ["failed", "unfinished", "unfinished"])]
     (tmp_path / "results/h200").mkdir(parents=True)
     (tmp_path / "results/toy").mkdir()
     for name, head, entries in (("h200/bench", HEAD, bench), ("h200/peers", HEAD, peers), ("h200/check", HEAD, check),
@@ -96,7 +96,7 @@ def test_results(results):
     assert rows["APPROX_ACT=2"][1] == "failed" and not {"exact, -r 2", "PyTorch, eager"} & set(rows)  # a table has what was run
     assert rows["torch.compile"][1:3] == ["351,000", "90 %"] and rows["torch.compile"][5] == "–"  # against exact of the same call
     text = "\n".join(lines)
-    assert "1558M" not in text and "30 passed, 1 failed, 2 not finished" in text
+    assert "1558M" not in text and "at commit 0123456789ab 30 passed, 1 failed (race), 2 not finished (race of 2 programs)." in text
     assert "exact, -r 0 400,000 and 410,000" in text and "PyTorch 9" in text
     terms = {cells[0].strip("*"): cells for cells in rows_of(report.budget_section(found))}
     assert terms["matmuls"][-1] == f"1.526 ({741.4 * 65536 / 100 / 1e3:.0f} TFLOP/s)"  # 100 ms of 65,536 tokens
