@@ -21,6 +21,7 @@ make clean          removes what was built
 Flags of a build, as in  make train_gpt2 CPU=1 PRECISION=FP32:
   USE_APPROXBP=1    the backward pass that remembers less: APPROX_ACT=2 and MS_NORM=1
   APPROX_ACT=2      bits that GELU keeps of an element, 1 to 4; 0: the element itself
+  APPROX_FIT=slope  2 bits that are near the derivative, not those of the paper (function), which are near GELU itself
   MS_NORM=1         a norm and the matmul after it keep one tensor
   PRECISION=BF16    or FP32: what weights and activations are stored in
   CPU=0             builds for a GPU with nvcc, CPU=1 for the CPU with g++ (default: is a GPU visible?)
@@ -54,10 +55,11 @@ MAKEFLAGS += --no-print-directory
 USE_APPROXBP ?= 0
 APPROX_ACT   ?= $(if $(filter 1,$(USE_APPROXBP)),2,0)
 MS_NORM      ?= $(USE_APPROXBP)
+APPROX_FIT   ?= function
 PRECISION    ?= BF16
 PYTHON       ?= $(or $(wildcard /usr/bin/python3),python3)
 $(foreach flag,SAN MULTI_GPU PTXAS,$(eval $(flag) ?= 0))
-FLAG_NAMES := USE_APPROXBP APPROX_ACT MS_NORM PRECISION CPU ARCH BUILD SAN MULTI_GPU PTXAS NVCC NVCCFLAGS CXXFLAGS TEXT TESTS SYNC PYTHON VARIANTS RUNS
+FLAG_NAMES := USE_APPROXBP APPROX_ACT APPROX_FIT MS_NORM PRECISION CPU ARCH BUILD SAN MULTI_GPU PTXAS NVCC NVCCFLAGS CXXFLAGS TEXT TESTS SYNC PYTHON VARIANTS RUNS
 unknown := $(filter-out $(FLAG_NAMES) MAKEFLAGS SHELL -*-%,$(foreach v,$(.VARIABLES),$(if $(filter command,$(origin $(v))),$(v))))
 $(if $(unknown),$(error unknown flag $(firstword $(unknown)): expected one of $(FLAG_NAMES)))
 
@@ -66,6 +68,8 @@ one-of = $(if $(and $(filter 1,$(words $($(1)))),$(filter $(2),$($(1)))),,\
          $(error $(1)=$($(1)): expected $(if $(word 3,$(2)),one of $(2),$(firstword $(2)) or $(lastword $(2)))))
 $(call one-of,PRECISION,BF16 FP32)
 $(call one-of,APPROX_ACT,0 1 2 3 4)
+$(call one-of,APPROX_FIT,function slope)
+$(if $(filter slope,$(APPROX_FIT)),$(if $(filter 2,$(APPROX_ACT)),,$(error APPROX_FIT=slope: expected APPROX_ACT=2 with it, found APPROX_ACT=$(APPROX_ACT))))
 $(foreach flag,USE_APPROXBP MS_NORM SAN MULTI_GPU PTXAS,$(call one-of,$(flag),0 1))
 # A target of make's cannot have a space, nor a character that means something to make or to a shell.
 hash := \#
@@ -87,7 +91,7 @@ $(if $(filter 10,$(SAN)$(CPU)),$(error SAN=1: expected CPU=1, found CPU=0; on a 
 $(if $(filter 11,$(PTXAS)$(CPU)),$(error PTXAS=1: expected CPU=0, found CPU=1; only nvcc has a ptxas))
 
 DEFINES := $(if $(filter FP32,$(PRECISION)),-DFP32=1) $(if $(filter-out 0,$(APPROX_ACT)),-DAPPROX_ACT=$(APPROX_ACT)) \
-           $(if $(filter 1,$(MS_NORM)),-DMS_NORM=1)
+           $(if $(filter slope,$(APPROX_FIT)),-DAPPROX_SLOPE=1) $(if $(filter 1,$(MS_NORM)),-DMS_NORM=1)
 ifeq ($(MULTI_GPU),1)
 mpi = $(filter -I% -D% -L% -l%,$(shell mpicxx --showme:$(1) 2>/dev/null))# those that nvcc takes too
 LIBS    := $(call mpi,link)
@@ -254,11 +258,12 @@ demo-llama:
 # Variants lie side by side in build/, and one that does not build fails the tests that want it. A name's parts are its flags: where
 # it runs, the mode (none is exact), the precision. Compiling is most of the time of make test, so a variant has the programs that its
 # tests run, and but for cpu-bf16, which is tested as it ships, g++ optimises little.
-KNOWN := cpu-bf16 cpu-fp32 cpu-approxbp-bf16 cpu-approxbp-fp32 cpu-norm-bf16 cpu-act-bf16 cpu-multi-fp32 san-bf16 san-approxbp-fp32 \
+KNOWN := cpu-bf16 cpu-fp32 cpu-approxbp-bf16 cpu-approxbp-fp32 cpu-norm-bf16 cpu-act-bf16 cpu-slope-fp32 cpu-multi-fp32 san-bf16 san-approxbp-fp32 \
          nvcc-bf16 nvcc-approxbp-bf16 nvcc-llama-bf16 gpu-bf16 gpu-fp32 gpu-approxbp-bf16 gpu-approxbp-fp32
-TRAIN_ALONE := cpu-norm-bf16 cpu-act-bf16 cpu-multi-fp32 san-bf16 nvcc-%
+TRAIN_ALONE := cpu-norm-bf16 cpu-act-bf16 cpu-slope-fp32 cpu-multi-fp32 san-bf16 nvcc-%
 TEST_ALONE  := san-approxbp-fp32
 PARTS       := cpu:CPU=1 san:CPU=1 san:SAN=1 gpu:CPU=0 nvcc:CPU=0 nvcc:PTXAS=1 approxbp:USE_APPROXBP=1 norm:MS_NORM=1 act:APPROX_ACT=2 \
+               slope:USE_APPROXBP=1 slope:APPROX_FIT=slope \
                multi:MULTI_GPU=1 bf16:PRECISION=BF16 fp32:PRECISION=FP32
 # The PTX is looked at. Most kernels of USE_APPROXBP=1 and of train_llama are those of the first build, for all architectures:
 # test_ptxas.py has ptxas assemble the others for those that these are not built for.

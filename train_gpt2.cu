@@ -126,12 +126,17 @@ constexpr bool kFP32 = FP32;
 #ifndef APPROX_ACT
 #define APPROX_ACT (USE_APPROXBP ? 2 : 0)
 #endif
+#ifndef APPROX_SLOPE   // make APPROX_FIT=slope
+#define APPROX_SLOPE 0
+#endif
 #ifndef MS_NORM
 #define MS_NORM USE_APPROXBP
 #endif
 constexpr int kActBits = APPROX_ACT;   // bits per element that backward gets of the activation's input; 0: the element itself
+constexpr bool kActSlope = APPROX_SLOPE;   // of 2 bits: the steps are near the activation's derivative, and not their integral to itself
 constexpr bool kMsNorm = MS_NORM;      // a norm and the matmul after it keep one tensor between them
 static_assert(kActBits >= 0 && kActBits <= 4, "APPROX_ACT is 0 (exact) or 1 to 4 bits");
+static_assert(!kActSlope || kActBits == 2, "APPROX_FIT=slope is for APPROX_ACT=2");
 
 // The type of weights, activations and (with one micro-batch per step) gradients. Arithmetic is always fp32.
 using floatX = std::conditional_t<kFP32, float, __nv_bfloat16>;
@@ -1285,6 +1290,9 @@ template <int BITS> __device__ inline Floats codes_slope(const uint8_t* codes, s
 // GELU's step functions. 2 bits: the published constants. The others: dev/bench/fit_codes.py --function gelu-tanh --bits 1 3 4
 template <int BITS> __host__ __device__ constexpr StepFunction<BITS> gelu_steps() {
     if constexpr (BITS == 1) return {{0.0f}, {0.0f, 1.0f}};   // one ramp that tends to 0 and to x can only be ReLU
+    else if constexpr (BITS == 2 && kActSlope)
+        return {{-0.4991942871345534f, 0.0f, 0.4991942871345534f},
+                {-0.04637881712526548f, 0.3126312828084563f, 0.6873687171915437f, 1.0463788171252655f}};
     else if constexpr (BITS == 2)
         return {{-3.1858810036855245f, -0.001178821281161997f, 3.190832613414926f},
                 {0.0f, -0.04922261145617846f, 1.0487405950855512f, 1.0f}};
@@ -3370,7 +3378,7 @@ void model_constants(Model&) {}   // there are none beside the weights
 // The mode as the ledger names it.
 std::string model_mode(const Plan& plan) {
     std::string s = std::string(kActBits ? "" : "exact ") + ACT_NAME;
-    if (kActBits) s += " in " + std::to_string(kActBits) + (kActBits == 1 ? " bit" : " bits");
+    if (kActBits) s += " in " + std::to_string(kActBits) + (kActBits == 1 ? " bit" : kActSlope ? " bits, by its slope" : " bits");
     s += kMsNorm ? ", one tensor for a norm and its matmul" : ", separate norms";
     s += ", --recompute " + std::to_string(plan.recompute);
     if (plan.recompute >= 1 && !recomputes_act(plan) && !recomputes_norm(plan)) s += " (nothing is left to compute again)";
@@ -6435,7 +6443,7 @@ struct Settings {
     int64_t optimizer = ADAMW, recompute = 1, row_chunks = 0, offload = 0, master = 1, loss_chunks = 0, workspace = 0, tf32 = 1, zero = 0;
     int64_t val_every = 20, val_batches = 20, sample_every = 20, sample_tokens = 64, top_k = 40, overfit = 0;
     int64_t checkpoint_every = -1, keep = 0, resume = 0, save_dtype = 0;   // -1: at the end alone
-    int64_t act_bits = kActBits, ms_norm = kMsNorm, fp32 = kFP32;   // the build's
+    int64_t act_bits = kActBits, act_slope = kActSlope, ms_norm = kMsNorm, fp32 = kFP32;   // the build's
     // steps of 0 may still want gradients, or the model written as it came
     bool trains() const { return merge.empty() && (steps != 0 || !dump_gradients.empty() || (!out.empty() && !resume)); }
     double lr = 3e-4, final_fraction = 0.1, weight_decay = 0, grad_clip = 1.0, skip_loss_z = 0, skip_grad_z = 0, temperature = 0.8;
@@ -6506,6 +6514,7 @@ std::vector<Option> settings_options(Settings& s) {
         {"fit", "", FIT, &s.fit, 0, 0, "", "24G: print what fits into so many GiB, and exit; alone: into what is free; json, 24G,json"},
         {"help", "-h", HELP, nullptr, 0, 0, "", "this text"},
         {"APPROX_ACT", "", BUILD, &s.act_bits, 0, 0, "", "", 15},
+        {"APPROX_FIT", "", BUILD, &s.act_slope, 0, 0, "", "", 28, {"function", "slope"}},
         {"MS_NORM", "", BUILD, &s.ms_norm, 0, 0, "", "", 16},
         {"PRECISION", "", BUILD, &s.fp32, 0, 0, "", "", 17, {"BF16", "FP32"}},
     };

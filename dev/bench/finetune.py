@@ -157,7 +157,7 @@ def plot(a, runs, path):
     panels = [("validation loss at the end", "final"), *[("answers right, %", "right")] * any("right" in r for r in runs),
               ("kept by a layer, units of B*T*C", "units_per_layer")]
     figure, axes = plt.subplots(1, len(panels), figsize=(4.8 * len(panels), 4), constrained_layout=True)
-    colors = {"exact": "black", "act": "tab:orange", "norm": "tab:blue", "both": "tab:green"}
+    colors = {"exact": "black", "act": "tab:orange", "norm": "tab:blue", "both": "tab:green", "slope": "tab:red", "both-slope": "tab:purple"}
     for ax, (label, what) in zip(axes, panels):
         for i, (which, modes) in enumerate(of.items()):
             for j, mode in enumerate(mode for mode in a.modes if mode in modes):

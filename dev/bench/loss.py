@@ -28,14 +28,16 @@ from common import ROOT, read_log
 from atomic import atomic
 
 # mode: what it is called, and the flag of its build
-NAMES = {"exact": "exact", "act": "APPROX_ACT=2", "norm": "MS_NORM=1", "both": "USE_APPROXBP=1"}
+NAMES = {"exact": "exact", "act": "APPROX_ACT=2", "norm": "MS_NORM=1", "both": "USE_APPROXBP=1",
+         "slope": "APPROX_ACT=2 APPROX_FIT=slope", "both-slope": "USE_APPROXBP=1 APPROX_FIT=slope"}
+WHEN_ASKED = ["slope", "both-slope"]   # the others are run without a word
 SOURCES = "README.md Makefile *.cu prepro/*.py dev/cpu/*.py dev/bench/*.py dev/test/*.py dev/cpu/include/**/*.h".split()
 
 def stop(message):
     sys.exit(f"{os.path.basename(sys.argv[0])}: {message}")
 
 def build_command(mode, out, flags, program="train_gpt2"):
-    return ["make", "-s", program, f"BUILD={out}/{mode}", "USE_APPROXBP=0" if mode == "exact" else NAMES[mode], *flags]
+    return ["make", "-s", program, f"BUILD={out}/{mode}", *("USE_APPROXBP=0" if mode == "exact" else NAMES[mode]).split(), *flags]
 
 def build(mode, out, flags, program="train_gpt2"):
     command = build_command(mode, out, flags, program)
@@ -152,7 +154,8 @@ def plot(a, runs, path):
     import numpy as np
     curves = {mode: np.array([r["val"] for r in runs if r["mode"] == mode]) for mode in dict.fromkeys(r["mode"] for r in runs)}
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
-    looks = {"exact": ("-", "black"), "act": ("--", "tab:orange"), "norm": ("-.", "tab:blue"), "both": (":", "tab:green")}
+    looks = {"exact": ("-", "black"), "act": ("--", "tab:orange"), "norm": ("-.", "tab:blue"), "both": (":", "tab:green"),
+             "slope": ("--", "tab:red"), "both-slope": (":", "tab:purple")}
     for ax, less in zip(axes, (False, "exact" in curves)):
         for mode, of in curves.items():
             style, color = looks[mode]
@@ -171,7 +174,8 @@ def common_arguments(parser, out, validations=6, batches=30):
     parser.add_argument("--warmup", type=int, metavar="N", help="steps (a tenth of all, 50 at most)")
     parser.add_argument("--val-every", type=int, metavar="N", help=f"steps (1/{validations} of all)")
     parser.add_argument("--val-batches", type=int, default=batches, metavar="N", help=f"in a validation ({batches})")
-    parser.add_argument("--modes", default=",".join(NAMES), metavar="A,B", help=f"of {','.join(NAMES)} (all)")
+    usual = [name for name in NAMES if name not in WHEN_ASKED]
+    parser.add_argument("--modes", default=",".join(usual), metavar="A,B", help=f"of {','.join(NAMES)} ({','.join(usual)})")
     parser.add_argument("--flags", default="", metavar="'A=B'", help="more flags for make, as in --flags 'CPU=1 PRECISION=FP32'")
     parser.add_argument("--options", default="", metavar="'-r 0'", help="more options for the trainer, as in --options='-r 0'")
     parser.add_argument("--program", action="append", default=[], metavar="MODE=PATH", help="a program that is built already")
