@@ -6769,7 +6769,7 @@ std::vector<Option> settings_options(Settings& s) {
         {"fit", "", FIT, &s.fit, 0, 0, "", "24G: print what fits into so many GiB, and exit; alone: into what is free; json, 24G,json"},
         {"help", "-h", HELP, nullptr, 0, 0, "", "this text"},
         {"APPROX_ACT", "", BUILD, &s.act_bits, 0, 0, "", "", 15},
-        {"APPROX_FIT", "", BUILD, &s.act_slope, 0, 0, "", "", 28, {"function", "slope"}},
+        {"APPROX_FIT", "", BUILD, &s.act_slope, 0, 0, "", "", 27, {"function", "slope"}},
         {"MS_NORM", "", BUILD, &s.ms_norm, 0, 0, "", "", 16},
         {"PRECISION", "", BUILD, &s.fp32, 0, 0, "", "", 17, {"BF16", "FP32"}},
     };
@@ -6841,9 +6841,12 @@ std::vector<double> settings_kept(Run& run) {
     run.s.tf32 = kFP32 && run.s.tf32;
     run.s.lora = run.model.config.lora.rank > 0 ? run.rank() : 0;
     run.s.base = run.model.plan.nf4, run.s.double_quant = !run.model.plan.nf4 || run.model.plan.nested;
-    std::vector<double> kept(27);
+    std::vector<double> kept;
     for (const Option& o : options)
-        if (o.slot >= 0) kept[o.slot] = o.number();
+        if (o.slot >= 0) {
+            kept.resize(std::max<size_t>(kept.size(), o.slot + 1));
+            kept[o.slot] = o.number();
+        }
     return kept;
 }
 

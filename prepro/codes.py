@@ -4,11 +4,12 @@ The forward pass is exact. The backward pass takes the derivative of h~(x) = sum
 thresholds c_i, 2^k slopes. The code of x is the number of thresholds below x, so k bits; the slope of code j is a_1 + ... + a_j.
 
 2 bits: ReGELU2 and ReSiLU2 as published (Yang et al., ICML 2024, arXiv 2406.16282). 1, 3 and 4
-bits: printed by dev/bench/fit_codes.py, which minimises the same objective. 1 bit is ReLU's mask.
+bits: printed by dev/bench/fit_codes.py, which minimises the same objective. 1 bit is ReLU's mask. "slope" (make APPROX_FIT=slope):
+2 bits whose slopes are closest to h'(x) under N(0,1), also by fit_codes.py.
 """
 import numpy as np
 
-# {activation: {bits: (thresholds, slopes of codes 0 to 2^bits - 1)}}
+# {activation: {bits, or "slope": (thresholds, slopes of codes 0 to 2^bits - 1)}}
 CODES = {
     "gelu-tanh": {
         1: ((0.0,), (0.0, 1.0)),
@@ -23,6 +24,7 @@ CODES = {
             (0.0, -0.01871599826999576, -0.065327636824561, -0.12052456782615412, -0.036094219827852825, 0.09054754833464024,
              0.2440949329673331, 0.41302162626973654, 0.5869783737302634, 0.755905067032667, 0.9094524516653597, 1.0360942198278529,
              1.1205245678261542, 1.065327636824561, 1.0187159982699958, 1.0)),
+        "slope": ((-0.4991942871345534, 0.0, 0.4991942871345534), (-0.04637881712526548, 0.3126312828084563, 0.6873687171915437, 1.0463788171252655)),
     },
     "silu": {
         1: ((0.0,), (0.0, 1.0)),
@@ -37,6 +39,7 @@ CODES = {
             (0.0, -0.005034877367900037, -0.022615072124165747, -0.053543226694657164, -0.09206376198948174, 0.011706327568322905,
              0.18115407122886018, 0.3893727641940176, 0.6106272358059823, 0.8188459287711398, 0.9882936724316771, 1.0920637619894817,
              1.0535432266946572, 1.0226150721241658, 1.0050348773679, 1.0)),
+        "slope": ((-0.6685287255181208, 0.0, 0.6685287255181208), (0.03359466971762137, 0.34452635483755456, 0.6554736451624454, 0.9664053302823786)),
     },
 }
 

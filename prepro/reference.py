@@ -6,7 +6,7 @@
         writes PREFIX_state.bin for a model that is there, fp32 or bf16
     python3 prepro/reference.py llama --config L2,H4,K2,C96,F256,T48,V301,HS24 --rope llama3 --tied --out DIR
         writes DIR, a random Llama as a directory of Hugging Face's, and DIR_expected.safetensors
-    ... --approxbp [--act-bits 2]
+    ... --approxbp [--act-bits 2 | --act-fit slope]
         what a build with APPROX_ACT=2 must compute: the activation is exact, its derivative is that of the
         codes (prepro/codes.py). MS_NORM=1 is exact, so the numbers without --approxbp are its own
 
@@ -428,11 +428,13 @@ def work(a):
         raise Error(f"--act-bits {a.act_bits}: codes come with --approxbp; add it")
     if a.margin is not None and not (a.approxbp and 0 < a.margin < math.inf):
         raise Error(f"--margin {a.margin:g}: expected a distance above 0, and --approxbp")
+    if a.act_fit == "slope" and not (a.approxbp and a.act_bits in (None, 2)):
+        raise Error("--act-fit slope: is for --approxbp with 2 bits; leave --act-bits out")
     bits, given = a.act_bits or 2, tensors
     for seed in range(a.seed, a.seed + MOST_SEEDS):
         tensors = given or make(config, seed)
         x, y = random_batch(config, a.batch, a.seq, seed)
-        activation = CodedActivation(bits, function) if a.approxbp else None
+        activation = CodedActivation("slope" if a.act_fit == "slope" else bits, function) if a.approxbp else None
         logits, loss, grads, losses, _ = compute(config, tensors, x, y, a.steps, activation, **adamw)
         if a.margin is None or min(distance for _, distance in activation.calls) >= a.margin:
             break
@@ -482,6 +484,7 @@ def main():
     parser.add_argument("--steps", type=int, default=10, help="AdamW steps (10); 0 for none")
     parser.add_argument("--approxbp", action="store_true", help="the activation's derivative from codes, as with APPROX_ACT")
     parser.add_argument("--act-bits", type=int, choices=[1, 2, 3, 4], help="of a code (2)")
+    parser.add_argument("--act-fit", choices=["function", "slope"], default="function", help="what 2 bits are near: h itself (function), or h'")
     parser.add_argument("--margin", type=float, metavar="X", help="with --approxbp: take the first seed from --seed on "
                         "with which no pre-activation of any step comes nearer than X to a threshold")
     parser.add_argument("--out", required=True, metavar="DIR" if family == "llama" else "PREFIX")

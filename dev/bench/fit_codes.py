@@ -10,6 +10,8 @@ to the right. (a, c) minimise the integral of (h - h~)^2 over the line (Yang et 
 goes in: 2 bits come out beside the published constants, and prepro/codes.py's other tables are what this prints, but for
 rounding in the last digits. 1 bit has nothing to fit: a = 1, c = 0, which is ReLU.
 
+For 2 bits it also prints the step function that is closest to h' itself, under N(0,1) (make APPROX_FIT=slope). Its integral is no h~.
+
 Needs SciPy, and for --plot Matplotlib: apt-get install python3-scipy python3-matplotlib.
 """
 import argparse
@@ -147,6 +149,20 @@ def fit(function, bits, seed=1):
     slopes[-1] = 1
     return c, slopes
 
+def fit_slope(function):
+    """(thresholds, slopes) of the four levels with the least squared error against h', x ~ N(0,1). h'(x) - 1/2 is odd, so they are
+    symmetric: thresholds -c, 0, c, of which each level is the mean of h' in its part, and at c h' is in the middle of two levels."""
+    slope = FUNCTIONS[function][1]
+
+    def levels(c):
+        def mean(lo, hi):
+            weight = integral(lambda x: np.exp(-0.5 * x * x), lo, hi)
+            return integral(lambda x: slope(x) * np.exp(-0.5 * x * x), lo, hi) / weight
+        return mean(0, c), mean(c, 13)
+    c = optimize.brentq(lambda c: slope(c) - sum(levels(c)) / 2, 0.1, 1.2, xtol=1e-15)
+    inner, outer = levels(c)
+    return np.array([-c, 0, c]), np.array([1 - outer, 1 - inner, inner, outer])
+
 # ---- output ----------------------------------------------------------------------------------------
 
 def report(function, bits, c, slopes):
@@ -158,6 +174,7 @@ def report(function, bits, c, slopes):
     line("fitted", c, slopes)
     if bits == 2:
         line("published", *map(np.array, CODES[function][2]))
+        line("by the slope", *fit_slope(function))
 
 def plot(path, results):
     """h and h~ above, their derivatives below; results: {(function, bits): (thresholds, slopes)}."""

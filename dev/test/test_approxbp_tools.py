@@ -36,12 +36,14 @@ def test_two_bits_are_the_published_ones():
     assert codes.CODES["silu"][2] == ((-6.3050461001646445, -0.0008684942046214787, 6.325815242089708),
                                       (0, -0.04060357190528599, 1.0403218566243820, 1))
 
-@pytest.mark.parametrize("bits", [1, 2, 3, 4])
-def test_the_trainer_has_the_table(bits):
-    text = (ROOT / "train_gpt2.cu").read_text()
-    body = re.findall(r"return \{(.*?)\};", re.search(r"StepFunction<BITS> gelu_steps\(\) \{(.*?)\n\}", text, re.S)[1], re.S)[bits - 1]
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, "slope"])
+@pytest.mark.parametrize("trainer, steps, function", [("train_gpt2", "gelu_steps", "gelu-tanh"), ("train_llama", "silu_steps", "silu")])
+def test_the_trainer_has_the_table(trainer, steps, function, bits):
+    text = (ROOT / f"{trainer}.cu").read_text()
+    bodies = re.findall(r"return \{(.*?)\};", re.search(rf"StepFunction<BITS> {steps}\(\) \{{(.*?)\n\}}", text, re.S)[1], re.S)
+    body = bodies[[1, "slope", 2, 3, 4].index(bits)]
     found = [[float(x.rstrip("f")) for x in part.split(",")] for part in re.findall(r"\{([^{}]*)\}", body)]
-    assert found == [list(part) for part in codes.CODES["gelu-tanh"][bits]]
+    assert found == [list(part) for part in codes.CODES[function][bits]]
 
 @pytest.mark.parametrize("function, bits", TABLE)
 def test_codes_by_a_loop(function, bits):
@@ -71,6 +73,20 @@ def test_the_table_is_the_fit(fit_codes, function):
     problem = fit_codes.Problem(fit_codes.FUNCTIONS[function][0])
     best, published = (problem.solve(np.array(c))[0] for c in (fit_codes.fit(function, 2)[0], codes.CODES[function][2][0]))
     assert best < published < 1.0005 * best
+    for found, table in zip(fit_codes.fit_slope(function), codes.CODES[function]["slope"]):
+        np.testing.assert_allclose(found, table, rtol=0, atol=1e-12)
+
+@pytest.mark.parametrize("function", ["gelu-tanh", "silu"])
+def test_no_step_function_is_nearer_to_the_slope(fit_codes, function):
+    """Whichever of its numbers is moved, the error grows; and it is a tenth of the published one's."""
+    slope, (c, s) = fit_codes.FUNCTIONS[function][1], map(np.array, codes.CODES[function]["slope"])
+    best = fit_codes.slope_error(slope, c, s)
+    assert best < 0.15 * fit_codes.slope_error(slope, *map(np.array, codes.CODES[function][2]))
+    for by in (1e-2, -1e-2):
+        for i in range(3):
+            assert fit_codes.slope_error(slope, c + by * (np.arange(3) == i), s) > best
+        for i in range(4):
+            assert fit_codes.slope_error(slope, c, s + by * (np.arange(4) == i)) > best
 
 @pytest.mark.parametrize("function", ["gelu-tanh", "silu"])
 def test_errors_of_the_slope(fit_codes, function):
@@ -112,7 +128,8 @@ def test_coded_gelu(reference, bits):
     assert activation.calls == [(x.size, 0.0)]
     assert reference.CodedActivation(bits)(torch.tensor([math.nan], dtype=torch.float64)).isnan().all()
 
-@pytest.mark.parametrize("args, what", [(["--act-bits", 3], "--approxbp"), (["--margin", 1e-5], "--approxbp"),
+@pytest.mark.parametrize("args, what", [(["--act-bits", 3], "--approxbp"), (["--approxbp", "--act-fit", "slope", "--act-bits", 3], "--act-fit slope"),
+                                        (["--act-fit", "slope"], "--act-fit slope"), (["--margin", 1e-5], "--approxbp"),
                                         (["--approxbp", "--margin", 0], "above 0"), (["--approxbp", "--margin", "nan"], "above 0"),
                                         (["--approxbp", "--margin", 5, "--steps", 0], "no seed from 1 to 1000")])
 def test_reference_errors(reference, tmp_path, monkeypatch, args, what):

@@ -89,6 +89,10 @@ def test_codes_and_shared_norms(reference, case):
     for r in (0, 2):
         check(reference(case, "--approxbp", "--margin", 1e-5), "cpu-approxbp-fp32", FP32, "-r", r)
 
+def test_codes_by_the_slope(reference):
+    """make APPROX_FIT=slope. And GPT-2's, in test_lora.py."""
+    check(reference("gqa llama3", "--approxbp", "--act-fit", "slope", "--margin", 1e-5), "cpu-slope-fp32", FP32)
+
 # ---- against transformers ---------------------------------------------------------------------------
 
 @pytest.mark.parametrize("kind", ["Llama", "Mistral", "Qwen2", "Qwen3", "GPT2"])

@@ -104,6 +104,11 @@ def test_codes_and_shared_norms(bench, case):
         check(bench(case, bits=2), "cpu-approxbp-fp32", FP32, "-r", r)
 
 @pytest.mark.parametrize("case", ["all", "gpt2 all"])
+def test_codes_by_the_slope(bench, case):
+    """make APPROX_FIT=slope, of SiLU and of GELU."""
+    check(bench(case, bits="slope"), "cpu-slope-fp32", FP32)
+
+@pytest.mark.parametrize("case", ["all", "gpt2 all"])
 @pytest.mark.parametrize("variant", ["cpu-bf16", "cpu-norm-bf16"])
 def test_bf16(bench, case, variant):
     check(bench(case), variant, BF16)
