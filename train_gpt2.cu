@@ -1251,7 +1251,8 @@ __global__ void sum_kernel(float* sum, const float* x, bool accumulate, unsigned
 // with a and c minimising the integral of (h - h~)^2. Its derivative is a step function: with 3 ramps it has 4 values, so an
 // element keeps 2 bits: its code is the number of thresholds c_i below x. Forward stays exact. h~' is not close to h' point by
 // point (relative squared error 0.127 under N(0,1), where the derivative of ReLU has 0.102); it is h~ that is close to h, and
-// training does not seem to mind: see the table of losses in the README. (dev/cuda/gelu.cu)
+// training from scratch does not seem to mind: see the table of losses in the README. Fine-tuning does (SmolLM2, also there), and
+// APPROX_FIT=slope takes, for the same 2 bits, the four slopes that are nearest to h' (0.018), whose integral is no h~. (dev/cuda/gelu.cu)
 //
 // The thresholds are about -3.19, 0 and 3.19. Eight neighbours share two bytes, the first one in the lowest bits:
 //

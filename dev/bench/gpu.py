@@ -421,7 +421,7 @@ def torch_of(python):
 SOURCES = {"check": ["*.cu", "Makefile", "dev/cuda/*.cu*", "dev/test/fixtures/*"],
            "bench": ["train_*.cu", "Makefile", "dev/cuda/*.cu*"],
            "peers": ["train_gpt2.cu", "Makefile", "dev/bench/torch_baseline.py"]}
-OUR_VARIABLES = "ARCH PRECISION USE_APPROXBP APPROX_ACT MS_NORM CPU SAN MULTI_GPU PTXAS BUILD MAKEFLAGS MFLAGS MAKELEVEL".split()
+OUR_VARIABLES = "ARCH PRECISION USE_APPROXBP APPROX_ACT APPROX_FIT MS_NORM CPU SAN MULTI_GPU PTXAS BUILD MAKEFLAGS MFLAGS MAKELEVEL".split()
 
 def run_stage(name, a, m):
     """Returns how many jobs failed."""
