@@ -7963,18 +7963,21 @@ void merge(Run& run) {
     const bool compare = given("val-data");
     const Config with = run.model.config;
     double loss[3] = {};
-    auto measure = [&](int which, const std::string& model_file, bool adapter) {
-        if (!compare) return;
-        run.model.config.lora = adapter ? with.lora : Lora{};
-        if (!adapter) run.model.plan.host_wte = false;
-        run.model_file = model_file;
-        make_model(run);
+    auto read_batch = [&](int* host) {   // returns how many of its tokens have a loss
         loader_seek(run.val, 0, 0, 0);
-        int* host = run.host_free();
         if (!loader_next(run.val, host, host + run.BT(), run.documents(host))) fail("%s", run.val.error.c_str());
         const double with_loss = run.count_with_loss(host);
         if (with_loss == 0)
             fail_option("val-data", "no token of its first batch has a loss; leave it out, or see prepro/text.py --show 3");
+        return with_loss;
+    };
+    auto measure = [&](int which, const std::string& model_file, bool adapter) {
+        run.model.config.lora = adapter ? with.lora : Lora{};
+        if (!adapter) run.model.plan.host_wte = false;
+        run.model_file = model_file;
+        make_model(run);
+        int* host = run.host_free();
+        const double with_loss = read_batch(host);
         loss[which] = model_batch_loss(run.model, host) / with_loss;
         free_model(run);
         run.model.config = with;
@@ -7983,6 +7986,7 @@ void merge(Run& run) {
         pick_device(run);
         choose_plan(run, open_data(run));
         loader_set_batch(run.val, run.model.plan.B);
+        read_batch(std::vector<int>(run.region_ints()).data());   // what is wrong with it is said before anything is written
     }
     for (const SafeTensor& t : run.adapter.tensors.tensors) adapter_read(run.adapter, t.name);   // are they finite?
     remove_folder(unfinished);   // a killed one may have left it

@@ -32,6 +32,8 @@ VARIANT = {(0, False): "cpu-bf16", (2, False): "cpu-act-bf16", (0, True): "cpu-n
 TRY = "gpt2:L3,H2,C32,T32,V257"  # three layers: a first, a middle and a last one
 B, T = 2, 32
 
+USUAL = [mode for mode in loss.NAMES if mode not in loss.WHEN_ASKED]
+
 # ---- traffic.py ----------------------------------------------------------------------------------
 
 MODES = [*traffic.MODES,
@@ -182,7 +184,7 @@ def test_loss_judges_by_the_spread(tmp_path):
     of = loss.summary(runs)
     assert of["exact"]["mean"] == pytest.approx(2.05) and of["exact"]["spread"] == pytest.approx(0.1)
     assert of["act"]["difference"] == pytest.approx(0.25 / 3)
-    assert [of[mode]["no_worse"] for mode in loss.NAMES] == [None, True, False, True]
+    assert [of[mode]["no_worse"] for mode in USUAL] == [None, True, False, True]
     assert [("yes" in line, "NO" in line) for line in loss.verdict(of)] == [(True, False), (False, True), (True, False)]
     a = SimpleNamespace(seeds=3, steps=10, batch=2, seq_len=32, model="m")
     assert "| exact | 2.0000 | 2.1000 | 2.0500 | 2.0500 | 0.1000 |  | 100 | 12.00 |" in loss.markdown(
@@ -236,9 +238,9 @@ def tiny_llama(folder):
 
 def test_finetune_plans():
     """LoRA on all matrices comes first, in each mode with every seed, then seed 1 of the others; full training is exact alone."""
-    a = SimpleNamespace(seeds=3, sets=list(tuning.SETS), modes=list(loss.NAMES), lr="1e-2", full_lr="1e-3", rank=8)
+    a = SimpleNamespace(seeds=3, sets=list(tuning.SETS), modes=USUAL, lr="1e-2", full_lr="1e-3", rank=8)
     plan = tuning.plan(a)
-    assert plan[:12] == [(seed, "all", mode) for seed in (1, 2, 3) for mode in loss.NAMES] and len(plan) == len(set(plan)) == 39
+    assert plan[:12] == [(seed, "all", mode) for seed in (1, 2, 3) for mode in USUAL] and len(plan) == len(set(plan)) == 39
     assert [seed for seed, *_ in plan[12:]] == [1] * 9 + [2] * 9 + [3] * 9 and [p for p in plan if p[1] == "full"] == [(s, "full", "exact") for s in (1, 2, 3)]
     assert [" ".join(tuning.options_of(which, a)) for which in tuning.SETS] == [
         "-l 1e-2 --lora 8 --lora-targets q,v", "-l 1e-2 --lora 8", "-l 1e-2 --lora 8 --lora-freeze-a 1", "-l 1e-3"]
