@@ -134,8 +134,8 @@ ARCHS := $(or $(strip $(ARCH)),\
            $(sort $(subst .,,$(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep '^[0-9.]*$$'))),80 89 90 PTX)
 $(if $(shell printf '%s\n' $(ARCHS) | grep -vxE '[1-9][0-9]+[af]?|PTX'),\
   $(error ARCH=$(ARCH): expected compute capabilities without the dot, as in ARCH=90 or ARCH="80 89 90"))
-$(foreach a,$(ARCHS),$(if $(shell [ "$(a)" = PTX ] || [ $(shell tr -dc 0-9 <<<"$(a)") -ge 80 ] || echo old),\
-  $(error compute capability $(a): expected 80 or more (A100, RTX 30 and later), whose bf16 and asynchronous copies the kernels are made of)))
+old := $(shell printf '%s\n' $(ARCHS) | grep -xE '[1-7]?[0-9][af]?')
+$(if $(old),$(error $(if $(ARCH),ARCH=$(ARCH),The visible GPU): compute capability $(old), expected 80 or more (A100, RTX 30 and later), whose bf16 and asynchronous copies the kernels are made of))
 
 COMPILE := $(NVCC) -O3 -std=c++17 -lineinfo $(if $(word 2,$(ARCHS)),--threads 0) \
            $(foreach a,$(ARCHS),-gencode arch=compute_$(a:PTX=90),code=$(if $(filter PTX,$(a)),compute_90,sm_$(a))) \
@@ -306,8 +306,7 @@ fuzz: dev/test/fuzz_readers.cu train_llama.cu
 	@printf ' %s' '[1,2.5e-3,-0,true,null,"x\u00e9\ud83d\ude00\n"]' >build/fuzz/corpus/values
 	$(CPU_TRANSLATE) $< -o build/fuzz/fuzz.cpp
 	clang++ $(filter-out -O3 --param=%,$(CPU_CXXFLAGS)) $(if $(filter 10000000,$(RUNS)),-O1 -fsanitize=undefined,-O0) -Wno-unused -fsanitize=fuzzer,address \
-	  -fno-sanitize-recover=all -DLIBFUZZER \
-	  build/fuzz/fuzz.cpp -o build/fuzz/fuzz $(CPU_LDLIBS)
+	  -fno-sanitize-recover=all -DLIBFUZZER build/fuzz/fuzz.cpp -o build/fuzz/fuzz $(CPU_LDLIBS)
 	cd build/fuzz && ./fuzz -runs=$(RUNS) -max_len=512 -print_final_stats=1 corpus
 
 help:

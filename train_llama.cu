@@ -7217,8 +7217,8 @@ void fit_begin(Run& run) {   // before the model is read
     for (const Option& o : options)
         if (!o.typed.empty() && std::count(FIT_OWN.begin(), FIT_OWN.end(), o.name))
             fail_usage("%s: not with %s, %s; leave one of them out", o.typed.c_str(), typed("fit").c_str(),
-                       o.value == &run.s.total_batch ? "whose plans have one micro-batch a step (more of them sum gradients in fp32; --estimate says "
-                                               "what a plan takes then)" : "whose table has all there is of it");
+                       o.value != &run.s.total_batch ? "whose table has all there is of it"
+                       : "whose plans have one micro-batch a step (more sum gradients in fp32; --estimate says what a plan takes then)");
     if (!run.s.trains()) fail_usage("%s: %s is about training; leave one of them out", quoted("steps").c_str(), typed("fit").c_str());
     if (run.s.lora == 0) run.s.lora = 16;   // the rank of recipes with adapters
 }
@@ -7297,10 +7297,10 @@ std::string fit_command(const Run& run, const FitRow& row, const FitPlan& p) {
         return plain ? text : quoted + "'";
     };
     std::string line = std::string("./") + program_name + " -e " + word(run.model_name()) + row.options;
+    const bool adapts = row.options.find("--lora") != std::string::npos;
     for (const Option& o : options) {   // and what was asked for besides
         const std::string name = o.name;
         const bool of_adapters = name.compare(0, 4, "lora") == 0 || name == "embedding-on";
-        const bool adapts = row.options.find("--lora") != std::string::npos;
         if (o.typed.empty() || o.value == nullptr || name == "fit" || name == "model" || name == "seq-len" || name == "lora") continue;
         if (adapts ? name != "gelu-fusion" : !of_adapters)
             line += " " + o.typed + " " + word(o.type == TEXT ? *(std::string*)o.value : o.text(o.number()));
@@ -7853,10 +7853,11 @@ void print_plan(Run& run, bool all) {
                    target_names(run.model.config).c_str(), run.s.lora_alpha, run.s.lora_dropout > 0 ? ", dropout" : "", trained / 1e6,
                    run.s.freeze_a ? ", B alone (LoRA-FA)" : "");
         }
-        const double epoch = (double)run.train.batches_per_epoch() / plan.micro_batches;
-        if (run.steps > 0)
+        if (run.steps > 0) {
+            const double epoch = (double)run.train.batches_per_epoch() / plan.micro_batches;
             printf("step       %d sequences x %d tokens x %d micro-batches x %d GPUs = %zu tokens; %d steps, an epoch has %.*f\n", plan.B,
-                   plan.T, plan.micro_batches, world.size, run.step_tokens(), run.steps, epoch < 10, epoch);
+                   plan.T, plan.micro_batches, world.size, run.step_tokens(), run.steps, epoch < 10 ? 1 : 0, epoch);
+        }
         if (plan.optimizer != ADAMW && plan.training)
             printf("optimizer  %s%s\n", OPTIMIZERS[plan.optimizer],
                    plan.fuses() ? ", within backward, a layer at a time; no --grad-clip" : "");

@@ -97,7 +97,7 @@ def path_without(folder, *hidden):
 
 @pytest.mark.parametrize("flags, said", [
     *[([f"PRECISION={value}"], "BF16 or FP32") for value in ("FP16", "", "BF16 FP32", "fp32")], (["APPROX_ACT=5"], "one of 0 1 2 3 4"),
-    (["APPROX_FIT=h"], "function or slope"), (["APPROX_ACT=3", "APPROX_FIT=slope"], "expected APPROX_ACT=2"),
+    (["ARCH=80 75", "CPU=0", "NVCC=nvcc"], "compute capability 75, expected 80 or more"), (["APPROX_FIT=h"], "function or slope"), (["APPROX_ACT=3", "APPROX_FIT=slope"], "expected APPROX_ACT=2"),
     *[([flag], "0 or 1") for flag in ("CPU=2", "SAN=yes", "MULTI_GPU=2", "PTXAS=v", "USE_APPROXBP=2", "MS_NORM=2")],
     *[([f"BUILD={name}"], "a folder of its own") for name in (".", "./", "..", "/")],
     *[([f"BUILD={name}"], "without spaces") for name in ("my build", "a\tb", "a$b", "a#b", "a%", "a=b", "a;b", "a'b", 'a"b', "a\\b", "a*", "a(b", "-x", "~/x")],
